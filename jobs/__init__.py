@@ -1,0 +1,39 @@
+"""How the pipeline runs: command line, stages, Ray, DeepSpeed, MLflow.
+
+Importing this package sets the environment that those libraries read when they are imported; a value that
+the user has set stands. It also holds the one way in which SIGTERM ends a process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray Train waits this long between looks at its workers; every report of a checkpoint pays for it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints every line of a worker twice
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning for every task that asks for no GPU
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. A kind of interrupt, so that whatever cleans up after Ctrl-C cleans up after this."""
+
+
+def raise_on_sigterm() -> None:
+    """Make SIGTERM raise `Terminated`. To be called again after `ray.init`, which takes the signal."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,5 @@
+"""`python -m jobs` is `budgetdraft`."""
+
+from jobs.cli import main
+
+main()

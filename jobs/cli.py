@@ -1,0 +1,241 @@
+"""The command line. Imports of torch and the like stay inside commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from jobs import Terminated, raise_on_sigterm
+from jobs.doctor import check_name_clash
+from jobs.doctor import doctor as run_doctor
+from pipeline.config import Config, Policy, check_budget
+from pipeline.config_errors import ConfigError
+from pipeline.config_files import dump_config, load_config
+from pipeline.errors import BadData, Incomplete
+
+DONE, USAGE, BAD_DATA, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
+EPILOG = """\b
+CONFIG is a YAML file, such as conf/quickstart.yaml. OVERRIDES change its fields:
+  train.steps=10  sweep.budgets=[16,32]  train.variants.multi_view.sparse_weight=1
+\b
+Results and progress: results go to the storage folder, progress to stderr. The last line of stdout is
+the path of what was made: summary.json for run and report, the artifact folder for other stages.
+\b
+Exit codes:
+  0    done
+  1    unexpected error, with its traceback
+  2    wrong usage or config; broken installation
+  3    bad data: an input is missing or cannot be used
+  4    incomplete: some work failed; the same command resumes (doctor: a check failed)
+  130  interrupted (Ctrl-C); the same command resumes
+  143  terminated (SIGTERM); the same command resumes
+"""
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that users can act on into one screen on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        raise_on_sigterm()
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            _leave(USAGE, str(error))
+        except BadData as error:
+            _leave(BAD_DATA, f"bad data: {error}")
+        except Incomplete as error:
+            _leave(INCOMPLETE, f"incomplete: {error}")
+        except Terminated:
+            _leave(TERMINATED, "terminated; the same command resumes")
+        except KeyboardInterrupt:
+            _leave(INTERRUPTED, "interrupted; the same command resumes")
+
+
+def _leave(code: int, text: str) -> None:
+    typer.echo(text, err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="budgetdraft",
+    cls=_Commands,
+    help="Train drafters for speculative decoding under a fixed KV budget, and measure what they are worth.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as conf/books.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="OVERRIDES", help="group.field=value, such as train.steps=10.")
+]
+ExecutorOption = Annotated[
+    Literal["ray", "inline"] | None,
+    typer.Option("--executor", help="Ray, or all in this process; short for run.executor=…"),
+]
+StorageOption = Annotated[
+    str | None, typer.Option("--storage", metavar="PATH", help="Folder of all artifacts; short for storage=…")
+]
+
+
+class _StageFormatter(logging.Formatter):
+    """`12:30:05 train  text` for our loggers, the full logger name for others; the level from warnings up."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        package, _, module = record.name.partition(".")
+        stage = module if package in ("jobs", "pipeline", "kernels") and module else record.name
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self.formatTime(record, '%H:%M:%S')} {stage:<10} {level}{super().format(record)}"
+
+
+def set_up_logging() -> None:
+    """Our messages from INFO up and those of libraries from WARNING up, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_StageFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for package in ("jobs", "pipeline", "kernels"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def _load(path: Path, overrides: list[str] | None, executor: str | None, storage: str | None) -> Config:
+    short = {"run.executor": executor, "storage": storage}
+    # JSON text is YAML that stays text whatever is in it.
+    given = [f"{field}={json.dumps(value)}" for field, value in short.items() if value is not None]
+    return load_config(path, [*(overrides or []), *given])
+
+
+def _add_stage(name: str, until: str, help_text: str) -> None:
+    def stage(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        executor: ExecutorOption = None,
+        storage: StorageOption = None,
+    ) -> None:
+        loaded = _load(config, overrides, executor, storage)
+        check_name_clash()
+        set_up_logging()
+        from jobs.pipeline import run_pipeline
+
+        typer.echo(run_pipeline(loaded, until))
+
+    app.command(name, help=help_text, short_help=help_text)(stage)
+
+
+_add_stage("run", "report", "Run all stages; what is complete is reused.")
+_add_stage("prepare", "prepare", "Read the data: packed sequences and evaluation prompts.")
+_add_stage("teach", "teach", "The target's labels and continuations, after the stages before.")
+_add_stage("train", "train", "Train the drafters, after the stages before.")
+_add_stage("sweep", "sweep", "Measure every cell of the sweep, after the stages before.")
+_add_stage("report", "report", "Tables, figures and the recommendation, after the stages before.")
+
+
+@app.command("generate", short_help="Continue one prompt by speculation, streamed.")
+def generate_text(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    executor: ExecutorOption = None,
+    storage: StorageOption = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text; default: standard input.")
+    ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A variant of train.variants; default: the last one.")
+    ] = None,
+    policy: Annotated[
+        Policy | None,
+        typer.Option(help="Which prefix entries the drafter keeps; default: the sweep's first."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="N|full", help="How many it keeps; default: the sweep's first.")
+    ] = None,
+    gamma: Annotated[
+        int | None, typer.Option(min=1, max=128, help="Tokens drafted per round; default: the sweep's first.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: data.max_new_tokens of the config.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+) -> None:
+    """Continue one prompt by speculation, streamed, with acceptance, tau and speed against plain decoding."""
+    loaded = _load(config, overrides, executor, storage)
+    chosen_budget = loaded.sweep.budgets[0] if budget is None else _parse_budget(budget)
+    check_name_clash()
+    prompt = _read_prompt(prompt_file)
+    set_up_logging()
+    from jobs.generate import generate
+
+    generate(
+        loaded,
+        prompt=prompt,
+        drafter=drafter,
+        policy=policy or loaded.sweep.policies[0],
+        budget=chosen_budget,
+        gamma=gamma or loaded.sweep.gammas[0],
+        temperature=temperature,
+        max_new_tokens=max_new_tokens or loaded.data.max_new_tokens,
+        seed=seed,
+    )
+
+
+def _parse_budget(text: str) -> int | Literal["full"]:
+    if text == "full":
+        return "full"
+    try:
+        budget = int(text)
+        check_budget(budget)
+    except ValueError:
+        raise ConfigError(
+            f'--budget {text}: a budget is "full", 0, or an integer of at least 16 divisible by 8'
+        ) from None
+    return budget
+
+
+def _read_prompt(file: Path | None) -> str:
+    if file is None and sys.stdin.isatty():
+        typer.echo("Type a prompt; Ctrl-D on an empty line ends it.", err=True)
+    name = str(file) if file else "standard input"
+    data = file.read_bytes() if file else sys.stdin.buffer.read()
+    try:
+        prompt = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadData(f"the prompt in {name} is not UTF-8 text: {error}") from None
+    if not prompt.strip():
+        raise BadData(f"the prompt in {name} is empty")
+    return prompt
+
+
+@app.command("config", short_help="Print the resolved config as YAML.")
+def show_config(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    executor: ExecutorOption = None,
+    storage: StorageOption = None,
+) -> None:
+    """Print the resolved config as YAML: defaults, `extends` and overrides filled in."""
+    typer.echo(dump_config(_load(config, overrides, executor, storage)), nl=False)
+
+
+@app.command("doctor", short_help="Check this machine and a config: what is wrong, what to do.")
+def check_machine(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file to check too.")] = None,
+    overrides: Overrides = None,
+    executor: ExecutorOption = None,
+    storage: StorageOption = None,
+) -> None:
+    """Check versions, devices, storage, tracking and, with a CONFIG, its data and models."""
+    loaded = _load(config, overrides, executor, storage) if config else None
+    raise typer.Exit(run_doctor(loaded))
+
+
+def main() -> None:
+    app(prog_name="budgetdraft")

@@ -1,0 +1,140 @@
+"""The whole pipeline: prepare → pretrain → teach → train → sweep → report, with MLflow beside it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from jobs.executor import Executor, NoExecutor, make_executor
+from jobs.prepare import prepare
+from jobs.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
+from jobs.sweep import ref, sweep
+from jobs.teach import teach
+from jobs.tracking import Tracker
+from jobs.train import Watch, pretrain, target_ref, train
+from pipeline.artifacts import read_rows
+from pipeline.config import Config
+from pipeline.errors import Incomplete
+from pipeline.models import ModelRef
+from pipeline.report.summary import Stage
+from pipeline.rows import CellRow
+
+log = logging.getLogger(__name__)
+
+
+class Stages:
+    """Runs stages one after another: a tracked run, the time, and whether it was cached, for each."""
+
+    def __init__(self, executor: Executor, tracker: Tracker) -> None:
+        self.executor, self.tracker = executor, tracker
+        self.done: list[Stage] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[str]:
+        """Times the body; yields the id of the stage's tracking run. Without a call to the executor, the
+        body has only found what was there."""
+        began, calls = time.perf_counter(), self.executor.calls
+        with self.tracker.stage_run(name) as run_id:
+            yield run_id
+        seconds = round(time.perf_counter() - began, 3)
+        cached = self.executor.calls == calls
+        self.done.append(Stage(name=name, seconds=seconds, cached=cached))
+        log.info("%s: %s in %.1f s", name, "cached" if cached else "done", seconds)
+
+
+def run_pipeline(config: Config, until: str = "report") -> Path:
+    """Run the stages up to and including `until`; returns the summary, or that stage's artifact folder.
+
+    Raises:
+        BadData: if an input cannot be used.
+        Incomplete: if cells of the sweep failed; the report is made all the same.
+    """
+    config = absolute(config)
+    with Tracker.start(config) as tracker, closing(make_executor(config)) as executor:
+        try:
+            return run_stages(config, until, Stages(executor, tracker))
+        finally:
+            for line in tracker.links():
+                log.info(line)
+
+
+def absolute(config: Config) -> Config:
+    """The config with absolute folders: workers have working directories of their own."""
+    data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
+    return config.model_copy(
+        update={"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
+    )
+
+
+def run_stages(config: Config, until: str, stages: Stages) -> Path:
+    executor, tracker = stages.executor, stages.tracker
+
+    def watch(run_id: str) -> Watch:
+        return partial(tracker.follow, run_id)
+
+    with stages.stage("prepare"):
+        prepared = prepare(config, executor)
+    if until == "prepare":
+        return prepared.path
+    with stages.stage("pretrain") as run_id:
+        scratch = pretrain(config, executor, prepared, watch(run_id))
+    with stages.stage("teach"):
+        taught = teach(config, executor, prepared, scratch)
+    if until == "teach":
+        return taught.path
+    with stages.stage("train") as run_id:
+        trained = train(config, executor, prepared, taught, scratch, watch(run_id))
+        tracker.log_files(run_id, [artifact.path / "model" for artifact in trained.values()])
+    if until == "train":
+        return trained[config.train.variants[-1].name].path
+    with stages.stage("sweep") as sweep_run:
+        swept, failures = sweep(config, executor, prepared, taught, scratch, trained)
+    if until == "sweep":
+        check_complete(failures, swept.path)
+        return swept.path
+    with tracker.stage_run("report") as run_id:
+        reported = report(config, ReportInputs(prepared, taught, swept, tuple(stages.done)))
+        tracker.log_sweep(sweep_run, swept.fingerprint, read_rows(reported.path / CELLS, CellRow))
+        tracker.log_files(run_id, [reported.path / name for name in (PAGE, SUMMARY, CELLS, FIGURES)])
+    check_complete(failures, swept.path)
+    return reported.path / SUMMARY
+
+
+def check_complete(failures: int, folder: Path) -> None:
+    if failures:
+        raise Incomplete(
+            f"{failures} (drafter, prompt) pairs of the sweep failed; their errors are in {folder / 'failed'}; "
+            "the same command tries them again"
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished pipeline has for those who want to decode."""
+
+    tokenizer: Path
+    target: ModelRef
+    drafters: dict[str, ModelRef]
+
+
+def completed(config: Config) -> Trained:
+    """The models of a config whose stages up to `train` are complete.
+
+    Raises:
+        BadData: if a stage is not; the text says which command to run.
+    """
+    config, nothing = absolute(config), NoExecutor()
+    prepared = prepare(config, nothing)
+    scratch = pretrain(config, nothing, prepared)
+    taught = teach(config, nothing, prepared, scratch)
+    trained = train(config, nothing, prepared, taught, scratch)
+    return Trained(
+        prepared.path / "tokenizer",
+        target_ref(config, scratch),
+        {name: ref(config, artifact) for name, artifact in trained.items()},
+    )

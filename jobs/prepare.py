@@ -1,0 +1,117 @@
+"""Stage prepare: documents in; packed training sequences, evaluation prompts and the tokenizer out.
+
+Wiring alone: what is computed is in `pipeline/data`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import Artifact, open_artifact
+from pipeline.config import Config
+from pipeline.data.decontaminate import find_contaminated, index_evaluation
+from pipeline.data.documents import bad_row_counts, find_copies, read_shard
+from pipeline.data.packing import DOCUMENTS, TOKENIZER, encode_part, pack, plan_packing, remove_pieces
+from pipeline.data.sources import (
+    check_prompts,
+    local_files,
+    make_readers,
+    origins,
+    plan_prompts,
+    stage_inputs,
+    write_prompts,
+)
+from pipeline.data.tokenizer import check_tokenizers, sample_text, save_new_tokenizer, save_target_tokenizer
+from pipeline.errors import BadData
+
+if TYPE_CHECKING:
+    from jobs.executor import Executor
+
+
+def prepare(config: Config, executor: Executor) -> Artifact:
+    """The prepared data of a config; a complete artifact is reused, a half-made one is resumed.
+
+    Raises:
+        BadData: if a source is missing, has too many bad rows, or leaves nothing to train on or to evaluate;
+            if target and drafter cannot share a tokenizer.
+    """
+    start = time.monotonic()
+    data = config.data
+    check_tokenizers(config)
+    readers = make_readers(data, config.seed)
+    shards = [shard for reader in readers.values() for shard in reader.shards()]
+    files = local_files(readers, shards)
+    inputs = stage_inputs(config, files)
+    artifact = open_artifact(Path(config.storage), "prepare", inputs)
+    if artifact.complete:
+        return artifact
+    folder, documents, tokenizer = artifact.path, artifact.path / DOCUMENTS, artifact.path / TOKENIZER
+    if data.tokenizer.kind == "target":
+        save_target_tokenizer(config, tokenizer)
+
+    reading = [(readers[shard.source], shard) for shard in shards]
+    by_shard = {
+        (shard.source, shard.key): summary
+        for (_, shard), summary in executor.map(partial(read_shard, documents), reading, "read documents")
+    }
+    # Tasks end in any order; what follows goes by the shards' order.
+    summaries = [by_shard[shard.source, shard.key] for shard in shards]
+    rows = bad_row_counts(summaries, data.max_bad_fraction)
+    parts = [part for summary in summaries for part in summary.parts]
+    training = [part for part in parts if part.split == "train"]
+    evaluation = [part for part in parts if part.split != "train"]
+
+    copies = find_copies(training)
+    index_evaluation(documents, evaluation)
+    contaminated = {
+        result.file: result.dropped
+        for _, result in executor.map(partial(find_contaminated, documents), training, "decontaminate")
+    }
+    dropped = {p.file: copies.get(p.file, set()) | contaminated[p.file].keys() for p in training}
+    if data.tokenizer.kind == "bpe":
+        save_new_tokenizer(config, tokenizer, sample_text(documents, training, dropped))
+
+    items = [(part, dropped[part.file]) for part in training]
+    encoded = {
+        part.file: part
+        for _, part in executor.map(partial(encode_part, folder, data.sequence_tokens), items, "encode")
+    }
+    plans = plan_packing([encoded[part.file] for part in training], data.max_sequences)
+    num_dropped, num_too_short = (
+        sum(map(len, dropped.values())),
+        sum(p.num_too_short for p in encoded.values()),
+    )
+    if not plans and any("train" in source.use for source in data.sources):
+        raise BadData(
+            f"no training document gives a sequence of data.sequence_tokens ({data.sequence_tokens}): "
+            f"{num_dropped} were dropped as copies or evaluation data, {num_too_short} are too short"
+        )
+    num_sequences = sum(n for _, n in executor.map(partial(pack, folder), plans, "pack sequences"))
+
+    tasks = plan_prompts(data, readers, parts)
+    writing = executor.map(partial(write_prompts, folder), tasks, "make prompts")
+    made = {summary.file: summary for _, summary in writing}
+    check_prompts(tasks, made)
+
+    remove_pieces(folder)
+    read: dict[str, Counter[str]] = {name: Counter() for name in readers}
+    for part in parts:
+        read[part.source][part.split] += len(part.documents)
+    counts = {
+        "sources": origins(readers, files),
+        "documents": read,
+        "rows": rows,
+        "copies": sum(map(len, copies.values())),
+        "contaminated": sum(map(len, contaminated.values())),
+        "too_short_for_a_sequence": num_too_short,
+        "sequences": num_sequences,
+        "prompts": {task.file: made[task.file].num_prompts for task in tasks},
+        "prompt_documents": {task.file: made[task.file].num_documents for task in tasks},
+        "skipped_documents": {task.file: made[task.file].skipped for task in tasks},
+    }
+    artifact.finish(inputs, counts, time.monotonic() - start)
+    return artifact

@@ -1,0 +1,118 @@
+"""Stage report: cells, figures and summary from the sweep's rows, and the page that shows them.
+
+The figures of a sweep never change, so they are cached like any artifact: `cells.jsonl`, `analysis.json` and
+`figures/`. `summary.json` and `report.html` also tell about the present run (its stages, its command), so
+every run writes these two anew, beside the cached files and outside the manifest's checksums.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.artifacts import (
+    Artifact,
+    RowT,
+    file_sha256,
+    open_artifact,
+    provenance,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
+from pipeline.config import Config
+from pipeline.report.findings import summarise
+from pipeline.report.page import PageInputs, render
+from pipeline.report.summary import Stage, Summary
+from pipeline.report.tables import Axes, cell_rows
+from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
+
+log = logging.getLogger(__name__)
+
+CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
+SUMMARY, PAGE = "summary.json", "report.html"
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Artifacts that the report reads, and this run's earlier stages in order.
+
+    The sweep may be incomplete: its failures are part of the report.
+    """
+
+    prepare: Artifact
+    teach: Artifact
+    sweep: Artifact
+    stages: Sequence[Stage]
+
+
+def report(config: Config, inputs: ReportInputs) -> Artifact:
+    """Make the report; its folder holds `report.html`, `summary.json`, `cells.jsonl` and `figures/*.png`."""
+    began = time.perf_counter()
+    failed = _read_all(inputs.sweep.path / "failed", FailedCell)
+    artifact, cached = _analyse(config, inputs, failed)
+    analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
+    own = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
+    summary = analysis.model_copy(update={"stages": (*inputs.stages, own)})
+    page = PageInputs(
+        config=config,
+        summary=summary,
+        cells=read_rows(artifact.path / CELLS, CellRow),
+        failed=failed,
+        continuations=_read_all(inputs.teach.path / "continuations", Continuation),
+        figures=artifact.manifest["counts"]["figures"],
+        figure_folder=artifact.path / FIGURES,
+        prepare=inputs.prepare.manifest,
+        sweep=inputs.sweep.manifest if inputs.sweep.complete else None,
+        provenance=provenance(),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+    write_text(artifact.path / PAGE, render(page))
+    write_json(artifact.path / SUMMARY, summary.model_dump(mode="json"))
+    log.info("report: %s", artifact.path / PAGE)
+    return artifact
+
+
+def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell]) -> tuple[Artifact, bool]:
+    """The cached part: the artifact, complete, and whether it was there already."""
+    axes = Axes.of(config)
+    # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
+    rows = {
+        str(file.relative_to(inputs.sweep.path)): file_sha256(file)
+        for folder in ("rows", "failed")
+        for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
+    }
+    identity = {
+        "sweep": inputs.sweep.fingerprint,
+        "rows": rows,
+        "axes": asdict(axes),
+        "samples": config.report.bootstrap_samples,
+        "seed": config.seed,
+    }
+    artifact = open_artifact(Path(config.storage), "report", identity)
+    if artifact.complete:
+        return artifact, True
+    from pipeline.report.figures import draw_all  # matplotlib is slow to import
+
+    began = time.perf_counter()
+    samples, seed = config.report.bootstrap_samples, config.seed
+    prompt_rows = _read_all(inputs.sweep.path / "rows", PromptRow)
+    log.info("report: %d prompt rows, %d failures", len(prompt_rows), len(failed))
+    cells = cell_rows(prompt_rows, axes, samples, seed)
+    summary = summarise(prompt_rows, cells, failed, axes, samples, seed)
+    write_rows(artifact.path / CELLS, cells)
+    write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude={"stages"}))
+    figures = draw_all(cells, summary.acceptance, axes, artifact.path / FIGURES)
+    counts = {"cells": len(cells), "failed": len(failed), "figures": figures}
+    artifact.finish(identity, counts, time.perf_counter() - began)
+    return artifact, False
+
+
+def _read_all(folder: Path, row_type: type[RowT]) -> list[RowT]:
+    return [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file, row_type)]

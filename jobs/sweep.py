@@ -1,0 +1,112 @@
+"""Stage sweep: which prompts are replayed and measured, on which workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from jobs.executor import Executor
+from jobs.train import drafter_ref, target_ref
+from pipeline.artifacts import Artifact, open_artifact, read_rows
+from pipeline.config import Config
+from pipeline.evaluate import Drafter, Evaluator, SweepTask
+from pipeline.models import ModelRef, own_positions, pick_device
+from pipeline.rows import Prompt
+
+log = logging.getLogger(__name__)
+
+PROMPTS_PER_TASK = 8
+
+
+def sweep(
+    config: Config,
+    executor: Executor,
+    prepare: Artifact,
+    teach: Artifact,
+    scratch: dict[str, Artifact],
+    trained: dict[str, Artifact],
+) -> tuple[Artifact, int]:
+    """Evaluate every drafter; returns the artifact and the number of failed (drafter, prompt) pairs.
+
+    With failures the artifact stays incomplete, and the next run tries them again.
+    """
+    names = config.sweep.drafters or tuple(variant.name for variant in config.train.variants)
+    target = scratch.get("target")
+    inputs = {
+        "teach": teach.fingerprint,
+        "target": target.fingerprint if target else config.target,
+        "drafters": {name: trained[name].fingerprint for name in names},
+        "drafter_dtype": config.drafter.dtype,
+        "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
+        "device": pick_device(config.run.device).type,
+    }
+    artifact = open_artifact(Path(config.storage), "sweep", inputs)
+    if artifact.complete:
+        return artifact, 0
+    began = time.perf_counter()
+    drafters = [Drafter(n, ref(config, trained[n]), positions(config, scratch, n)) for n in names]
+    factory = partial(
+        make_evaluator, config, target_ref(config, scratch), drafters, prepare.path / "tokenizer"
+    )
+    rows = failures = 0
+    modes = {"both": ("replay", "measure"), "replay": ("replay",), "measure": ("measure",)}
+    for mode in modes[config.sweep.mode]:
+        tasks = sweep_tasks(config, mode, prepare, teach, artifact)  # type: ignore[arg-type]
+        # Timings are taken by one worker at a time, so that they do not disturb each other.
+        actors = config.sweep.num_evaluators if mode == "replay" else 1
+        for _, (written, failed) in executor.map_actors(factory, tasks, mode, actors):
+            rows, failures = rows + written, failures + failed
+    if failures:
+        log.error("sweep: %d failed; see %s", failures, artifact.path / "failed")
+    else:
+        artifact.finish(inputs, {"rows": rows}, time.perf_counter() - began)
+    return artifact, failures
+
+
+def make_evaluator(config: Config, target: ModelRef, drafters: list[Drafter], tokenizer: Path) -> Evaluator:
+    return Evaluator(config, target, drafters, tokenizer, pick_device(config.run.device))
+
+
+def ref(config: Config, trained: Artifact) -> ModelRef:
+    """A trained drafter; its folder holds its rope parameters already."""
+    return ModelRef(str(trained.path / "model"), dtype=config.drafter.dtype)
+
+
+def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
+    """Positions that a drafter was trained on, by its own pretraining or by ours."""
+    variant = next(v for v in config.train.variants if v.name == name)
+    steps = config.train.steps if variant.steps is None else variant.steps
+    if config.drafter.kind == "scratch":
+        own = config.data.sequence_tokens if config.drafter.pretrain.steps else 0
+    else:
+        own = own_positions(drafter_ref(config, scratch))
+    return max(own, config.data.sequence_tokens if steps else 0)
+
+
+def sweep_tasks(
+    config: Config, mode: Literal["replay", "measure"], prepare: Artifact, teach: Artifact, artifact: Artifact
+) -> list[SweepTask]:
+    """Slices of every test prompts file; measuring takes the first prompts, one more to warm up."""
+    tasks = []
+    for file in sorted((prepare.path / "prompts").glob("test-*.jsonl")):
+        count = len(read_rows(file, Prompt))
+        if mode == "measure":
+            slices = [(0, min(count, config.sweep.measure.prompts + 1))]
+        else:
+            slices = [(at, min(at + PROMPTS_PER_TASK, count)) for at in range(0, count, PROMPTS_PER_TASK)]
+        for first, last in slices:
+            name = f"{mode}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
+            tasks.append(
+                SweepTask(
+                    mode,
+                    file,
+                    teach.path / "continuations" / file.name,
+                    first,
+                    last,
+                    artifact.path / "rows" / name,
+                )
+            )
+    return tasks

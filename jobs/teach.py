@@ -1,0 +1,88 @@
+"""Stage teach: labels of the training sequences, greedy continuations of the evaluation prompts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jobs.executor import Executor
+from jobs.train import target_ref
+from pipeline.artifacts import Artifact, open_artifact
+from pipeline.config import Config
+from pipeline.models import pick_device
+from pipeline.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
+
+log = logging.getLogger(__name__)
+
+
+def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]) -> Artifact:
+    """Run the target once over everything that later stages need of it."""
+    target = scratch.get("target")
+    labels = config.labels.model_dump(mode="json", exclude={"num_workers"})
+    inputs = {
+        "prepare": prepare.fingerprint,
+        "target": target.fingerprint if target else config.target,
+        "labels": labels,
+        "on_policy_window": config.train.window_tokens if config.labels.on_policy_fraction else None,
+        "seed": config.seed,
+    }
+    artifact = open_artifact(Path(config.storage), "teach", inputs)
+    if artifact.complete:
+        return artifact
+    began = time.perf_counter()
+    tasks = label_tasks(config, prepare) + [
+        ContinueTask(file) for file in sorted((prepare.path / "prompts").glob("*.jsonl"))
+    ]
+    sequences = sum(task.last - task.first for task in tasks if isinstance(task, LabelTask))
+    log.info(
+        "teach: %d sequences, about %.1f MB of labels → %s",
+        sequences,
+        label_bytes(config, sequences, prepare) / 1e6,
+        artifact.path,
+    )
+    factory = partial(
+        make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
+    )
+    counts = {"sequences": 0, "on_policy": 0, "continuations": 0}
+    for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers):
+        for name in counts:
+            counts[name] += getattr(done, name)
+    counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / "labels").glob("*.npy"))
+    log.info("teach: %.1f MB of labels on disk", counts["label_bytes"] / 1e6)
+    artifact.finish(inputs, counts, time.perf_counter() - began)
+    return artifact
+
+
+def make_teacher(config: Config, target: object, tokenizer: Path, output: Path) -> Teacher:
+    return Teacher(config, target, tokenizer, output, pick_device(config.run.device))  # type: ignore[arg-type]
+
+
+def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueTask]:
+    """One task per shard of at most `labels.sequences_per_shard` sequences.
+
+    Of more than `labels.max_sequences`, every file gives its share, so that all documents' kinds stay.
+    """
+    files = sorted((prepare.path / "sequences").glob("*.npy"))
+    counts = [len(np.load(file, mmap_mode="r")) for file in files]
+    share = min(1.0, config.labels.max_sequences / max(1, sum(counts)))
+    tasks: list[LabelTask | ContinueTask] = []
+    offset, size = 0, config.labels.sequences_per_shard
+    for file, count in zip(files, counts, strict=True):
+        wanted = int(count * share)
+        for first in range(0, wanted, size):
+            tasks.append(LabelTask(file, first, min(first + size, wanted), offset, len(tasks)))
+        offset += count
+    return tasks
+
+
+def label_bytes(config: Config, sequences: int, prepare: Artifact) -> int:
+    """What the label files will take, headers aside."""
+    from transformers import AutoTokenizer
+
+    size = np.dtype(smallest_uint(len(AutoTokenizer.from_pretrained(prepare.path / "tokenizer")))).itemsize
+    per_token = 2 * size + config.labels.top_k * (size + 2)
+    return sequences * config.data.sequence_tokens * per_token

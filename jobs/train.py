@@ -1,0 +1,107 @@
+"""Stages pretrain and train: which models are missing, one launch of the workers, manifests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.executor import Executor
+from pipeline.artifacts import Artifact, open_artifact
+from pipeline.config import Config
+from pipeline.models import ModelRef, model_ref
+from pipeline.train_job import TrainJob
+from pipeline.training import METRICS
+
+# What mirrors the growing metrics files of a launch while it runs.
+Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]
+
+
+def unwatched(files: Mapping[str, Path]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def pretrain(
+    config: Config, executor: Executor, prepare: Artifact, watch: Watch = unwatched
+) -> dict[str, Artifact]:
+    """Pretrain the scratch models among target and drafter; {} where both are pretrained already."""
+    specs = {"target": config.target, "drafter": config.drafter}
+    inputs = {
+        name: {
+            "prepare": prepare.fingerprint,
+            "model": spec,
+            "seed": config.seed,
+            "clip": config.train.clip,
+            "dtype": config.train.dtype,
+            "micro_batch_sequences": config.train.micro_batch_sequences,
+        }
+        for name, spec in specs.items()
+        if spec.kind == "scratch"
+    }
+    artifacts = {
+        name: open_artifact(Path(config.storage), f"pretrain-{name}", given) for name, given in inputs.items()
+    }
+    run_missing(executor, artifacts, inputs, TrainJob(config, {}, prepare.path), watch)
+    return artifacts
+
+
+def train(
+    config: Config,
+    executor: Executor,
+    prepare: Artifact,
+    teach: Artifact,
+    scratch: dict[str, Artifact],
+    watch: Watch = unwatched,
+) -> dict[str, Artifact]:
+    """Train every variant; each is an artifact of its own, so adding one leaves the others alone."""
+    start = scratch.get("drafter")
+    common = config.train.model_dump(mode="json", exclude={"variants", "num_workers", "deepspeed"})
+    inputs = {
+        variant.name: {
+            "teach": teach.fingerprint,
+            "drafter": start.fingerprint if start else config.drafter,
+            "variant": variant,
+            "train": common,
+            "seed": config.seed,
+        }
+        for variant in config.train.variants
+    }
+    artifacts = {
+        name: open_artifact(Path(config.storage), f"drafter-{name}", given) for name, given in inputs.items()
+    }
+    job = TrainJob(config, {}, prepare.path, teach.path, drafter_ref(config, scratch))
+    run_missing(executor, artifacts, inputs, job, watch)
+    return artifacts
+
+
+def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
+    """The drafter that training starts from."""
+    start = scratch.get("drafter")
+    return model_ref(config.drafter, start.path / "model" if start else None)
+
+
+def target_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
+    start = scratch.get("target")
+    return model_ref(config.target, start.path / "model" if start else None)
+
+
+def run_missing(
+    executor: Executor,
+    artifacts: dict[str, Artifact],
+    inputs: dict[str, dict[str, object]],
+    job: TrainJob,
+    watch: Watch,
+) -> None:
+    """One launch of the workers for all models that are not complete, then their manifests."""
+    missing = {name: artifact for name, artifact in artifacts.items() if not artifact.complete}
+    if not missing:
+        return
+    began = time.perf_counter()
+    job = replace(job, outputs={name: artifact.path for name, artifact in missing.items()})
+    with watch({name: folder / METRICS for name, folder in job.outputs.items()}):
+        executor.train(job)
+    seconds = time.perf_counter() - began
+    for name, artifact in missing.items():
+        artifact.finish(inputs[name], {}, seconds)

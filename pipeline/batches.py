@@ -1,0 +1,120 @@
+"""What training reads: memory-mapped shards, and batches that are a function of (seed, step) alone.
+
+Because nothing about a batch depends on what ran before, a resumed run needs only its step number, and the
+number of workers changes who computes a micro-batch, never what is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Train, Variant
+from pipeline.errors import BadData
+from pipeline.losses import TargetLabels
+
+
+class Shards:
+    """Rows of equally shaped `.npy` files, read as one memory-mapped array."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        if not files:
+            raise BadData("there are no training sequences: the training split is empty or its documents short")
+        self.arrays = [np.load(file, mmap_mode="r") for file in files]
+        self.offsets = np.cumsum([0, *(len(array) for array in self.arrays)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """The rows [B, …] at these indices; integers as int64, floats as float32."""
+        picked = []
+        for index in indices:
+            shard = int(np.searchsorted(self.offsets, index, side="right")) - 1
+            picked.append(self.arrays[shard][index - self.offsets[shard]])
+        stacked = np.stack(picked)
+        return torch.from_numpy(stacked.astype(np.int64 if stacked.dtype.kind in "ui" else np.float32))
+
+
+class LabelledSequences:
+    """Sequences with the target's labels, as stage teach stores them."""
+
+    def __init__(self, folder: Path, temperature: float) -> None:
+        self.tokens = Shards(sorted(folder.glob("*.tokens.npy")))
+        self.argmax = Shards(sorted(folder.glob("*.argmax.npy")))
+        ids = sorted(folder.glob("*.ids.npy"))
+        self.ids = Shards(ids) if ids else None
+        self.log_probs = Shards(sorted(folder.glob("*.log_probs.npy"))) if ids else None
+        self.temperature = temperature
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_indices(count: int, batch: int, seed: int, step: int) -> list[int]:
+    """The sequences of one optimizer step: consecutive entries of an endless, reshuffled pass."""
+    first, indices = step * batch, []
+    epoch, order = -1, np.empty(0, dtype=int)
+    for position in range(first, first + batch):
+        if position // count != epoch:
+            epoch = position // count
+            order = epoch_order(count, seed, epoch)
+        indices.append(int(order[position % count]))
+    return indices
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random choices of one micro-batch: where its windows start, and how often each budget was drawn."""
+
+    starts: tuple[int, ...]
+    budgets: dict[int, int]
+
+
+def draw(variant: Variant, train: Train, sequence_tokens: int, seed: int, step: int, micro: int) -> Draw:
+    """Non-overlapping windows and `num_views` budgets (weighted, with replacement) of one micro-batch.
+
+    All window starts share their remainder modulo the window length, so that equal budgets keep equally
+    many entries and can share one attention call.
+    """
+    rng = np.random.default_rng([seed, step, micro])
+    C = train.window_tokens
+    # A start must leave the prefix long enough, and its window (inputs start .. start+C-1) inside.
+    slack = sequence_tokens - train.min_prefix_tokens - train.windows * C
+    offset = int(rng.integers(0, min(slack, C - 1) + 1))
+    places = (sequence_tokens - offset - train.min_prefix_tokens) // C
+    chosen = np.sort(rng.choice(places, size=train.windows, replace=False))
+    starts = tuple(int(sequence_tokens - offset - (place + 1) * C) for place in chosen)
+    budgets: dict[int, int] = {}
+    if variant.sparse_weight > 0:
+        weights = np.array(list(variant.budgets.values()))
+        drawn = rng.choice(list(variant.budgets), size=variant.num_views, p=weights / weights.sum())
+        for budget in sorted(drawn.tolist(), reverse=True):
+            budgets[budget] = budgets.get(budget, 0) + 1
+    return Draw(starts, budgets)
+
+
+def window_labels(
+    data: LabelledSequences, indices: Sequence[int], starts: Sequence[int], length: int, device: torch.device
+) -> TargetLabels:
+    """Labels of all windows of the sequences, flattened as [windows · B · C] (windows outermost)."""
+
+    def cut(shards: Shards) -> Tensor:
+        rows = shards.rows(indices).to(device)
+        return torch.cat([rows[:, start : start + length].flatten(0, 1) for start in starts])
+
+    return TargetLabels(
+        cut(data.argmax),
+        cut(data.ids) if data.ids else None,
+        cut(data.log_probs) if data.log_probs else None,
+        data.temperature,
+    )

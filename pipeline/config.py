@@ -1,0 +1,437 @@
+"""The one schema of every config file: typed to the leaf, with unit, range and meaning.
+
+Reading YAML, `extends`, overrides and error texts live in `config_files.py`. Derived values are
+properties here, computed in one place. Groups are frozen: a stage is handed its group, never a dict.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+Split = Literal["train", "validation", "test"]
+Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
+LossKind = Literal["cross_entropy", "kl", "total_variation"]
+Control = Literal["other_prompt", "no_prefix"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def check_budget(budget: int | str) -> int | str:
+    """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
+    if budget == "full" or budget == 0:
+        return budget
+    if isinstance(budget, str) or budget < 16 or budget % 8:
+        raise ValueError(f'a budget is "full", 0, or an integer of at least 16 divisible by 8, not {budget}')
+    return budget
+
+
+class Group(BaseModel):
+    """Base of all groups: unknown fields are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _switches_only_where_asked(cls, values: Any) -> Any:
+        """YAML reads yes, no, on and off as true and false, which pydantic would take for 1 and 0."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            items = value if isinstance(value, list | tuple) else [value]
+            field = cls.model_fields.get(name)
+            if field and field.annotation is not bool and any(isinstance(item, bool) for item in items):
+                raise PydanticCustomError("misplaced_switch", "true or false", {"field": name})
+        return values
+
+
+# ── data ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Source(Group):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name in tables and file names")
+    use: tuple[Split, ...] = Field(
+        ("train", "validation", "test"), min_length=1, description="splits that it feeds"
+    )
+
+
+class TextSource(Source):
+    """Any text files. Splits are drawn by document with the fractions below."""
+
+    kind: Literal["text"]
+    files: tuple[str, ...] = Field(
+        min_length=1,
+        description='paths or globs; "stdlib" is the sources of the running Python\'s standard library',
+    )
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of documents")
+    test_fraction: float = Field(0.1, ge=0, lt=1, description="share of documents")
+
+    @model_validator(mode="after")
+    def _fractions_leave_training(self) -> TextSource:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must stay below 1")
+        return self
+
+
+class Pg19Source(Source):
+    """PG-19: whole books, with the splits of the hub's data set."""
+
+    kind: Literal["pg19"]
+    path: str = Field("emozilla/pg19", description="hub id, or a folder with train/validation/test files")
+
+
+class LongBenchSource(Source):
+    """One LongBench task: a templated prompt over a long context. Feeds the test split only."""
+
+    kind: Literal["longbench"]
+    task: Literal[
+        "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report",
+        "qmsum", "multi_news", "trec", "triviaqa", "samsum", "passage_retrieval_en",
+    ]  # fmt: skip
+    use: tuple[Literal["test"], ...] = ("test",)
+    path: str = Field("THUDM/LongBench", description="hub id, a folder of <task>.jsonl[.gz], or its data.zip")
+    prompts_file: str | None = Field(None, description="LongBench's own dataset2prompt.json")
+    max_lengths_file: str | None = Field(None, description="LongBench's own dataset2maxlen.json")
+    truncation: Literal["middle", "paper"] = Field(
+        "middle", description="middle: LongBench's, the template kept; paper: the first tokens of the prompt"
+    )
+
+
+class LwmSource(Source):
+    """LWM's tasks: a NarrativeQA summary prompt, or needles hidden in book text."""
+
+    kind: Literal["lwm"]
+    use: tuple[Split, ...] = Field(("test",), min_length=1, description="splits that it feeds")
+    task: Literal["summary", "needle", "multi_needle"] = "summary"
+    path: str = Field(
+        "deepmind/narrativeqa",
+        description="hub id, or a folder with train/validation/test files (or one file) in NarrativeQA's or "
+        "PG-19's schema",
+    )
+    prompt_split: Split | None = Field(
+        None,
+        description="split of the data set that the test prompts come from; default: train for summary (as "
+        "in the paper), test for the needles",
+    )
+    rows: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None,
+        description="rows of prompt_split that become prompts; default: the paper's 20 for summary, all for "
+        "the needles; []: all",
+    )
+    template: str | None = Field(None, description="wording; {book} (summary) or {context} and {question}")
+    needles: int = Field(3, ge=2, le=20, description="needles in one multi_needle prompt")
+
+
+class PromptsSource(Source):
+    """The user's own prompts: JSONL with `prompt` or `messages`, or one text file a prompt. Test only."""
+
+    kind: Literal["prompts"]
+    use: tuple[Literal["test"], ...] = ("test",)
+    files: tuple[str, ...] = Field(min_length=1, description="paths or globs of .jsonl or text files")
+    chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
+
+
+AnySource = Annotated[
+    TextSource | Pg19Source | LongBenchSource | LwmSource | PromptsSource, Field(discriminator="kind")
+]
+
+
+class Context(Group):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name in tables, such as 4K")
+    tokens: int = Field(ge=16, description="exact prompt length, in tokens")
+
+
+class Tokenizer(Group):
+    kind: Literal["target", "bpe"] = Field("target", description="the target's own, or a new byte-level BPE")
+    vocab_size: int = Field(512, ge=264, le=200_000, description="entries of a new BPE, specials included")
+
+
+class Data(Group):
+    root: str = Field(".", description="folder that relative source paths start from")
+    sources: tuple[AnySource, ...] = Field(min_length=1)
+    tokenizer: Tokenizer = Tokenizer()
+    sequence_tokens: int = Field(ge=32, description="tokens of one training sequence, prefix + continuation")
+    max_sequences: int = Field(1_000_000_000, ge=1, description="most training sequences kept")
+    contexts: tuple[Context, ...] = Field(min_length=1, description="prompt lengths that are evaluated")
+    max_new_tokens: int = Field(256, ge=2, description="tokens of one continuation, the first included")
+    prompts: int = Field(10, ge=1, description="test prompts per data set and context")
+    validation_prompts: int = Field(8, ge=0, description="prompts of the validation curve, first context")
+    prompts_per_document: int = Field(4, ge=1, description="most non-overlapping prompts from one document")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="bad rows beyond this share fail the stage")
+    documents_per_shard: int = Field(64, ge=1, description="documents that one task reads and packs")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Data:
+        for what, names in (
+            ("sources", [s.name for s in self.sources]),
+            ("contexts", [c.name for c in self.contexts]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{what}: the name {sorted(twice)[0]!r} is used twice")
+        return self
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Pretrain(Group):
+    """Next-token training of a scratch model on the training split."""
+
+    steps: int = Field(ge=0, description="optimizer steps")
+    batch_sequences: int = Field(8, ge=1, description="sequences per step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak, AdamW")
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class ScratchModel(Group):
+    """A Llama that the pipeline builds and pretrains itself."""
+
+    kind: Literal["scratch"]
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=16, description="model width")
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int = Field(ge=1, description="key/value heads; divides heads")
+    intermediate: int = Field(ge=16, description="MLP width")
+    max_positions: int = Field(ge=32, description="positions that it is built for")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: dict[str, Any] | None = Field(None, description="transformers' rope parameters, e.g. YaRN")
+    pretrain: Pretrain
+    dtype: Dtype = Field("float32", description="precision it runs in at evaluation")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ScratchModel:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError("heads must divide hidden, and kv_heads must divide heads")
+        if (self.hidden // self.heads) % 2:
+            raise ValueError("hidden / heads must be even: rotary embeddings turn pairs")
+        return self
+
+
+class PretrainedModel(Group):
+    kind: Literal["pretrained"]
+    path: str = Field(description="hub id or local folder with safetensors")
+    revision: str | None = Field(None, description="hub revision; a commit hash makes a run repeatable")
+    dtype: Dtype = Field("float32", description="precision it runs in")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    rope_scaling: dict[str, Any] | None = Field(None, description="replaces the model's rope parameters")
+    trained_positions: int | None = Field(
+        None, ge=1, description="positions it was trained on, where its config does not say so"
+    )
+
+
+AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]
+
+
+# ── labels, training, sweep, report ───────────────────────────────────────────────────────────────
+
+
+class Labels(Group):
+    top_k: int = Field(0, ge=0, description="target log-probabilities stored per position; 0: arg-max only")
+    temperature: float = Field(1.0, gt=0, description="temperature of the stored log-probabilities")
+    on_policy_fraction: float = Field(
+        0.0, ge=0, le=1, description="share of sequences whose continuation the target writes itself"
+    )
+    on_policy_temperature: float = Field(1.0, ge=0, description="temperature at which it writes them")
+    batch_sequences: int = Field(8, ge=1, description="sequences per forward pass of the target")
+    max_sequences: int = Field(1_000_000_000, ge=1, description="most training sequences that are labelled")
+    sequences_per_shard: int = Field(256, ge=1, description="sequences that one task labels")
+    num_workers: int = Field(1, ge=1, description="copies of the target that label at once")
+
+
+class Variant(Group):
+    """One drafter to train: the weights of the two branches and the views of the sparse one."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    steps: int | None = Field(None, ge=0, description="default: train.steps; 0 exports the drafter untrained")
+    full_weight: float = Field(1.0, ge=0, description="weight of the full-cache branch L_A")
+    sparse_weight: float = Field(0.5, ge=0, description="λ, the weight of the sparse-cache branch L_C")
+    full_loss: LossKind = "cross_entropy"
+    sparse_loss: LossKind = "cross_entropy"
+    policy: Policy = "chunk_topk"
+    budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
+    num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
+
+    @field_validator("budgets")
+    @classmethod
+    def _valid_budgets(cls, budgets: dict[int, float]) -> dict[int, float]:
+        for budget, weight in budgets.items():
+            check_budget(budget)
+            if weight <= 0:
+                raise ValueError(f"the weight of budget {budget} must be positive, not {weight}")
+        return budgets
+
+    @model_validator(mode="after")
+    def _has_terms(self) -> Variant:
+        if self.sparse_weight > 0 and not self.budgets and self.steps != 0:
+            raise ValueError("sparse_weight > 0 needs budgets; for L_A alone set sparse_weight: 0")
+        if self.full_weight == 0 and self.sparse_weight == 0:
+            raise ValueError("full_weight and sparse_weight are both 0: there is nothing to train on")
+        return self
+
+
+class Train(Group):
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    steps: int = Field(ge=0, description="optimizer steps of each variant")
+    batch_sequences: int = Field(8, ge=1, description="sequences per optimizer step, over all workers")
+    micro_batch_sequences: int = Field(4, ge=1, description="sequences per forward pass of one worker")
+    window_tokens: int = Field(256, ge=1, description="C, tokens of one continuation window")
+    windows: int = Field(1, ge=1, description="windows per sequence and step")
+    min_prefix_tokens: int = Field(16, ge=1, description="shortest prefix before a window")
+    learning_rate: float = Field(1e-5, gt=0, description="peak, AdamW")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine to 0")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, fp32 weights")
+    num_workers: int = Field(1, ge=1, description="data-parallel processes")
+    deepspeed: str = Field("conf/deepspeed/zero1.json", description="DeepSpeed settings of the Ray workers")
+    checkpoint_every: int = Field(200, ge=1, description="steps between resumable checkpoints")
+    validate_every: int = Field(100, ge=1, description="steps between points of the validation curve")
+    validation_gamma: int = Field(4, ge=1, description="γ of the validation curve")
+    validation_budgets: tuple[int | Literal["full"], ...] = Field(
+        ("full",), description="budgets of the validation curve"
+    )
+
+    @field_validator("validation_budgets")
+    @classmethod
+    def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        return tuple(check_budget(budget) for budget in budgets)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Train:
+        share = self.micro_batch_sequences * self.num_workers
+        if self.batch_sequences % share:
+            raise ValueError(
+                f"batch_sequences ({self.batch_sequences}) must be a multiple of micro_batch_sequences × "
+                f"num_workers ({self.micro_batch_sequences} × {self.num_workers} = {share})"
+            )
+        names = [v.name for v in self.variants]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"variants: the name {sorted(twice)[0]!r} is used twice")
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step and worker."""
+        return self.batch_sequences // (self.micro_batch_sequences * self.num_workers)
+
+
+class Measure(Group):
+    """Cells whose wall clock is measured; an empty list means every value of the sweep."""
+
+    drafters: tuple[str, ...] = ()
+    budgets: tuple[int | Literal["full"], ...] = ()
+    gammas: tuple[int, ...] = ()
+    prompts: int = Field(4, ge=1, description="prompts per data set and context, the warm-up one excluded")
+    repeats: int = Field(3, ge=1, description="interleaved repeats of every cell and of AR")
+
+
+class Sweep(Group):
+    mode: Literal["replay", "measure", "both"] = "both"
+    drafters: tuple[str, ...] = Field((), description="variants to evaluate; empty: all")
+    policies: tuple[Policy, ...] = ("chunk_topk",)
+    budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
+    gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
+        min_length=1, description="num_draft_tokens"
+    )
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0,), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="sampling seeds; greedy uses the first")
+    controls: tuple[Control, ...] = ("other_prompt", "no_prefix")
+    measure: Measure = Measure()
+    num_evaluators: int = Field(1, ge=1, description="actors that replay at once; measuring uses one")
+    looping_rate: float = Field(
+        0.5, gt=0, le=1, description="repetition rate above which a continuation counts as looping"
+    )
+
+    @field_validator("budgets")
+    @classmethod
+    def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        return tuple(check_budget(budget) for budget in budgets)
+
+    @model_validator(mode="after")
+    def _replay_is_greedy(self) -> Sweep:
+        if self.mode == "replay" and any(t > 0 for t in self.temperatures):
+            raise ValueError("temperatures above 0 need mode: measure or both; replay is for greedy only")
+        for field in ("drafters", "policies", "budgets", "gammas", "temperatures", "seeds", "controls"):
+            values = getattr(self, field)
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{field} lists {twice[0]} twice")
+        for field in ("budgets", "gammas"):
+            extra = set(getattr(self.measure, field)) - set(getattr(self, field))
+            if extra:
+                raise ValueError(f"measure.{field} names {sorted(map(str, extra))}, which {field} lacks")
+        return self
+
+
+class Report(Group):
+    bootstrap_samples: int = Field(2000, ge=100, description="resamples of every interval")
+    samples: int = Field(3, ge=0, description="texts shown per data set")
+
+
+# ── how it runs ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Run(Group):
+    """Where and on what it runs. Nothing here changes results, so no fingerprint reads it."""
+
+    executor: Literal["ray", "inline"] = "ray"
+    ray_address: str | None = Field(
+        None, description='cluster to join; "local" or empty starts one, unless inside a Ray job'
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_task: float = Field(1, ge=0, description="CPUs a Ray task or actor asks for; its torch threads")
+    gpus_per_task: float = Field(0, ge=0, description="GPUs a Ray task, actor or training worker asks for")
+
+
+class Tracking(Group):
+    uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the storage folder")
+    experiment: str = Field("budgetdraft", min_length=1)
+    enabled: bool = True
+
+
+class Config(Group):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name of the pipeline run")
+    seed: int = Field(42, ge=0)
+    storage: str = Field("runs", description="folder of all artifacts; absolute, and shared, on a cluster")
+    data: Data
+    target: AnyModel
+    drafter: AnyModel
+    labels: Labels = Labels()
+    train: Train
+    sweep: Sweep
+    report: Report = Report()
+    run: Run = Run()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        names = {v.name for v in self.train.variants}
+        for where, drafters in (
+            ("sweep.drafters", self.sweep.drafters),
+            ("sweep.measure.drafters", self.sweep.measure.drafters),
+        ):
+            if set(drafters) - names:
+                raise ValueError(
+                    f"{where}: {sorted(set(drafters) - names)} are not among train.variants {sorted(names)}"
+                )
+        needed = self.train.min_prefix_tokens + self.train.windows * self.train.window_tokens
+        if self.data.sequence_tokens < needed:
+            raise ValueError(
+                f"data.sequence_tokens ({self.data.sequence_tokens}) is less than train.min_prefix_tokens + "
+                f"windows × window_tokens ({needed})"
+            )
+        share = self.train.micro_batch_sequences * self.train.num_workers
+        for name, model in (("target", self.target), ("drafter", self.drafter)):
+            if isinstance(model, ScratchModel) and model.pretrain.batch_sequences % share:
+                raise ValueError(
+                    f"{name}.pretrain.batch_sequences ({model.pretrain.batch_sequences}) must be a multiple of "
+                    f"train.micro_batch_sequences × train.num_workers ({share})"
+                )
+        losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}
+        if losses - {"cross_entropy"} and self.labels.top_k == 0:
+            raise ValueError("kl and total_variation losses need labels.top_k > 0")
+        if self.data.tokenizer.kind == "target" and self.target.kind == "scratch":
+            raise ValueError("a scratch target has no tokenizer: set data.tokenizer.kind: bpe")
+        return self

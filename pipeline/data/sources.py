@@ -1,0 +1,206 @@
+"""All data sets by their `kind`, and what the stage asks of all of them at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import fingerprint, write_rows, write_text
+from pipeline.config import Config, Context, Data, PretrainedModel, Split
+from pipeline.data.documents import Document, Part, Reader, Request, Shard, digest, read_parts
+from pipeline.data.longbench import LongBenchReader
+from pipeline.data.lwm import LwmReader
+from pipeline.data.packing import DOCUMENTS, PROMPTS, TOKENIZER
+from pipeline.data.pg19 import Pg19Reader
+from pipeline.data.prompts import PromptsReader
+from pipeline.data.text import TextReader
+from pipeline.data.tokenizer import read_tokenizer
+from pipeline.errors import BadData
+from pipeline.rows import Row
+
+READERS: dict[str, type[Reader[Any]]] = {
+    "text": TextReader,
+    "pg19": Pg19Reader,
+    "longbench": LongBenchReader,
+    "lwm": LwmReader,
+    "prompts": PromptsReader,
+}
+LISTED_FILES = 20
+log = logging.getLogger(__name__)
+
+
+class PromptSummary(Row):
+    """What one task of prompts made: its file, and the documents that gave none, by reason."""
+
+    file: str
+    num_prompts: int
+    num_documents: int
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """One file of prompts to write: a data set, a split, a context."""
+
+    reader: Reader[Any]
+    split: Split
+    context: Context
+    count: int
+    parts: tuple[Part, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.split}-{self.reader.source.name}-{self.context.name}.jsonl"
+
+
+def make_readers(data: Data, seed: int) -> dict[str, Reader[Any]]:
+    """One reader a source, by the source's name, in the config's order.
+
+    Raises:
+        BadData: if no source feeds the test split, or a split that another setting needs.
+    """
+    fed = {split for source in data.sources for split in source.use}
+    for split, needed, otherwise in (
+        ("test", True, "nothing could be evaluated"),
+        ("validation", data.validation_prompts > 0, "set data.validation_prompts: 0"),
+        ("train", data.tokenizer.kind == "bpe", "a new tokenizer has nothing to learn from"),
+    ):
+        if needed and split not in fed:
+            raise BadData(f"no source of data.sources has {split!r} in its `use`: add one, or {otherwise}")
+    return {source.name: READERS[source.kind](source, data, seed) for source in data.sources}
+
+
+def local_files(readers: dict[str, Reader[Any]], shards: list[Shard]) -> dict[str, list[Path]]:
+    """The files on this machine that each source reads."""
+    files: dict[str, list[Path]] = {name: reader.extra_files() for name, reader in readers.items()}
+    for shard in shards:
+        files[shard.source] += [Path(table.path) for table in shard.tables if table.hub_split is None]
+    return files
+
+
+def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]:
+    """All that the prepared data depends on; local files by size and time of change."""
+    stats = {str(file): file.stat() for own in files.values() for file in own}
+    inputs: dict[str, Any] = {
+        "data": config.data,
+        "seed": config.seed,
+        "files": fingerprint({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}),
+    }
+    if config.data.tokenizer.kind == "target":
+        assert isinstance(config.target, PretrainedModel)
+        folder = Path(config.target.path).expanduser()
+        own = sorted(folder.glob("*token*")) + sorted(folder.glob("*.jinja")) if folder.is_dir() else []
+        inputs["tokenizer"] = {
+            "path": config.target.path,
+            "revision": config.target.revision,
+            "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in own},
+        }
+    return inputs
+
+
+def origins(readers: dict[str, Reader[Any]], files: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
+    """Where each source's data came from: the hub id, or the local files by path and size."""
+    described: dict[str, dict[str, Any]] = {}
+    for name, reader in readers.items():
+        own = list(dict.fromkeys(files[name]))
+        sizes = [{"path": str(file), "bytes": file.stat().st_size} for file in own[:LISTED_FILES]]
+        described[name] = {
+            "kind": reader.source.kind,
+            "from": "local files" if own else f"hub {reader.source.path}",
+            "num_files": len(own),
+            "bytes": sum(file.stat().st_size for file in own),
+            "files": sizes,
+            **reader.origin(),
+        }
+    return described
+
+
+def plan_prompts(data: Data, readers: dict[str, Reader[Any]], parts: list[Part]) -> list[PromptTask]:
+    """The files of prompts to write: test at every context, validation at the first.
+
+    The validation prompts are shared among the sources of continued text, or, without those, among all.
+
+    Raises:
+        BadData: if two files would have one name.
+    """
+
+    def task(reader: Reader[Any], split: Split, context: Context, count: int) -> PromptTask:
+        own = tuple(p for p in parts if p.split == split and p.source == reader.source.name)
+        return PromptTask(reader, split, context, count, own)
+
+    validating = [r for r in readers.values() if "validation" in r.source.use]
+    validating = [r for r in validating if r.continues_text] or validating
+    tasks = []
+    for k, reader in enumerate(validating):
+        count = (data.validation_prompts + len(validating) - 1 - k) // len(validating)
+        if count:
+            tasks.append(task(reader, "validation", data.contexts[0], count))
+    for reader in readers.values():
+        if "test" in reader.source.use:
+            tasks += [task(reader, "test", context, data.prompts) for context in data.contexts]
+    twice = [name for name, number in Counter(t.file for t in tasks).items() if number > 1]
+    if twice:
+        raise BadData(f"two sources and contexts share the file name {twice[0]!r}: rename one of them")
+    return tasks
+
+
+def write_prompts(folder: Path, task: PromptTask) -> PromptSummary:
+    """Write one file of prompts; one that is there is not made again."""
+    summary_file = folder / PROMPTS / f"{task.file}.summary.json"
+    if summary_file.exists():
+        return PromptSummary.model_validate_json(summary_file.read_text(encoding="utf-8"))
+    request = Request(
+        dataset=task.reader.source.name,
+        split=task.split,
+        context=task.context,
+        count=task.count,
+        per_document=task.reader.data.prompts_per_document,
+        max_new_tokens=task.reader.data.max_new_tokens,
+        seed=task.reader.seed,
+        tokenizer=read_tokenizer(folder / TOKENIZER),
+    )
+    documents = distinct(read_parts(folder / DOCUMENTS, task.parts), request.skipped)
+    prompts = task.reader.prompts(documents, request)
+    write_rows(folder / PROMPTS / task.file, prompts)
+    summary = PromptSummary(
+        file=task.file,
+        num_prompts=len(prompts),
+        num_documents=len({prompt.document_id for prompt in prompts}),
+        skipped=dict(sorted(request.skipped.items())),
+    )
+    write_text(summary_file, summary.model_dump_json() + "\n")
+    return summary
+
+
+def check_prompts(tasks: list[PromptTask], made: dict[str, PromptSummary]) -> None:
+    """Warn of files without prompts.
+
+    Raises:
+        BadData: if a split has no prompt at all; says why.
+    """
+    for split in dict.fromkeys(task.split for task in tasks):
+        own = [made[task.file] for task in tasks if task.split == split]
+        empty = [f"{s.file}: {s.skipped or 'no documents'}" for s in own if s.num_prompts == 0]
+        if len(empty) == len(own):
+            raise BadData(
+                f"no {split} prompt could be made ({'; '.join(empty)}): add documents, shorten the contexts, "
+                "or give the split a larger share"
+            )
+        for line in empty:
+            log.warning("no prompts in %s", line)
+
+
+def distinct(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[Document]:
+    """Without copies: the same text is no second document, unless another question is asked about it."""
+    seen: set[str] = set()
+    for document in documents:
+        key = digest("\0".join((document.before, document.text, document.after)))
+        if key in seen:
+            skipped["copy of an earlier document"] += 1
+        else:
+            seen.add(key)
+            yield document

@@ -1,0 +1,129 @@
+"""Any text files; "stdlib" is the source code of the running Python's standard library.
+
+Splits are drawn by document: a hash of the content and the seed places each document on [0, 1), so that a
+document keeps its split whatever else is in the set, and copies share one.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from pipeline.config import Split, TextSource
+from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
+from pipeline.data.evaluation import continuation_prompts
+from pipeline.data.reading import BadRow, Table, local_path, must_be_file, text_problem
+from pipeline.errors import BadData
+from pipeline.rows import Prompt
+
+STDLIB = "stdlib"
+# Test suites hold files that are broken on purpose, site-packages is not the library, and encodings are
+# generated tables so alike that each held-out one would empty the training split of the others.
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
+
+
+class TextReader(Reader[TextSource]):
+    continues_text = True
+
+    def shards(self) -> list[Shard]:
+        files = sorted({file for pattern in self.source.files for file in expand(pattern, self.root)})
+        # Hashed order: a shard, and so any first few documents, mixes files of all folders.
+        files.sort(key=lambda file: hashlib.sha256(f"{self.seed}/{self._name(file)}".encode()).digest())
+        per_shard = self.data.documents_per_shard
+        return [
+            Shard(self.source.name, None, k, tuple(Table(str(f)) for f in files[i : i + per_shard]))
+            for k, i in enumerate(range(0, len(files), per_shard))
+        ]
+
+    def documents(self, shard: Shard) -> Iterator[Document | BadRow]:
+        for index, table in enumerate(shard.tables):
+            text = read_text(Path(table.path), index)
+            if isinstance(text, BadRow):
+                yield text
+            elif problem := text_problem(text, MIN_CHARS):
+                yield BadRow(table.path, index, *problem)
+            else:
+                yield Document(
+                    document_id=f"{self.source.name}/{self._name(Path(table.path))}",
+                    source=self.source.name,
+                    split=self.split(text),
+                    text=text,
+                )
+
+    def split(self, text: str) -> Split:
+        """The split of a document, among those in `use`."""
+        use = self.source.use
+        if len(use) == 1:
+            return use[0]
+        point = int.from_bytes(hashlib.sha256(f"{self.seed}\n{text}".encode()).digest()[:8]) / 2**64
+        test = self.source.test_fraction if "test" in use else 0.0
+        validation = self.source.validation_fraction if "validation" in use else 0.0
+        if "train" not in use:
+            if test + validation == 0:
+                raise BadData(f"source {self.source.name!r}: its fractions are 0, and it feeds no training")
+            test = test / (test + validation)
+            return "test" if point < test else "validation"
+        if point < test:
+            return "test"
+        return "validation" if point < test + validation else "train"
+
+    def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
+        return continuation_prompts(documents, request)
+
+    def _name(self, file: Path) -> str:
+        """The file's name in document ids: short, and the same on every machine where it can be."""
+        for base, prefix in ((stdlib_folder(), f"{STDLIB}/"), (self.root.absolute(), "")):
+            if file.is_relative_to(base):
+                return prefix + file.relative_to(base).as_posix()
+        return file.as_posix()
+
+
+@cache
+def stdlib_folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def expand(pattern: str, root: Path) -> list[Path]:
+    """The files of one path, glob or "stdlib".
+
+    Raises:
+        BadData: if nothing matches, or a path that is no glob is missing or a directory.
+    """
+    if pattern == STDLIB:
+        base = stdlib_folder()
+        found = [
+            file
+            for file in base.rglob("*.py")
+            # Empty __init__.py files are as they should be, so they are left out rather than counted as bad.
+            if not NOT_LIBRARY & set(file.relative_to(base).parts) and file.stat().st_size > MIN_CHARS
+        ]
+        if not found:
+            raise BadData(f"{base} holds no .py files: this Python has no library sources; name other files")
+        return found
+    path = local_path(pattern, root)
+    if not glob.has_magic(pattern):
+        must_be_file(path, "the text file that the config names")
+        return [path]
+    # A directory that a bare * or ** matches is not meant; one called like a text file is a mistake to count.
+    any_name = path.name.strip("*") == ""
+    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    files = [match for match in matches if not (any_name and match.is_dir())]
+    if not files:
+        raise BadData(f"no file matches {path}: check the glob, or data.root ({root.absolute()})")
+    return files
+
+
+def read_text(file: Path, index: int) -> str | BadRow:
+    """The file as UTF-8, line ends untouched, or why not."""
+    if file.is_dir():
+        return BadRow(str(file), index, "a directory")
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRow(str(file), index, "bad UTF-8", str(error))
+    except OSError as error:
+        return BadRow(str(file), index, "unreadable", str(error))

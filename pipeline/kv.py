@@ -1,0 +1,306 @@
+"""Views of a prefix, and the budgeted cache that the same views serve in training, replay and decoding.
+
+`read_prefix` runs one full-attention forward over a prefix and keeps, layer by layer, the KV entries that
+each requested view selects; a layer's other KV are freed before the next layer runs. `ViewCache` holds the
+kept entries of one or many views and the continuation KV behind them, which are appended at their true
+positions and never evicted. Keys are kept as rotated, at their original positions.
+
+Both are transformers caches. Attention over them is `attend`, registered with transformers as
+"budgetdraft"; the cache travels to it as the keyword `view_cache`.
+
+Shape legend: B batch rows, H key/value heads, G query heads per key/value head, S prefix length, N kept
+entries, Q new tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pipeline.policies import SNAP_WINDOW, select
+
+ATTENTION = "budgetdraft"
+
+
+@dataclass(frozen=True)
+class View:
+    """What the drafter sees of a prefix: everything (`budget` None), or what a policy keeps within a budget."""
+
+    policy: str
+    budget: int | None
+
+    @property
+    def name(self) -> str:
+        return self.policy if self.budget is None else f"{self.policy}/{self.budget}"
+
+
+FULL = View("full", None)
+
+
+def view_of(policy: str, budget: int | str) -> View:
+    """The view of a sweep's (policy, budget) pair; budget "full" is the full view under every policy."""
+    if budget == "full":
+        return FULL
+    return View("none" if budget == 0 else policy, int(budget))
+
+
+@dataclass
+class PrefixView:
+    """The kept KV of one view of one prefix (or of B prefixes of equal length): per layer [B, H, N, D]."""
+
+    view: View
+    prefix_tokens: int
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+
+class PrefixReader(Cache):
+    """Records the requested views while a model reads a prefix with full attention."""
+
+    def __init__(self, cuts: Sequence[tuple[int, View]]) -> None:
+        super().__init__(layers=[])
+        self.views = [PrefixView(view, start) for start, view in cuts]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        queries_BHGSD = query.unflatten(1, (key.shape[1], -1))
+        for view in self.views:
+            start = view.prefix_tokens
+            keys, values = key[:, :, :start], value[:, :, :start]
+            if view.view.budget is not None:
+                observed = queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start]
+                kept_BHN = select(view.view.policy, keys, observed, view.view.budget)
+                index = kept_BHN.unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
+                keys, values = keys.gather(2, index), values.gather(2, index)
+            view.layers.append((keys, values))
+        return causal_attention(query, key, value, scaling)
+
+
+class ViewLayer(CacheLayerMixin):
+    """One layer's buffers: for each group of rows the kept KV, then room for `capacity` continuation tokens."""
+
+    is_croppable = True
+
+    def __init__(self, groups: list[list[tuple[Tensor, Tensor]]], capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.appended = capacity, 0
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[int] = []
+        for group in groups:
+            kept = group[0][0].shape[2]
+            rows = sum(keys.shape[0] for keys, _ in group)
+            pair = []
+            for parts in zip(*group, strict=True):
+                _, H, _, D = parts[0].shape
+                buffer = parts[0].new_empty(rows, H, kept + capacity, D)
+                torch.cat(parts, out=buffer[:, :, :kept]) if len(parts) > 1 else buffer[:, :, :kept].copy_(
+                    parts[0]
+                )
+                pair.append(buffer)
+            self.buffers.append((pair[0], pair[1]))
+            self.kept.append(kept)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a view layer is built from a prefix and is always initialized")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the KV of Q new tokens for all rows."""
+        new, row = key_states.shape[2], 0
+        if self.appended + new > self.capacity:
+            raise ValueError(
+                f"the cache has room for {self.capacity} continuation tokens, not {self.appended + new}"
+            )
+        for (keys, values), kept in zip(self.buffers, self.kept, strict=True):
+            rows, at = slice(row, row + keys.shape[0]), slice(kept + self.appended, kept + self.appended + new)
+            keys[:, :, at] = key_states[rows]
+            values[:, :, at] = value_states[rows]
+            row += keys.shape[0]
+        self.appended += new
+        if len(self.buffers) > 1:
+            return key_states, value_states
+        used = self.kept[0] + self.appended
+        return self.buffers[0][0][:, :, :used], self.buffers[0][1][:, :, :used]
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """Attention of the last Q appended tokens over their group's kept KV and, causally, the continuation."""
+        outputs, row = [], 0
+        for (keys, values), kept in zip(self.buffers, self.kept, strict=True):
+            used = kept + self.appended
+            rows = slice(row, row + keys.shape[0])
+            outputs.append(suffix_attention(query[rows], keys[:, :, :used], values[:, :, :used], scaling))
+            row += keys.shape[0]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` continuation tokens (transformers' sign convention)."""
+        assert -self.appended <= tokens_to_remove <= 0, "only continuation tokens can be removed"
+        self.appended += tokens_to_remove
+
+    def get_seq_length(self) -> int:
+        return self.kept[0] + self.appended
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.kept[0] + self.capacity
+
+
+class ViewCache(Cache):
+    """Kept prefix KV of one or several views, and room for `capacity` continuation tokens behind each.
+
+    Rows are the views' rows in order. Neighbouring views with equally many kept entries share one attention
+    call, so put views of the same budget side by side.
+    """
+
+    layers: list[ViewLayer]
+
+    def __init__(self, views: Sequence[PrefixView], capacity: int) -> None:
+        groups: list[list[PrefixView]] = []
+        for view in views:
+            if groups and groups[-1][0].kept == view.kept:
+                groups[-1].append(view)
+            else:
+                groups.append([view])
+        num_layers = len(views[0].layers)
+        layers: list[Any] = [
+            ViewLayer([[view.layers[layer] for view in group] for group in groups], capacity)
+            for layer in range(num_layers)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def appended(self) -> int:
+        """Continuation tokens held so far."""
+        return self.layers[0].appended
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the buffers: kept prefix and the room for the continuation."""
+        return sum(keys.nbytes + values.nbytes for layer in self.layers for keys, values in layer.buffers)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return self.layers[layer].attend(query, scaling)
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` continuation tokens."""
+        for layer in self.layers:
+            layer.crop(-num_tokens)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Plain causal self-attention of a whole sequence, [B, H·G, S, D]."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+
+
+def suffix_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of the last Q of the stored tokens, [B, H·G, Q, D]; each sees all that is stored before it.
+
+    The query heads of one key/value head are folded into the query length, so keys are not repeated.
+    """
+    B, heads, Q, D = query.shape
+    H, stored = key.shape[1], key.shape[2]
+    mask = None
+    if Q > 1:
+        mask = torch.ones(Q, stored, dtype=torch.bool, device=query.device).tril(stored - Q)
+        mask = mask.repeat(heads // H, 1)
+    folded = query.reshape(B, H, -1, D)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).view(B, heads, Q, D)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    view_cache: PrefixReader | ViewCache | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: over a view cache, or causal where there is none."""
+    if sliding_window is not None or softcap is not None or attention_mask is not None:
+        raise ValueError(
+            "models with sliding-window attention, logit soft-capping or padding masks are not supported"
+        )
+    if view_cache is None:
+        output = causal_attention(query, key, value, scaling)
+    else:
+        output = view_cache.attend(module.layer_idx, query, key, value, scaling)  # type: ignore[arg-type]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@torch.no_grad()
+def read_prefix(
+    model: PreTrainedModel, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
+) -> tuple[list[PrefixView], Tensor]:
+    """One full-attention forward over prefixes of equal length.
+
+    Args:
+        model: a causal language model loaded with `pipeline.models.load_model`.
+        tokens_BS: [B, S] tokens from position 0.
+        cuts: (prefix length <= S, view) pairs; each gives one `PrefixView` of that many first tokens.
+
+    Returns:
+        The views in the order of `cuts`, and the logits [B, V] after the last token.
+    """
+    reader = PrefixReader(cuts)
+    output = model(
+        input_ids=tokens_BS,
+        past_key_values=reader,
+        view_cache=reader,
+        use_cache=True,
+        position_ids=torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0),
+        logits_to_keep=1,
+    )
+    if any(not view.layers for view in reader.views):
+        raise ValueError(
+            f"{type(model).__name__} does not pass `view_cache` to its attention function: "
+            "this architecture is not supported"
+        )
+    return reader.views, output.logits[:, -1, : model.num_tokens]
+
+
+def read_continuation(
+    model: PreTrainedModel, cache: ViewCache, tokens_RQ: Tensor, positions_RQ: Tensor
+) -> Tensor:
+    """Logits [R, Q, V] of Q more tokens per row, whose KV are appended to the cache.
+
+    Args:
+        positions_RQ: true positions of the tokens, [R, Q] or [1, Q].
+    """
+    output = model(
+        input_ids=tokens_RQ,
+        position_ids=positions_RQ,
+        past_key_values=cache,
+        view_cache=cache,
+        use_cache=True,
+    )
+    return output.logits[..., : model.num_tokens]

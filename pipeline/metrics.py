@@ -1,0 +1,195 @@
+"""What is measured and how sure we are of it. numpy only.
+
+Rates are pooled: the sum of the numerators over the sum of the denominators, never a mean of ratios, so a
+prompt weighs as much as the draft tokens it saw. Intervals are percentile bootstraps at 95 % that resample
+whole units (prompts, or clusters of prompts that share a document), seeded and hence repeatable.
+
+Shapes: N units, B bootstrap samples, R repeats, G draft positions (γ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.95
+NGRAM = 4
+
+Floats = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A statistic of all units and the 95 % bootstrap interval around it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Speedup(NamedTuple):
+    """Decode speed of one cell against autoregressive decoding of the same prompts."""
+
+    overall: Interval
+    worst_prompt: float
+
+
+def repetition_rate(tokens: Sequence[int]) -> float:
+    """Share of a continuation's 4-grams that already occurred earlier in it.
+
+    0 where every 4-gram is new, near 1 for looping text. A continuation of fewer than five tokens has at
+    most one 4-gram, which cannot repeat: 0.
+    """
+    count = len(tokens) - NGRAM + 1
+    if count < 2:
+        return 0.0
+    distinct = {tuple(tokens[start : start + NGRAM]) for start in range(count)}
+    return 1.0 - len(distinct) / count
+
+
+def bootstrap_interval(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    samples: int,
+    seed: int,
+    clusters: Sequence[str] | None = None,
+) -> Interval:
+    """Pooled ratio of N units and its interval.
+
+    Args:
+        numerators, denominators: N counts each, such as accepted and proposed draft tokens per prompt.
+        samples: bootstrap resamples B.
+        seed: of the resampling.
+        clusters: N names; units with one name are resampled together. Default: every unit alone.
+
+    A single unit (or cluster) has an interval of no width, which says nothing: show the number of units.
+
+    Raises:
+        ValueError: if lengths differ or the denominators sum to zero.
+    """
+    num, den = _by_cluster(numerators, denominators, clusters)
+    return _interval(_ratio(num, den), _resampled_ratios(num, den, samples, seed))
+
+
+def paired_difference(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    *,
+    samples: int,
+    seed: int,
+    clusters: Sequence[str] | None = None,
+) -> Interval:
+    """Pooled ratio of `first` minus that of `second`, both over the same N units in the same order.
+
+    Each is (numerators, denominators). A resample takes the same units for both sides, so what the units
+    have in common cancels.
+
+    Raises:
+        ValueError: if lengths differ or denominators sum to zero.
+    """
+    first_num, first_den = _by_cluster(*first, clusters)
+    second_num, second_den = _by_cluster(*second, clusters)
+    if len(first_num) != len(second_num):
+        raise ValueError(f"the sides have {len(first_num)} and {len(second_num)} units: they are not paired")
+    draws = _resampled_ratios(first_num, first_den, samples, seed) - _resampled_ratios(
+        second_num, second_den, samples, seed
+    )
+    return _interval(_ratio(first_num, first_den) - _ratio(second_num, second_den), draws)
+
+
+def conditional_acceptance(reached: ArrayLike, kept: ArrayLike) -> list[float]:
+    """Acceptance at each draft position among the rounds that got there, pooled over N prompts.
+
+    Args:
+        reached: [N, G] rounds in which all earlier positions were accepted.
+        kept: [N, G] those of them in which this position was accepted.
+
+    Returns:
+        At most G rates; positions that no round reached are left off at the end.
+    """
+    reached_G = np.asarray(reached, dtype=np.int64).sum(axis=0)
+    kept_G = np.asarray(kept, dtype=np.int64).sum(axis=0)
+    seen = int(np.count_nonzero(reached_G))
+    assert np.all(reached_G[:seen] > 0), "a draft position was reached without the one before it"
+    return [float(rate) for rate in kept_G[:seen] / reached_G[:seen]]
+
+
+def speedup(
+    speculative: tuple[ArrayLike, ArrayLike], ar: tuple[ArrayLike, ArrayLike], *, samples: int, seed: int
+) -> Speedup:
+    """Tokens per second of a cell ÷ those of autoregressive (AR) decoding of the same prompts.
+
+    Each side is (tokens [N], seconds [N, R]); repeat r of a prompt ran beside repeat r of AR. `overall` pools
+    tokens and seconds; its interval resamples prompts, and within each drawn prompt its repeats.
+    `worst_prompt` is the least of the ratios of single prompts, from the medians of their repeats.
+
+    Raises:
+        ValueError: if the shapes do not fit or a count or time is not positive.
+    """
+    tokens_N, seconds_NR = (np.asarray(values, dtype=np.float64) for values in speculative)
+    ar_tokens_N, ar_seconds_NR = (np.asarray(values, dtype=np.float64) for values in ar)
+    num, repeats = seconds_NR.shape if seconds_NR.ndim == 2 else (0, 0)
+    shapes = [values.shape for values in (tokens_N, seconds_NR, ar_tokens_N, ar_seconds_NR)]
+    if num * repeats == 0 or shapes != [(num,), (num, repeats), (num,), (num, repeats)]:
+        raise ValueError(f"tokens and seconds are {shapes}: they must be [N], [N, R], [N], [N, R]")
+    if not all(np.all(values > 0) for values in (tokens_N, seconds_NR, ar_tokens_N, ar_seconds_NR)):
+        raise ValueError("token counts and seconds must be positive")
+    rng = np.random.default_rng(seed)
+    prompts_BN = rng.integers(num, size=(samples, num))
+    repeats_BNR = rng.integers(repeats, size=(samples, num, repeats))
+
+    def rates(tokens: Floats, seconds: Floats) -> Floats:
+        drawn_s = seconds[prompts_BN[:, :, None], repeats_BNR].sum((1, 2))
+        return repeats * tokens[prompts_BN].sum(1) / drawn_s
+
+    draws = rates(tokens_N, seconds_NR) / rates(ar_tokens_N, ar_seconds_NR)
+    overall = (tokens_N.sum() / seconds_NR.sum()) / (ar_tokens_N.sum() / ar_seconds_NR.sum())
+    per_prompt = (tokens_N / np.median(seconds_NR, axis=1)) / (ar_tokens_N / np.median(ar_seconds_NR, axis=1))
+    return Speedup(_interval(float(overall), draws), float(per_prompt.min()))
+
+
+def _by_cluster(
+    numerators: ArrayLike, denominators: ArrayLike, clusters: Sequence[str] | None
+) -> tuple[Floats, Floats]:
+    num = np.asarray(numerators, dtype=np.float64)
+    den = np.asarray(denominators, dtype=np.float64)
+    if num.shape != den.shape or num.ndim != 1:
+        raise ValueError(f"numerators and denominators are {num.shape} and {den.shape}: both must be [N]")
+    if not den.sum() > 0:
+        raise ValueError("the denominators sum to zero: there is no rate")
+    if clusters is None:
+        return num, den
+    if len(clusters) != len(num):
+        raise ValueError(f"{len(clusters)} cluster names for {len(num)} units")
+    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = [np.bincount(member, weights=values).astype(np.float64) for values in (num, den)]
+    return sums[0], sums[1]
+
+
+@lru_cache(maxsize=16)
+def _draw_counts(units: int, samples: int, seed: int) -> Floats:
+    """[B, N] how often each unit is drawn. Cached: cells with equally many prompts share their draws."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(units, np.full(units, 1 / units), size=samples).astype(np.float64)
+
+
+def _resampled_ratios(num: Floats, den: Floats, samples: int, seed: int) -> Floats:
+    """[B] pooled ratios of the resamples; NaN where a resample has a denominator of zero."""
+    counts = _draw_counts(len(num), samples, seed)
+    pooled = counts @ np.stack([num, den], axis=1)
+    return np.divide(pooled[:, 0], pooled[:, 1], out=np.full(samples, np.nan), where=pooled[:, 1] > 0)
+
+
+def _ratio(num: Floats, den: Floats) -> float:
+    return float(num.sum() / den.sum())
+
+
+def _interval(mean: float, draws: Floats) -> Interval:
+    """Percentiles of the draws that are defined: one drawn from units without any denominator has no rate."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(draws[np.isfinite(draws)], [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))

@@ -1,0 +1,183 @@
+"""Load, build and export targets and drafters: Hugging Face causal language models over our attention."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.errors import BadData
+from pipeline.kv import ATTENTION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.config import PretrainedModel, ScratchModel
+
+# A bar for every shard of every load would drown our own progress.
+disable_progress_bar()
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: if a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda, but torch sees no GPU; set run.device: auto or cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Where a model comes from and how it is to be loaded; small enough to travel to workers.
+
+    `rope_scaling` replaces the model's rope parameters (YaRN, linear, …, as transformers names them).
+    `trained_positions` is set where the model's own config does not tell.
+    """
+
+    path: str
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    trained_positions: int | None = None
+
+
+def model_ref(spec: PretrainedModel | ScratchModel, scratch_folder: Path | None) -> ModelRef:
+    """The reference of a config's model; a scratch model lives where stage pretrain put it."""
+    if spec.kind == "scratch":
+        return ModelRef(path=str(scratch_folder), dtype=spec.dtype)
+    return ModelRef(
+        spec.path, spec.dtype, spec.revision, spec.trust_remote_code, spec.rope_scaling, spec.trained_positions
+    )
+
+
+def load_model(
+    ref: ModelRef, num_tokens: int, device: torch.device | str = "cpu", dtype: str | None = None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, with the attention that reads view caches.
+
+    Args:
+        num_tokens: entries of the tokenizer that target and drafter share. Logits beyond it, where a
+            model pads its vocabulary, are cut off.
+        dtype: overrides the reference's.
+
+    Raises:
+        BadData: if the model has fewer logits than the tokenizer has tokens, or only pickled weights.
+    """
+    path = ref.path
+    if os.path.isdir(path) and not any((Path(path) / name).exists() for name in WEIGHTS):
+        raise BadData(
+            f"{path} holds no {WEIGHTS[0]}; convert a .bin checkpoint once with "
+            f"`budgetdraft convert {path} OUTPUT` and name OUTPUT in the config"
+        )
+    hub = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        raise BadData(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
+    if ref.rope_scaling is not None:
+        config.rope_parameters = {**(config.rope_parameters or {}), **ref.rope_scaling}
+    if config.vocab_size < num_tokens:
+        raise BadData(
+            f"{path} has {config.vocab_size} logits, but the tokenizer has {num_tokens} tokens: "
+            "target and drafter must share one tokenizer"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=getattr(torch, dtype or ref.dtype),
+        attn_implementation=ATTENTION,
+        use_safetensors=True,
+        **hub,
+    )
+    return prepare_model(model, num_tokens).to(device)
+
+
+def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
+    """Evaluation mode, and the number of logits that stand for tokens."""
+    model.num_tokens = num_tokens  # type: ignore[assignment]
+    return model.eval()
+
+
+def build_scratch(spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A randomly initialised Llama of the given shape; the same seed gives the same weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta, **(spec.rope_scaling or {})},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION)
+    return prepare_model(model, len(tokenizer))
+
+
+def own_positions(ref: ModelRef) -> int:
+    """Positions that a pretrained model was trained on, by the config's word or else the model's."""
+    if ref.trained_positions is not None:
+        return ref.trained_positions
+    config = AutoConfig.from_pretrained(
+        ref.path, revision=ref.revision, trust_remote_code=ref.trust_remote_code
+    )
+    return int(config.max_position_embeddings)
+
+
+def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a continuation."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos = model.config.eos_token_id if eos is None else eos
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that plain `AutoModelForCausalLM.from_pretrained` loads, tokenizer included."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_bin(source: Path, output: Path) -> None:
+    """Turn a folder with a pickled `pytorch_model.bin` into one with safetensors, reading tensors only.
+
+    Raises:
+        BadData: if `source` has no such file, or `output` exists.
+    """
+    if not (source / "pytorch_model.bin").exists():
+        raise BadData(f"{source} holds no pytorch_model.bin")
+    if output.exists():
+        raise BadData(f"{output} exists; name a new folder")
+    state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    config = AutoConfig.from_pretrained(source)
+    model = AutoModelForCausalLM.from_config(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys)
+    lost = [key for key in missing if key not in tied]
+    if lost or [key for key in unexpected if not key.endswith("rotary_emb.inv_freq")]:
+        raise BadData(f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unexpected}")
+    model.to(next(iter(state.values())).dtype).save_pretrained(output, safe_serialization=True)
+    for file in source.iterdir():
+        if file.suffix in {".json", ".model", ".txt"} and not (output / file.name).exists():
+            (output / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,140 @@
+"""The two objectives of the training loop: next-token pretraining, and the drafter's two-branch loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline import replay
+from pipeline.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
+from pipeline.config import Config, Pretrain, Variant
+from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
+from pipeline.losses import LOSSES
+from pipeline.rows import Continuation, Prompt
+
+
+class NextToken:
+    """Cross entropy of the next token over whole sequences."""
+
+    def __init__(
+        self, config: Config, group: Pretrain, tokens: Shards, validation: Sequence[Prompt], device: torch.device
+    ) -> None:
+        self.tokens, self.group, self.seed, self.device = tokens, group, config.seed, device
+        self.micro = config.train.micro_batch_sequences
+        self.tokens_per_micro = self.micro * (config.data.sequence_tokens - 1)
+        self.validation = validation
+
+    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        indices = batch_indices(len(self.tokens), self.group.batch_sequences, self.seed, step)
+        rows = indices[micro * self.micro : (micro + 1) * self.micro]
+        value = next_token_loss(model, self.tokens.rows(rows).to(self.device))
+        return value, {"next_token": value}
+
+    @torch.no_grad()
+    def validate(self, model: PreTrainedModel) -> dict[str, float]:
+        losses = [
+            float(next_token_loss(model, torch.tensor([prompt.tokens], device=self.device)))
+            for prompt in self.validation
+        ]
+        return {"validation/next_token": sum(losses) / len(losses)} if losses else {}
+
+
+def next_token_loss(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
+    logits = model(input_ids=tokens_BS[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
+
+
+class MultiView:
+    """L = w·L_A + λ·L_C over windows of labelled sequences (paper section 3).
+
+    Per micro-batch: one no-grad prefill of the sequences, views cut at every window's start, and one forward
+    of all windows behind all their views. The prefix KV are detached.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        variant: Variant,
+        data: LabelledSequences,
+        validation: Sequence[tuple[Prompt, Continuation]],
+        device: torch.device,
+    ) -> None:
+        self.config, self.variant, self.data, self.device = config, variant, data, device
+        self.validation = validation
+        train = config.train
+        self.tokens_per_micro = train.micro_batch_sequences * train.windows * train.window_tokens
+
+    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        train, config = self.config.train, self.config
+        indices = batch_indices(len(self.data), train.batch_sequences, config.seed, step)
+        indices = indices[micro * train.micro_batch_sequences : (micro + 1) * train.micro_batch_sequences]
+        drawn = draw(self.variant, train, config.data.sequence_tokens, config.seed, step, micro)
+        tokens_BS = self.data.tokens.rows(indices).to(self.device)
+        labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
+        views = ([FULL] if self.variant.full_weight > 0 else []) + [
+            view_of(self.variant.policy, budget) for budget in drawn.budgets
+        ]
+        logits_by_view = window_logits(model, tokens_BS, drawn.starts, train.window_tokens, views)
+
+        zero = torch.zeros((), device=self.device)
+        full = sparse = zero
+        for view, logits_TV in zip(views, logits_by_view, strict=True):
+            if view is FULL:
+                full = LOSSES[self.variant.full_loss](logits_TV, labels).mean()
+            else:
+                assert view.budget is not None
+                share = drawn.budgets[view.budget] / self.variant.num_views
+                sparse = sparse + share * LOSSES[self.variant.sparse_loss](logits_TV, labels).mean()
+        total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
+        return total, {"total": total, "full": full, "sparse": sparse}
+
+    @torch.no_grad()
+    def validate(self, model: PreTrainedModel) -> dict[str, float]:
+        """Replayed acceptance on the validation prompts, by budget."""
+        budgets = self.config.train.validation_budgets
+        views = [view_of(self.variant.policy, budget) for budget in budgets]
+        counts = [[0, 0] for _ in budgets]
+        for prompt, continuation in self.validation:
+            tokens_1S = torch.tensor([prompt.tokens], device=self.device)
+            kept, _ = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
+            match = replay.match_views(model, kept, continuation.tokens).tolist()
+            for row, total in zip(match, counts, strict=True):
+                rounds = replay.rounds(
+                    row,
+                    self.config.train.validation_gamma,
+                    prompt.max_new_tokens,
+                    continuation.eos_at is not None,
+                )
+                total[0] += sum(accepted for _, accepted, _ in rounds)
+                total[1] += sum(proposed for proposed, _, _ in rounds)
+        return {
+            f"validation/acceptance_{'full' if budget == 'full' else f'b{budget}'}": accepted / proposed
+            for budget, (accepted, proposed) in zip(budgets, counts, strict=True)
+            if proposed
+        }
+
+
+def window_logits(
+    model: PreTrainedModel, tokens_BS: Tensor, starts: Sequence[int], length: int, views: Sequence[View]
+) -> list[Tensor]:
+    """Logits of every window behind every view, from one prefill and one forward with gradients.
+
+    A window with start s reads tokens s .. s+length-1 at their true positions, behind the views of the
+    prefix [0, s); its logits predict tokens s+1 .. s+length.
+
+    Returns:
+        Per view, logits [len(starts) · B · length, V] (windows outermost).
+    """
+    cuts = [(start, view) for view in views for start in starts]
+    kept, _ = read_prefix(model, tokens_BS[:, : max(starts)], cuts)
+    windows_RQ = torch.cat([tokens_BS[:, start : start + length] for start in starts])
+    offsets = torch.arange(length, device=tokens_BS.device)
+    positions_RQ = torch.cat([(start + offsets).expand(tokens_BS.shape[0], -1) for start in starts])
+    cache = ViewCache(kept, capacity=length)
+    logits_RQV = read_continuation(
+        model, cache, windows_RQ.repeat(len(views), 1), positions_RQ.repeat(len(views), 1)
+    )
+    return [logits.flatten(0, 1) for logits in logits_RQV.chunk(len(views))]

@@ -1,0 +1,88 @@
+"""KV policies: which prefix entries a drafter keeps. A new policy is one function and one line of POLICIES.
+
+Shape legend: B batch rows, H key/value heads, G query heads per key/value head, S prefix length,
+W observed queries, N kept entries, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+
+SINKS = 4  # first positions that `streaming` always keeps
+SNAP_WINDOW = 16  # last queries that `snapkv` observes
+SNAP_POOL = 5  # neighbours that share a `snapkv` score
+
+Select = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def chunk_topk(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+    """The paper's rule; the partial last chunk is kept."""
+    return reference.chunk_topk(keys_BHSD, budget)
+
+
+def chunk_topk_paper(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+    """The paper's rule as its code has it: the partial last chunk is dropped."""
+    return reference.chunk_topk(keys_BHSD, budget, keep_tail=False)
+
+
+def streaming(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+    """The first few positions (attention sinks) and the most recent ones (StreamingLLM)."""
+    B, H, S, _ = keys_BHSD.shape
+    kept = torch.cat([torch.arange(SINKS), torch.arange(S - budget + SINKS, S)])
+    return kept.to(keys_BHSD.device).expand(B, H, budget)
+
+
+def snapkv(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+    """Positions that the last queries attend to most (SnapKV), and those last positions themselves.
+
+    Attention weights are averaged over the window and over the query heads of one key/value head, then
+    smoothed over neighbouring positions.
+    """
+    B, H, S, D = keys_BHSD.shape
+    window = min(SNAP_WINDOW, budget // 2, queries_BHGWD.shape[3])
+    earlier = S - window
+    queries_BHGWD = queries_BHGWD[:, :, :, -window:]
+    logits_BHGWS = queries_BHGWD.float() @ keys_BHSD.float().transpose(-1, -2).unsqueeze(2) / D**0.5
+    future_WW = torch.ones(window, window, dtype=torch.bool, device=keys_BHSD.device).triu(1)
+    logits_BHGWS[..., earlier:].masked_fill_(future_WW, -torch.inf)
+    scores_BHS = logits_BHGWS.softmax(-1)[..., :earlier].mean(dim=(2, 3))
+    scores_BHS = torch.nn.functional.avg_pool1d(scores_BHS, SNAP_POOL, stride=1, padding=SNAP_POOL // 2)
+    best_BHN = scores_BHS.sort(dim=-1, descending=True, stable=True).indices[..., : budget - window]
+    recent_BHN = torch.arange(earlier, S, device=keys_BHSD.device).expand(B, H, window)
+    return torch.cat([best_BHN.sort(-1).values, recent_BHN], dim=-1)
+
+
+def none(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+    """Nothing of the prefix: the policy of budget 0."""
+    B, H, _, _ = keys_BHSD.shape
+    return torch.empty(B, H, 0, dtype=torch.long, device=keys_BHSD.device)
+
+
+POLICIES: dict[str, Select] = {
+    "chunk_topk": chunk_topk,
+    "chunk_topk_paper": chunk_topk_paper,
+    "streaming": streaming,
+    "snapkv": snapkv,
+    "none": none,
+}
+
+
+def select(policy: str, keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+    """Ascending indices [B, H, N] of the prefix entries that `policy` keeps, N <= budget.
+
+    A prefix within the budget is kept whole, whatever the policy.
+
+    Raises:
+        ValueError: for a policy that does not exist.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"unknown KV policy {policy!r}; there are {', '.join(POLICIES)}")
+    B, H, S, _ = keys_BHSD.shape
+    if budget >= S:
+        return torch.arange(S, device=keys_BHSD.device).expand(B, H, S)
+    return POLICIES[policy](keys_BHSD, queries_BHGWD, budget)

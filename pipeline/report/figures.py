@@ -1,0 +1,322 @@
+"""The report's figures, one function each, drawn to PNG without a display or pyplot's global state.
+
+Each function returns a matplotlib figure, or a text that says why there is nothing to draw. A drafter has one
+colour and a budget one marker in all figures; the palette is Okabe and Ito's, safe for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes as Panel
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+
+from pipeline.artifacts import atomic_path
+from pipeline.metrics import Interval
+from pipeline.report.summary import Budget, Estimate
+from pipeline.report.tables import Axes, budget_order, budget_text
+from pipeline.rows import Cell, CellRow
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+FILLS = ("full", "none", "left", "right")
+
+Drawn = Figure | str
+Place = tuple[str, str]  # data set, context
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour by drafter; marker by budget and fill by policy, among the cells that a figure may show."""
+
+    colours: dict[str, str]
+    markers: dict[Budget, str]
+    fills: dict[str, str]
+
+    @staticmethod
+    def of(cells: Collection[Cell], axes: Axes) -> Look:
+        budgets = sorted({c.budget for c in cells}, key=budget_order)
+        policies = sorted({c.policy for c in cells})
+        return Look(
+            colours=dict(zip(axes.drafters, cycle(PALETTE))),
+            markers=dict(zip(budgets, cycle(MARKERS))),
+            fills=dict(zip(policies, cycle(FILLS))),
+        )
+
+
+def draw_all(
+    cells: Sequence[CellRow], acceptance: Sequence[Estimate], axes: Axes, folder: Path
+) -> dict[str, str]:
+    """Write the PNGs into `folder`. Returns each figure's name → "" where drawn, else why it is not.
+
+    With several temperatures or seeds, figures show the lowest temperature and its first seed.
+    """
+    sampling = min(((e.temperature, e.seed) for e in acceptance), default=(0.0, 0))
+    shown = [e for e in acceptance if (e.temperature, e.seed) == sampling]
+    measured = [
+        c
+        for c in cells
+        if c.speedup is not None and c.control is None and (c.temperature, c.seed) == sampling
+    ]
+    draws: dict[str, Callable[[], Drawn]] = {
+        f"acceptance_by_budget_{policy}": partial(acceptance_by_budget, shown, axes, policy)
+        for policy in sorted({e.policy for e in shown})
+    }
+    draws["speedup_by_context"] = partial(speedup_by_context, measured, axes)
+    draws["speedup_by_gamma"] = partial(speedup_by_gamma, measured, axes)
+    draws["speedup_by_memory"] = partial(speedup_by_memory, measured, axes)
+    reasons = {}
+    with matplotlib.rc_context(STYLE):
+        for name, draw in draws.items():
+            drawn = draw()
+            if isinstance(drawn, Figure):
+                with atomic_path(folder / f"{name}.png") as temporary:
+                    drawn.savefig(temporary, format="png", bbox_inches="tight")
+            reasons[name] = drawn if isinstance(drawn, str) else ""
+    return reasons
+
+
+def acceptance_by_budget(estimates: Sequence[Estimate], axes: Axes, policy: str) -> Drawn:
+    """Acceptance against budget, a line a drafter with its 95 % band; the controls dashed and hollow."""
+    chosen = {
+        (e.dataset, e.context, e.drafter, e.control, e.budget): e
+        for e in estimates
+        if (e.gamma, e.policy) == (axes.gamma, policy)
+    }
+    if not chosen:
+        return f"No acceptance at γ = {axes.gamma}."
+    budgets = sorted({e.budget for e in chosen.values()}, key=budget_order)
+    figure, panels = _panels(chosen.values(), axes)
+    look = Look.of(chosen.values(), axes)
+    for (dataset, context), panel in panels.items():
+        for drafter in axes.drafters:
+            for control in (None, "other_prompt", "no_prefix"):
+                line = [
+                    (budgets.index(budget), chosen[dataset, context, drafter, control, budget])
+                    for budget in budgets
+                    if (dataset, context, drafter, control, budget) in chosen
+                ]
+                if line:
+                    _acceptance_line(panel, line, look.colours[drafter], control)
+        panel.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
+        panel.set_xlim(-0.3, len(budgets) - 0.7)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    figure.supxlabel("budget: prefix KV entries the drafter keeps, per layer and head", fontsize=10)
+    figure.supylabel(f"acceptance rate (γ = {axes.gamma}, {policy})", fontsize=10)
+    controls = {e.control for e in chosen.values()}
+    handles: list[Line2D | Patch] = [*_drafter_handles(chosen.values(), look)]
+    handles.append(Patch(color="#999999", alpha=0.3, label="95 % interval over prompts"))
+    if "other_prompt" in controls:
+        handles.append(Line2D([], [], color="#555555", ls="--", label="control: another document's KV"))
+    if "no_prefix" in controls:
+        handles.append(
+            Line2D([], [], color="#555555", ls="", marker="o", mfc="white", label="control: no prefix")
+        )
+    _legend(figure, handles)
+    return figure
+
+
+def _acceptance_line(
+    panel: Panel, line: Sequence[tuple[int, Estimate]], colour: str, control: str | None
+) -> None:
+    x = [position for position, _ in line]
+    mean = [e.mean for _, e in line]
+    if control == "no_prefix":
+        panel.plot(x, mean, color=colour, ls="", marker="o", mfc="white")
+    elif control is not None:
+        panel.plot(x, mean, color=colour, ls="--", lw=1.3)
+    else:
+        panel.plot(x, mean, color=colour, marker="o", ms=4.5, lw=1.8)
+        low, high = [e.low for _, e in line], [e.high for _, e in line]
+        panel.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def speedup_by_context(measured: Sequence[CellRow], axes: Axes) -> Drawn:
+    """Speedup against context at one γ, a point a drafter, policy and budget."""
+    if not measured:
+        return "No cell's wall clock was measured."
+    look = Look.of(measured, axes)
+    gamma, at_gamma = _at_gamma(measured, axes)
+    contexts = [name for name in axes.contexts if any(c.context == name for c in at_gamma)]
+    series = _series(at_gamma, axes)
+    figure, panels = _panels(at_gamma, axes, by_context=False)
+    for (dataset, _), panel in panels.items():
+        for index, cells in enumerate(series.values()):
+            shift = 0.5 * ((index + 0.5) / len(series) - 0.5)
+            here = sorted((c for c in cells if c.dataset == dataset), key=lambda c: axes.contexts[c.context])
+            _speed_line(panel, here, [contexts.index(c.context) + shift for c in here], look, line=False)
+        panel.set_xticks(
+            range(len(contexts)), [_context_text(name, axes.contexts[name]) for name in contexts]
+        )
+        panel.set_xlim(-0.5, len(contexts) - 0.5)
+        panel.grid(axis="x", visible=False)
+    figure.supxlabel("context (prompt tokens)", fontsize=10)
+    figure.supylabel(f"decode speedup (γ = {gamma})", fontsize=10)
+    _legend(figure, _speed_handles(at_gamma, look))
+    return figure
+
+
+def speedup_by_gamma(measured: Sequence[CellRow], axes: Axes) -> Drawn:
+    """Speedup against γ, a line a drafter, policy and budget."""
+    if not measured:
+        return "No cell's wall clock was measured."
+    gammas = sorted({c.gamma for c in measured})
+    if len(gammas) < 2:
+        return f"Wall clock was measured at one γ only ({gammas[0]})."
+    look = Look.of(measured, axes)
+    figure, panels = _panels(measured, axes)
+    for (dataset, context), panel in panels.items():
+        for cells in _series(measured, axes).values():
+            here = sorted(
+                (c for c in cells if (c.dataset, c.context) == (dataset, context)), key=lambda c: c.gamma
+            )
+            _speed_line(panel, here, [c.gamma for c in here], look, line=True)
+        panel.xaxis.set_major_locator(FixedLocator(gammas))
+    figure.supxlabel("γ (tokens drafted per round)", fontsize=10)
+    figure.supylabel("decode speedup", fontsize=10)
+    _legend(figure, _speed_handles(measured, look))
+    return figure
+
+
+def speedup_by_memory(measured: Sequence[CellRow], axes: Axes) -> Drawn:
+    """Speedup against the drafter's KV memory at one γ, with the target's KV memory as a vertical line."""
+    if not measured:
+        return "No cell's wall clock was measured."
+    look = Look.of(measured, axes)
+    gamma, at_gamma = _at_gamma(measured, axes)
+    targets = {
+        place: max(c.target_kv_bytes or 0 for c in at_gamma if (c.dataset, c.context) == place)
+        for place in {(c.dataset, c.context) for c in at_gamma}
+    }
+    sizes = [*targets.values(), *(c.drafter_kv_bytes for c in at_gamma)]
+    unit, divisor = ("MiB", 2**20) if max(sizes) >= 2**20 else ("KiB", 2**10)
+    figure, panels = _panels(at_gamma, axes)
+    for place, panel in panels.items():
+        for cell in (c for c in at_gamma if (c.dataset, c.context) == place):
+            _speed_line(panel, [cell], [cell.drafter_kv_bytes / divisor], look, line=False)
+        panel.axvline(targets[place] / divisor, color="#555555", ls=":", lw=1.6)
+        if min(sizes) > 0 and max(sizes) > 10 * min(sizes):
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+    figure.supxlabel(f"KV memory of the drafter ({unit})", fontsize=10)
+    figure.supylabel(f"decode speedup (γ = {gamma})", fontsize=10)
+    target = Line2D([], [], color="#555555", ls=":", lw=1.6, label="the target's KV memory")
+    _legend(figure, [*_speed_handles(at_gamma, look), target])
+    return figure
+
+
+def _panels(
+    cells: Collection[Cell], axes: Axes, by_context: bool = True
+) -> tuple[Figure, dict[Place, Panel]]:
+    """A grid of panels: a row a data set, a column a context (or data sets side by side)."""
+    datasets = [name for name in axes.datasets if any(c.dataset == name for c in cells)]
+    contexts = (
+        [name for name in axes.contexts if any(c.context == name for c in cells)] if by_context else [""]
+    )
+    rows, columns = (len(datasets), len(contexts)) if by_context else (1, len(datasets))
+    width = {1: 6.6, 2: 4.2}.get(columns, 3.3)
+    figure = Figure(figsize=(width * columns, 3.0 * rows + 0.9), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    present = {(c.dataset, c.context if by_context else "") for c in cells}
+    panels = {}
+    for place, panel in zip([(d, c) for d in datasets for c in contexts], grid.flat, strict=True):
+        if place in present:
+            panel.set_title(", ".join(name for name in place if name))
+            panels[place] = panel
+        else:
+            panel.set_visible(False)
+    return figure, panels
+
+
+def _at_gamma(measured: Sequence[CellRow], axes: Axes) -> tuple[int, list[CellRow]]:
+    """The measured cells at the γ nearest to the one that the report leads with."""
+    gamma = min({c.gamma for c in measured}, key=lambda gamma: (abs(gamma - axes.gamma), gamma))
+    return gamma, [c for c in measured if c.gamma == gamma]
+
+
+def _series(measured: Sequence[CellRow], axes: Axes) -> dict[tuple[str, str, Budget], list[CellRow]]:
+    series: dict[tuple[str, str, Budget], list[CellRow]] = {}
+    for cell in sorted(measured, key=axes.order):
+        series.setdefault((cell.drafter, cell.policy, cell.budget), []).append(cell)
+    return series
+
+
+def _speed_line(panel: Panel, cells: Sequence[CellRow], x: Sequence[float], look: Look, line: bool) -> None:
+    """Speedups of one drafter, policy and budget with their intervals, and the level of AR decoding."""
+    panel.axhline(1.0, color="#222222", lw=1.0)
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}×"))
+    if not cells:
+        return
+    speeds = [_speedup(cell) for cell in cells]
+    panel.errorbar(
+        x,
+        [speed.mean for speed in speeds],
+        # A percentile interval need not hold the mean.
+        yerr=[[max(s.mean - s.low, 0) for s in speeds], [max(s.high - s.mean, 0) for s in speeds]],
+        color=look.colours[cells[0].drafter],
+        marker=look.markers[cells[0].budget],
+        fillstyle=look.fills[cells[0].policy],
+        ls="-" if line else "",
+        ms=6.5,
+        lw=1.4,
+        capsize=2.5,
+    )
+
+
+def _context_text(name: str, tokens: int) -> str:
+    return name if name == str(tokens) else f"{name}\n({tokens:,})"
+
+
+def _speedup(cell: CellRow) -> Interval:
+    assert cell.speedup is not None and cell.speedup_low is not None and cell.speedup_high is not None
+    return Interval(cell.speedup, cell.speedup_low, cell.speedup_high)
+
+
+def _drafter_handles(cells: Collection[Cell], look: Look) -> list[Line2D]:
+    present = {c.drafter for c in cells}
+    return [
+        Line2D([], [], color=colour, lw=2.4, label=drafter)
+        for drafter, colour in look.colours.items()
+        if drafter in present
+    ]
+
+
+def _speed_handles(cells: Collection[Cell], look: Look) -> list[Line2D]:
+    handles = _drafter_handles(cells, look)
+    handles += [
+        Line2D([], [], marker=marker, label=budget_text(budget), color="#555555", ls="")
+        for budget, marker in look.markers.items()
+    ]
+    if len(look.fills) > 1:
+        handles += [
+            Line2D([], [], marker="o", fillstyle=fill, label=policy, color="#555555", ls="")
+            for policy, fill in look.fills.items()
+        ]
+    return [*handles, Line2D([], [], color="#222222", lw=1.0, label="autoregressive decoding")]
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+    columns = 3 if figure.get_figwidth() < 8 else 4
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns, fontsize=9)

@@ -1,0 +1,255 @@
+"""`report.html`: one file that needs nothing else, not even JavaScript.
+
+What is written here is arranged from the summary, the cells and the manifests; nothing is computed anew. All
+texts go through jinja2's autoescape: data, errors and model output are shown, never interpreted.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from pipeline.config import Config, PretrainedModel, ScratchModel, Variant
+from pipeline.report.summary import Estimate, Summary
+from pipeline.report.tables import Axes, budget_order
+from pipeline.rows import CellRow, Continuation, FailedCell
+
+MOST_CELLS = 500
+MOST_FAILED = 100
+MOST_SAMPLE_CHARS = 1500
+# Sources that stand for a published data set: local files of the same form need not be that set.
+PUBLISHED = {"pg19": "PG-19", "longbench": "LongBench", "lwm": "NarrativeQA"}
+CAPTIONS = {
+    "acceptance_by_budget": "Acceptance against the drafter's budget. Bands are 95 % intervals over prompts.",
+    "speedup_by_context": "Decode speedup against context length. Bars are 95 % intervals.",
+    "speedup_by_gamma": "Decode speedup against γ. Bars are 95 % intervals.",
+    "speedup_by_memory": "Decode speedup against the drafter's KV memory; the target's for comparison.",
+}
+
+
+@dataclass(frozen=True)
+class PageInputs:
+    """All that a page shows. `sweep` and `prepare` are manifests, `sweep` None where it is incomplete."""
+
+    config: Config
+    summary: Summary
+    cells: Sequence[CellRow]
+    failed: Sequence[FailedCell]
+    continuations: Sequence[Continuation]
+    figures: dict[str, str]  # name → "" or why it was not drawn
+    figure_folder: Path
+    prepare: dict[str, Any]
+    sweep: dict[str, Any] | None
+    provenance: dict[str, Any]
+    command: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Acceptance in one place at one γ: a row a drafter and control, a column a budget."""
+
+    title: str
+    budgets: list[str]
+    rows: list[tuple[str, list[Estimate | None]]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    continuation: Continuation
+    looping: bool
+    text: str
+    cut: int  # characters left off
+
+
+def render(inputs: PageInputs) -> str:
+    """The page as HTML text."""
+    config, axes = inputs.config, Axes.of(inputs.config)
+    gains = inputs.summary.headline
+    return _template().render(
+        name=config.name,
+        axes=axes,
+        setup=_setup(config),
+        sources=_sources(inputs.prepare),
+        contexts=config.data.contexts,
+        max_new_tokens=config.data.max_new_tokens,
+        summary=inputs.summary,
+        gains=[gain for gain in gains if gain.gamma == axes.gamma],
+        other_gains=[gain for gain in gains if gain.gamma != axes.gamma],
+        controls=[gap for gap in inputs.summary.controls if gap.gamma == axes.gamma],
+        matrices=_matrices(inputs.summary.acceptance, axes),
+        measured=[cell for cell in inputs.cells if cell.speedup is not None][:MOST_CELLS],
+        cells=inputs.cells[:MOST_CELLS],
+        sampled=any(cell.temperature > 0 for cell in inputs.cells),
+        num_cells=len(inputs.cells),
+        failed=inputs.failed[:MOST_FAILED],
+        num_failed=len(inputs.failed),
+        figures=[_figure(name, why, inputs.figure_folder) for name, why in inputs.figures.items()],
+        samples=_samples(inputs.continuations, config),
+        looping_rate=config.sweep.looping_rate,
+        measurement=_measurement(inputs),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "signed": signed, "times": times, "size": size}
+    return environment.get_template("page.html.j2")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def size(num_bytes: int | None) -> str:
+    """Bytes as text, in the largest binary unit below them."""
+    if num_bytes is None:
+        return ""
+    for exponent, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**exponent:
+            return f"{num_bytes / 1024**exponent:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _setup(config: Config) -> list[tuple[str, str]]:
+    """Models and variants in words."""
+    setup = [("target", _model_text(config.target)), ("drafter", _model_text(config.drafter))]
+    return setup + [
+        (f"variant {v.name}", _variant_text(v, config.train.steps)) for v in config.train.variants
+    ]
+
+
+def _model_text(model: ScratchModel | PretrainedModel) -> str:
+    if isinstance(model, PretrainedModel):
+        return f"{model.path}{f' at {model.revision}' if model.revision else ''}, {model.dtype}"
+    return (
+        f"built and pretrained here for {model.pretrain.steps} steps: depth {model.layers}, "
+        f"width {model.hidden}, heads {model.heads}, KV heads {model.kv_heads}, {model.dtype}"
+    )
+
+
+def _variant_text(variant: Variant, default_steps: int) -> str:
+    steps = default_steps if variant.steps is None else variant.steps
+    if steps == 0:
+        return "not trained on labels"
+    text = f"{steps} steps, {variant.full_weight:g} × L_A ({variant.full_loss})"
+    if variant.sparse_weight:
+        budgets = ", ".join(f"{budget}: {weight:g}" for budget, weight in variant.budgets.items())
+        text += (
+            f" + {variant.sparse_weight:g} × L_C ({variant.sparse_loss}, {variant.policy}, "
+            f"budgets with their weights {budgets})"
+        )
+    return text
+
+
+def _sources(prepare: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, what it is, caveat) of every data source, from the prepare manifest."""
+    sources = []
+    for name, source in prepare["counts"]["sources"].items():
+        what = f"kind {source['kind']}, from {source['from']}"
+        caveat = ""
+        if source["num_files"]:
+            what += f": {source['num_files']} files, {size(source['bytes'])}"
+            what += "".join(f"; {file['path']}" for file in source["files"][:3])
+            what += "; …" if source["num_files"] > 3 else ""
+            if source["kind"] in PUBLISHED:
+                published = PUBLISHED[source["kind"]]
+                caveat = (
+                    f"Local files in the form of {published}. Unless they are its official files, figures on "
+                    f"them are not {published} figures."
+                )
+        sources.append((name, what, caveat))
+    return sources
+
+
+def _matrices(acceptance: Sequence[Estimate], axes: Axes) -> list[Matrix]:
+    places: dict[tuple[str, str, str, float, int], list[Estimate]] = {}
+    for e in acceptance:
+        if e.gamma == axes.gamma:
+            places.setdefault((e.dataset, e.context, e.policy, e.temperature, e.seed), []).append(e)
+    matrices = []
+    for (dataset, context, policy, temperature, seed), here in places.items():
+        budgets = sorted({e.budget for e in here}, key=budget_order)
+        lines: dict[str, list[Estimate | None]] = {}
+        for e in here:
+            label = f"{e.drafter}, control {e.control}" if e.control else e.drafter
+            lines.setdefault(label, [None] * len(budgets))[budgets.index(e.budget)] = e
+        sampling = f", temperature {temperature:g}, seed {seed}" if temperature else ""
+        title = f"{dataset}, {context}, {policy}{sampling}"
+        matrices.append(Matrix(title, [str(budget) for budget in budgets], list(lines.items())))
+    return matrices
+
+
+def _figure(name: str, why: str, folder: Path) -> tuple[str, str, str]:
+    """(caption, data URI or "", why it was not drawn)."""
+    kind = next(kind for kind in CAPTIONS if name.startswith(kind))
+    if why:
+        return CAPTIONS[kind], "", why
+    image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    return CAPTIONS[kind], f"data:image/png;base64,{image}", ""
+
+
+def _samples(continuations: Sequence[Continuation], config: Config) -> list[Sample]:
+    """Per data set, texts spread evenly from the least to the most repetitive."""
+    samples = []
+    for dataset in Axes.of(config).datasets:
+        texts = sorted(
+            (c for c in continuations if c.dataset == dataset and c.split == "test"),
+            key=lambda c: (c.repetition_rate, c.context, c.prompt_id),
+        )
+        count = min(config.report.samples, len(texts))
+        for index in np.linspace(0, len(texts) - 1, count).round().astype(int):
+            text = texts[index].text
+            samples.append(
+                Sample(
+                    texts[index],
+                    texts[index].repetition_rate > config.sweep.looping_rate,
+                    text[:MOST_SAMPLE_CHARS],
+                    max(len(text) - MOST_SAMPLE_CHARS, 0),
+                )
+            )
+    return samples
+
+
+def _measurement(inputs: PageInputs) -> list[tuple[str, str]]:
+    """Where the figures come from: the sweep's machine and code, then the page's own code."""
+    made = inputs.sweep["provenance"] if inputs.sweep else inputs.provenance
+    rows = [("sweep", inputs.sweep["created"] if inputs.sweep else "incomplete: the rows so far are shown")]
+    if inputs.sweep:
+        rows.append(("device", str(inputs.sweep["inputs"]["device"])))
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
+    return [
+        *rows,
+        ("machine", f"{made['platform']}, {made['cpus']} CPUs"),
+        ("code of the sweep", _code_text(made)),
+        ("code of this page", _code_text(inputs.provenance)),
+        ("versions", f"Python {made['python']}, {versions}"),
+        ("command", inputs.command),
+    ]
+
+
+def _code_text(provenance: dict[str, Any]) -> str:
+    if provenance["git_sha"] is None:
+        return "not in a git checkout"
+    return f"{provenance['git_sha']}{', with uncommitted changes' if provenance['git_dirty'] else ''}"

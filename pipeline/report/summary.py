@@ -1,0 +1,82 @@
+"""What `summary.json` holds: the figures that people and other programs ask for first."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipeline.rows import Cell, Row
+
+Budget = int | Literal["full"]
+
+
+class Estimate(Cell):
+    """One cell's acceptance or speedup with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_prompts: int
+
+
+class Gain(Estimate):
+    """Acceptance of `drafter` minus that of `baseline` in the same cell, over the same prompts."""
+
+    baseline: str
+    prompts: Literal["all", "not_looping"]
+
+
+class ControlGap(Estimate):
+    """Acceptance with the real prefix minus that of this control cell, same drafter and prompts.
+
+    `real_budget` is the budget of the real prefix; it differs from `budget` for `no_prefix`, whose own is 0.
+    """
+
+    real_budget: Budget
+
+
+class ArSpeed(Row):
+    """Tokens per second of autoregressive decoding, pooled over all measured cells of a place."""
+
+    dataset: str
+    context: str
+    temperature: float
+    mean: float
+    low: float
+    high: float
+    num_prompts: int
+
+
+class Lossless(Row):
+    """Greedy prompts of measured cells, and those that equal AR token for token in all of them."""
+
+    prompts: int
+    exact: int
+
+
+class ReplayCheck(Row):
+    """Greedy prompts of cells that were both replayed and decoded, and those with equal counts."""
+
+    rows: int
+    equal: int
+
+
+class Stage(Row):
+    """One stage of the present run; seconds are this run's, so a cached stage takes almost none."""
+
+    name: str
+    seconds: float
+    cached: bool
+
+
+class Summary(Row):
+    """`summary.json`. All acceptance figures are shares, intervals are 95 % over prompts."""
+
+    stages: tuple[Stage, ...] = ()
+    lossless: Lossless
+    replay_check: ReplayCheck
+    acceptance: list[Estimate]
+    speedup: list[Estimate]
+    ar_tokens_per_s: list[ArSpeed]
+    headline: list[Gain]
+    controls: list[ControlGap]
+    findings: list[str]

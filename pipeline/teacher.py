@@ -1,0 +1,215 @@
+"""Stage teach: the frozen target reads every training sequence and writes every evaluation continuation.
+
+Per shard of N sequences of L tokens it stores, for *every* position, `.tokens.npy` and `.argmax.npy` [N, L],
+and with `labels.top_k` also `.ids.npy` and `.log_probs.npy` [N, L, K] (float16, normalised over the whole
+vocabulary at `labels.temperature`). Training reads only these; the target is not in memory then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from pipeline.artifacts import read_rows, write_array, write_rows
+from pipeline.config import Config, Labels
+from pipeline.decoding import NotFinite, Sampler, until_eos
+from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
+from pipeline.metrics import repetition_rate
+from pipeline.models import ModelRef, load_model, stop_tokens
+from pipeline.rows import Continuation, Prompt
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """Rows [first, last) of a sequences file → the label shard with this number.
+
+    `offset` is the number of the file's first row among all sequences.
+    """
+
+    sequences: Path
+    first: int
+    last: int
+    offset: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class ContinueTask:
+    """One prompts file → one continuations file of the same name."""
+
+    prompts: Path
+
+
+@dataclass(frozen=True)
+class TeachCounts:
+    """What one task wrote."""
+
+    sequences: int = 0
+    on_policy: int = 0
+    continuations: int = 0
+
+
+class Teacher:
+    """The target, loaded once per worker; a call does one task. Tasks whose files exist are not redone."""
+
+    def __init__(self, config: Config, target: ModelRef, tokenizer: Path, output: Path, device: torch.device):
+        self.config, self.output = config, output
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.target = load_model(target, len(self.tokenizer), device)
+
+    def __call__(self, task: LabelTask | ContinueTask) -> TeachCounts:
+        return self.label(task) if isinstance(task, LabelTask) else self.continue_prompts(task)
+
+    def label(self, task: LabelTask) -> TeachCounts:
+        labels, data = self.config.labels, self.config.data
+        stem = self.output / "labels" / f"shard-{task.shard:05d}"
+        rows = np.array(np.load(task.sequences, mmap_mode="r")[task.first : task.last])
+        chosen = [
+            row
+            for row in range(len(rows))
+            if is_on_policy(self.config.seed, task.offset + task.first + row, labels.on_policy_fraction)
+        ]
+        # `.argmax.npy` is written last: a shard with it is complete.
+        if not (done := Path(f"{stem}.argmax.npy")).exists():
+            start = data.sequence_tokens - self.config.train.window_tokens
+            for at in range(0, len(chosen), labels.batch_sequences):
+                batch = chosen[at : at + labels.batch_sequences]
+                seed = fold(self.config.seed, task.shard, at)
+                sampler = Sampler.seeded(labels.on_policy_temperature, seed, self.target.device)
+                prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(self.target.device)
+                written, _ = write_ahead(
+                    self.target, prefixes, data.sequence_tokens - start, frozenset(), sampler
+                )
+                rows[batch, start:] = np.array(written)
+            arrays = label_sequences(self.target, rows, labels)
+            write_array(Path(f"{stem}.tokens.npy"), rows)
+            for name, array in arrays.items():
+                write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array)
+        return TeachCounts(sequences=len(rows), on_policy=len(chosen))
+
+    def continue_prompts(self, task: ContinueTask) -> TeachCounts:
+        output = self.output / "continuations" / task.prompts.name
+        prompts = read_rows(task.prompts, Prompt)
+        if not output.exists():
+            rows = {
+                row.prompt_id: row
+                for batch in equal_length_batches(prompts, self.config.labels.batch_sequences)
+                for row in self.continuations(batch)
+            }
+            write_rows(output, [rows[prompt.prompt_id] for prompt in prompts])
+        return TeachCounts(continuations=len(prompts))
+
+    def continuations(self, prompts: list[Prompt]) -> list[Continuation]:
+        """Greedy continuations of prompts of equal length and limit."""
+        eos = stop_tokens(self.target)
+        tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.target.device)
+        written, gaps = write_ahead(
+            self.target, tokens_BS, prompts[0].max_new_tokens, eos, Sampler.seeded(0.0, 0)
+        )
+        rows = []
+        for prompt, row, row_gaps in zip(prompts, written, gaps, strict=True):
+            tokens = until_eos(row, eos)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            rows.append(
+                Continuation(
+                    prompt_id=prompt.prompt_id,
+                    document_id=prompt.document_id,
+                    dataset=prompt.dataset,
+                    context=prompt.context,
+                    split=prompt.split,
+                    prompt_tokens=len(prompt.tokens),
+                    tokens=tokens,
+                    gaps=[round(gap, 6) for gap in row_gaps[: len(tokens)]],
+                    eos_at=len(tokens) - 1 if tokens[-1] in eos else None,
+                    text=text,
+                    repetition_rate=repetition_rate(tokens),
+                    correct=all(answer in text for answer in prompt.answers)
+                    if prompt.scoring == "contains"
+                    else None,
+                )
+            )
+        return rows
+
+
+def is_on_policy(seed: int, index: int, fraction: float) -> bool:
+    """Whether the target rewrites the last window of this sequence; a function of the seed and its number."""
+    return fraction > 0 and np.random.default_rng([seed, 7, index]).random() < fraction
+
+
+def fold(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def equal_length_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Batches of prompts with the same length and limit, in a stable order."""
+    groups: dict[tuple[int, int], list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault((len(prompt.tokens), prompt.max_new_tokens), []).append(prompt)
+    return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
+
+
+def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
+    return np.uint16 if num_tokens <= 1 << 16 else np.uint32
+
+
+@torch.inference_mode()
+def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels) -> dict[str, np.ndarray]:
+    """The target's labels at every position of N sequences; `argmax` is the last entry.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    parts: dict[str, list[np.ndarray]] = {"ids": [], "log_probs": [], "argmax": []}
+    num_tokens = int(target.num_tokens)  # type: ignore[arg-type]
+    for at in range(0, len(rows_NL), labels.batch_sequences):
+        tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
+        logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits[..., :num_tokens]
+        if not torch.isfinite(logits_BLV).all():
+            raise NotFinite(f"{target.name_or_path}: logits not finite while labelling rows {at} and on")
+        parts["argmax"].append(logits_BLV.argmax(-1).cpu().numpy().astype(smallest_uint(num_tokens)))
+        if labels.top_k:
+            top = logits_BLV.topk(min(labels.top_k, num_tokens), dim=-1)
+            scaled = top.values.float() / labels.temperature
+            total = (logits_BLV.float() / labels.temperature).logsumexp(-1, keepdim=True)
+            parts["ids"].append(top.indices.cpu().numpy().astype(smallest_uint(num_tokens)))
+            parts["log_probs"].append((scaled - total).cpu().numpy().astype(np.float16))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+
+
+@torch.inference_mode()
+def write_ahead(
+    target: PreTrainedModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Up to `count` tokens after each of B prefixes of equal length, and the top-2 logit gap of each.
+
+    Rows go on to the same length; callers cut them at EOS. Stops early when every row has one.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    B, S = tokens_BS.shape
+    views, logits_BV = read_prefix(target, tokens_BS, [(S, FULL)])
+    cache = ViewCache(views, capacity=count)
+    tokens: list[Tensor] = []
+    gaps: list[Tensor] = []
+    ended_B = torch.zeros(B, dtype=torch.bool, device=tokens_BS.device)
+    stops = torch.tensor(sorted(eos), device=tokens_BS.device)
+    for step in range(count):
+        if step:
+            position_11 = torch.tensor([[S + step - 1]], device=tokens_BS.device)
+            logits_BV = read_continuation(target, cache, tokens[-1].unsqueeze(1), position_11)[:, -1]
+        if not torch.isfinite(logits_BV).all():
+            raise NotFinite(f"{target.name_or_path}: logits not finite at position {S + step - 1}")
+        top = logits_BV.float().topk(2, dim=-1).values
+        gaps.append(top[:, 0] - top[:, 1])
+        tokens.append(sampler.choose(logits_BV))
+        ended_B |= torch.isin(tokens[-1], stops)
+        if bool(ended_B.all()):
+            break
+    return torch.stack(tokens, 1).tolist(), torch.stack(gaps, 1).tolist()

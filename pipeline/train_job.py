@@ -1,0 +1,161 @@
+"""What a group of training workers is told to do, and each worker's side of it.
+
+A job names several models that are trained one after another in one launch: scratch models by next-token
+pretraining, or drafter variants by the two-branch loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.artifacts import read_rows
+from pipeline.batches import LabelledSequences, Shards
+from pipeline.config import Config, ScratchModel, Variant
+from pipeline.engine import Engine
+from pipeline.models import ModelRef, build_scratch, load_model, pick_device
+from pipeline.objectives import MultiView, NextToken
+from pipeline.rows import Continuation, Prompt
+from pipeline.training import METRICS, Plan, export, fit, read_metrics, write_model
+
+log = logging.getLogger(__name__)
+
+MakeEngine = Callable[[PreTrainedModel, Plan], Engine]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One launch of the workers. Pretraining has no `teach` and no `drafter`.
+
+    `outputs` maps "target" and "drafter", or variant names, to their artifact folders; `deepspeed` is the
+    content of the config's settings file.
+    """
+
+    config: Config
+    outputs: dict[str, Path]
+    prepare: Path
+    teach: Path | None = None
+    drafter: ModelRef | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return pick_device(self.config.run.device)
+
+
+def run_job(job: TrainJob, make_engine: MakeEngine) -> None:
+    """Train every model of the job in this worker; models that are already exported are left alone."""
+    tokenizer = AutoTokenizer.from_pretrained(job.prepare / "tokenizer")
+    for name, folder in job.outputs.items():
+        if (folder / "model").exists():
+            continue
+        if job.teach is None:
+            pretrain(job, name, folder, tokenizer, make_engine)
+        else:
+            distil(job, name, folder, tokenizer, make_engine)
+
+
+def pretrain(
+    job: TrainJob, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, make_engine: MakeEngine
+) -> None:
+    """Next-token training of the scratch target or drafter."""
+    config = job.config
+    spec = config.target if name == "target" else config.drafter
+    assert isinstance(spec, ScratchModel)
+    # Target and drafter must not start from the same random numbers.
+    seed = config.seed + (name == "drafter")
+    plan = Plan(spec.pretrain, config.train, spec.pretrain.steps)
+    card = (
+        f"# Scratch {name}\n\nA {spec.layers}-layer, {spec.hidden}-wide Llama, pretrained by next-token "
+        f"prediction for {plan.steps} steps of {spec.pretrain.batch_sequences} sequences of "
+        f"{config.data.sequence_tokens} tokens. Data: {describe_data(config)}.\n"
+    )
+    model = build_scratch(spec, tokenizer, seed)
+    if plan.steps == 0:
+        write_model(model, tokenizer, folder, card)
+        return
+    engine = make_engine(model.train(), plan)
+    tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
+    prompts = [prompt for prompt, _ in validation_pairs(job.prepare, None)]
+    objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
+    fit(engine, objective, plan, folder, name)
+    if engine.rank == 0:
+        export(engine, build_scratch(spec, tokenizer, seed), tokenizer, folder, card)
+
+
+def distil(
+    job: TrainJob, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, make_engine: MakeEngine
+) -> None:
+    """Train one drafter variant on the target's labels."""
+    config = job.config
+    assert job.teach is not None and job.drafter is not None
+    variant = next(v for v in config.train.variants if v.name == name)
+    steps = config.train.steps if variant.steps is None else variant.steps
+
+    def fresh() -> PreTrainedModel:
+        assert job.drafter is not None
+        return load_model(job.drafter, len(tokenizer), dtype="float32")
+
+    if steps == 0:
+        write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
+        return
+    plan = Plan(config.train, config.train, steps)
+    engine = make_engine(fresh().train(), plan)
+    data = LabelledSequences(job.teach / "labels", config.labels.temperature)
+    pairs = validation_pairs(job.prepare, job.teach)
+    objective = MultiView(config, variant, data, pairs, engine.device)
+    fit(engine, objective, plan, folder, name)
+    if engine.rank == 0:
+        scores = {
+            key.removeprefix("validation/acceptance_"): value
+            for key, value in read_metrics(folder / METRICS)[-1].items()
+            if key.startswith("validation/")
+        }
+        export(engine, fresh(), tokenizer, folder, drafter_card(config, variant, steps, scores))
+
+
+def validation_pairs(prepare: Path, teach: Path | None) -> list[tuple[Prompt, Continuation]]:
+    """Validation prompts with the target's continuations (without labels: prompts alone)."""
+    pairs = []
+    for file in sorted((prepare / "prompts").glob("validation-*.jsonl")):
+        prompts = read_rows(file, Prompt)
+        if teach is None:
+            pairs += [(prompt, None) for prompt in prompts]
+        else:
+            pairs += list(zip(prompts, read_rows(teach / "continuations" / file.name, Continuation), strict=True))
+    return pairs  # type: ignore[return-value]
+
+
+def describe_data(config: Config) -> str:
+    sources = [f"{s.name} ({s.kind})" for s in config.data.sources if "train" in s.use]
+    return ", ".join(sources)
+
+
+def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str, float]) -> str:
+    """The model card of a drafter: budgets, target, data, validation acceptance."""
+    target = config.target.path if config.target.kind == "pretrained" else "scratch target of the same run"
+    rows = "\n".join(f"| {budget} | {value:.3f} |" for budget, value in scores.items())
+    table = (
+        f"\n| budget | acceptance |\n|---|---|\n{rows}\n\nReplayed on the validation prompts at "
+        f"γ = {config.train.validation_gamma}, greedy.\n"
+        if scores
+        else "\nNot trained by this pipeline, so there is no validation curve.\n"
+    )
+    return (
+        "---\nlibrary_name: transformers\ntags: [speculative-decoding, budgetdraft]\n---\n"
+        f"# BudgetDraft drafter `{variant.name}`\n\n"
+        f"A drafter for speculative decoding behind a sparse KV cache. Loads with plain "
+        f"`AutoModelForCausalLM.from_pretrained`.\n\n"
+        f"- Target: {target}\n"
+        f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
+        f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
+        f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; policy {variant.policy}\n"
+        f"- Steps: {steps} of {config.train.batch_sequences} sequences of {config.data.sequence_tokens} tokens\n"
+        f"- Training data: {describe_data(config)}\n{table}"
+    )

@@ -1,0 +1,77 @@
+"""Tiny models and other things that many tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.config import Pretrain, ScratchModel
+from pipeline.models import build_scratch
+
+VOCABULARY = 97
+
+
+@dataclass
+class FakeTokenizer:
+    """As much of a tokenizer as building a model needs."""
+
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+
+def sharpen(model: PreTrainedModel, factor: float = 8.0) -> PreTrainedModel:
+    """Scale the weights of a random model, so that its arg-max depends on what it reads."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., PreTrainedModel]:
+    """`make_model(layers=2, seed=0, …)`: a small random Llama with grouped-query heads."""
+
+    def make(layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> PreTrainedModel:
+        spec = ScratchModel(
+            kind="scratch",
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            intermediate=2 * hidden,
+            max_positions=512,
+            pretrain=Pretrain(steps=0),
+        )
+        return sharpen(build_scratch(spec, FakeTokenizer(), seed))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def target(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return make_model(layers=3, hidden=48, seed=1)
+
+
+@pytest.fixture(scope="session")
+def drafter(target: PreTrainedModel, make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """The target with noisy weights: it agrees with it often, not always."""
+    model = make_model(layers=3, hidden=48, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * parameter.std(correction=0).nan_to_num() * noise)
+    return model
+
+
+def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,132 @@
+import pytest
+
+from pipeline.report.findings import summarise
+from pipeline.report.summary import Summary
+from pipeline.report.tables import cell_rows
+from pipeline.rows import FailedCell
+from tests.report.made import AXES, row, sweep_rows
+
+KEYS = {"drafter", "dataset", "context", "policy", "budget", "control", "gamma", "temperature", "seed"}
+
+
+def summary_of(rows, failed=(), axes=AXES) -> Summary:
+    return summarise(rows, cell_rows(rows, axes, 500, 0), failed, axes, samples=500, seed=0)
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return summary_of(sweep_rows())
+
+
+def gain(summary: Summary, **wanted):
+    found = [g for g in summary.headline if all(getattr(g, key) == value for key, value in wanted.items())]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_summary_holds_what_other_programs_ask_for(summary):
+    plain = summary.model_dump(mode="json")
+    assert set(plain) >= {
+        "stages",
+        "lossless",
+        "acceptance",
+        "speedup",
+        "ar_tokens_per_s",
+        "headline",
+        "findings",
+    }
+    assert plain["lossless"] == {"prompts": 2, "exact": 2}
+    assert plain["replay_check"] == {"rows": 8, "equal": 8}
+    for name in ("acceptance", "speedup"):
+        assert all(set(line) == KEYS | {"mean", "low", "high", "num_prompts"} for line in plain[name])
+    assert {line["budget"] for line in plain["acceptance"]} == {16, "full"}
+    assert {line["control"] for line in plain["acceptance"]} == {None, "other_prompt"}
+    assert Summary.model_validate(plain) == summary
+
+
+def test_gain_at_the_smallest_budget_and_at_the_full_cache(summary):
+    # Ten prompts of 60 against 40 of 100 and two loops of 95 each.
+    small = gain(summary, budget=16, gamma=4, control=None, prompts="all")
+    assert (small.drafter, small.baseline) == ("multi_view", "full_only")
+    assert small.mean == pytest.approx(0.20 * 10 / 12)
+    assert 0 < small.low < small.mean < small.high
+    full = gain(summary, budget="full", gamma=4, control=None, prompts="all")
+    assert full.mean == pytest.approx(-0.01 * 10 / 12)
+
+
+def test_gain_without_looping_prompts_and_under_the_control(summary):
+    varied = gain(summary, budget=16, gamma=4, control=None, prompts="not_looping")
+    assert (varied.mean, varied.num_prompts) == (pytest.approx(0.20), 10)
+    control = gain(summary, budget=16, gamma=4, control="other_prompt")
+    assert control.mean == pytest.approx(-0.10 * 10 / 12)
+
+
+def test_gain_takes_the_prompts_that_both_drafters_have():
+    rows = [row("full_only", p, 40, 100) for p in range(5)] + [
+        row("multi_view", p, 60, 100) for p in range(2, 9)
+    ]
+    small = gain(summary_of(rows), budget=16, prompts="all")
+    assert (small.num_prompts, small.mean) == (3, pytest.approx(0.2))
+
+
+def test_gap_to_the_control(summary):
+    gaps = {(g.drafter, g.budget): g for g in summary.controls if g.gamma == 4}
+    assert gaps["multi_view", 16].mean == pytest.approx(0.30 * 10 / 12)
+    assert gaps["full_only", 16].mean == pytest.approx(0.0)
+
+
+def test_findings_say_what_the_figures_say(summary):
+    text = "\n".join(summary.findings)
+    assert "multi_view against full_only accepts +16.7 points" in text and "at B = 16 (better)" in text
+    assert "Without looping prompts (10 left): +20.0 points" in text
+    assert "the gain needs the context" in text
+    assert (
+        "by full_only, the context is not being used at B = 16 (+0.0 points [+0.0, +0.0] over another" in text
+    )
+    assert "by multi_view, the context is used at B = 16 (+25.0 points" in text
+    assert "the fastest of 4 measured cells is" in text and "at 1.50× [1.50, 1.50]" in text
+    assert "All 2 greedy prompts equal" in text
+    assert "code 64 2 of 12" in text
+    assert "trained on" not in text and "failed" not in text and "Replay" not in text
+
+
+def test_share_of_a_gain_that_the_control_keeps():
+    rows = []
+    for prompt in range(20):
+        rows += [
+            row("full_only", prompt, 40, 100), row("multi_view", prompt, 60, 100),
+            row("full_only", prompt, 38, 100, control="other_prompt"),
+            row("multi_view", prompt, 53, 100, control="other_prompt"),
+        ]  # fmt: skip
+    assert "75 % of the gain is there without the context" in "\n".join(summary_of(rows).findings)
+
+
+def test_no_prefix_counts_only_for_a_drafter_trained_so():
+    rows = [row(prompt=p, accepted=50, proposed=100) for p in range(12)]
+    rows += [row(prompt=p, accepted=20, proposed=100, budget=0, control="no_prefix") for p in range(12)]
+    found = summary_of(rows)
+    (gap,) = found.controls
+    assert (gap.mean, gap.budget, gap.real_budget) == (pytest.approx(0.3), 0, 16)
+    assert not any("no prefix" in text for text in found.findings)
+    trained = AXES.__class__(**{**AXES.__dict__, "trained_without_prefix": ("full_only",)})
+    assert any(
+        "the context is used at B = 16 (+30.0 points [+30.0, +30.0] over no prefix" in text
+        for text in summary_of(rows, axes=trained).findings
+    )
+
+
+def test_doubts_are_told():
+    failed = FailedCell(
+        drafter="full_only", dataset="code", context="64", policy="all", budget="full", control=None, gamma=0,
+        temperature=0.0, seed=0, mode="replay", prompt_id="p9", error="RuntimeError: not finite",
+    )  # fmt: skip
+    empty = row("multi_view", accepted=0, proposed=0, num_rounds=0, reached=[0] * 4, kept=[0] * 4)
+    text = "\n".join(summary_of([row(in_trained_range=False), empty], [failed]).findings)
+    assert "1 cells or prompts failed" in text
+    assert "At 64, outside the positions that they were trained on: full_only." in text
+    assert "1 of 1 cells have fewer than 10 prompts" in text
+    assert "1 cells are left out" in text
+
+
+def test_sweep_without_rows_has_nothing_to_find():
+    assert summary_of([]).findings == []

@@ -1,0 +1,143 @@
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from jobs.report import ReportInputs, report
+from pipeline.artifacts import read_rows
+from pipeline.report.page import size
+from pipeline.report.summary import Stage
+from pipeline.rows import CellRow, FailedCell
+from tests.report.made import artifacts, config, row, sweep_rows
+
+PREPARE = Stage(name="prepare", seconds=12.0, cached=False)
+SCRIPT = "<script>alert(1)</script>"
+FAILED = FailedCell(
+    drafter="multi_view", dataset="code", context="64", policy="all", budget="full", control=None, gamma=0,
+    temperature=0.0, seed=0, mode="replay", prompt_id="p9", error=f"RuntimeError: {SCRIPT} not finite",
+)  # fmt: skip
+
+
+class Resources(HTMLParser):
+    """Tags, and every address that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The report of a sweep with a failure, whose texts hold markup."""
+    storage = tmp_path_factory.mktemp("report")
+    inputs = artifacts(storage, sweep_rows(), [FAILED], text=SCRIPT)
+    return report(config(storage), ReportInputs(*inputs, stages=[PREPARE])).path
+
+
+def test_report_folder_is_complete(made):
+    assert {file.name for file in made.iterdir()} == {
+        "report.html", "summary.json", "cells.jsonl", "analysis.json", "figures", "manifest.json",
+    }  # fmt: skip
+    assert len(read_rows(made / "cells.jsonl", CellRow)) == 20
+
+
+def test_figures_are_real_pngs_of_a_readable_size(made):
+    figures = sorted((made / "figures").iterdir())
+    assert [file.stem for file in figures] == [
+        "acceptance_by_budget_chunk_topk",
+        "speedup_by_context",
+        "speedup_by_memory",
+    ]
+    for file in figures:
+        content = file.read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", content[16:24])
+        assert 800 <= width <= 1600 and 400 <= height <= 1200
+
+
+def test_page_needs_nothing_but_itself(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    page = Resources(text)
+    assert "script" not in page.tags and "link" not in page.tags
+    assert len(page.addresses) == 3
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"url\(|@import", text)
+
+
+def test_markup_in_texts_and_errors_is_shown_not_run(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    assert SCRIPT not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4  # three samples and an error
+
+
+def test_page_tells_what_is_missing_and_why(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    assert "Not drawn: Wall clock was measured at one γ only (4)." in text
+    assert "incomplete: the rows so far are shown" in text
+    assert "1 failed" in text
+
+
+def test_samples_go_from_the_least_to_the_most_repetitive(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"repetition rate (\d\.\d\d)", text) == ["0.00", "0.40", "0.80"]
+    assert text.count(">looping</span>") == 1
+
+
+def test_second_run_reuses_the_figures_and_tells_its_own_stages(tmp_path):
+    inputs = artifacts(tmp_path, sweep_rows(), [])
+    first = report(config(tmp_path), ReportInputs(*inputs, stages=[PREPARE]))
+    drawn = {file: file.stat().st_mtime_ns for file in (first.path / "figures").iterdir()}
+    again = [PREPARE.model_copy(update={"seconds": 0.1, "cached": True})]
+    second = report(config(tmp_path), ReportInputs(*inputs, stages=again))
+    assert second == first
+    assert {file: file.stat().st_mtime_ns for file in (first.path / "figures").iterdir()} == drawn
+    stages = json.loads((second.path / "summary.json").read_text())["stages"]
+    assert [(s["name"], s["cached"]) for s in stages] == [("prepare", True), ("report", True)]
+    assert not set(second.manifest["files"]) & {"summary.json", "report.html"}
+
+
+def test_rows_added_by_another_try_make_another_report(tmp_path):
+    rows = sweep_rows()
+    inputs = artifacts(tmp_path, rows, [FAILED])
+    first = report(config(tmp_path), ReportInputs(*inputs, stages=[]))
+    artifacts(tmp_path, [*rows, row("multi_view", 12, budget=16)], [FAILED])
+    second = report(config(tmp_path), ReportInputs(*inputs, stages=[]))
+    assert second.path != first.path
+
+
+def test_replay_alone_has_no_speed_figures(tmp_path):
+    rows = [r for r in sweep_rows() if r.mode == "replay"]
+    made = report(config(tmp_path), ReportInputs(*artifacts(tmp_path, rows, []), stages=[])).path
+    assert [file.stem for file in (made / "figures").iterdir()] == ["acceptance_by_budget_chunk_topk"]
+    text = (made / "report.html").read_text(encoding="utf-8")
+    assert text.count("Not drawn: No cell&#39;s wall clock was measured.") == 3
+
+
+def test_local_files_are_not_passed_off_as_the_published_data(tmp_path):
+    prepare, teach, sweep = artifacts(tmp_path, sweep_rows(), [])
+    source = {
+        "kind": "pg19",
+        "from": "local files",
+        "num_files": 1,
+        "bytes": 5000,
+        "files": [{"path": "x.gz"}],
+    }
+    prepare.finish({}, {"sources": {"code": source}}, 1.0)
+    made = report(config(tmp_path), ReportInputs(prepare, teach, sweep, stages=[])).path
+    assert "are not PG-19 figures" in (made / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "text"), [(None, ""), (12, "12 B"), (2048, "2.0 KiB"), (3 * 2**29, "1.5 GiB")]
+)
+def test_sizes_in_words(bytes_, text):
+    assert size(bytes_) == text

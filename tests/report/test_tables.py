@@ -1,0 +1,152 @@
+import pytest
+
+from pipeline.errors import BadData
+from pipeline.report import tables
+from pipeline.report.tables import Axes, CellKey
+from pipeline.rows import Cell, CellRow
+from tests.report.made import AXES, config, measured, row, sweep_rows
+
+SEEDED = {"samples": 200, "seed": 0}
+
+
+def only(rows) -> CellRow:
+    (cell,) = tables.cell_rows(rows, AXES, **SEEDED)
+    return cell
+
+
+def test_cell_key_has_the_fields_of_a_cell():
+    assert CellKey._fields == tuple(Cell.model_fields)
+    assert (
+        CellKey.of(row())._asdict()
+        == Cell.model_validate(row().model_dump(include=set(Cell.model_fields))).model_dump()
+    )
+
+
+def test_axes_come_from_the_config(tmp_path):
+    axes = Axes.of(config(tmp_path))
+    assert axes == AXES
+
+
+def test_headline_gamma_is_the_swept_one_nearest_to_the_validation_curve(tmp_path):
+    swept = {"mode": "replay", "budgets": [0, "full"], "gammas": [1, 6, 16]}
+    axes = Axes.of(config(tmp_path, sweep=swept))
+    assert (axes.gamma, axes.smallest_budget) == (6, None)
+
+
+def test_replayed_cell_by_hand():
+    rows = [
+        row(
+            prompt=0, accepted=2, proposed=10, num_tokens=9, num_rounds=5, looping=True, drafter_kv_bytes=100
+        ),
+        row(prompt=1, accepted=9, proposed=10, num_tokens=11, num_rounds=5, drafter_kv_bytes=300),
+        row(prompt=2, accepted=30, proposed=40, num_tokens=40, num_rounds=10, in_trained_range=False),
+    ]
+    cell = only(rows)
+    assert (cell.num_prompts, cell.num_documents, cell.num_looping) == (3, 2, 1)
+    assert cell.acceptance == pytest.approx(41 / 60)
+    assert cell.acceptance_low < cell.acceptance < cell.acceptance_high
+    assert cell.acceptance_not_looping == pytest.approx(39 / 50)
+    assert cell.mean_tokens_per_round == pytest.approx(60 / 20)
+    assert cell.conditional_acceptance == pytest.approx([0.5, 1 / 3])
+    assert cell.in_trained_range is False
+    assert (cell.drafter_kv_bytes, cell.target_kv_bytes) == (2048, None)
+    assert (cell.speedup, cell.exact_prompts, cell.peak_memory_bytes) == (None, None, None)
+
+
+def test_measured_cell_by_hand():
+    rows = [
+        measured(prompt=0),
+        measured(
+            prompt=1,
+            num_tokens=24,
+            ar_num_tokens=24,
+            decode_s=[3.0, 5.0],
+            ar_decode_s=[6.0, 6.0],
+            exact=False,
+        ),
+    ]
+    cell = only(rows)
+    # 36 tokens in 2 + 4 s of decoding, against 3 + 6 s; prefills add 3 s and 2 s.
+    assert cell.tokens_per_s == pytest.approx(36 / 6)
+    assert cell.ar_tokens_per_s == pytest.approx(36 / 9)
+    assert cell.speedup == pytest.approx(9 / 6)
+    assert cell.end_to_end_speedup == pytest.approx(11 / 9)
+    assert cell.worst_prompt_speedup == pytest.approx(1.5)
+    assert (cell.exact_prompts, cell.target_kv_bytes, cell.peak_memory_bytes) == (1, 65536, 10**6)
+
+
+def test_prompts_that_all_loop_leave_no_acceptance_without_looping():
+    assert only([row(looping=True)]).acceptance_not_looping is None
+
+
+def test_cell_that_proposed_nothing_is_left_out():
+    empty = row(accepted=0, proposed=0, num_rounds=0, reached=[0] * 4, kept=[0] * 4)
+    assert tables.cell_rows([empty], AXES, **SEEDED) == []
+
+
+def test_prompt_twice_in_a_cell_is_refused():
+    with pytest.raises(BadData, match=r"'p0' twice .*full_only"):
+        tables.cell_rows([row(), row()], AXES, **SEEDED)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"decode_s": [1.0]}, {"decode_s": [], "ar_decode_s": []}, {"ar_num_tokens": None}]
+)
+def test_measured_prompt_without_its_times_is_refused(broken):
+    with pytest.raises(BadData, match="'p1'"):
+        tables.cell_rows([measured(prompt=1, **broken)], AXES, **SEEDED)
+    with pytest.raises(BadData, match="'p1'"):
+        tables.cell_rows([measured(prompt=0), measured(prompt=1, **broken)], AXES, **SEEDED)
+
+
+def test_cells_come_in_the_order_of_the_config():
+    cells = tables.cell_rows(sweep_rows(), AXES, **SEEDED)
+    shown = [(c.drafter, c.control, c.budget, c.gamma) for c in cells if c.mode == "replay"]
+    assert shown[:4] == [
+        ("full_only", None, 16, 2), ("full_only", None, 16, 4),
+        ("full_only", None, "full", 2), ("full_only", None, "full", 4),
+    ]  # fmt: skip
+    assert [drafter for drafter, *_ in shown] == ["full_only"] * 8 + ["multi_view"] * 8
+
+
+def test_acceptance_prefers_the_replay_and_speedup_takes_measured_cells():
+    cells = tables.cell_rows(sweep_rows(), AXES, **SEEDED)
+    acceptance = tables.estimates(cells, "acceptance")
+    assert len(acceptance) == 16 and {e.num_prompts for e in acceptance} == {12}
+    speedup = tables.estimates(cells, "speedup")
+    assert len(speedup) == 4 and {e.num_prompts for e in speedup} == {2}
+    assert all(e.mean == pytest.approx(1.5) for e in speedup)
+
+
+def test_ar_speed_pools_all_runs_of_a_place():
+    rows = [
+        measured(prompt=0, gamma=2),
+        measured(prompt=0, gamma=4),
+        measured(prompt=1, ar_num_tokens=60, ar_decode_s=[7.0, 8.0]),
+        row(prompt=2),
+    ]
+    (speed,) = tables.ar_speeds(rows, AXES, **SEEDED)
+    assert speed.mean == pytest.approx((4 * 12 + 2 * 60) / (4 * 3.0 + 15.0))
+    assert (speed.dataset, speed.context, speed.num_prompts) == ("code", "64", 2)
+
+
+def test_lossless_counts_prompts_that_are_exact_in_every_cell():
+    rows = [
+        measured(prompt=0, gamma=2), measured(prompt=0, gamma=4), measured(prompt=1, gamma=2, exact=False),
+        measured(prompt=1, gamma=4), measured(prompt=2, temperature=1.0, exact=None),
+        row(prompt=3),
+    ]  # fmt: skip
+    found = tables.lossless(rows)
+    assert (found.prompts, found.exact) == (2, 1)
+
+
+def test_replay_is_checked_against_decoding():
+    rows = [
+        row(prompt=0),
+        row(prompt=1),
+        measured(prompt=0),
+        measured(prompt=1, accepted=6),
+        measured(prompt=9),
+    ]
+    found = tables.replay_check(rows)
+    assert (found.rows, found.equal) == (2, 1)

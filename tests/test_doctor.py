@@ -1,0 +1,154 @@
+"""The doctor names what is wrong and what to do, and fails only then."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import doctor
+from jobs.tracking import tracking_problem
+from pipeline.config import Config
+from pipeline.config_errors import ConfigError
+from tests.configs import MINIMAL
+
+
+@pytest.fixture(autouse=True)
+def _versions_are_another_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: ["torch>=1.0", "absent>1; extra == 'dev'"]
+    )
+
+
+def make(tmp_path: Path, **groups: Any) -> Config:
+    return Config.model_validate(MINIMAL | {"storage": str(tmp_path / "runs")} | groups)
+
+
+def table(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
+    """name → (status, text)"""
+    lines = capsys.readouterr().out.splitlines()
+    return {line[6:20].strip(): (line[:5].strip(), line[21:]) for line in lines}
+
+
+def test_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.doctor(make(tmp_path)) == 0
+    rows = table(capsys)
+    assert {status for status, _ in rows.values()} <= {"ok", "warn"}
+    assert rows["storage"] == ("ok", f"{tmp_path / 'runs'} can be written")
+    assert not list((tmp_path / "runs").iterdir()), "the probe is gone"
+
+
+def test_without_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.doctor(None) == 0
+    assert {"python", "torch", "name clash", "cuda"} <= set(table(capsys))
+
+
+def test_every_fault_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=99", "no-such-thing>=1"])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zero.json").write_text("{")
+    sources = [{"kind": "text", "name": "mine", "files": [str(tmp_path / "*.none")]}]
+    config = make(
+        tmp_path,
+        storage=str(tmp_path / "file" / "runs"),
+        data=MINIMAL["data"] | {"sources": sources},
+        drafter={"kind": "pretrained", "path": str(tmp_path / "empty")},
+        train=MINIMAL["train"] | {"deepspeed": str(tmp_path / "zero.json")},
+        run={"executor": "ray", "device": "cuda"},
+        tracking={"uri": "http://ann:pa55@127.0.0.1:9"},
+    )
+    assert doctor.doctor(config) == 4
+    rows = table(capsys)
+    for name, part in {
+        "torch": "needs torch>=99: run `make setup`",
+        "no-such-thing": "not installed",
+        "storage": "set storage=PATH",
+        "tracking": "no server answers at http://127.0.0.1:9/health",
+        "data mine": "no file matches",
+        "drafter": "no config.json",
+        "deepspeed": "zero.json cannot be read",
+    }.items():
+        assert rows[name][0] == "fail" and part in rows[name][1], (name, rows[name])
+    assert "pa55" not in str(rows)
+
+
+def test_offline_hub_is_told_from_a_missing_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub/models--some--drafter").mkdir(parents=True)
+    config = make(
+        tmp_path,
+        target={"kind": "pretrained", "path": "some/target"},
+        drafter={"kind": "pretrained", "path": "some/drafter"},
+    )
+    assert doctor.doctor(config) == 4
+    rows = table(capsys)
+    assert rows["target"][0] == "fail" and "HF_HUB_OFFLINE" in rows["target"][1]
+    assert rows["drafter"][0] == "ok"
+
+
+def test_deepspeed_settings_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    train = MINIMAL["train"] | {"deepspeed": str(file)}
+    assert doctor._deepspeed(make(tmp_path, train=train, run={"executor": "ray"})).text.endswith(
+        "ZeRO stage 2"
+    )
+
+
+def test_name_clash(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor.check_name_clash()
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.12" if n == "kernels" else real(n))
+    with pytest.raises(ConfigError, match="pip uninstall kernels"):
+        doctor.check_name_clash()
+    assert doctor.doctor(None) == 4
+    assert table(capsys)["name clash"][0] == "fail"
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Healthy below /good, asking for a login below /private, not found elsewhere."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response({"/good/health": 200, "/private/health": 401}.get(self.path, 404))
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            return None
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://ann:pa55@127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_tracking_servers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert tracking_problem(f"{server}/good/") is None
+    assert tracking_problem(f"{server}/private") is None
+    problem = tracking_problem(server)
+    assert problem and "answers 404" in problem and "pa55" not in problem
+
+
+def test_tracking_stores(tmp_path: Path) -> None:
+    assert tracking_problem(f"sqlite:///{tmp_path}/new/mlflow.db") is None
+    assert "plain folders" in str(tracking_problem(str(tmp_path)))
+    assert "sqlite:////absolute" in str(tracking_problem("sqlite://mlflow.db"))
+    assert "cannot be written" in str(tracking_problem(f"sqlite:///{tmp_path}"))
+    (tmp_path / "text.db").write_text("this is no database, and long enough to be seen as none" * 40)
+    assert "not a database" in str(tracking_problem(f"sqlite:///{tmp_path}/text.db"))

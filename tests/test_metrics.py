@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+
+from pipeline import metrics
+
+SEEDED = {"samples": 4000, "seed": 3}
+
+
+def test_repetition_rate_by_hand():
+    assert metrics.repetition_rate([1, 2, 3, 4, 5, 6, 7, 8]) == 0.0
+    # 1212 2121 1212 2121 1212: five 4-grams, three of which occurred before.
+    assert metrics.repetition_rate([1, 2, 1, 2, 1, 2, 1, 2]) == pytest.approx(3 / 5)
+    assert metrics.repetition_rate([7] * 103) == pytest.approx(99 / 100)
+    # abcd bcda cdab dabc abcd: one of five.
+    assert metrics.repetition_rate([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("length", range(5))
+def test_text_too_short_to_repeat_has_no_repetition(length: int):
+    assert metrics.repetition_rate([9] * length) == 0.0
+
+
+def test_rate_is_pooled_not_a_mean_of_ratios():
+    interval = metrics.bootstrap_interval([1, 90], [10, 100], **SEEDED)
+    assert interval.mean == pytest.approx(91 / 110)
+    # Two units: a resample takes both, or one of them twice.
+    assert (interval.low, interval.high) == (pytest.approx(0.1), pytest.approx(0.9))
+
+
+def test_interval_of_a_share_matches_the_normal_approximation():
+    successes = np.arange(400) % 10 < 3  # exactly 30 %
+    interval = metrics.bootstrap_interval(successes, np.ones(400), **SEEDED)
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
+    assert interval.mean == pytest.approx(0.3)
+    assert interval.low == pytest.approx(0.3 - half, abs=0.006)
+    assert interval.high == pytest.approx(0.3 + half, abs=0.006)
+
+
+def test_coverage_on_simulated_prompts():
+    """Prompts of their own difficulty and length: about 95 intervals in 100 hold the true pooled rate."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        proposed = rng.integers(50, 150, size=60)
+        accepted = rng.binomial(proposed, rng.beta(8, 8, size=60))  # true rate 0.5, whatever the length
+        interval = metrics.bootstrap_interval(accepted, proposed, samples=400, seed=1)
+        hits += interval.low <= 0.5 <= interval.high
+    assert 0.91 <= hits / 400 <= 0.98
+
+
+def test_same_seed_same_interval_other_seed_another():
+    data = (list(range(1, 30)), [40] * 29)
+    first = metrics.bootstrap_interval(*data, samples=500, seed=1)
+    assert first == metrics.bootstrap_interval(*data, samples=500, seed=1)
+    assert first.low != metrics.bootstrap_interval(*data, samples=500, seed=2).low
+
+
+def test_clusters_are_resampled_whole():
+    """Ten copies of each of 20 units hold no more than 20 units do."""
+    rng = np.random.default_rng(5)
+    accepted, proposed = rng.integers(10, 90, size=20), np.full(20, 100)
+    names = [f"d{i}" for i in range(20)]
+    alone = metrics.bootstrap_interval(accepted, proposed, **SEEDED, clusters=sorted(names))
+    copies = metrics.bootstrap_interval(
+        np.repeat(accepted, 10),
+        np.repeat(proposed, 10),
+        **SEEDED,
+        clusters=np.repeat(sorted(names), 10).tolist(),
+    )
+    naive = metrics.bootstrap_interval(np.repeat(accepted, 10), np.repeat(proposed, 10), **SEEDED)
+    assert copies == pytest.approx(alone)
+    assert naive.high - naive.low < 0.5 * (copies.high - copies.low)
+
+
+def test_paired_difference_of_identical_data_is_zero():
+    side = ([3, 50, 7], [10, 60, 70])
+    assert metrics.paired_difference(side, side, **SEEDED) == (0.0, 0.0, 0.0)
+
+
+def test_pairing_cancels_what_prompts_have_in_common():
+    rng = np.random.default_rng(2)
+    hard = rng.integers(0, 80, size=40)
+    proposed = np.full(40, 100)
+    better, worse = (hard + 5, proposed), (hard, proposed)
+    paired = metrics.paired_difference(better, worse, **SEEDED)
+    assert paired == pytest.approx((0.05, 0.05, 0.05))
+    alone = metrics.bootstrap_interval(*worse, **SEEDED)
+    assert alone.high - alone.low > 0.1
+
+
+def test_paired_difference_matches_the_normal_approximation():
+    rng = np.random.default_rng(4)
+    first, second = rng.integers(40, 60, size=200), rng.integers(30, 55, size=200)
+    proposed = np.full(200, 100)
+    interval = metrics.paired_difference((first, proposed), (second, proposed), **SEEDED)
+    gaps = (first - second) / 100
+    half = 1.96 * gaps.std() / np.sqrt(200)
+    assert interval.mean == pytest.approx(gaps.mean())
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.06)
+
+
+def test_units_that_propose_nothing_do_not_break_a_resample():
+    interval = metrics.bootstrap_interval([5, 0, 0], [10, 0, 0], **SEEDED)
+    assert interval == (0.5, 0.5, 0.5)
+
+
+def test_what_has_no_rate_is_refused():
+    with pytest.raises(ValueError, match="sum to zero"):
+        metrics.bootstrap_interval([0, 0], [0, 0], **SEEDED)
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+        metrics.bootstrap_interval([1, 2], [1, 2, 3], **SEEDED)
+    with pytest.raises(ValueError, match="2 and 1 units"):
+        metrics.paired_difference(([1, 1], [2, 2]), ([1], [2]), **SEEDED)
+    with pytest.raises(ValueError, match="1 cluster names for 2 units"):
+        metrics.bootstrap_interval([1, 2], [3, 4], **SEEDED, clusters=["a"])
+
+
+def test_conditional_acceptance_pools_prompts_and_stops_where_no_round_came():
+    rates = metrics.conditional_acceptance([[4, 3, 0], [6, 1, 0]], [[3, 0, 0], [1, 1, 0]])
+    assert rates == pytest.approx([4 / 10, 1 / 4])
+    assert metrics.conditional_acceptance([[0, 0]], [[0, 0]]) == []
+
+
+def test_speedup_is_pooled_over_prompts_and_repeats():
+    tokens = [100, 10]
+    speed = metrics.speedup(
+        (tokens, [[10.0, 12.0, 14.0], [4.0, 4.0, 40.0]]),
+        (tokens, [[24.0, 24.0, 24.0], [2.0, 2.0, 2.0]]),
+        **SEEDED,
+    )
+    assert speed.overall.mean == pytest.approx((72 + 6) / (36 + 48))
+    # The median leaves the one slow repeat out: 2 s against 4 s.
+    assert speed.worst_prompt == pytest.approx(0.5)
+    assert speed.overall.low < speed.overall.mean < speed.overall.high
+
+
+def test_speedup_counts_tokens_where_the_runs_differ_in_length():
+    """Sampled text: half the tokens in half the time is no speedup."""
+    speed = metrics.speedup(([50], [[1.0]]), ([100], [[2.0]]), **SEEDED)
+    assert speed == ((pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0)), pytest.approx(1.0))
+
+
+def test_speedup_resamples_tokens_with_the_seconds_they_took():
+    """One prompt runs at 4 times AR's speed, the other at 2 times; lengths and AR speeds differ."""
+    speed = metrics.speedup(([1000, 10], [[10.0], [1.0]]), ([900, 12], [[36.0], [2.4]]), **SEEDED)
+    assert (speed.overall.low, speed.overall.high) == (pytest.approx(2.0), pytest.approx(4.0))
+
+
+def test_speedup_interval_covers_the_true_ratio():
+    rng = np.random.default_rng(7)
+    hits = 0
+    for _ in range(200):
+        length = rng.uniform(1, 2, size=(12, 1))  # seconds of AR, by prompt
+        ar = length * rng.lognormal(0, 0.02, size=(12, 3))
+        own = length / 1.5 * rng.lognormal(0, 0.1, size=(12, 1)) * rng.lognormal(0, 0.02, size=(12, 3))
+        speed = metrics.speedup(([64] * 12, own), ([64] * 12, ar), samples=300, seed=1)
+        hits += speed.overall.low <= 1.5 / np.exp(0.1**2 / 2) <= speed.overall.high
+    assert 0.86 <= hits / 200 <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("speculative", "ar", "told"),
+    [
+        (([5], [[1.0, 1.0]]), ([5], [[1.0]]), r"\[N, R\]"),
+        (([5], [[]]), ([5], [[]]), r"\[N, R\]"),
+        (([5], [[0.0]]), ([5], [[1.0]]), "positive"),
+        (([0], [[1.0]]), ([5], [[1.0]]), "positive"),
+    ],
+)
+def test_times_that_cannot_be_compared_are_refused(speculative, ar, told):
+    with pytest.raises(ValueError, match=told):
+        metrics.speedup(speculative, ar, **SEEDED)

@@ -1,0 +1,293 @@
+"""What MLflow holds after a run, read back with its own client from a real sqlite store."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from jobs import Terminated, tracking
+from jobs.tracking import NullTracker, Tracker
+from pipeline.artifacts import provenance
+from pipeline.config import Config
+from pipeline.config_errors import ConfigError
+from pipeline.rows import CellRow
+from tests.configs import MINIMAL
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for the whole file, as making its tables takes seconds; each test has its experiment."""
+    return tmp_path_factory.mktemp("runs with space")
+
+
+@pytest.fixture
+def config(storage: Path, request: pytest.FixtureRequest) -> Config:
+    group = {"enabled": True, "experiment": request.node.name}
+    return Config.model_validate(MINIMAL | {"storage": str(storage), "tracking": group})
+
+
+@pytest.fixture
+def client(storage: Path) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{storage}/mlflow.db")
+
+
+def runs_by_name(client: MlflowClient, config: Config) -> dict[str, Run]:
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    runs = list(client.search_runs([experiment.experiment_id], max_results=1000))
+    named = {run.info.run_name: run for run in runs}
+    assert len(named) == len(runs), "no run is there twice"
+    return named
+
+
+def curve(client: MlflowClient, run: Run, name: str) -> dict[int, float]:
+    points = client.get_metric_history(run.info.run_id, name)
+    assert len({p.step for p in points}) == len(points), "no step is there twice"
+    return {p.step: p.value for p in points}
+
+
+def test_pipeline_and_stage_runs(config: Config, client: MlflowClient, storage: Path) -> None:
+    figure = storage / "figure.txt"
+    figure.write_text("a figure")
+    (storage / "model/below").mkdir(parents=True, exist_ok=True)
+    (storage / "model/below/weights").write_text("w")
+    with Tracker.start(config) as tracker, tracker.stage_run("report") as report:
+        tracker.log_files(report, [figure, storage / "model"])
+    runs = runs_by_name(client, config)
+    top, stage = runs["minimal"], runs["report"]
+    assert top.info.status == stage.info.status == "FINISHED"
+    assert top.data.tags["stage"] == "pipeline"
+    assert stage.data.tags["stage"] == "report"
+    assert stage.data.tags["mlflow.parentRunId"] == top.info.run_id
+    assert top.data.tags["git_commit"] == (provenance()["git_sha"] or "unknown")
+    assert top.data.params == {"seed": "42", "train_steps": "2", "executor": "inline"}
+    artifacts = {f.path for f in client.list_artifacts(stage.info.run_id)}
+    assert artifacts == {"figure.txt", "model"}
+    assert [f.path for f in client.list_artifacts(stage.info.run_id, "model/below")] == [
+        "model/below/weights"
+    ]
+    found = list((storage / "mlartifacts").rglob("config.yaml"))
+    assert any(Config.model_validate(yaml.safe_load(file.read_text())) == config for file in found)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (Terminated, "KILLED"), (SystemExit, "FAILED")],
+)
+def test_status_follows_the_exception(
+    config: Config, client: MlflowClient, error: type[BaseException], status: str, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "drafter-x/metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.write_text('{"step": 1, "loss/total": 2.0}\n')
+    with (
+        pytest.raises(error),
+        Tracker.start(config) as tracker,
+        tracker.stage_run("train") as run_id,
+        tracker.follow(run_id, {"x": metrics}),
+    ):
+        raise error
+    runs = runs_by_name(client, config)
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "minimal": status,
+        "train": status,
+        "x": status,
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, float]], torn: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
+
+
+def test_curves_are_followed_live(
+    config: Config, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "POLL_S", 0.05)
+    files = {name: tmp_path / f"drafter-{name}-1/metrics.jsonl" for name in ("a", "b", "never")}
+    rows = [{"step": step, "loss/total": 1 / step, "train/lr": 0.1} for step in range(10, 60, 10)]
+    with (
+        Tracker.start(config) as tracker,
+        tracker.stage_run("train") as stage,
+        tracker.follow(stage, files),
+    ):
+        write_rows(files["a"], rows[:2], torn='{"step": 30, "lo')
+        deadline = time.monotonic() + 20
+        while (
+            "a" not in runs_by_name(client, config)
+            or len(curve(client, runs_by_name(client, config)["a"], "loss/total")) < 2
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # A resumed run drops rows behind its checkpoint and writes them again.
+        write_rows(files["a"], rows[:1])
+        time.sleep(0.2)
+        write_rows(files["a"], rows, torn='{"step"')
+        write_rows(files["b"], [{"step": 5, "validation/acceptance_b16": 0.5}])
+    runs = runs_by_name(client, config)
+    assert set(runs) == {"minimal", "train", "a", "b"}
+    assert runs["a"].data.tags["mlflow.parentRunId"] == runs["train"].info.run_id
+    assert curve(client, runs["a"], "loss/total") == {step: 1 / step for step in range(10, 60, 10)}
+    assert curve(client, runs["b"], "validation/acceptance_b16") == {5: 0.5}
+    assert runs["a"].info.status == "FINISHED"
+    # The same files again, as when the stage was cached: their curves are there already.
+    with Tracker.start(config) as tracker, tracker.follow(tracker.run_id, files):
+        pass
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id], "tags.stage = 'curves'")) == 2
+
+
+def test_more_points_than_one_request_takes(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+    rows = [{"step": step, **{f"loss/{k}": step + k / 10 for k in range(8)}} for step in range(300)]
+    write_rows(tmp_path / "pretrain/metrics.jsonl", rows)
+    files = {"target": tmp_path / "pretrain/metrics.jsonl"}
+    with Tracker.start(config) as tracker, tracker.follow(tracker.run_id, files):
+        pass
+    run = runs_by_name(client, config)["target"]
+    assert curve(client, run, "loss/7") == {step: step + 0.7 for step in range(300)}
+
+
+def cell(**changes: Any) -> CellRow:
+    values: dict[str, Any] = {
+        "drafter": "multi_view",
+        "dataset": "pg19",
+        "context": "4K",
+        "policy": "chunk_topk",
+        "budget": 256,
+        "control": None,
+        "gamma": 4,
+        "temperature": 0.0,
+        "seed": 0,
+        "mode": "replay",
+        "num_prompts": 80,
+        "num_documents": 20,
+        "num_looping": 8,
+        "acceptance": 0.5,
+        "acceptance_low": 0.4,
+        "acceptance_high": 0.6,
+        "acceptance_not_looping": None,
+        "mean_tokens_per_round": 2.5,
+        "conditional_acceptance": [0.6, 0.5, 0.4, 0.3],
+        "in_trained_range": True,
+        "drafter_kv_bytes": 1000,
+        "target_kv_bytes": 9000,
+    }
+    return CellRow.model_validate(values | changes)
+
+
+def test_sweep_runs(config: Config, client: MlflowClient) -> None:
+    measured = {"mode": "measure", "num_prompts": 4, "acceptance": 0.9, "exact_prompts": 3}
+    rows = [
+        cell(),
+        cell(gamma=8, acceptance=0.4),
+        cell(**measured, speedup=1.5, peak_memory_bytes=7),
+        cell(**measured, gamma=8, speedup=1.25),
+        cell(control="other_prompt"),
+        cell(budget="full", temperature=0.5, seed=3),
+    ]
+    with Tracker.start(config) as tracker, tracker.stage_run("sweep") as stage:
+        tracker.log_sweep(stage, "abc123", rows)
+        links = tracker.links()
+    runs = runs_by_name(client, config)
+    names = {
+        "multi_view|chunk_topk|b256|4K|pg19",
+        "multi_view|chunk_topk|b256|4K|pg19|other_prompt",
+        "multi_view|chunk_topk|bfull|4K|pg19|t0.5|s3",
+    }
+    assert set(runs) == names | {"minimal", "sweep"}
+    run = runs["multi_view|chunk_topk|b256|4K|pg19"]
+    assert run.data.params == {
+        "drafter": "multi_view",
+        "dataset": "pg19",
+        "context": "4K",
+        "policy": "chunk_topk",
+        "budget": "256",
+        "control": "none",
+        "temperature": "0.0",
+        "seed": "0",
+    }
+    assert run.info.status == "FINISHED" and run.data.tags["mlflow.parentRunId"] == runs["sweep"].info.run_id
+    assert (run.data.tags["stage"], run.data.tags["sweep_id"]) == ("cell", "abc123")
+    # Acceptance of all prompts, from replay; speed of the measured ones.
+    assert curve(client, run, "accept/rate") == {4: 0.5, 8: 0.4}
+    assert curve(client, run, "speed/speedup") == {4: 1.5, 8: 1.25}
+    assert curve(client, run, "quality/exact_share") == {4: 0.75, 8: 0.75}
+    assert curve(client, run, "quality/looping_share") == {4: 0.1, 8: 0.1}
+    assert curve(client, run, "mem/peak_bytes") == {4: 7}
+    assert curve(client, run, "position/conditional_acceptance") == {1: 0.6, 2: 0.5, 3: 0.4, 4: 0.3}
+    assert (run.data.metrics["speed/best_speedup"], run.data.metrics["speed/best_gamma"]) == (1.5, 4)
+    assert "accept/rate_not_looping" not in run.data.metrics
+    assert "speed/speedup" not in runs["multi_view|chunk_topk|bfull|4K|pg19|t0.5|s3"].data.metrics
+
+    start, this, sweep, compare = map(unquote, links)
+    assert start.startswith("start the MLflow UI: mlflow ui --backend-store-uri 'sqlite:////")
+    assert this.endswith(f"/runs/{runs['minimal'].info.run_id}")
+    assert "searchFilter=tags.sweep_id = 'abc123'" in sweep and "metrics.`speed/best_speedup`" in sweep
+    ids = json.loads(compare.split("runs=")[1].split("&")[0])
+    assert ids[0] == run.info.run_id and set(ids) == {runs[name].info.run_id for name in names}
+
+
+def test_sweep_is_mirrored_once(config: Config, client: MlflowClient) -> None:
+    rows = [cell(), cell(drafter="full_only")]
+    with Tracker.start(config) as tracker:
+        tracker.log_sweep(tracker.run_id, "once", rows[:1])
+        # A process that was killed between making a run and finishing it leaves this behind.
+        tags = {"stage": "cell", "sweep_id": "once", "cell_key": "left behind"}
+        left = client.create_run(tracker.experiment_id, run_name="left behind", tags=tags)
+    with Tracker.start(config) as tracker:
+        tracker.log_sweep(tracker.run_id, "once", rows)
+        tracker.log_sweep(tracker.run_id, "once", rows)
+        assert len(tracker.cell_runs) == 2
+    found = client.search_runs([tracker.experiment_id], "tags.sweep_id = 'once'")
+    assert sorted(run.data.params["drafter"] for run in found) == ["full_only", "multi_view"]
+    assert client.get_run(left.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_disabled_tracking_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.model_validate(MINIMAL | {"storage": str(tmp_path)})
+    with caplog.at_level(logging.INFO), Tracker.start(config) as tracker:
+        assert isinstance(tracker, NullTracker)
+        with tracker.stage_run("train") as run, tracker.follow(run, {"a": tmp_path / "a"}):
+            tracker.log_sweep(run, "x", [cell()])
+            tracker.log_files(tracker.run_id, [tmp_path / "a"])
+        assert tracker.links() == []
+    assert "MLflow is off" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_null_tracker_overrides_everything() -> None:
+    own = {name for name, value in vars(Tracker).items() if callable(value) and not name.startswith("_")}
+    assert own - {"start"} <= set(vars(NullTracker))
+
+
+@pytest.mark.parametrize(
+    ("uri", "part"),
+    [("http://ann:pa55@127.0.0.1:9", "no server answers"), ("/tmp/mlruns", "plain folders")],
+)
+def test_unusable_store(tmp_path: Path, uri: str, part: str) -> None:
+    config = Config.model_validate(MINIMAL | {"storage": str(tmp_path), "tracking": {"uri": uri}})
+    with pytest.raises(ConfigError, match=part) as caught:
+        Tracker.start(config)
+    assert "tracking.enabled=false" in str(caught.value) and "pa55" not in str(caught.value)
+
+
+def test_deleted_experiment(config: Config, client: MlflowClient) -> None:
+    with Tracker.start(config) as tracker:
+        pass
+    client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(ConfigError, match="mlflow experiments restore"):
+        Tracker.start(config)
