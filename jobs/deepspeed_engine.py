@@ -20,7 +20,7 @@ TAG = "zero"
 
 
 class DeepSpeedEngine:
-    """`pipeline.engine.Engine` over a DeepSpeed engine; ZeRO stage and offload come from the settings file."""
+    """`pipeline.engine.Engine` over a DeepSpeed engine; the settings file has ZeRO stage and offload."""
 
     def __init__(self, engine: Any, device: torch.device) -> None:
         self.engine, self.device = engine, device
@@ -64,7 +64,9 @@ class DeepSpeedEngine:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         if self.engine.zero_optimization_stage() == 0:
-            return {name: value.detach().cpu().float() for name, value in self.engine.module.state_dict().items()}
+            return {
+                name: value.detach().cpu().float() for name, value in self.engine.module.state_dict().items()
+            }
         return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
 
 

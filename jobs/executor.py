@@ -192,12 +192,13 @@ class RayExecutor:
         num_actors: int,
     ) -> Iterator[tuple[Item, Result]]:
         self.calls += 1
-        actor = self.ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES, **self.resources)(_Worker)
+        actor = self.ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES, **self.resources)(
+            _Worker
+        )
         actors = [actor.remote(factory) for _ in range(min(num_actors, len(items)))]
         try:
             busy = {
-                worker.call.remote(item): (worker, item)
-                for worker, item in zip(actors, items, strict=False)
+                worker.call.remote(item): (worker, item) for worker, item in zip(actors, items, strict=False)
             }
             rest = iter(items[len(actors) :])
             with progress(len(items), description) as bar:

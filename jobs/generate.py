@@ -86,7 +86,8 @@ def generate(
     count, ar_count = len(written) - 1, len(plain) - 1
     print(
         f"[{name}, {policy} budget {budget}, γ {gamma}: acceptance {accepted / max(proposed, 1):.3f}, "
-        f"τ {count / rounds:.2f}, {count / seconds:.1f} tokens/s, autoregressive {ar_count / ar_seconds:.1f}, "
+        f"τ {count / rounds:.2f}, {count / seconds:.1f} tokens/s, "
+        f"autoregressive {ar_count / ar_seconds:.1f}, "
         f"speedup {count / seconds / (ar_count / ar_seconds):.2f}"
         + (f", {'same' if written == plain else 'DIFFERENT'} tokens]" if temperature == 0 else "]")
     )

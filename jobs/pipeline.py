@@ -108,8 +108,8 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
 def check_complete(failures: int, folder: Path) -> None:
     if failures:
         raise Incomplete(
-            f"{failures} (drafter, prompt) pairs of the sweep failed; their errors are in {folder / 'failed'}; "
-            "the same command tries them again"
+            f"{failures} (drafter, prompt) pairs of the sweep failed; their errors are in "
+            f"{folder / 'failed'}; the same command tries them again"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jobs.executor import Executor
 from pipeline.artifacts import Artifact, open_artifact
@@ -90,7 +91,7 @@ def target_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
 def run_missing(
     executor: Executor,
     artifacts: dict[str, Artifact],
-    inputs: dict[str, dict[str, object]],
+    inputs: Mapping[str, dict[str, Any]],
     job: TrainJob,
     watch: Watch,
 ) -> None:

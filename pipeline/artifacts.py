@@ -29,7 +29,17 @@ from pydantic import BaseModel
 MANIFEST = "manifest.json"
 # Raised when the meaning of artifacts changes, so that old folders are not mistaken for new ones.
 FORMAT = 1
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "ray", "deepspeed", "mlflow", "triton", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "ray",
+    "deepspeed",
+    "mlflow",
+    "triton",
+    "numpy",
+)
 
 RowT = TypeVar("RowT", bound=BaseModel)
 
@@ -104,7 +114,7 @@ def provenance() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for library in LIBRARIES:
         try:
             versions[library] = importlib.metadata.version(library)

@@ -24,7 +24,9 @@ class Shards:
 
     def __init__(self, files: Sequence[Path]) -> None:
         if not files:
-            raise BadData("there are no training sequences: the training split is empty or its documents short")
+            raise BadData(
+                "there are no training sequences: the training split is empty or its documents short"
+            )
         self.arrays = [np.load(file, mmap_mode="r") for file in files]
         self.offsets = np.cumsum([0, *(len(array) for array in self.arrays)])
 

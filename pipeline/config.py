@@ -426,7 +426,8 @@ class Config(Group):
         for name, model in (("target", self.target), ("drafter", self.drafter)):
             if isinstance(model, ScratchModel) and model.pretrain.batch_sequences % share:
                 raise ValueError(
-                    f"{name}.pretrain.batch_sequences ({model.pretrain.batch_sequences}) must be a multiple of "
+                    f"{name}.pretrain.batch_sequences ({model.pretrain.batch_sequences}) must be a multiple "
+                    "of "
                     f"train.micro_batch_sequences × train.num_workers ({share})"
                 )
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}

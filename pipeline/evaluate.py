@@ -8,8 +8,6 @@ measured cell in turn, `repeats` times over.
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 from pipeline import replay
 from pipeline.artifacts import read_rows, write_rows
 from pipeline.config import Config
-from pipeline.decoding import Round, Sampler, autoregressive, speculate
-from pipeline.kv import FULL, PrefixView, View, ViewCache, read_prefix, view_of
+from pipeline.kv import PrefixView, View, ViewCache, read_prefix, view_of
+from pipeline.measure import Bench, Chance, Timed, timed_prefill
 from pipeline.metrics import repetition_rate
-from pipeline.models import ModelRef, load_model, stop_tokens
+from pipeline.models import ModelRef, load_model
+from pipeline.replay import Counts
 from pipeline.rows import Cell, Continuation, FailedCell, Prompt, PromptRow
+
+Mode = Literal["replay", "measure"]
+# What a cell may end in without ending the others: logits that are not finite, no memory, no partner.
+CELL_ERRORS = (ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Drafter:
 class SweepTask:
     """Prompts [first, last) of one file, replayed or measured; `output` gets the rows."""
 
-    mode: Literal["replay", "measure"]
+    mode: Mode
     prompts: Path
     continuations: Path
     first: int
@@ -70,9 +73,14 @@ class Evaluator:
     """The models, loaded once per worker; a call does one task and returns (rows, failures)."""
 
     def __init__(
-        self, config: Config, target: ModelRef, drafters: Sequence[Drafter], tokenizer: Path, device: torch.device
+        self,
+        config: Config,
+        target: ModelRef,
+        drafters: Sequence[Drafter],
+        tokenizer: Path,
+        device: torch.device,
     ) -> None:
-        self.config, self.device, self.target_ref = config, device, target
+        self.config, self.sweep, self.device, self.target_ref = config, config.sweep, device, target
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.drafters = [(d, load_model(d.ref, len(self.tokenizer), device)) for d in drafters]
         self.target: PreTrainedModel | None = None
@@ -83,11 +91,14 @@ class Evaluator:
             return len(read_rows(task.output, PromptRow)), 0
         prompts = read_rows(task.prompts, Prompt)
         continuations = read_rows(task.continuations, Continuation)
+        run = self.replay if task.mode == "replay" else self.measure
         rows: list[PromptRow] = []
         failed: list[FailedCell] = []
-        run = self.replay if task.mode == "replay" else self.measure
         for row in run(prompts, continuations, range(task.first, task.last)):
-            (rows if isinstance(row, PromptRow) else failed).append(row)  # type: ignore[arg-type]
+            if isinstance(row, PromptRow):
+                rows.append(row)
+            else:
+                failed.append(row)
         if failed:
             write_rows(task.failures, failed)
         write_rows(task.output, rows)
@@ -106,12 +117,12 @@ class Evaluator:
             for index in mine:
                 try:
                     yield from self.replay_prompt(drafter, model, prompts[index], continuations[index], views)
-                except (ArithmeticError, RuntimeError) as error:
+                except CELL_ERRORS as error:
                     yield self.failure("replay", drafter, prompts[index], error)
 
     def view_cells(self) -> list[ViewCell]:
         """The sweep's views, then those of its controls."""
-        sweep = self.config.sweep
+        sweep = self.sweep
         cells = [ViewCell(policy, budget, None) for policy in sweep.policies for budget in sweep.budgets]
         if "other_prompt" in sweep.controls:
             cells += [ViewCell(c.policy, c.budget, "other_prompt") for c in cells if c.budget != 0]
@@ -129,16 +140,23 @@ class Evaluator:
     ) -> Iterator[PromptRow]:
         if len(continuation.tokens) < 2:
             return  # the prefill's token ended the text: there is nothing to draft
-        cells, own = self.view_cells(), views.of(prompt)
-        if "other_prompt" in self.config.sweep.controls:
-            other = views.of(views.partner(prompt))
+        own = views.of(prompt)
+        other = views.of(views.partner(prompt)) if "other_prompt" in self.sweep.controls else own
+        cells = self.view_cells()
         kept = [(other if cell.control == "other_prompt" else own)[cell.view] for cell in cells]
         matches = replay.match_views(model, kept, continuation.tokens).tolist()
+        greedy = Chance(0.0, self.sweep.seeds[0])
         for cell, view, match in zip(cells, kept, matches, strict=True):
-            for gamma in self.config.sweep.gammas:
+            for gamma in self.sweep.gammas:
                 rounds = replay.rounds(match, gamma, prompt.max_new_tokens, continuation.eos_at is not None)
                 yield self.row(
-                    "replay", drafter, prompt, cell, gamma, rounds, continuation.repetition_rate, view.num_bytes
+                    "replay",
+                    self.cell(drafter, prompt, cell, gamma, greedy),
+                    drafter,
+                    prompt,
+                    replay.count(rounds, gamma),
+                    continuation.tokens,
+                    view,
                 )
 
     # ── measure ───────────────────────────────────────────────────────────────────────────────────
@@ -152,167 +170,95 @@ class Evaluator:
         """
         if self.target is None:
             self.target = load_model(self.target_ref, len(self.tokenizer), self.device)
+        measured = [pair for pair in self.drafters if chosen(pair[0].name, self.sweep.measure.drafters)]
         for index in mine:
-            for drafter, model in self.drafters:
-                if not chosen(drafter.name, self.config.sweep.measure.drafters):
-                    continue
+            prompt = prompts[index]
+            bench: Bench | None = None
+            for drafter, model in measured:
                 try:
-                    rows = list(self.measure_prompt(drafter, model, prompts[index]))
-                except (ArithmeticError, RuntimeError) as error:
-                    yield self.failure("measure", drafter, prompts[index], error)
+                    bench = bench or Bench(self.target, prompt, max(self.sweep.gammas))
+                    rows = list(self.measure_prompt(bench, drafter, model))
+                except CELL_ERRORS as error:
+                    yield self.failure("measure", drafter, prompt, error)
                     continue
                 if index != mine.start:
                     yield from rows
 
-    def measure_prompt(
-        self, drafter: Drafter, model: PreTrainedModel, prompt: Prompt
-    ) -> Iterator[PromptRow]:
-        assert self.target is not None
-        sweep = self.config.sweep
+    def measure_prompt(self, bench: Bench, drafter: Drafter, model: PreTrainedModel) -> Iterator[PromptRow]:
+        sweep, prompt = self.sweep, bench.prompt
         gammas = [gamma for gamma in sweep.gammas if chosen(gamma, sweep.measure.gammas)]
         cells = [
-            ViewCell(policy, budget, None)
-            for policy in sweep.policies
-            for budget in sweep.budgets
-            if chosen(budget, sweep.measure.budgets)
+            cell
+            for cell in self.view_cells()
+            if not cell.control and chosen(cell.budget, sweep.measure.budgets)
         ]
-        room = prompt.max_new_tokens + max(gammas)
-        target_views, logits_1V, ar_prefill_s = self.timed_prefill(self.target, prompt, [FULL])
-        views, _, prefill_s = self.timed_prefill(model, prompt, [cell.view for cell in cells])
-        target_cache = ViewCache(target_views, room)
-        caches = [ViewCache([view], room) for view in views]
+        views, _, prefill_s = timed_prefill(model, prompt, [cell.view for cell in cells])
+        caches = [ViewCache([view], bench.room) for view in views]
         for temperature in sweep.temperatures:
             for seed in sweep.seeds if temperature > 0 else sweep.seeds[:1]:
-                first = int(Sampler.seeded(temperature, seed, self.device).choose(logits_1V)[0])
+                chance = Chance(temperature, seed)
+                plain: list[Timed] = []
                 runs: dict[tuple[int, int], list[Timed]] = {}
-                ar_runs: list[Timed] = []
                 for _ in range(sweep.measure.repeats):
-                    ar_runs.append(self.time_ar(target_cache, prompt, first, temperature, seed))
+                    plain.append(bench.autoregressive(chance))
                     for number, cache in enumerate(caches):
                         for gamma in gammas:
-                            runs.setdefault((number, gamma), []).append(
-                                self.time_speculation(
-                                    model, target_cache, cache, prompt, first, gamma, temperature, seed
-                                )
-                            )
-                if len(ar_runs[0].tokens) < 2:
+                            timed = bench.speculative(model, cache, gamma, chance)
+                            runs.setdefault((number, gamma), []).append(timed)
+                if len(plain[0].tokens) < 2:
                     continue  # the prefill's token ended the text: there is nothing to time
-                for (number, gamma), timed in runs.items():
-                    tokens = timed[0].tokens
-                    rounds = [(r.proposed, r.accepted, len(r.tokens)) for r in timed[0].rounds]
-                    row = self.row(
-                        "measure",
-                        drafter,
-                        prompt,
-                        cells[number],
-                        gamma,
-                        rounds,
-                        repetition_rate(tokens),
-                        views[number].num_bytes,
-                        temperature,
-                        seed,
+                for (number, gamma), timed_runs in runs.items():
+                    one = timed_runs[0]
+                    counts = replay.count(
+                        [(r.proposed, r.accepted, len(r.tokens)) for r in one.rounds], gamma
                     )
+                    cell = self.cell(drafter, prompt, cells[number], gamma, chance)
+                    row = self.row("measure", cell, drafter, prompt, counts, one.tokens, views[number])
                     yield row.model_copy(
                         update={
-                            "exact": all(t.tokens == ar_runs[0].tokens for t in [*timed, *ar_runs])
+                            "target_kv_bytes": bench.kv_bytes,
+                            # Sampling draws other tokens than AR from the same distribution.
+                            "exact": all(run.tokens == plain[0].tokens for run in [*timed_runs, *plain])
                             if temperature == 0
                             else None,
-                            "prefill_s": ar_prefill_s + prefill_s,
-                            "ar_prefill_s": ar_prefill_s,
-                            "decode_s": [t.seconds for t in timed],
-                            "ar_decode_s": [t.seconds for t in ar_runs],
-                            "ar_num_tokens": len(ar_runs[0].tokens) - 1,
-                            "target_kv_bytes": target_views[0].num_bytes,
-                            "peak_memory_bytes": max(t.peak_memory_bytes for t in timed),
-                            "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
+                            "prefill_s": bench.prefill_s + prefill_s,
+                            "ar_prefill_s": bench.prefill_s,
+                            "decode_s": [run.seconds for run in timed_runs],
+                            "ar_decode_s": [run.seconds for run in plain],
+                            "ar_num_tokens": len(plain[0].tokens) - 1,
+                            "peak_memory_bytes": max(run.peak_memory_bytes for run in timed_runs),
+                            "text": self.tokenizer.decode(one.tokens, skip_special_tokens=True),
                         }
                     )
 
-    def timed_prefill(
-        self, model: PreTrainedModel, prompt: Prompt, views: Sequence[View]
-    ) -> tuple[list[PrefixView], torch.Tensor, float]:
-        """One prefill for all views of a prompt, its last logits [1, V], and its seconds."""
-        tokens_1S = torch.tensor([prompt.tokens], device=self.device)
-        began = self.clock()
-        kept, logits_1V = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
-        return kept, logits_1V, self.clock() - began
-
-    def time_ar(
-        self, cache: ViewCache, prompt: Prompt, first: int, temperature: float, seed: int
-    ) -> Timed:
-        assert self.target is not None
-        sampler, eos = Sampler.seeded(temperature, seed, self.device), stop_tokens(self.target)
-        began = self.start_run()
-        tokens = [
-            first,
-            *autoregressive(
-                self.target, cache, len(prompt.tokens), first, prompt.max_new_tokens, eos, sampler
-            ),
-        ]
-        seconds = self.clock() - began
-        cache.rollback(cache.appended)
-        return Timed(tokens, [], seconds, self.peak_memory())
-
-    def time_speculation(
-        self,
-        drafter: PreTrainedModel,
-        target_cache: ViewCache,
-        drafter_cache: ViewCache,
-        prompt: Prompt,
-        first: int,
-        gamma: int,
-        temperature: float,
-        seed: int,
-    ) -> Timed:
-        assert self.target is not None
-        sampler, eos = Sampler.seeded(temperature, seed, self.device), stop_tokens(self.target)
-        began = self.start_run()
-        rounds = list(
-            speculate(
-                self.target, drafter, target_cache, drafter_cache, len(prompt.tokens), first, gamma,
-                prompt.max_new_tokens, eos, sampler,
-            )
-        )  # fmt: skip
-        seconds = self.clock() - began
-        for cache in (target_cache, drafter_cache):
-            cache.rollback(cache.appended)
-        tokens = [first, *(token for one in rounds for token in one.tokens)]
-        return Timed(tokens, rounds, seconds, self.peak_memory())
-
-    def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def start_run(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        return self.clock()
-
-    def peak_memory(self) -> int:
-        """Peak bytes of this run on a GPU; on a CPU, of the process so far."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     # ── rows ──────────────────────────────────────────────────────────────────────────────────────
+
+    def cell(self, drafter: Drafter, prompt: Prompt, cell: ViewCell, gamma: int, chance: Chance) -> Cell:
+        return Cell(
+            drafter=drafter.name,
+            dataset=prompt.dataset,
+            context=prompt.context,
+            policy=cell.policy,
+            budget=cell.budget,
+            control=cell.control,
+            gamma=gamma,
+            temperature=chance.temperature,
+            seed=chance.seed,
+        )
 
     def row(
         self,
-        mode: Literal["replay", "measure"],
+        mode: Mode,
+        cell: Cell,
         drafter: Drafter,
         prompt: Prompt,
-        cell: ViewCell,
-        gamma: int,
-        rounds: Sequence[tuple[int, int, int]],
-        repetition: float,
-        drafter_kv_bytes: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
+        counts: Counts,
+        tokens: Sequence[int],
+        view: PrefixView,
     ) -> PromptRow:
-        counts = replay.count(rounds, gamma)
+        repetition = repetition_rate(tokens)
         return PromptRow(
-            **self.cell(drafter, prompt, cell, gamma, temperature, seed).model_dump(),
+            **cell.model_dump(),
             mode=mode,
             prompt_id=prompt.prompt_id,
             document_id=prompt.document_id,
@@ -323,47 +269,20 @@ class Evaluator:
             reached=list(counts.reached),
             kept=list(counts.kept),
             repetition_rate=repetition,
-            looping=repetition > self.config.sweep.looping_rate,
+            looping=repetition > self.sweep.looping_rate,
             in_trained_range=len(prompt.tokens) + prompt.max_new_tokens <= drafter.trained_positions,
-            drafter_kv_bytes=drafter_kv_bytes,
+            drafter_kv_bytes=view.num_bytes,
         )
 
-    def cell(
-        self, drafter: Drafter, prompt: Prompt, cell: ViewCell, gamma: int, temperature: float, seed: int | None
-    ) -> Cell:
-        return Cell(
-            drafter=drafter.name,
-            dataset=prompt.dataset,
-            context=prompt.context,
-            policy=cell.policy,
-            budget=cell.budget,
-            control=cell.control,
-            gamma=gamma,
-            temperature=temperature,
-            seed=self.config.sweep.seeds[0] if seed is None else seed,
-        )
-
-    def failure(
-        self, mode: Literal["replay", "measure"], drafter: Drafter, prompt: Prompt, error: Exception
-    ) -> FailedCell:
+    def failure(self, mode: Mode, drafter: Drafter, prompt: Prompt, error: Exception) -> FailedCell:
         """All cells of one drafter and prompt, which share a prefill and fail together."""
-        every = ViewCell("all", "full", None)
+        cell = self.cell(drafter, prompt, ViewCell("all", "full", None), 0, Chance(0.0, self.sweep.seeds[0]))
         return FailedCell(
-            **self.cell(drafter, prompt, every, 0, 0.0, None).model_dump(),
+            **cell.model_dump(),
             mode=mode,
             prompt_id=prompt.prompt_id,
             error=f"{type(error).__name__}: {error}",
         )
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One timed run; `tokens` begins with the prefill's."""
-
-    tokens: list[int]
-    rounds: list[Round]
-    seconds: float
-    peak_memory_bytes: int
 
 
 class PromptViews:
@@ -393,8 +312,8 @@ class PromptViews:
             if other.document_id != prompt.document_id and len(other.tokens) == len(prompt.tokens):
                 return other
         raise RuntimeError(
-            f"the control other_prompt of {prompt.prompt_id} needs a prompt of {len(prompt.tokens)} tokens from "
-            "another document; take more documents, or leave it out of sweep.controls"
+            f"the control other_prompt of {prompt.prompt_id} needs a prompt of {len(prompt.tokens)} tokens "
+            "from another document; take more documents, or leave it out of sweep.controls"
         )
 
 

@@ -31,7 +31,7 @@ ATTENTION = "budgetdraft"
 
 @dataclass(frozen=True)
 class View:
-    """What the drafter sees of a prefix: everything (`budget` None), or what a policy keeps within a budget."""
+    """What the drafter sees of a prefix: everything (budget None), or what a policy keeps within it."""
 
     policy: str
     budget: int | None
@@ -95,7 +95,7 @@ class PrefixReader(Cache):
 
 
 class ViewLayer(CacheLayerMixin):
-    """One layer's buffers: for each group of rows the kept KV, then room for `capacity` continuation tokens."""
+    """One layer's buffers: for each group of rows the kept KV, then room for `capacity` more tokens."""
 
     is_croppable = True
 
@@ -132,7 +132,10 @@ class ViewLayer(CacheLayerMixin):
                 f"the cache has room for {self.capacity} continuation tokens, not {self.appended + new}"
             )
         for (keys, values), kept in zip(self.buffers, self.kept, strict=True):
-            rows, at = slice(row, row + keys.shape[0]), slice(kept + self.appended, kept + self.appended + new)
+            rows, at = (
+                slice(row, row + keys.shape[0]),
+                slice(kept + self.appended, kept + self.appended + new),
+            )
             keys[:, :, at] = key_states[rows]
             values[:, :, at] = value_states[rows]
             row += keys.shape[0]
@@ -143,7 +146,7 @@ class ViewLayer(CacheLayerMixin):
         return self.buffers[0][0][:, :, :used], self.buffers[0][1][:, :, :used]
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Attention of the last Q appended tokens over their group's kept KV and, causally, the continuation."""
+        """Attention of the last Q appended tokens over their kept KV and, causally, the continuation."""
         outputs, row = [], 0
         for (keys, values), kept in zip(self.buffers, self.kept, strict=True):
             used = kept + self.appended
@@ -212,7 +215,9 @@ class ViewCache(Cache):
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Plain causal self-attention of a whole sequence, [B, H·G, S, D]."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+    )
 
 
 def suffix_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -227,7 +232,9 @@ def suffix_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         mask = torch.ones(Q, stored, dtype=torch.bool, device=query.device).tril(stored - Q)
         mask = mask.repeat(heads // H, 1)
     folded = query.reshape(B, H, -1, D)
-    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).view(B, heads, Q, D)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).view(
+        B, heads, Q, D
+    )
 
 
 def attend(

@@ -59,7 +59,12 @@ def model_ref(spec: PretrainedModel | ScratchModel, scratch_folder: Path | None)
     if spec.kind == "scratch":
         return ModelRef(path=str(scratch_folder), dtype=spec.dtype)
     return ModelRef(
-        spec.path, spec.dtype, spec.revision, spec.trust_remote_code, spec.rope_scaling, spec.trained_positions
+        spec.path,
+        spec.dtype,
+        spec.revision,
+        spec.trust_remote_code,
+        spec.rope_scaling,
+        spec.trained_positions,
     )
 
 
@@ -107,7 +112,7 @@ def load_model(
 
 def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
     """Evaluation mode, and the number of logits that stand for tokens."""
-    model.num_tokens = num_tokens  # type: ignore[assignment]
+    model.num_tokens = num_tokens
     return model.eval()
 
 
@@ -176,7 +181,9 @@ def convert_bin(source: Path, output: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     lost = [key for key in missing if key not in tied]
     if lost or [key for key in unexpected if not key.endswith("rotary_emb.inv_freq")]:
-        raise BadData(f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unexpected}")
+        raise BadData(
+            f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unexpected}"
+        )
     model.to(next(iter(state.values())).dtype).save_pretrained(output, safe_serialization=True)
     for file in source.iterdir():
         if file.suffix in {".json", ".model", ".txt"} and not (output / file.name).exists():

@@ -20,7 +20,12 @@ class NextToken:
     """Cross entropy of the next token over whole sequences."""
 
     def __init__(
-        self, config: Config, group: Pretrain, tokens: Shards, validation: Sequence[Prompt], device: torch.device
+        self,
+        config: Config,
+        group: Pretrain,
+        tokens: Shards,
+        validation: Sequence[Prompt],
+        device: torch.device,
     ) -> None:
         self.tokens, self.group, self.seed, self.device = tokens, group, config.seed, device
         self.micro = config.train.micro_batch_sequences

@@ -59,9 +59,7 @@ def match_views(drafter: PreTrainedModel, views: Sequence[PrefixView], continuat
     return match_RQ[torch.tensor(order, device=device).argsort()].cpu()
 
 
-def rounds(
-    match: Sequence[bool], gamma: int, limit: int, ends_with_eos: bool
-) -> list[tuple[int, int, int]]:
+def rounds(match: Sequence[bool], gamma: int, limit: int, ends_with_eos: bool) -> list[tuple[int, int, int]]:
     """(proposed, accepted, emitted) of each round, as decoding has them.
 
     Args:

@@ -166,7 +166,7 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
         NotFinite: if a logit is NaN or infinite.
     """
     parts: dict[str, list[np.ndarray]] = {"ids": [], "log_probs": [], "argmax": []}
-    num_tokens = int(target.num_tokens)  # type: ignore[arg-type]
+    num_tokens = int(target.num_tokens)
     for at in range(0, len(rows_NL), labels.batch_sequences):
         tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
         logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits[..., :num_tokens]

@@ -82,7 +82,7 @@ def pretrain(
         return
     engine = make_engine(model.train(), plan)
     tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
-    prompts = [prompt for prompt, _ in validation_pairs(job.prepare, None)]
+    prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
     fit(engine, objective, plan, folder, name)
     if engine.rank == 0:
@@ -120,16 +120,16 @@ def distil(
         export(engine, fresh(), tokenizer, folder, drafter_card(config, variant, steps, scores))
 
 
-def validation_pairs(prepare: Path, teach: Path | None) -> list[tuple[Prompt, Continuation]]:
-    """Validation prompts with the target's continuations (without labels: prompts alone)."""
-    pairs = []
-    for file in sorted((prepare / "prompts").glob("validation-*.jsonl")):
-        prompts = read_rows(file, Prompt)
-        if teach is None:
-            pairs += [(prompt, None) for prompt in prompts]
-        else:
-            pairs += list(zip(prompts, read_rows(teach / "continuations" / file.name, Continuation), strict=True))
-    return pairs  # type: ignore[return-value]
+def validation_prompts(prepare: Path) -> list[Prompt]:
+    files = sorted((prepare / "prompts").glob("validation-*.jsonl"))
+    return [prompt for file in files for prompt in read_rows(file, Prompt)]
+
+
+def validation_pairs(prepare: Path, teach: Path) -> list[tuple[Prompt, Continuation]]:
+    """Validation prompts with the target's continuations."""
+    files = sorted((teach / "continuations").glob("validation-*.jsonl"))
+    continuations = [row for file in files for row in read_rows(file, Continuation)]
+    return list(zip(validation_prompts(prepare), continuations, strict=True))
 
 
 def describe_data(config: Config) -> str:
@@ -155,7 +155,9 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"- Target: {target}\n"
         f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
         f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
-        f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; policy {variant.policy}\n"
-        f"- Steps: {steps} of {config.train.batch_sequences} sequences of {config.data.sequence_tokens} tokens\n"
+        f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "
+        f"policy {variant.policy}\n"
+        f"- Steps: {steps} of {config.train.batch_sequences} sequences of "
+        f"{config.data.sequence_tokens} tokens\n"
         f"- Training data: {describe_data(config)}\n{table}"
     )

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

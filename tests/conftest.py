@@ -40,7 +40,9 @@ def sharpen(model: PreTrainedModel, factor: float = 8.0) -> PreTrainedModel:
 def make_model() -> Callable[..., PreTrainedModel]:
     """`make_model(layers=2, seed=0, …)`: a small random Llama with grouped-query heads."""
 
-    def make(layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> PreTrainedModel:
+    def make(
+        layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2, seed: int = 0
+    ) -> PreTrainedModel:
         spec = ScratchModel(
             kind="scratch",
             layers=layers,

@@ -45,14 +45,23 @@ def test_autoregressive_equals_transformers_generate(target: PreTrainedModel) ->
 
 @pytest.mark.parametrize(
     ("policy", "budget"),
-    [("chunk_topk", 16), ("chunk_topk_paper", 24), ("streaming", 16), ("snapkv", 32), ("none", 0), ("x", "full")],
+    [
+        ("chunk_topk", 16),
+        ("chunk_topk_paper", 24),
+        ("streaming", 16),
+        ("snapkv", 32),
+        ("none", 0),
+        ("x", "full"),
+    ],
 )
 @pytest.mark.parametrize("gamma", [1, 2, 5, 17])
 def test_greedy_speculation_is_autoregressive(
     target: PreTrainedModel, drafter: PreTrainedModel, policy: str, budget: int | str, gamma: int
 ) -> None:
     for seed in range(3):
-        plain, ours, rounds = decode(target, drafter, random_tokens(1, 45 + seed, seed), policy, budget, gamma, 33)
+        plain, ours, rounds = decode(
+            target, drafter, random_tokens(1, 45 + seed, seed), policy, budget, gamma, 33
+        )
         assert ours == plain and len(ours) == 33
         assert sum(len(one.tokens) for one in rounds) == 32
         allowed = 32
@@ -91,7 +100,9 @@ def test_sampled_speculation_has_the_targets_distribution(
     target_views, logits = read_prefix(target, tokens, [(24, FULL)])
     views, _ = read_prefix(drafter, tokens, [(24, view_of("streaming", 16))])
     first = int(logits.argmax())
-    exact_1 = (target(torch.cat([tokens, torch.tensor([[first]])], 1)).logits[0, -1] / temperature).softmax(-1)
+    exact_1 = (target(torch.cat([tokens, torch.tensor([[first]])], 1)).logits[0, -1] / temperature).softmax(
+        -1
+    )
     target_cache, cache = ViewCache(target_views, 8), ViewCache(views, 8)
     counts, following = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     likely = int(exact_1.argmax())

@@ -81,7 +81,9 @@ def test_token_by_token_equals_at_once_and_rollback_restores(drafter: PreTrained
     cache = ViewCache(views, capacity=16)
     wrong = random_tokens(1, 5, seed=9)
     for position in range(S, 80):
-        step = read_continuation(drafter, cache, tokens[:, position : position + 1], torch.tensor([[position]]))
+        step = read_continuation(
+            drafter, cache, tokens[:, position : position + 1], torch.tensor([[position]])
+        )
         torch.testing.assert_close(step[:, 0], whole[:, position - S], atol=1e-4, rtol=1e-4)
         if position == 70:
             read_continuation(drafter, cache, wrong, torch.arange(71, 76).unsqueeze(0))
@@ -92,7 +94,13 @@ def test_token_by_token_equals_at_once_and_rollback_restores(drafter: PreTrained
 @torch.no_grad()
 def test_many_views_in_one_forward_equal_separate_forwards(drafter: PreTrainedModel) -> None:
     tokens, S = random_tokens(2, 60), 45
-    views = [FULL, view_of("chunk_topk", 24), view_of("streaming", 24), view_of("snapkv", 16), view_of("x", 0)]
+    views = [
+        FULL,
+        view_of("chunk_topk", 24),
+        view_of("streaming", 24),
+        view_of("snapkv", 16),
+        view_of("x", 0),
+    ]
     kept, _ = read_prefix(drafter, tokens[:, :S], [(S, view) for view in views])
     positions = torch.arange(S, 60).unsqueeze(0)
     together = read_continuation(
@@ -124,7 +132,9 @@ def test_budget_bounds_the_stored_bytes(drafter: PreTrainedModel) -> None:
 def test_no_room_is_a_clear_error(drafter: PreTrainedModel) -> None:
     views, _ = read_prefix(drafter, random_tokens(1, 20), [(20, FULL)])
     with pytest.raises(ValueError, match="room for 3 continuation tokens, not 4"):
-        read_continuation(drafter, ViewCache(views, 3), random_tokens(1, 4), torch.arange(20, 24).unsqueeze(0))
+        read_continuation(
+            drafter, ViewCache(views, 3), random_tokens(1, 4), torch.arange(20, 24).unsqueeze(0)
+        )
 
 
 def test_sliding_windows_are_refused(drafter: PreTrainedModel) -> None:

@@ -24,7 +24,10 @@ def test_replay_is_decoding_round_by_round(
         S = tokens.shape[1]
         target_views, logits = read_prefix(target, tokens, [(S, FULL)])
         first, eos = int(logits.argmax()), frozenset[int]()
-        plain = [first, *autoregressive(target, ViewCache(target_views, limit), S, first, limit, eos, Sampler())]
+        plain = [
+            first,
+            *autoregressive(target, ViewCache(target_views, limit), S, first, limit, eos, Sampler()),
+        ]
         if ends:
             eos = frozenset({plain[11 + 4 * seed]})
             plain = plain[: next(i for i, token in enumerate(plain) if token in eos) + 1]
@@ -60,7 +63,8 @@ def test_rounds_by_hand() -> None:
 def test_counts_by_hand() -> None:
     counts = replay.count([(3, 3, 4), (3, 1, 2), (2, 0, 1)], gamma=3)
     assert (counts.num_tokens, counts.num_rounds, counts.num_proposed, counts.num_accepted) == (7, 3, 8, 4)
-    # Position 0 was reached by all three rounds and kept by two, position 1 by two and one, position 2 by one.
+    # Position 0 was reached by all three rounds and kept by two, position 1 by two and
+    # one, position 2 by one.
     assert counts.reached == (3, 2, 1) and counts.kept == (2, 1, 1)
 
 
