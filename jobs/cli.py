@@ -25,7 +25,8 @@ CONFIG is a YAML file, such as conf/quickstart.yaml. OVERRIDES change its fields
   train.steps=10  sweep.budgets=[16,32]  train.variants.multi_view.sparse_weight=1
 \b
 Results and progress: results go to the storage folder, progress to stderr. The last line of stdout is
-the path of what was made: summary.json for run and report, the artifact folder for other stages.
+the path of what was made: summary.json for run and report, the artifact folder for other stages, the
+model folder for convert.
 \b
 Exit codes:
   0    done
@@ -212,6 +213,22 @@ def _read_prompt(file: Path | None) -> str:
     if not prompt.strip():
         raise BadData(f"the prompt in {name} is empty")
     return prompt
+
+
+@app.command("convert", short_help="Turn a .bin checkpoint into safetensors.")
+def convert_checkpoint(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Model folder with pytorch_model.bin, or its shards.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder, to name in a config.")],
+) -> None:
+    """Turn a model folder with a pickled .bin checkpoint into one with safetensors; the source stays."""
+    check_name_clash()
+    set_up_logging()
+    from pipeline.models import convert_bin
+
+    convert_bin(source, output)
+    typer.echo(output)
 
 
 @app.command("config", short_help="Print the resolved config as YAML.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ class DeepSpeedEngine:
             return {
                 name: value.detach().cpu().float() for name, value in self.engine.module.state_dict().items()
             }
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        with redirect_stdout(StringIO()):  # it prints what it finds, line by line
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
 
 
 def deepspeed_engine(
@@ -80,6 +83,8 @@ def deepspeed_engine(
     if device.type == "cpu":
         # Compiling the shared-memory operator takes a minute and hangs on a stale lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls what torch has renamed; its users can do nothing about that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
 
     def make(model: PreTrainedModel, plan: Plan) -> DeepSpeedEngine:

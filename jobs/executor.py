@@ -263,10 +263,18 @@ class RayExecutor:
 
 
 class _Worker:
-    """A Ray actor around what the factory makes."""
+    """A Ray actor around what the factory makes.
+
+    It is made in the first call, not with the actor: an actor that cannot be made is reported as dead, and
+    the factory's own exception is lost.
+    """
 
     def __init__(self, factory: Callable[[], Callable[[Any], Any]]) -> None:
-        self.function = factory()
+        self.factory = factory
+
+    @cached_property
+    def function(self) -> Callable[[Any], Any]:
+        return self.factory()
 
     def call(self, item: Any) -> Any:
         return self.function(item)

@@ -66,9 +66,13 @@ def run_pipeline(config: Config, until: str = "report") -> Path:
 def absolute(config: Config) -> Config:
     """The config with absolute folders: workers have working directories of their own."""
     data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
-    return config.model_copy(
-        update={"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
-    )
+    changes = {"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
+    models = {
+        role: model.model_copy(update={"path": str(folder.resolve())})
+        for role, model in (("target", config.target), ("drafter", config.drafter))
+        if model.kind == "pretrained" and (folder := Path(model.path).expanduser()).is_dir()
+    }
+    return config.model_copy(update=changes | models)
 
 
 def run_stages(config: Config, until: str, stages: Stages) -> Path:
@@ -88,8 +92,10 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
     if until == "teach":
         return taught.path
     with stages.stage("train") as run_id:
+        calls = executor.calls
         trained = train(config, executor, prepared, taught, scratch, watch(run_id))
-        tracker.log_files(run_id, [artifact.path / "model" for artifact in trained.values()])
+        for name, artifact in trained.items() if executor.calls > calls else ():
+            tracker.log_folder(run_id, artifact.path / "model", f"drafters/{name}")
     if until == "train":
         return trained[config.train.variants[-1].name].path
     with stages.stage("sweep") as sweep_run:
@@ -99,8 +105,10 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
         return swept.path
     with tracker.stage_run("report") as run_id:
         reported = report(config, ReportInputs(prepared, taught, swept, tuple(stages.done)))
-        tracker.log_sweep(sweep_run, swept.fingerprint, read_rows(reported.path / CELLS, CellRow))
-        tracker.log_files(run_id, [reported.path / name for name in (PAGE, SUMMARY, CELLS, FIGURES)])
+        # By the report: a sweep that is tried again after failures keeps its fingerprint and gains rows.
+        tracker.log_sweep(sweep_run, reported.fingerprint, read_rows(reported.path / CELLS, CellRow))
+        tracker.log_files(run_id, [reported.path / name for name in (PAGE, SUMMARY, CELLS)])
+        tracker.log_folder(run_id, reported.path / FIGURES, "figures")
     check_complete(failures, swept.path)
     return reported.path / SUMMARY
 

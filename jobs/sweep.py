@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.executor import Executor
-from jobs.train import drafter_ref, target_ref
+from jobs.train import drafter_ref, model_identity, target_ref
 from pipeline.artifacts import Artifact, open_artifact, read_rows
 from pipeline.config import Config
 from pipeline.evaluate import Drafter, Evaluator, SweepTask
@@ -34,10 +34,9 @@ def sweep(
     With failures the artifact stays incomplete, and the next run tries them again.
     """
     names = config.sweep.drafters or tuple(variant.name for variant in config.train.variants)
-    target = scratch.get("target")
     inputs = {
         "teach": teach.fingerprint,
-        "target": target.fingerprint if target else config.target,
+        "target": model_identity(config.target, scratch.get("target")),
         "drafters": {name: trained[name].fingerprint for name in names},
         "drafter_dtype": config.drafter.dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.executor import Executor
-from jobs.train import target_ref
+from jobs.train import model_identity, target_ref
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.config import Config
 from pipeline.models import pick_device
@@ -21,11 +21,10 @@ log = logging.getLogger(__name__)
 
 def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]) -> Artifact:
     """Run the target once over everything that later stages need of it."""
-    target = scratch.get("target")
     labels = config.labels.model_dump(mode="json", exclude={"num_workers"})
     inputs = {
         "prepare": prepare.fingerprint,
-        "target": target.fingerprint if target else config.target,
+        "target": model_identity(config.target, scratch.get("target")),
         "labels": labels,
         "on_policy_window": config.train.window_tokens if config.labels.on_policy_fraction else None,
         "seed": config.seed,

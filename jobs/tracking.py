@@ -183,12 +183,13 @@ class Tracker:
         self.cell_runs = [present[key] for key in ranked]
 
     def log_files(self, run_id: str, paths: Iterable[Path]) -> None:
-        """Files, and folders under their names, as artifacts of a run."""
+        """Files as artifacts of a run."""
         for path in paths:
-            if path.is_dir():
-                self.client.log_artifacts(run_id, str(path), path.name)
-            else:
-                self.client.log_artifact(run_id, str(path))
+            self.client.log_artifact(run_id, str(path))
+
+    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
+        """A folder as artifacts of a run, below `name`."""
+        self.client.log_artifacts(run_id, str(folder), name)
 
     def links(self) -> list[str]:
         """Lines for the end of a run: where to look, and how to start the UI where no server runs."""
@@ -280,6 +281,9 @@ class NullTracker(Tracker):
         return None
 
     def log_files(self, run_id: str, paths: Iterable[Path]) -> None:
+        return None
+
+    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
         return None
 
     def links(self) -> list[str]:

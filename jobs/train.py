@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.executor import Executor
 from pipeline.artifacts import Artifact, open_artifact
-from pipeline.config import Config
+from pipeline.config import AnyModel, Config, PretrainedModel
 from pipeline.models import ModelRef, model_ref
 from pipeline.train_job import TrainJob
 from pipeline.training import METRICS
@@ -57,12 +57,11 @@ def train(
     watch: Watch = unwatched,
 ) -> dict[str, Artifact]:
     """Train every variant; each is an artifact of its own, so adding one leaves the others alone."""
-    start = scratch.get("drafter")
     common = config.train.model_dump(mode="json", exclude={"variants", "num_workers", "deepspeed"})
     inputs = {
         variant.name: {
             "teach": teach.fingerprint,
-            "drafter": start.fingerprint if start else config.drafter,
+            "drafter": model_identity(config.drafter, scratch.get("drafter")),
             "variant": variant,
             "train": common,
             "seed": config.seed,
@@ -86,6 +85,17 @@ def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
 def target_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     start = scratch.get("target")
     return model_ref(config.target, start.path / "model" if start else None)
+
+
+def model_identity(spec: AnyModel, scratch: Artifact | None) -> Any:
+    """What a fingerprint knows a model by: the artifact that made it, or its config and, of a local folder,
+    its files by size and time of change."""
+    if scratch:
+        return scratch.fingerprint
+    assert isinstance(spec, PretrainedModel)
+    files = [file for file in Path(spec.path).glob("*") if file.suffix in (".json", ".safetensors")]
+    stats = {file.name: file.stat() for file in sorted(files)}
+    return {"model": spec, "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}}
 
 
 def run_missing(

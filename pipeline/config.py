@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Split = Literal["train", "validation", "test"]
@@ -16,6 +16,7 @@ Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
 Control = Literal["other_prompt", "no_prefix"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def check_budget(budget: int | str) -> int | str:
@@ -25,6 +26,16 @@ def check_budget(budget: int | str) -> int | str:
     if isinstance(budget, str) or budget < 16 or budget % 8:
         raise ValueError(f'a budget is "full", 0, or an integer of at least 16 divisible by 8, not {budget}')
     return budget
+
+
+def check_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Names its rule as transformers does now: under the older name, `type`, it would be ignored silently."""
+    if parameters.get("rope_type") not in ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}")
+    return parameters
+
+
+RopeScaling = Annotated[dict[str, Any], AfterValidator(check_rope)]
 
 
 class Group(BaseModel):
@@ -195,7 +206,7 @@ class ScratchModel(Group):
     intermediate: int = Field(ge=16, description="MLP width")
     max_positions: int = Field(ge=32, description="positions that it is built for")
     rope_theta: float = Field(10_000.0, gt=0)
-    rope_scaling: dict[str, Any] | None = Field(None, description="transformers' rope parameters, e.g. YaRN")
+    rope_scaling: RopeScaling | None = Field(None, description="transformers' rope parameters, e.g. YaRN")
     pretrain: Pretrain
     dtype: Dtype = Field("float32", description="precision it runs in at evaluation")
 
@@ -214,7 +225,7 @@ class PretrainedModel(Group):
     revision: str | None = Field(None, description="hub revision; a commit hash makes a run repeatable")
     dtype: Dtype = Field("float32", description="precision it runs in")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    rope_scaling: dict[str, Any] | None = Field(None, description="replaces the model's rope parameters")
+    rope_scaling: RopeScaling | None = Field(None, description="replaces the model's rope parameters")
     trained_positions: int | None = Field(
         None, ge=1, description="positions it was trained on, where its config does not say so"
     )

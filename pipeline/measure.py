@@ -72,7 +72,7 @@ class Bench:
 
     def autoregressive(self, chance: Chance) -> Timed:
         first, sampler = self.first(chance), self.sampler(chance)
-        began = self.begin()
+        began = self.begin([self.cache])
         tokens = list(
             autoregressive(
                 self.target,
@@ -84,11 +84,11 @@ class Bench:
                 sampler,
             )
         )
-        return self.end(began, [first, *tokens], [], [self.cache])
+        return self.end(began, [first, *tokens], [])
 
     def speculative(self, drafter: PreTrainedModel, cache: ViewCache, gamma: int, chance: Chance) -> Timed:
         first, sampler = self.first(chance), self.sampler(chance)
-        began = self.begin()
+        began = self.begin([self.cache, cache])
         rounds = list(
             speculate(
                 self.target,
@@ -104,17 +104,18 @@ class Bench:
             )
         )
         tokens = [first, *(token for one in rounds for token in one.tokens)]
-        return self.end(began, tokens, rounds, [self.cache, cache])
+        return self.end(began, tokens, rounds)
 
-    def begin(self) -> float:
+    def begin(self, caches: Sequence[ViewCache]) -> float:
+        """Forget what the last run appended, one that broke off included, and start the clock."""
+        for cache in caches:
+            cache.rollback(cache.appended)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         return clock(self.device)
 
-    def end(self, began: float, tokens: list[int], rounds: list[Round], caches: list[ViewCache]) -> Timed:
+    def end(self, began: float, tokens: list[int], rounds: list[Round]) -> Timed:
         seconds = clock(self.device) - began
-        for cache in caches:
-            cache.rollback(cache.appended)
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 disable_progress_bar()
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def pick_device(device: str) -> torch.device:
@@ -99,14 +104,21 @@ def load_model(
             f"{path} has {config.vocab_size} logits, but the tokenizer has {num_tokens} tokens: "
             "target and drafter must share one tokenizer"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=getattr(torch, dtype or ref.dtype),
-        attn_implementation=ATTENTION,
-        use_safetensors=True,
-        **hub,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype or ref.dtype),
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            **hub,
+        )
+    except OSError as error:
+        raise BadData(
+            f"cannot load the weights of {path!r}: {str(error).splitlines()[0]}; where the hub has only .bin "
+            f"files, run `hf download {path} --local-dir FOLDER` and `budgetdraft convert FOLDER OUTPUT` and "
+            "name OUTPUT in the config"
+        ) from error
     return prepare_model(model, num_tokens).to(device)
 
 
@@ -164,27 +176,58 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def convert_bin(source: Path, output: Path) -> None:
-    """Turn a folder with a pickled `pytorch_model.bin` into one with safetensors, reading tensors only.
+    """Turn a folder with a pickled `pytorch_model.bin`, whole or in shards, into one with safetensors.
+
+    Only tensors are read: a pickle that would run code is refused.
 
     Raises:
-        BadData: if `source` has no such file, or `output` exists.
+        BadData: if `source` has no such checkpoint or one that does not fit its config, or `output` exists.
     """
-    if not (source / "pytorch_model.bin").exists():
-        raise BadData(f"{source} holds no pytorch_model.bin")
     if output.exists():
         raise BadData(f"{output} exists; name a new folder")
-    state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    config = AutoConfig.from_pretrained(source)
-    model = AutoModelForCausalLM.from_config(config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    state: dict[str, Tensor] = {}
+    for file in pickled_files(source):
+        try:
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise BadData(f"{file} is not a whole checkpoint of tensors: {error}") from error
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise BadData(f"{source}: its config.json cannot be used: {str(error).splitlines()[0]}") from error
+    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise BadData(f"{source}: the checkpoint does not fit its config: {error}") from error
     model.tie_weights()
-    tied = set(model.all_tied_weights_keys)
-    lost = [key for key in missing if key not in tied]
-    if lost or [key for key in unexpected if not key.endswith("rotary_emb.inv_freq")]:
-        raise BadData(
-            f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unexpected}"
-        )
-    model.to(next(iter(state.values())).dtype).save_pretrained(output, safe_serialization=True)
+    lost = [key for key in missing if key not in model.all_tied_weights_keys]
+    unknown = [key for key in unexpected if not key.endswith("rotary_emb.inv_freq")]
+    if lost or unknown:
+        raise BadData(f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unknown}")
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, safe_serialization=True)
     for file in source.iterdir():
-        if file.suffix in {".json", ".model", ".txt"} and not (output / file.name).exists():
-            (output / file.name).write_bytes(file.read_bytes())
+        wanted = file.suffix in {".json", ".jinja", ".model", ".txt"} and file.name != PICKLED[1]
+        if wanted and not (temporary / file.name).exists():
+            shutil.copyfile(file, temporary / file.name)
+    temporary.rename(output)
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The pickled checkpoint files of a model folder, as its index names them where there are shards."""
+    if not folder.is_dir():
+        raise BadData(
+            f"{folder} is not a folder; a model of the hub is downloaded first with "
+            "`hf download ID --local-dir FOLDER`"
+        )
+    single, index = folder / PICKLED[0], folder / PICKLED[1]
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = [single]
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        raise BadData(f"{folder} holds no {', '.join(absent)}")
+    return files

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import read_rows
@@ -78,7 +79,8 @@ def pretrain(
     )
     model = build_scratch(spec, tokenizer, seed)
     if plan.steps == 0:
-        write_model(model, tokenizer, folder, card)
+        if is_first_worker():
+            write_model(model, tokenizer, folder, card)
         return
     engine = make_engine(model.train(), plan)
     tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
@@ -103,7 +105,8 @@ def distil(
         return load_model(job.drafter, len(tokenizer), dtype="float32")
 
     if steps == 0:
-        write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
+        if is_first_worker():
+            write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
         return
     plan = Plan(config.train, config.train, steps)
     engine = make_engine(fresh().train(), plan)
@@ -123,6 +126,11 @@ def distil(
 def validation_prompts(prepare: Path) -> list[Prompt]:
     files = sorted((prepare / "prompts").glob("validation-*.jsonl"))
     return [prompt for file in files for prompt in read_rows(file, Prompt)]
+
+
+def is_first_worker() -> bool:
+    """Whether this worker writes for its group; an engine knows its rank, but an untrained model needs none."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def validation_pairs(prepare: Path, teach: Path) -> list[tuple[Prompt, Continuation]]:

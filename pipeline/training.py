@@ -84,8 +84,10 @@ def fit(engine: Engine, objective: Objective, plan: Plan, folder: Path, name: st
             norm = engine.step(plan.rate(step))
             bar.update(1)
             done, last = step + 1, step + 1 == plan.steps
+            checkpoint = done % plan.checkpoint_every == 0 or last
             row: dict[str, float] = {}
-            if done % LOG_EVERY == 0 or last:
+            # Also before every checkpoint: it must be a good one, and a resumed run averages from there on.
+            if done % LOG_EVERY == 0 or checkpoint:
                 micros = (done - logged) * len(mine)
                 row = {f"loss/{term}": float(engine.mean(value)) / micros for term, value in sums.items()}
                 row["train/learning_rate"], row["train/grad_norm"] = plan.rate(step), float(norm)
@@ -104,7 +106,7 @@ def fit(engine: Engine, objective: Objective, plan: Plan, folder: Path, name: st
                 row |= objective.validate(engine.model)
             if row and log:
                 log.write(done, row)
-            if done % plan.checkpoint_every == 0 or last:
+            if checkpoint:
                 save(engine, folder, done)
             if row:
                 since = time.perf_counter()

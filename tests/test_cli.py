@@ -1,19 +1,25 @@
-"""The command line as a user meets it: real processes, exit codes, streams. Stages are stubs here."""
+"""The command line as a user meets it: real processes, exit codes, streams. Stages are stubs."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.config import Config
+from pipeline.errors import BadData
+from pipeline.models import convert_bin
 from tests.configs import MINIMAL
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +83,7 @@ def test_nothing_heavy_is_imported() -> None:
 
 def test_help_documents_commands_and_exit_codes() -> None:
     text = run(command("--help")).stdout
-    names = ("run", "prepare", "teach", "train", "sweep", "report", "generate", "config", "doctor")
+    names = ("run", "prepare", "teach", "train", "sweep", "report", "generate", "convert", "config", "doctor")
     assert all(f"\n  {name} " in text for name in names)
     assert all(f"\n    {code:<5}" in text for code in (0, 1, 2, 3, 4, 130, 143))
 
@@ -184,6 +190,84 @@ def test_generate_reads_standard_input_and_defaults_from_the_config(minimal: str
 def test_generate_refuses_a_bad_prompt(minimal: str, stdin: bytes, part: str) -> None:
     done = run(with_stubs("generate", minimal), stdin=stdin)
     assert done.returncode == 3 and part in done.stderr
+
+
+def pickled_model(folder: Path, shards: int) -> PreTrainedModel:
+    """A tiny random Llama saved as older tools do: pickled, in shards, with a buffer that is no weight."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    state = dict(model.state_dict()) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    folder.mkdir()
+    config.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        names = [f"pytorch_model-{k + 1:05d}-of-{shards:05d}.bin" for k in range(shards)]
+        weight_map = {key: names[k % shards] for k, key in enumerate(state)}
+        for name in names:
+            torch.save({key: state[key] for key in state if weight_map[key] == name}, folder / name)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return model
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_convert_gives_the_same_weights_as_safetensors(tmp_path: Path, shards: int) -> None:
+    source, output = tmp_path / "bin", tmp_path / "safe"
+    model = pickled_model(source, shards)
+    done = run(command("convert", str(source), str(output)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(output)
+    assert sorted(file.name for file in output.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
+    ]  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(output, use_safetensors=True).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+    assert json.loads((output / "tokenizer_config.json").read_text()) == {"bos_token": "<s>"}
+
+
+def test_convert_says_what_is_wrong(tmp_path: Path) -> None:
+    done = run(command("convert", "my-org/my-model", str(tmp_path / "safe")))
+    assert done.returncode == 3
+    assert "my-org/my-model is not a folder" in done.stderr and "hf download" in done.stderr
+    assert done.stdout == ""
+
+
+def replace_weights(folder: Path, content: object) -> None:
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (lambda folder: (folder / "pytorch_model.bin").unlink(), "holds no pytorch_model.bin"),
+        (
+            lambda folder: (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 torn"),
+            "not a whole checkpoint",
+        ),
+        (
+            lambda folder: replace_weights(folder, {"model.norm.weight": torch.ones(16)}),
+            "missing ['model.embed",
+        ),
+        (lambda folder: replace_weights(folder, {"model.norm.weight": torch.ones(9)}), "size mismatch"),
+        (lambda folder: replace_weights(folder, {"weight": Path("a")}), "not a whole checkpoint of tensors"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be used"),
+        (lambda folder: (folder.parent / "safe").mkdir(), "exists; name a new folder"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_use(
+    tmp_path: Path, spoil: Callable[[Path], object], part: str
+) -> None:
+    pickled_model(tmp_path / "bin", 1)
+    spoil(tmp_path / "bin")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadData) as caught:
+        convert_bin(tmp_path / "bin", tmp_path / "safe")
+    assert part in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_log_lines_name_their_stage(minimal: str) -> None:

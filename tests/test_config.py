@@ -126,6 +126,7 @@ def test_bad_override(minimal: Path, override: str, parts: list[str]) -> None:
         ("drafter={kind: pretrained, path: x, heads: 1}", ["drafter.heads is no field", "kind scratch, and"]),
         ("drafter={layers: 1}", ["drafter.kind is missing", "scratch, pretrained"]),
         ("target.rope_scaling=3", ["target.rope_scaling = 3", "fields of your own"]),
+        ("target.rope_scaling={type: yarn}", ["target.rope_scaling", "rope_type must be one of", "yarn"]),
         ("batch_size=3", ["batch_size is no field", "labels.batch_sequences or train.batch_sequences?"]),
         ("train.top_k=3", ["train.top_k is no field", "did you mean labels.top_k?"]),
         ("trian.steps=3", ["trian is no field", "did you mean train?"]),

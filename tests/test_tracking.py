@@ -65,7 +65,8 @@ def test_pipeline_and_stage_runs(config: Config, client: MlflowClient, storage: 
     (storage / "model/below").mkdir(parents=True, exist_ok=True)
     (storage / "model/below/weights").write_text("w")
     with Tracker.start(config) as tracker, tracker.stage_run("report") as report:
-        tracker.log_files(report, [figure, storage / "model"])
+        tracker.log_files(report, [figure])
+        tracker.log_folder(report, storage / "model", "model")
     runs = runs_by_name(client, config)
     top, stage = runs["minimal"], runs["report"]
     assert top.info.status == stage.info.status == "FINISHED"

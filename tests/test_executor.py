@@ -1,0 +1,277 @@
+"""Ray against the same work in this process: tasks, actors, their errors, and DeepSpeed training.
+
+One local Ray serves the whole file. Functions that travel to its workers stand at the top level.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jobs.executor import InlineExecutor, NoExecutor, RayExecutor, make_executor, read_settings
+from pipeline.decoding import NotFinite
+from pipeline.errors import BadData
+from pipeline.objectives import MultiView
+from pipeline.train_job import TrainJob, run_job
+from pipeline.training import latest
+from tests.tiny import Workshop, losses, tiny_config, weights
+
+ROOT = Path(__file__).resolve().parent.parent
+# Half a CPU a worker, so that two train side by side wherever this runs.
+RAY: dict[str, Any] = {"run.executor": "ray", "run.ray_address": "local", "run.cpus_per_task": 0.5}
+BATCH = {"train.batch_sequences": 8, "train.steps": 8}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RayExecutor]:
+    before = signal.getsignal(signal.SIGTERM)
+    executor = RayExecutor(tiny_config(RAY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # where Ray's workers find this file
+        yield executor
+        executor.close()
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(params=["inline", "ray"])
+def executor(request: pytest.FixtureRequest) -> InlineExecutor | RayExecutor:
+    if request.param == "inline":
+        return InlineExecutor(tiny_config())
+    return request.getfixturevalue("shared")
+
+
+# ── tasks and actors ──────────────────────────────────────────────────────────────────────────────
+
+
+def power(exponent: int, base: int) -> int:
+    return base**exponent
+
+
+def complain(number: int) -> int:
+    if number == 2:
+        raise BadData("row 2 of the file is empty")
+    return number
+
+
+class Counter:
+    """Counts its calls; a worker that is made once sees several."""
+
+    def __init__(self, start: int) -> None:
+        self.calls = start
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        self.calls += 1
+        return item * item, self.calls
+
+
+def broken_factory() -> Callable[[int], int]:
+    raise BadData("the model has no weights")
+
+
+@pytest.mark.ray
+def test_map_gives_every_pair(executor: InlineExecutor | RayExecutor) -> None:
+    before = executor.calls
+    assert sorted(executor.map(abs, [-3, 4, -5], "abs")) == [(-5, 5), (-3, 3), (4, 4)]
+    assert sorted(executor.map(partial(power, 3), range(6), "cubes")) == [(n, n**3) for n in range(6)]
+    assert list(executor.map(abs, [], "nothing")) == []
+    assert executor.calls == before + 3
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("actors", [1, 2])
+def test_actors_are_made_once_and_share_the_items(
+    executor: InlineExecutor | RayExecutor, actors: int
+) -> None:
+    pairs = sorted(executor.map_actors(partial(Counter, 10), range(7), "squares", actors))
+    assert [(item, square) for item, (square, _) in pairs] == [(n, n * n) for n in range(7)]
+    calls = [count for _, (_, count) in pairs]
+    made = calls.count(11)
+    assert made <= actors and sorted(calls)[-1] <= 17 and max(calls) >= 10 + 7 // actors
+
+
+@pytest.mark.ray
+def test_more_actors_than_items(executor: InlineExecutor | RayExecutor) -> None:
+    assert list(executor.map_actors(partial(Counter, 0), [5], "one", 4)) == [(5, (25, 1))]
+    assert list(executor.map_actors(partial(Counter, 0), [], "none", 4)) == []
+
+
+@pytest.mark.ray
+def test_a_tasks_own_error_arrives(executor: InlineExecutor | RayExecutor) -> None:
+    with pytest.raises(BadData, match="row 2 of the file is empty") as told:
+        list(executor.map(complain, [1, 2, 3], "rows"))
+    assert type(told.value) is BadData
+    with pytest.raises(BadData, match="row 2"):
+        list(executor.map_actors(partial(partial, complain), [1, 2, 3], "rows", 1))
+    with pytest.raises(BadData, match="the model has no weights"):
+        list(executor.map_actors(broken_factory, [1, 2], "models", 1))
+
+
+def test_executors_are_chosen_by_the_config() -> None:
+    assert isinstance(make_executor(tiny_config()), InlineExecutor)
+    lazy = make_executor(tiny_config(RAY))
+    assert isinstance(lazy, RayExecutor)
+    lazy.close()  # Ray was never started
+
+
+def test_reading_what_is_complete_does_no_work() -> None:
+    nobody = NoExecutor()
+    for ask in (lambda: nobody.map(abs, [1], "prepare"), lambda: nobody.map_actors(list, [1], "prepare", 1)):
+        with pytest.raises(BadData, match="prepare is not done for this config"):
+            ask()
+
+
+def test_settings_that_cannot_be_read_name_the_field(tmp_path: Path) -> None:
+    (tmp_path / "torn.json").write_text("{")
+    for name in ("torn.json", "absent.json"):
+        with pytest.raises(BadData, match=r"train\.deepspeed: cannot read"):
+            read_settings(str(tmp_path / name))
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, make_model: Any) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("executor"), target, make_model(layers=1, seed=7))
+
+
+@pytest.fixture(scope="module")
+def inline(workshop: Workshop) -> Path:
+    return workshop.train("inline", BATCH)
+
+
+def ray_job(workshop: Workshop, name: str, stage: int, workers: int, more: dict[str, Any]) -> TrainJob:
+    settings = {
+        "train.deepspeed": str(ROOT / f"conf/deepspeed/zero{stage}.json"),
+        "train.num_workers": workers,
+    }
+    return workshop.job(name, BATCH | RAY | settings | more)
+
+
+def train_on(shared: RayExecutor, job: TrainJob) -> Path:
+    """Train on the Ray that runs already; the folder of the last variant."""
+    executor = RayExecutor(job.config)
+    executor.__dict__["ray"] = shared.ray
+    executor.train(job)
+    return list(job.outputs.values())[-1]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """The same rows of losses and validation, and the same export, within fp32's rounding."""
+    ours, theirs = losses(folder), losses(expected)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, rel=1e-4), row["step"]
+    exported, reference = weights(folder), weights(expected)
+    assert exported.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(exported[name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def train_stages(jobs: dict[int, TrainJob], port: str) -> list[int]:
+    """DeepSpeed without Ray Train, one stage after another in a group of one."""
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+    }  # fmt: skip
+    from jobs.deepspeed_engine import deepspeed_engine
+
+    for job in jobs.values():
+        run_job(job, deepspeed_engine(job.config, read_settings(job.config.train.deepspeed)))
+    return list(jobs)
+
+
+@pytest.mark.ray
+def test_every_zero_stage_trains_as_plain_torch(
+    shared: RayExecutor, workshop: Workshop, inline: Path
+) -> None:
+    jobs = {stage: ray_job(workshop, f"zero{stage}", stage, 1, {}) for stage in range(4)}
+    ((_, done),) = shared.map(partial(train_stages, jobs), ["29641"], "stages")
+    assert done == [0, 1, 2, 3]
+    for job in jobs.values():
+        assert_same_run(job.outputs["multi_view"], inline)
+
+
+@pytest.mark.ray
+def test_one_ray_worker_trains_as_inline(shared: RayExecutor, workshop: Workshop, inline: Path) -> None:
+    assert_same_run(train_on(shared, ray_job(workshop, "one", 1, 1, {})), inline)
+
+
+VARIANTS = [
+    {"name": "untrained", "steps": 0, "budgets": {16: 1.0}},
+    {"name": "full_only", "steps": 3, "sparse_weight": 0},
+    {"name": "multi_view", "budgets": {16: 0.6, 32: 0.4}},
+]
+
+
+@pytest.mark.ray
+def test_two_workers_train_all_variants_as_one_does(
+    shared: RayExecutor, workshop: Workshop, inline: Path
+) -> None:
+    """ZeRO-3 over two processes, with a variant without steps, which only one of them may write."""
+    job = ray_job(workshop, "two", 3, 2, {"train.variants": VARIANTS})
+    assert_same_run(train_on(shared, job), inline)
+    assert (job.outputs["untrained"] / "model" / "model.safetensors").exists()
+    assert losses(job.outputs["full_only"])[-1]["step"] == 3
+
+
+class DoomedJob(TrainJob):
+    """Where it is unpickled, which is in the workers, the second one is killed once, at step 6."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        whole, marker = MultiView.loss, next(iter(self.outputs.values())).parent / "killed"
+
+        def loss(self: MultiView, model: PreTrainedModel, step: int, micro: int) -> Any:
+            if step == 6 and dist.get_rank() == 1 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(self, model, step, micro)
+
+        MultiView.loss = loss  # type: ignore[method-assign]
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_the_losses_stay(
+    shared: RayExecutor, workshop: Workshop, inline: Path
+) -> None:
+    job = ray_job(workshop, "killed", 1, 2, {})
+    folder = train_on(shared, DoomedJob(**vars(job)))
+    assert (folder.parent / "killed").exists()
+    assert_same_run(folder, inline)
+
+
+class DivergingJob(TrainJob):
+    """In the workers, the loss is NaN from step 6 on."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        whole = MultiView.loss
+
+        def loss(self: MultiView, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, Any]:
+            value, terms = whole(self, model, step, micro)
+            return value, terms | {"total": terms["total"] * (float("nan") if step >= 6 else 1.0)}
+
+        MultiView.loss = loss  # type: ignore[method-assign]
+
+
+@pytest.mark.ray
+def test_a_diverged_run_ends_at_once_and_can_go_on(
+    shared: RayExecutor, workshop: Workshop, inline: Path
+) -> None:
+    job = ray_job(workshop, "diverged", 1, 1, {})
+    with pytest.raises(NotFinite, match=r"not finite between steps 5 and 8.*step-000005"):
+        train_on(shared, DivergingJob(**vars(job)))
+    kept = latest(job.outputs["multi_view"])
+    assert kept is not None and kept.name == "step-000005"
+    assert_same_run(train_on(shared, job), inline)

@@ -1,0 +1,261 @@
+"""Loading, building, converting and exporting models, against plain transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from pipeline.config import Labels, PretrainedModel, ScratchModel
+from pipeline.decoding import Sampler, autoregressive, speculate
+from pipeline.errors import BadData
+from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from pipeline.models import (
+    ModelRef,
+    build_scratch,
+    convert_bin,
+    export_model,
+    load_model,
+    model_ref,
+    own_positions,
+    pick_device,
+    stop_tokens,
+)
+from pipeline.replay import match_views
+from pipeline.teacher import label_sequences
+from tests.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
+
+TOKENS = torch.from_numpy(numbers(2, 60, seed=8).astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel) -> ModelRef:
+    return save_model(target, tmp_path_factory.mktemp("models") / "target")
+
+
+@torch.no_grad()
+def plain_logits(folder: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()(TOKENS).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+        {"rope_theta": 500.0},
+    ],
+    ids=["linear", "yarn", "theta"],
+)
+def test_rope_scaling_acts_and_is_exported(saved: ModelRef, tmp_path: Path, scaling: dict[str, Any]) -> None:
+    """The oracle is the same folder with `config.json` edited by hand."""
+    edited = shutil.copytree(saved.path, tmp_path / "edited")
+    values = json.loads((edited / "config.json").read_text())
+    values["rope_parameters"] |= scaling
+    (edited / "config.json").write_text(json.dumps(values))
+
+    scaled = load_model(ModelRef(saved.path, rope_scaling=scaling), VOCABULARY)
+    ours = scaled(input_ids=TOKENS).logits
+    torch.testing.assert_close(ours, plain_logits(edited), atol=1e-3, rtol=1e-3)
+    assert (ours - plain_logits(Path(saved.path))).abs().max() > 0.1
+
+    export_model(scaled, tiny_tokenizer(), tmp_path / "exported")
+    torch.testing.assert_close(plain_logits(tmp_path / "exported"), ours, atol=1e-3, rtol=1e-3)
+    again = load_model(ModelRef(str(tmp_path / "exported")), VOCABULARY)
+    torch.testing.assert_close(again(input_ids=TOKENS).logits, ours, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_a_scratch_model_with_yarn_survives_its_export(tmp_path: Path) -> None:
+    spec = tiny_config({"target.rope_scaling": {"rope_type": "yarn", "factor": 2.0}}).target
+    assert isinstance(spec, ScratchModel)
+    model = build_scratch(spec, tiny_tokenizer(), seed=3)
+    save_model(model, tmp_path / "yarn")
+    torch.testing.assert_close(
+        plain_logits(tmp_path / "yarn"), model(input_ids=TOKENS).logits, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_scratch_models_depend_on_their_seed_alone() -> None:
+    spec = tiny_config().target
+    assert isinstance(spec, ScratchModel)
+    before = torch.get_rng_state()
+    one, same, other = (build_scratch(spec, tiny_tokenizer(), seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are left alone"
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    assert len(one["model.embed_tokens.weight"]) == VOCABULARY
+
+
+# ── vocabularies ──────────────────────────────────────────────────────────────────────────────────
+
+
+def padded(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """The model with more logits than tokens; the additional ones win wherever they are looked at."""
+    config = type(model.config)(
+        **{**model.config.to_dict(), "vocab_size": size, "tie_word_embeddings": False}
+    )
+    twin = LlamaForCausalLM(config)
+    state = {**model.state_dict()}
+    rows = state["model.embed_tokens.weight"]
+    extra = 9.0 * rows[:1].sign().expand(size - len(rows), -1) + torch.rand(size - len(rows), rows.shape[1])
+    state["model.embed_tokens.weight"] = torch.cat([rows, 0 * extra])
+    state["lm_head.weight"] = torch.cat([rows, 50 * extra])
+    twin.load_state_dict(state)
+    return twin
+
+
+@torch.no_grad()
+def test_a_padded_vocabulary_decodes_as_without_padding(
+    target: PreTrainedModel, drafter: PreTrainedModel, tmp_path: Path
+) -> None:
+    refs = {
+        "target": (save_model(target, tmp_path / "t"), save_model(padded(target, 128), tmp_path / "pt")),
+        "drafter": (save_model(drafter, tmp_path / "d"), save_model(padded(drafter, 104), tmp_path / "pd")),
+    }
+    assert int(plain_logits(tmp_path / "pt").argmax(-1).max()) >= VOCABULARY, "the padding would be chosen"
+    results = []
+    for number in (0, 1):
+        large, small = (load_model(refs[name][number], VOCABULARY) for name in ("target", "drafter"))
+        text = []
+        for sampler in (lambda: Sampler(), lambda: Sampler.seeded(1.3, 5)):
+            views, logits = read_prefix(large, TOKENS[:1], [(60, FULL)])
+            (kept,), _ = read_prefix(small, TOKENS[:1], [(60, view_of("streaming", 24))])
+            assert logits.shape[-1] == VOCABULARY
+            first = int(logits.argmax())
+            ar = autoregressive(large, ViewCache(views, 20), 60, first, 20, frozenset(), sampler())
+            text.append([first, *ar])
+            caches = ViewCache(views, 24), ViewCache([kept], 24)
+            text.append(list(speculate(large, small, *caches, 60, first, 4, 20, frozenset(), sampler())))
+        text.append(match_views(small, [kept], text[0]).tolist())
+        labels = label_sequences(large, TOKENS.numpy(), Labels(top_k=4))
+        results.append((text, labels))
+    (text, labels), (padded_text, padded_labels) = results
+    assert text == padded_text
+    for name in ("argmax", "ids"):
+        np.testing.assert_array_equal(labels[name], padded_labels[name])
+    np.testing.assert_allclose(labels["log_probs"], padded_labels["log_probs"], rtol=2e-3, atol=1e-3)
+
+
+def test_fewer_logits_than_tokens_is_bad_data(saved: ModelRef) -> None:
+    with pytest.raises(BadData, match=r"has 97 logits, but the tokenizer has 98 tokens.*share one tokenizer"):
+        load_model(saved, VOCABULARY + 1)
+
+
+# ── .bin checkpoints ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def pickled(saved: ModelRef, target: PreTrainedModel, tmp_path: Path) -> Path:
+    folder = shutil.copytree(saved.path, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save(target.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_a_bin_checkpoint_is_refused_with_the_way_out(pickled: Path) -> None:
+    with pytest.raises(BadData, match=re.escape(f"budgetdraft convert {pickled} OUTPUT")):
+        load_model(ModelRef(str(pickled)), VOCABULARY)
+
+
+@torch.no_grad()
+def test_a_converted_checkpoint_has_the_same_logits(saved: ModelRef, pickled: Path, tmp_path: Path) -> None:
+    convert_bin(pickled, tmp_path / "converted")
+    ours = load_model(ModelRef(str(tmp_path / "converted")), VOCABULARY)(input_ids=TOKENS).logits
+    assert torch.equal(ours, load_model(saved, VOCABULARY)(input_ids=TOKENS).logits)
+    assert not list((tmp_path / "converted").glob("*.bin")) and (pickled / "pytorch_model.bin").exists()
+    assert (tmp_path / "converted" / "tokenizer.json").exists()
+    with pytest.raises(BadData, match="exists; name a new folder"):
+        convert_bin(pickled, tmp_path / "converted")
+
+
+def test_a_half_precision_checkpoint_stays_one(
+    pickled: Path, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    half = {name: value.half() for name, value in target.state_dict().items()}
+    torch.save(half, pickled / "pytorch_model.bin")
+    convert_bin(pickled, tmp_path / "converted")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype="auto").state_dict()
+    assert all(
+        value.dtype == torch.float16 and torch.equal(value, half[name]) for name, value in state.items()
+    )
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code ran",)
+
+
+def test_a_pickle_with_code_is_refused(
+    pickled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model.norm.weight": Harmful()}, pickled / "pytorch_model.bin")
+    with pytest.raises(BadData, match="print"):
+        convert_bin(pickled, tmp_path / "converted")
+    assert "code ran" not in capsys.readouterr().out and not (tmp_path / "converted").exists()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(
+    pickled: Path, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    state = target.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    torch.save(state, pickled / "pytorch_model.bin")
+    with pytest.raises(BadData, match=r"missing \['model.layers.1.mlp.up_proj.weight'\]"):
+        convert_bin(pickled, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+# ── the rest ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_missing_model_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="nowhere"):
+        load_model(ModelRef(str(tmp_path / "nowhere")), VOCABULARY)
+
+
+def test_trained_positions_come_from_the_config_or_the_model(saved: ModelRef) -> None:
+    assert own_positions(saved) == 512
+    assert own_positions(ModelRef(saved.path, trained_positions=40)) == 40
+
+
+def test_stop_tokens_prefer_the_generation_config(make_model: Any) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = None
+    assert stop_tokens(model) == {2}
+    model.generation_config.eos_token_id = [5, 9]
+    assert stop_tokens(model) == {5, 9}
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    assert stop_tokens(model) == frozenset()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"run\.device"):
+        pick_device("cuda")
+    assert pick_device("auto") == torch.device("cpu")
+
+
+def test_references_carry_what_the_config_says() -> None:
+    spec = PretrainedModel(
+        kind="pretrained", path="a/b", revision="c0ffee", dtype="bfloat16", trained_positions=7
+    )
+    ref = model_ref(spec, None)
+    assert (ref.path, ref.revision, ref.dtype, ref.trained_positions) == ("a/b", "c0ffee", "bfloat16", 7)
+    assert not ref.trust_remote_code
+    scratch = tiny_config().target
+    assert model_ref(scratch, Path("made")) == ModelRef("made")
+
+
+def test_the_dtype_is_the_references_unless_overridden(saved: ModelRef) -> None:
+    ref = ModelRef(saved.path, dtype="bfloat16")
+    assert load_model(ref, VOCABULARY).dtype == torch.bfloat16
+    assert load_model(ref, VOCABULARY, dtype="float32").dtype == torch.float32

@@ -1,0 +1,326 @@
+"""The two-branch loss against separate dense forwards, one per window and view.
+
+The oracle is an attention function of its own: it sees whole sequences without any cache, detaches the
+prefix's keys and values, and hides what a policy does not keep with a mask.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from pipeline.batches import Draw, LabelledSequences, Shards, batch_indices, draw
+from pipeline.config import Config
+from pipeline.decoding import Sampler, autoregressive, speculate
+from pipeline.kv import FULL, View, ViewCache, read_prefix, view_of
+from pipeline.objectives import MultiView, NextToken, window_logits
+from pipeline.policies import SNAP_WINDOW, select
+from pipeline.rows import Continuation
+from tests.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
+
+CPU = torch.device("cpu")
+SEQUENCE, WINDOW = 80, 12
+LABELS_K = 6
+
+
+def dense_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cut: tuple[int, View, bool],
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of prefix and window at once: [B, H·G, T, D], with `cut` = (prefix length, view, detach)."""
+    start, view, detach = cut
+    if detach:
+        key = torch.cat([key[:, :, :start].detach(), key[:, :, start:]], 2)
+        value = torch.cat([value[:, :, :start].detach(), value[:, :, start:]], 2)
+    B, H, T, _ = key.shape
+    queries = query.unflatten(1, (H, -1))
+    seen = torch.ones(T, T, dtype=torch.bool).tril().expand(B, H, T, T).clone()
+    if view.budget is not None:
+        observed = queries[:, :, :, max(0, start - SNAP_WINDOW) : start]
+        kept = select(view.policy, key[:, :, :start].detach(), observed.detach(), view.budget)
+        prefix = torch.zeros(B, H, start, dtype=torch.bool).scatter_(2, kept, True)
+        seen[:, :, start:, :start] = prefix.unsqueeze(2)
+    scores = (queries @ key.unsqueeze(2).transpose(-1, -2)) * scaling
+    weights = scores.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1)
+    return (weights @ value.unsqueeze(2)).flatten(1, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("dense", dense_attention)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """Double precision, so that agreement is agreement."""
+    return make_model(layers=3, seed=4).double().train()
+
+
+def oracle_logits(
+    model: PreTrainedModel, tokens: Tensor, start: int, view: View, detach: bool = True
+) -> Tensor:
+    """Logits [B, WINDOW, V] of one window behind one view."""
+    model.set_attn_implementation("dense")
+    output = model(input_ids=tokens[:, : start + WINDOW], use_cache=False, cut=(start, view, detach))
+    model.set_attn_implementation("budgetdraft")
+    return output.logits[:, start:]
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """The loss itself is in single precision, so a little less than double."""
+    for name, gradient in theirs.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(ours[name], gradient, atol=2e-5 * scale, rtol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledSequences:
+    """Random sequences, and labels that have nothing to do with them."""
+    folder: Path = tmp_path_factory.mktemp("labels")
+    rng = np.random.default_rng(2)
+    log_p = torch.from_numpy(rng.normal(size=(9, SEQUENCE, VOCABULARY)) * 2).log_softmax(-1)
+    top = log_p.topk(LABELS_K, dim=-1)
+    arrays = {
+        "tokens": numbers(9, SEQUENCE, seed=1),
+        "argmax": log_p.argmax(-1).numpy().astype(np.uint16),
+        "ids": top.indices.numpy().astype(np.uint16),
+        "log_probs": top.values.numpy().astype(np.float16),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"shard-00000.{name}.npy", array)
+    return LabelledSequences(folder, temperature=1.0)
+
+
+def config_for(variant: dict[str, Any], **train: Any) -> Config:
+    settings = {"batch_sequences": 4, "micro_batch_sequences": 2, "window_tokens": WINDOW, "windows": 2}
+    changes = {f"train.{name}": value for name, value in (settings | train).items()}
+    top_k = {"data.sequence_tokens": SEQUENCE, "labels.top_k": LABELS_K}
+    return tiny_config({**top_k, **changes, "train.variants": [{"name": "v", **variant}]})
+
+
+def textbook(name: str, logits: Tensor, data: LabelledSequences, rows: list[int], start: int) -> Tensor:
+    """Mean loss of one window, written out once more: the tail is one bucket."""
+    flat = logits.flatten(0, 1).float()
+
+    def labels(shards: Shards) -> Tensor:
+        return shards.rows(rows)[:, start : start + WINDOW].flatten(0, 1)
+
+    if name == "cross_entropy":
+        return F.cross_entropy(flat, labels(data.argmax))
+    assert data.ids is not None and data.log_probs is not None
+    q = flat.softmax(-1).gather(-1, labels(data.ids))
+    p = labels(data.log_probs).exp()
+    q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+    if name == "kl":
+        return F.kl_div(q.log(), p.log(), log_target=True, reduction="none").sum(-1).mean()
+    return (p - q).abs().sum(-1).mean() / 2
+
+
+def oracle_loss(
+    model: PreTrainedModel, config: Config, data: LabelledSequences, drawn: Draw, rows: list[int]
+) -> Tensor:
+    """w·L_A + λ·L_C, one forward per window and drawn budget, the same budget drawn twice read twice."""
+    variant = config.train.variants[0]
+    tokens = data.tokens.rows(rows)
+
+    def branch(loss: str, views: list[View]) -> Tensor:
+        terms = [
+            textbook(loss, oracle_logits(model, tokens, start, view), data, rows, start)
+            for view in views
+            for start in drawn.starts
+        ]
+        return torch.stack(terms).mean() if terms else torch.zeros(())
+
+    sparse = [view_of(variant.policy, b) for b, times in drawn.budgets.items() for _ in range(times)]
+    full = variant.full_weight * branch(variant.full_loss, [FULL])
+    return full + variant.sparse_weight * branch(variant.sparse_loss, sparse)
+
+
+@pytest.mark.parametrize("policy", ["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"])
+def test_window_logits_are_those_of_separate_dense_forwards(model: PreTrainedModel, policy: str) -> None:
+    tokens = torch.from_numpy(numbers(2, SEQUENCE, seed=3).astype(np.int64))
+    starts, views = (61, 37, 25), [FULL, view_of(policy, 32), view_of(policy, 24), view_of(policy, 0)]
+    with torch.no_grad():
+        ours = window_logits(model, tokens, starts, WINDOW, views)
+        for view, logits in zip(views, ours, strict=True):
+            separate = [oracle_logits(model, tokens, start, view).flatten(0, 1) for start in starts]
+            torch.testing.assert_close(logits, torch.cat(separate), atol=1e-8, rtol=1e-8)
+
+
+def test_a_budget_of_the_whole_prefix_is_the_full_view(model: PreTrainedModel) -> None:
+    tokens = torch.from_numpy(numbers(2, SEQUENCE, seed=3).astype(np.int64))
+    with torch.no_grad():
+        full, wide = window_logits(model, tokens, (60, 36), WINDOW, [FULL, view_of("snapkv", 64)])
+    torch.testing.assert_close(full, wide, atol=1e-10, rtol=1e-10)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"sparse_weight": 0},
+    {"sparse_weight": 0.5, "budgets": {16: 0.5, 32: 0.3, 64: 0.2}, "num_views": 3},
+    {"sparse_weight": 1.0, "budgets": {24: 1.0}, "num_views": 1, "policy": "snapkv"},
+    {"sparse_weight": 0.5, "budgets": {0: 0.5, 16: 0.5}, "num_views": 5, "policy": "streaming"},
+    {"full_weight": 0, "sparse_weight": 2.0, "budgets": {16: 1.0}, "policy": "chunk_topk_paper"},
+    {"full_loss": "kl", "sparse_loss": "total_variation", "budgets": {16: 0.5, 32: 0.5}},
+    {"full_weight": 0.3, "full_loss": "total_variation", "sparse_loss": "kl", "budgets": {16: 1.0}},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+def test_loss_and_gradients_are_the_oracles(
+    model: PreTrainedModel, data: LabelledSequences, variant: dict[str, Any]
+) -> None:
+    config = config_for(variant)
+    step, micro = 3, 1
+    drawn = draw(config.train.variants[0], config.train, SEQUENCE, config.seed, step, micro)
+    rows = batch_indices(len(data), 4, config.seed, step)[2:]
+    objective = MultiView(config, config.train.variants[0], data, [], CPU)
+
+    ours, terms = objective.loss(model, step, micro)
+    our_gradients = gradients(model, ours)
+    theirs = oracle_loss(model, config, data, drawn, rows)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert_same_gradients(our_gradients, gradients(model, theirs))
+
+    spec = config.train.variants[0]
+    parts = spec.full_weight * terms["full"] + spec.sparse_weight * terms["sparse"]
+    torch.testing.assert_close(terms["total"], parts)
+    assert torch.equal(terms["total"], ours)
+
+
+def test_budgets_drawn_twice_count_twice(model: PreTrainedModel, data: LabelledSequences) -> None:
+    """Five draws of two budgets repeat one at least: the mean goes over draws, not over budgets."""
+    config = config_for({"full_weight": 0, "sparse_weight": 1, "budgets": {16: 0.5, 48: 0.5}, "num_views": 5})
+    variant = config.train.variants[0]
+    step = next(
+        step
+        for step in range(100)
+        if sorted(draw(variant, config.train, SEQUENCE, config.seed, step, 0).budgets.values()) == [1, 4]
+    )
+    drawn = draw(variant, config.train, SEQUENCE, config.seed, step, 0)
+    rows = batch_indices(len(data), 4, config.seed, step)[:2]
+    ours, _ = MultiView(config, variant, data, [], CPU).loss(model, step, 0)
+    unweighted = Draw(drawn.starts, dict.fromkeys(drawn.budgets, 1))
+    torch.testing.assert_close(ours, oracle_loss(model, config, data, drawn, rows), atol=1e-6, rtol=1e-5)
+    assert abs(float((ours - oracle_loss(model, config, data, unweighted, rows)).detach())) > 1e-4
+
+
+def test_no_gradient_flows_through_the_prefix(model: PreTrainedModel) -> None:
+    """With the prefix's keys and values attached the gradient is another one, so the oracle would notice."""
+    tokens = torch.from_numpy(numbers(1, SEQUENCE, seed=3).astype(np.int64))
+    (ours,) = window_logits(model, tokens, (60,), WINDOW, [FULL])
+    found = gradients(model, ours.square().mean())
+    detached = gradients(model, oracle_logits(model, tokens, 60, FULL).square().mean())
+    attached = gradients(model, oracle_logits(model, tokens, 60, FULL, detach=False).square().mean())
+    assert_same_gradients(found, detached)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert float((attached[name] - detached[name]).norm() / detached[name].norm()) > 0.01
+
+
+def test_bfloat16_gradients_reach_every_parameter(
+    make_model: Callable[..., PreTrainedModel], data: LabelledSequences
+) -> None:
+    """The prefill without gradients must not leave casts behind that the forward with gradients reuses."""
+    config = config_for({"budgets": {16: 1.0, 32: 1.0}})
+    model = make_model(seed=6)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.div_(4)
+    objective = MultiView(config, config.train.variants[0], data, [], CPU)
+    exact = gradients(model, objective.loss(model, 0, 0)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = objective.loss(model, 0, 0)
+    rounded = gradients(model, loss)
+    for name, gradient in exact.items():
+        assert float((rounded[name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
+
+
+def test_next_token_loss_is_transformers_own(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "train-00000.npy", numbers(6, 96, seed=5))
+    config = tiny_config()
+    assert config.target.kind == "scratch"
+    tokens = Shards([tmp_path / "train-00000.npy"])
+    prompts = tiny_prompts("validation", 3, 40, 8)
+    model = make_model(seed=2)
+    objective = NextToken(config, config.target.pretrain, tokens, prompts, CPU)
+    loss, terms = objective.loss(model, step=1, micro=0)
+    rows = tokens.rows(batch_indices(6, 2, config.seed, 1))
+    torch.testing.assert_close(loss, model(input_ids=rows, labels=rows, use_cache=False).loss)
+    assert torch.equal(terms["next_token"], loss)
+    with torch.no_grad():
+        own = [
+            float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+            for ids in (torch.tensor([prompt.tokens]) for prompt in prompts)
+        ]
+    assert objective.validate(model) == {"validation/next_token": pytest.approx(sum(own) / 3)}
+
+
+def test_validation_acceptance_is_that_of_decoding(
+    target: PreTrainedModel, drafter: PreTrainedModel, data: LabelledSequences
+) -> None:
+    """Pooled over three prompts, one of which the target ends by itself."""
+    config = config_for(
+        {"budgets": {16: 1.0}, "policy": "streaming"}, validation_budgets=[16, "full", 0], validation_gamma=3
+    )
+    limit, pairs = 20, []
+    counts = {"b16": [0, 0], "full": [0, 0], "b0": [0, 0]}
+    for number, prompt in enumerate(tiny_prompts("validation", 3, 44, limit)):
+        tokens = torch.tensor([prompt.tokens])
+        views, logits = read_prefix(target, tokens, [(44, FULL)])
+        first = int(logits.argmax())
+        plain = [
+            first,
+            *autoregressive(target, ViewCache(views, limit), 44, first, limit, frozenset(), Sampler()),
+        ]
+        eos = frozenset({plain[9]}) if number == 1 else frozenset[int]()
+        if eos:
+            plain = plain[: plain.index(plain[9]) + 1]
+        for name, budget in (("b16", 16), ("full", "full"), ("b0", 0)):
+            (kept,), _ = read_prefix(drafter, tokens, [(44, view_of("streaming", budget))])
+            caches = ViewCache(views, limit + 3), ViewCache([kept], limit + 3)
+            for one in speculate(target, drafter, *caches, 44, first, 3, limit, eos, Sampler()):
+                counts[name][0] += one.accepted
+                counts[name][1] += one.proposed
+        pairs.append(
+            (
+                prompt,
+                Continuation(
+                    **prompt.model_dump(include={"prompt_id", "document_id", "dataset", "context", "split"}),
+                    prompt_tokens=44,
+                    tokens=plain,
+                    gaps=[1.0] * len(plain),
+                    eos_at=len(plain) - 1 if eos else None,
+                    text="",
+                    repetition_rate=0.0,
+                ),
+            )
+        )
+    objective = MultiView(config, config.train.variants[0], data, pairs, CPU)
+    found = objective.validate(copy.deepcopy(drafter))
+    assert found == {
+        f"validation/acceptance_{name}": pytest.approx(accepted / proposed)
+        for name, (accepted, proposed) in counts.items()
+    }
+    assert 0 < found["validation/acceptance_full"] < 1

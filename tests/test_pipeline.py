@@ -1,0 +1,444 @@
+"""All stages on a toy: what is reused, resumed, repaired and promised."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jobs.generate import generate
+from jobs.pipeline import run_pipeline
+from pipeline.artifacts import MANIFEST, read_rows
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.decoding import NotFinite
+from pipeline.errors import BadData, Incomplete
+from pipeline.evaluate import Evaluator
+from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
+from tests.configs import MINIMAL
+from tests.data.conftest import bench, book, narrative, story, write_lines
+
+BOOKS = Path(__file__).resolve().parent.parent / "conf" / "books.yaml"
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
+PROMPTS = 12
+REWRITTEN = ("summary.json", "report.html")  # by every run, as they tell about it
+
+
+def toy_config(
+    corpus: Path, storage: Path, change: Callable[[dict[str, Any]], object] | None = None
+) -> Config:
+    """Two label shards, two replay tasks, both modes; `change` edits the values."""
+    values = copy.deepcopy(MINIMAL)
+    values |= {"storage": str(storage)}
+    source = {"kind": "text", "name": "tales", "files": ["*.txt"], "validation_fraction": 0.1}
+    values["data"] |= {
+        "root": str(corpus), "sources": [{**source, "test_fraction": 0.3}], "prompts": PROMPTS,
+        "prompts_per_document": 2, "max_sequences": 40,
+    }  # fmt: skip
+    values["labels"] = {"sequences_per_shard": 20}
+    values["train"] |= {"steps": 8, "learning_rate": 3e-3, "validation_budgets": [16, "full"]}
+    # Long enough that the target does not say one token again and again.
+    for role, steps in (("target", 250), ("drafter", 60)):
+        rates = {"learning_rate": 0.02, "warmup_steps": 10}
+        values[role]["pretrain"] = {"steps": steps, "batch_sequences": 4, **rates}
+    measure = {"drafters": ["multi_view"], "budgets": [16], "gammas": [2], "prompts": 2, "repeats": 1}
+    values["sweep"] |= {"mode": "both", "measure": measure}
+    values["report"] = {"bootstrap_samples": 100}
+    if change:
+        change(values)
+    return Config.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        (folder / f"tale{number:02d}.txt").write_text(story(number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The storage of a finished run. Tests that change it copy it first."""
+    storage = tmp_path_factory.mktemp("finished")
+    run_pipeline(toy_config(corpus, storage))
+    return storage
+
+
+@pytest.fixture
+def storage(finished: Path, tmp_path: Path) -> Path:
+    """A finished storage to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "runs"))
+
+
+def artifact(storage: Path, stage: str) -> Path:
+    (folder,) = (f for f in storage.glob(f"{stage}-*") if f.name.rpartition("-")[0] == stage)
+    return folder
+
+
+def changes(storage: Path) -> dict[str, int]:
+    """Every file that a run may not touch again → when it was written."""
+    files = (file for file in storage.rglob("*") if file.is_file() and file.name not in REWRITTEN)
+    return {str(file.relative_to(storage)): file.stat().st_mtime_ns for file in files}
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "stages"}
+
+
+def cached(path: Path) -> dict[str, bool]:
+    return {stage["name"]: stage["cached"] for stage in json.loads(path.read_text())["stages"]}
+
+
+# ── what is promised ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_summary_holds_what_other_programs_read(finished: Path) -> None:
+    summary = json.loads((artifact(finished, "report") / "summary.json").read_text())
+    stages = ["prepare", "pretrain", "teach", "train", "sweep", "report"]
+    assert [stage["name"] for stage in summary["stages"]] == stages
+    assert all(set(stage) == {"name", "seconds", "cached"} for stage in summary["stages"])
+    assert summary["lossless"] == {"prompts": 2, "exact": 2}
+    assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] == 2
+    fields = {
+        "drafter", "dataset", "context", "policy", "budget", "control", "gamma", "temperature", "seed",
+        "mean", "low", "high", "num_prompts",
+    }  # fmt: skip
+    rows = summary["acceptance"]
+    assert all(fields <= set(row) for row in [*rows, *summary["speedup"]])
+    cells = {(row["drafter"], row["budget"], row["control"], row["gamma"]) for row in rows}
+    views = [(budget, control) for budget in (16, 32, "full") for control in (None, "other_prompt")]
+    assert cells == {
+        (drafter, *view, gamma)
+        for drafter in ("full_only", "multi_view")
+        for view in [*views, (0, "no_prefix")]
+        for gamma in (2, 4)
+    }
+    assert all(
+        row["num_prompts"] == PROMPTS and 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 for row in rows
+    )
+    (speed,) = summary["speedup"]
+    assert speed["mean"] > 0 and summary["ar_tokens_per_s"][0]["mean"] > 0
+
+
+def test_rows_keep_every_token_and_a_full_cache_is_not_budgeted(finished: Path) -> None:
+    files = sorted((artifact(finished, "sweep") / "rows").glob("replay-*.jsonl"))
+    rows = [row for file in files for row in read_rows(file, PromptRow)]
+    assert len(files) == 2 and len(rows) == 2 * 7 * 2 * PROMPTS
+    (continued,) = (artifact(finished, "teach") / "continuations").glob("test-*.jsonl")
+    tokens = {row.prompt_id: len(row.tokens) for row in read_rows(continued, Continuation)}
+    for row in rows:
+        assert row.num_tokens == tokens[row.prompt_id] - 1  # the prefill gives the first
+        assert row.num_accepted + row.num_rounds >= row.num_tokens
+        # K and V in float32, 1 layer of 2 heads of 8, and what is kept of 64 prompt tokens.
+        kept = 64 if row.budget == "full" else row.budget
+        assert row.drafter_kv_bytes == 2 * 4 * 1 * 2 * 8 * kept
+
+
+# ── what is reused ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_run_finds_everything_and_is_fast(corpus: Path, finished: Path) -> None:
+    before = changes(finished)
+    numbers = summary_of(artifact(finished, "report") / "summary.json")
+    began = time.perf_counter()
+    summary = run_pipeline(toy_config(corpus, finished))
+    assert time.perf_counter() - began < 5
+    assert changes(finished) == before
+    assert set(cached(summary).values()) == {True}
+    assert summary_of(summary) == numbers
+
+
+def test_where_it_is_started_does_not_matter(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.parent)
+    before = changes(finished)
+    config = toy_config(corpus, Path(finished.name), lambda v: v["data"].update(root="./" + corpus.name))
+    assert Path(corpus.name).is_dir()
+    summary = run_pipeline(config)
+    assert summary == artifact(finished, "report") / "summary.json"
+    assert changes(finished) == before
+
+
+def new_folders(corpus: Path, storage: Path, change: Callable[[dict[str, Any]], object]) -> list[str]:
+    """The stages whose folders a run with a changed config adds."""
+    before = {folder.name for folder in storage.iterdir()}
+    untouched = changes(storage)
+    run_pipeline(toy_config(corpus, storage, change))
+    assert untouched.items() <= changes(storage).items()
+    return sorted(f.name.rpartition("-")[0] for f in storage.iterdir() if f.name not in before)
+
+
+def test_another_lambda_retrains_that_variant_only(corpus: Path, storage: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["train"]["variants"][1]["sparse_weight"] = 1.0
+
+    assert new_folders(corpus, storage, change) == ["drafter-multi_view", "report", "sweep"]
+
+
+def test_another_budget_in_the_sweep_trains_nothing(corpus: Path, storage: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["sweep"]["budgets"] = [16, 24, 32, "full"]
+
+    assert new_folders(corpus, storage, change) == ["report", "sweep"]
+
+
+def test_what_only_says_how_to_run_changes_nothing(corpus: Path, storage: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["name"] = "another"
+        values["labels"]["num_workers"] = 3
+        values["sweep"]["num_evaluators"] = 3
+        values["run"]["cpus_per_task"] = 2
+
+    assert new_folders(corpus, storage, change) == []
+
+
+def test_the_same_work_elsewhere_gives_the_same_bytes(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without measured times: prompts, labels, continuations, drafters and replayed rows."""
+    monkeypatch.chdir(tmp_path)
+    summary = run_pipeline(toy_config(corpus, Path("some/runs"), lambda v: v["sweep"].update(mode="replay")))
+    assert summary.is_relative_to(tmp_path / "some" / "runs")
+    compared = 0
+    for pattern in (
+        "prepare-*/prompts/*.jsonl", "prepare-*/sequences/*.npy", "teach-*/labels/*.npy",
+        "teach-*/continuations/*.jsonl", "*/model/model.safetensors", "sweep-*/rows/replay-*.jsonl",
+    ):  # fmt: skip
+        ours, theirs = sorted((tmp_path / "some" / "runs").glob(pattern)), sorted(finished.glob(pattern))
+        assert [file.name for file in ours] == [file.name for file in theirs] != []
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.read_bytes() == other.read_bytes(), f"{mine} differs from {other}"
+            compared += 1
+    assert compared >= 10
+
+
+# ── what is resumed and repaired ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("stage", "lost", "made_with_it"),
+    [
+        ("teach", "labels/shard-00001.argmax.npy", ["labels/shard-00001.tokens.npy"]),
+        ("sweep", "rows/replay-tales-64-00008.jsonl", []),
+    ],
+)
+def test_of_a_half_made_stage_only_what_is_missing_is_made(
+    corpus: Path, storage: Path, stage: str, lost: str, made_with_it: list[str]
+) -> None:
+    folder = artifact(storage, stage)
+    before, content = changes(storage), (folder / lost).read_bytes()
+    numbers = summary_of(artifact(storage, "report") / "summary.json")
+    for name in (lost, MANIFEST):
+        (folder / name).unlink()
+    summary = run_pipeline(toy_config(corpus, storage))
+    after = changes(storage)
+    made = {f"{folder.name}/{name}" for name in (lost, MANIFEST, *made_with_it)}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == made
+    assert (folder / lost).read_bytes() == content
+    assert {name for name, found in cached(summary).items() if not found} == {stage}
+    assert summary_of(summary) == numbers
+
+
+def test_a_broken_drafter_fails_alone_and_is_tried_again(corpus: Path, storage: Path) -> None:
+    numbers = summary_of(artifact(storage, "report") / "summary.json")
+    for stage in ("sweep", "report"):
+        shutil.rmtree(artifact(storage, stage))
+    weights = artifact(storage, "drafter-multi_view") / "model" / "model.safetensors"
+    good = weights.read_bytes()
+    broken = {key: torch.full_like(value, torch.nan) for key, value in load_file(weights).items()}
+    save_file(broken, weights, metadata={"format": "pt"})
+
+    # Twelve prompts are replayed and three measured.
+    with pytest.raises(Incomplete, match=rf"^{PROMPTS + 3} .*failed.*the same command tries them again"):
+        run_pipeline(toy_config(corpus, storage))
+    swept, reported = artifact(storage, "sweep"), artifact(storage, "report")
+    assert not (swept / MANIFEST).exists()
+    failed = [row for file in (swept / "failed").glob("*.jsonl") for row in read_rows(file, FailedCell)]
+    assert {(row.drafter, row.mode) for row in failed} == {
+        ("multi_view", "replay"),
+        ("multi_view", "measure"),
+    }
+    assert all("not finite" in row.error for row in failed)
+    assert {c.drafter for c in read_rows(reported / "cells.jsonl", CellRow)} == {"full_only"}
+    partial = summary_of(reported / "summary.json")["acceptance"]
+    assert partial == [row for row in numbers["acceptance"] if row["drafter"] == "full_only"]
+    page = (reported / "report.html").read_text()
+    assert failed[0].prompt_id in page and "not finite" in page
+
+    weights.write_bytes(good)
+    rows = swept / "rows" / "replay-tales-64-00000.jsonl"
+    assert len(read_rows(rows, PromptRow)) == 8 * 7 * 2
+    summary = run_pipeline(toy_config(corpus, storage))
+    assert summary_of(summary)["acceptance"] == numbers["acceptance"]
+    assert (swept / MANIFEST).exists() and not list((swept / "failed").glob("*"))
+
+
+# ── MLflow ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_mlflow_mirrors_a_run_and_what_a_rerun_adds(
+    corpus: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    for stage in ("drafter-multi_view", "sweep", "report"):
+        shutil.rmtree(artifact(storage, stage))
+    config = toy_config(corpus, storage, lambda v: v.update(tracking={"experiment": "toy"}))
+    whole = Evaluator.replay_prompt
+
+    def broken(self: Evaluator, drafter: Any, model: Any, prompt: Any, *rest: Any) -> Any:
+        if prompt.prompt_id.endswith("0003"):
+            raise NotFinite("one prompt fails")
+        return whole(self, drafter, model, prompt, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Incomplete):
+        patch.setattr(Evaluator, "replay_prompt", broken)
+        run_pipeline(config)
+    summary = run_pipeline(config)
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("toy")
+    assert experiment is not None
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id], max_results=1000)}
+    parents = {key: run.data.tags.get("mlflow.parentRunId") for key, run in runs.items()}
+    second, first = (key for key, parent in parents.items() if parent is None)  # newest first
+    assert [runs[key].info.status for key in (first, second)] == ["FAILED", "FINISHED"]
+    assert {run.info.status for key, run in runs.items() if key != first} == {"FINISHED"}
+
+    def below(root: str) -> dict[str, str]:
+        return {runs[key].info.run_name: key for key, parent in parents.items() if parent == root}
+
+    for root in (first, second):
+        assert set(below(root)) == {"prepare", "pretrain", "teach", "train", "sweep", "report"}
+    curves = below(below(first)["train"])
+    assert list(curves) == ["multi_view"]  # the other was trained before
+    assert not below(below(second)["train"])
+    steps = [point.step for point in client.get_metric_history(curves["multi_view"], "loss/sparse")]
+    assert steps == [8] and "validation/acceptance_full" in runs[curves["multi_view"]].data.metrics
+
+    cells = read_rows(summary.parent / "cells.jsonl", CellRow)
+    points = [runs[key] for key, parent in parents.items() if parent == below(second)["sweep"]]
+    assert len(points) == 2 * 7  # drafters × (three budgets, each with its control, and no prefix)
+    for point in points:
+        wanted = {
+            cell.gamma: cell.acceptance
+            for cell in cells
+            if cell.mode == "replay"
+            and (cell.drafter, str(cell.budget), cell.control or "none")
+            == tuple(point.data.params[axis] for axis in ("drafter", "budget", "control"))
+        }
+        history = client.get_metric_history(point.info.run_id, "accept/rate")
+        assert {one.step: one.value for one in history} == pytest.approx(wanted) != {}
+        prompts = client.get_metric_history(point.info.run_id, "accept/prompts")
+        assert {one.value for one in prompts} == {PROMPTS}
+    names = {file.path for file in client.list_artifacts(below(second)["report"])}
+    assert {"report.html", "summary.json", "figures"} <= names
+
+
+# ── generate ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("drafter", "budget"), [(None, 16), ("full_only", "full")])
+def test_generate_prints_the_targets_own_text(
+    corpus: Path, finished: Path, capsys: pytest.CaptureFixture[str], drafter: str | None, budget: Any
+) -> None:
+    prompt = story(3)[:150]
+    generate(
+        toy_config(corpus, finished), prompt=prompt, drafter=drafter, policy="chunk_topk", budget=budget,
+        gamma=3, temperature=0.0, max_new_tokens=20, seed=0,
+    )  # fmt: skip
+    *text, stats = capsys.readouterr().out.rstrip("\n").split("\n")
+    folder = artifact(finished, "pretrain-target") / "model"
+    target, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = target.generate(given, max_new_tokens=20, do_sample=False)[0, given.shape[1] :]
+    assert "\n".join(text) == tokenizer.decode(written, skip_special_tokens=True)
+    assert re.fullmatch(
+        rf"\[{drafter or 'multi_view'}, chunk_topk budget {budget}, γ 3: acceptance [01]\.\d+, τ [1-4]\.\d+, "
+        r"[\d.]+ tokens/s, autoregressive [\d.]+, speedup [\d.]+, same tokens\]",
+        stats,
+    ), stats
+
+
+def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    def call(storage: Path, drafter: str | None) -> None:
+        generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.0, 4, 0)
+
+    with pytest.raises(BadData, match="no drafter 'best'; there are full_only, multi_view"):
+        call(finished, "best")
+    with pytest.raises(BadData, match="run `budgetdraft run CONFIG` first"):
+        call(tmp_path / "empty", None)
+    assert not (tmp_path / "empty").exists()
+
+
+# ── conf/books.yaml ───────────────────────────────────────────────────────────────────────────────
+
+
+def made_books(root: Path) -> None:
+    """Files laid out as `conf/books.yaml` wants them, of made-up text."""
+    for split, first, count in (("train", 0, 4), ("validation", 10, 2), ("test", 20, 2)):
+        rows = [book(k, text=story(k, 400)) for k in range(first, first + count)]
+        write_lines(root / "pg19" / f"{split}.jsonl.gz", rows)
+    meetings = [bench(k, f"What of {k}?") | {"context": story(k, 400)} for k in (30, 31)]
+    write_lines(root / "longbench" / "qmsum.jsonl.gz", meetings)
+    for split, first in (("train", 40), ("validation", 50)):
+        rows = [narrative(0, f"n{k}") for k in range(first, first + 2)]
+        for k, row in enumerate(rows, first):
+            row["document"]["text"] = story(k, 400)
+        write_lines(root / "narrativeqa" / f"{split}.jsonl.gz", rows)
+
+
+def sample_books(root: Path) -> None:
+    """The sample data, with three of its training books."""
+    (root / "pg19").mkdir(parents=True)
+    for name in ("longbench", "narrativeqa", "pg19/validation.jsonl.gz", "pg19/test.jsonl.gz"):
+        (root / name).symlink_to(SAMPLES / name)
+    with gzip.open(SAMPLES / "pg19" / "train.jsonl.gz") as file:
+        (root / "pg19" / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(islice(file, 3)), 1))
+
+
+@pytest.mark.parametrize(
+    ("lay_out", "documents"),
+    [
+        (made_books, {"pg19-sample": 2, "qmsum-sample": 2, "narrativeqa-sample": 2, "needle-sample": 2}),
+        pytest.param(
+            sample_books,
+            {"pg19-sample": 8, "qmsum-sample": 40, "narrativeqa-sample": 15, "needle-sample": 3},
+            marks=pytest.mark.skipif(not SAMPLES.exists(), reason=f"the sample data is not at {SAMPLES}"),
+        ),
+    ],
+)
+def test_books_are_named_for_what_they_are(
+    tmp_path: Path, lay_out: Callable[[Path], None], documents: dict[str, int]
+) -> None:
+    """A sample is no official split: its names say so, in the manifest, the files and every prompt."""
+    lay_out(tmp_path / "data")
+    overrides = [f"data.root={tmp_path / 'data'}", f"storage={tmp_path / 'runs'}", "data.prompts=2"]
+    overrides += ["data.validation_prompts=2", "data.max_sequences=4", "tracking.enabled=false"]
+    folder = run_pipeline(load_config(BOOKS, [*overrides, "run.executor=inline"]), "prepare")
+    counts = json.loads((folder / MANIFEST).read_text())["counts"]
+    assert {name: count["test"] for name, count in counts["documents"].items()} == documents
+    for source in counts["sources"].values():
+        assert source["from"] == "local files"
+        assert all(file["path"].startswith(str(tmp_path / "data")) for file in source["files"])
+    assert counts["prompts"] == {"validation-pg19-sample-1K.jsonl": 2} | {
+        f"test-{name}-{context}.jsonl": 2 for name in documents for context in ("1K", "2K")
+    }
+    for file in (folder / "prompts").glob("test-*.jsonl"):
+        datasets = {json.loads(line)["dataset"] for line in file.read_text().splitlines()}
+        assert datasets <= documents.keys() and len(datasets) == 1
