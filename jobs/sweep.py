@@ -40,7 +40,8 @@ def sweep(
         "drafters": {name: trained[name].fingerprint for name in names},
         "drafter_dtype": config.drafter.dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
-        "device": pick_device(config.run.device).type,
+        # Wall clock belongs to a device. As configured: the driver may lack the GPU that its workers have.
+        "device": config.run.device,
     }
     artifact = open_artifact(Path(config.storage), "sweep", inputs)
     if artifact.complete:
