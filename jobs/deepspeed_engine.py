@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -27,6 +28,7 @@ class DeepSpeedEngine:
     def __init__(self, engine: Any, device: torch.device) -> None:
         self.engine, self.device = engine, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.name = f"DeepSpeed ZeRO-{engine.zero_optimization_stage()}"
 
     @property
     def model(self) -> PreTrainedModel:
@@ -47,6 +49,11 @@ class DeepSpeedEngine:
         assert self.pending, "a step ends a whole batch"
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.engine.zero_optimization_stage() == 0:  # then DeepSpeed clips, but keeps the norm to itself
+            gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.engine.step()
+            return norm
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -80,6 +87,8 @@ def deepspeed_engine(
     import deepspeed
 
     device = pick_device(config.run.device)
+    if device.type == "cuda":  # all GPUs of the machine are visible to each of its workers
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         # Compiling the shared-memory operator takes a minute and hangs on a stale lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

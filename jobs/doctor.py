@@ -188,7 +188,7 @@ def _model(role: str, model: PretrainedModel) -> Check:
         if not (folder / "config.json").exists():
             return Check("fail", role, f"{folder} has no config.json: it is not a Hugging Face model folder")
         if not any(folder.glob("*.safetensors")):
-            return Check("fail", role, f"{folder} has no .safetensors file: run `budgetdraft convert` on it first")
+            return Check("fail", role, f"{folder} has no .safetensors: run `budgetdraft convert` on it first")
         return Check("ok", role, str(folder))
     if model.path.startswith((".", "~", "/")) or model.path.count("/") != 1:
         return Check("fail", role, f"{role}.path = {model.path}: there is no such folder")

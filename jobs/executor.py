@@ -24,7 +24,7 @@ from pipeline.decoding import NotFinite
 from pipeline.engine import TorchEngine
 from pipeline.errors import BadData
 from pipeline.progress import progress
-from pipeline.train_job import TrainJob, run_job
+from pipeline.train_job import TrainJob, is_first_worker, run_job
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,6 @@ class RayExecutor:
 
     def __init__(self, config: Config) -> None:
         self.config, self.calls = config, 0
-        self.resources = {"num_cpus": config.run.cpus_per_task, "num_gpus": config.run.gpus_per_task}
 
     @cached_property
     def ray(self) -> ModuleType:
@@ -176,7 +175,8 @@ class RayExecutor:
         def call(item: Item) -> Result:  # Ray takes no partial functions
             return function(item)
 
-        task = self.ray.remote(max_retries=MAX_RETRIES, **self.resources)(call)
+        # Only data is prepared in plain tasks; they need no GPU.
+        task = self.ray.remote(max_retries=MAX_RETRIES, num_cpus=self.config.run.cpus_per_task)(call)
         waiting = {task.remote(item): item for item in items}
         with progress(len(items), description) as bar:
             while waiting:
@@ -192,10 +192,16 @@ class RayExecutor:
         num_actors: int,
     ) -> Iterator[tuple[Item, Result]]:
         self.calls += 1
-        actor = self.ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES, **self.resources)(
-            _Worker
-        )
-        actors = [actor.remote(factory) for _ in range(min(num_actors, len(items)))]
+        run = self.config.run
+        actor = self.ray.remote(
+            max_restarts=MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
+            num_cpus=run.cpus_per_task,
+            num_gpus=run.gpus_per_task,
+        )(_Worker)
+        # An actor for which there is no room would keep its item for ever.
+        fitting = min(num_actors, len(items), self.most_workers())
+        actors = [actor.remote(factory) for _ in range(fitting)]
         try:
             busy = {
                 worker.call.remote(item): (worker, item) for worker, item in zip(actors, items, strict=False)
@@ -215,6 +221,22 @@ class RayExecutor:
             for worker in actors:
                 self.ray.kill(worker)
 
+    def most_workers(self) -> int:
+        """How many workers the cluster has room for.
+
+        Raises:
+            BadData: if not even one fits.
+        """
+        have, run = self.ray.cluster_resources(), self.config.run
+        wanted = {"CPU": run.cpus_per_task, "GPU": run.gpus_per_task}
+        room = [int(have.get(name, 0) // amount) for name, amount in wanted.items() if amount]
+        if room and min(room) < 1:
+            raise BadData(
+                f"run.cpus_per_task = {run.cpus_per_task:g} and run.gpus_per_task = {run.gpus_per_task:g} "
+                f"do not fit the cluster: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
+            )
+        return min(room, default=1_000_000)
+
     def result(self, reference: Any) -> Any:
         """The value of a finished task; its own exception rather than Ray's wrapping of it."""
         try:
@@ -233,6 +255,10 @@ class RayExecutor:
         run, train = self.config.run, self.config.train
         gpu = run.gpus_per_task > 0
         resources = {"CPU": run.cpus_per_task, **({"GPU": run.gpus_per_task} if gpu else {})}
+        if train.num_workers > self.most_workers():
+            raise BadData(
+                f"train.num_workers = {train.num_workers}, but the cluster has room for {self.most_workers()}"
+            )
         first = next(iter(job.outputs.values()))
         trainer = TorchTrainer(
             train_worker,
@@ -292,17 +318,22 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         run_job(job, deepspeed_engine(job.config, job.deepspeed))
     except tuple(ERRORS.values()) as error:
-        told = {"type": type(error).__name__, "text": str(error)}
-        write_json(next(iter(job.outputs.values())) / COMPLAINT, told)
+        if is_first_worker():
+            told = {"type": type(error).__name__, "text": str(error)}
+            write_json(next(iter(job.outputs.values())) / COMPLAINT, told)
 
 
 def read_settings(path: str) -> dict[str, Any]:
     """A DeepSpeed settings file.
 
     Raises:
-        BadData: if it is missing or not JSON.
+        BadData: if it is missing, not JSON, or sets the precision, which results depend on.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise BadData(f"train.deepspeed: cannot read {path!r}: {error}") from error
+    for field in ("fp16", "bf16", "amp"):
+        if field in settings:
+            raise BadData(f"{path}: {field!r} is not for this file; precision is train.dtype in the config")
+    return settings

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from typing import Literal
 
-import torch
 from transformers import AutoTokenizer
 
 from jobs.pipeline import completed
+from pipeline import replay
 from pipeline.config import Config
-from pipeline.decoding import Sampler, autoregressive, speculate
+from pipeline.decoding import speculate
 from pipeline.errors import BadData
-from pipeline.kv import FULL, ViewCache, read_prefix, view_of
-from pipeline.models import load_model, pick_device, stop_tokens
+from pipeline.kv import ViewCache, view_of
+from pipeline.measure import Bench, Chance, timed_prefill
+from pipeline.models import load_model, pick_device
+from pipeline.rows import Prompt
+
+UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
 
 
 def generate(
@@ -29,8 +32,7 @@ def generate(
 ) -> None:
     """Stream a continuation to stdout, then acceptance, τ and the speed against autoregressive decoding.
 
-    The target decodes the prompt twice: speculatively, which is what is streamed, and autoregressively for
-    the comparison.
+    The prompt is decoded three times: streamed, then timed both ways without output.
 
     Raises:
         BadData: if the prompt is empty or the drafter's name unknown.
@@ -47,47 +49,47 @@ def generate(
     target = load_model(trained.target, len(tokenizer), device)
     small = load_model(trained.drafters[name], len(tokenizer), device)
 
-    tokens_1S, eos = torch.tensor([tokens], device=device), stop_tokens(target)
-    target_views, logits_1V = read_prefix(target, tokens_1S, [(len(tokens), FULL)])
-    views, _ = read_prefix(small, tokens_1S, [(len(tokens), view_of(policy, budget))])
-    first = int(Sampler.seeded(temperature, seed, device).choose(logits_1V)[0])
-    room = max_new_tokens + gamma
-    target_cache, cache = ViewCache(target_views, room), ViewCache(views, room)
+    # The prompt of a bench: the same code and clock as in the sweep.
+    asked = Prompt(
+        prompt_id="generate",
+        document_id="generate",
+        dataset="generate",
+        context="generate",
+        split="test",
+        tokens=tokens,
+        max_new_tokens=max_new_tokens,
+    )
+    bench, chance = Bench(target, asked, gamma), Chance(temperature, seed)
+    views, _, _ = timed_prefill(small, asked, [view_of(policy, budget)])
+    cache = ViewCache(views, bench.room)
 
-    # A token may be part of a character: print what the whole text gained, not each token's own text.
-    written, shown = [first], ""
-    began = time.perf_counter()
-    proposed = accepted = rounds = 0
+    # Streamed first, which also warms up; the timed runs print nothing. A token may hold part of a
+    # character: what the whole text has gained is printed, but for an unfinished character at its end.
+    first, sampler = bench.start(chance)
+    written, shown = [first], 0
     for one in speculate(
-        target, small, target_cache, cache, len(tokens), first, gamma, max_new_tokens, eos,
-        Sampler.seeded(temperature, seed, device),
-    ):  # fmt: skip
+        target, small, bench.cache, cache, len(tokens), first, gamma, max_new_tokens, bench.eos, sampler
+    ):
         written += one.tokens
-        proposed, accepted, rounds = proposed + one.proposed, accepted + one.accepted, rounds + 1
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    seconds = time.perf_counter() - began
-    print()
+        text = tokenizer.decode(written, skip_special_tokens=True).rstrip(UNFINISHED)
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print(tokenizer.decode(written, skip_special_tokens=True)[shown:])
 
-    target_cache.rollback(target_cache.appended)
-    began = time.perf_counter()
-    plain = [
-        first,
-        *autoregressive(
-            target, target_cache, len(tokens), first, max_new_tokens, eos,
-            Sampler.seeded(temperature, seed, device),
-        ),
-    ]  # fmt: skip
-    ar_seconds = time.perf_counter() - began
-    if rounds == 0:
+    plain, timed = bench.autoregressive(chance), bench.speculative(small, cache, gamma, chance)
+    if not timed.rounds:
         print("[the target ended the text at once: nothing was drafted]")
         return
-    count, ar_count = len(written) - 1, len(plain) - 1
+    counts = replay.count([(r.proposed, r.accepted, len(r.tokens)) for r in timed.rounds], gamma)
+    speed, ar_speed = counts.num_tokens / timed.seconds, (len(plain.tokens) - 1) / plain.seconds
     print(
-        f"[{name}, {policy} budget {budget}, γ {gamma}: acceptance {accepted / max(proposed, 1):.3f}, "
-        f"τ {count / rounds:.2f}, {count / seconds:.1f} tokens/s, "
-        f"autoregressive {ar_count / ar_seconds:.1f}, "
-        f"speedup {count / seconds / (ar_count / ar_seconds):.2f}"
-        + (f", {'same' if written == plain else 'DIFFERENT'} tokens]" if temperature == 0 else "]")
+        f"[{name}, {policy} budget {budget}, γ {gamma}: acceptance "
+        f"{counts.num_accepted / max(counts.num_proposed, 1):.3f}, "
+        f"τ {counts.num_tokens / counts.num_rounds:.2f}, {speed:.1f} tokens/s, "
+        f"autoregressive {ar_speed:.1f}, speedup {speed / ar_speed:.2f}"
+        + (
+            f", {'same' if timed.tokens == plain.tokens else 'DIFFERENT'} tokens]"
+            if temperature == 0
+            else "]"
+        )
     )

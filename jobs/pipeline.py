@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jobs.executor import Executor, NoExecutor, make_executor
 from jobs.prepare import prepare
@@ -54,7 +55,7 @@ def run_pipeline(config: Config, until: str = "report") -> Path:
         BadData: if an input cannot be used.
         Incomplete: if cells of the sweep failed; the report is made all the same.
     """
-    config = absolute(config)
+    config = settled(config)
     with Tracker.start(config) as tracker, closing(make_executor(config)) as executor:
         try:
             return run_stages(config, until, Stages(executor, tracker))
@@ -63,10 +64,17 @@ def run_pipeline(config: Config, until: str = "report") -> Path:
                 log.info(line)
 
 
-def absolute(config: Config) -> Config:
-    """The config with absolute folders: workers have working directories of their own."""
+def settled(config: Config) -> Config:
+    """The config with what workers cannot find out for themselves.
+
+    Folders are made absolute, since workers have working directories of their own. On Ray, `device: auto`
+    follows from the GPUs that are asked for: a worker sees all GPUs of its machine, asked for or not.
+    """
     data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
-    changes = {"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
+    changes: dict[str, Any] = {"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
+    if config.run.executor == "ray" and config.run.device == "auto":
+        device = "cuda" if config.run.gpus_per_task else "cpu"
+        changes["run"] = config.run.model_copy(update={"device": device})
     models = {
         role: model.model_copy(update={"path": str(folder.resolve())})
         for role, model in (("target", config.target), ("drafter", config.drafter))
@@ -116,7 +124,7 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
 def check_complete(failures: int, folder: Path) -> None:
     if failures:
         raise Incomplete(
-            f"{failures} (drafter, prompt) pairs of the sweep failed; their errors are in "
+            f"{failures} failures in the sweep; their errors are in "
             f"{folder / 'failed'}; the same command tries them again"
         )
 
@@ -136,7 +144,7 @@ def completed(config: Config) -> Trained:
     Raises:
         BadData: if a stage is not; the text says which command to run.
     """
-    config, nothing = absolute(config), NoExecutor()
+    config, nothing = settled(config), NoExecutor()
     prepared = prepare(config, nothing)
     scratch = pretrain(config, nothing, prepared)
     taught = teach(config, nothing, prepared, scratch)

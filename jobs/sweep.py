@@ -29,7 +29,7 @@ def sweep(
     scratch: dict[str, Artifact],
     trained: dict[str, Artifact],
 ) -> tuple[Artifact, int]:
-    """Evaluate every drafter; returns the artifact and the number of failed (drafter, prompt) pairs.
+    """Evaluate every drafter; returns the artifact and the number of failures.
 
     With failures the artifact stays incomplete, and the next run tries them again.
     """
@@ -72,7 +72,8 @@ def make_evaluator(config: Config, target: ModelRef, drafters: list[Drafter], to
 
 def ref(config: Config, trained: Artifact) -> ModelRef:
     """A trained drafter; its folder holds its rope parameters already."""
-    return ModelRef(str(trained.path / "model"), dtype=config.drafter.dtype)
+    trust = config.drafter.kind == "pretrained" and config.drafter.trust_remote_code
+    return ModelRef(str(trained.path / "model"), dtype=config.drafter.dtype, trust_remote_code=trust)
 
 
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
@@ -89,15 +90,14 @@ def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
 def sweep_tasks(
     config: Config, mode: Literal["replay", "measure"], prepare: Artifact, teach: Artifact, artifact: Artifact
 ) -> list[SweepTask]:
-    """Slices of every test prompts file; measuring takes the first prompts, one more to warm up."""
+    """Slices of every test prompts file; measuring takes the first prompts, one a task."""
     tasks = []
     for file in sorted((prepare.path / "prompts").glob("test-*.jsonl")):
         count = len(read_rows(file, Prompt))
+        size = PROMPTS_PER_TASK
         if mode == "measure":
-            slices = [(0, min(count, config.sweep.measure.prompts + 1))]
-        else:
-            slices = [(at, min(at + PROMPTS_PER_TASK, count)) for at in range(0, count, PROMPTS_PER_TASK)]
-        for first, last in slices:
+            count, size = min(count, config.sweep.measure.prompts), 1
+        for first, last in [(at, min(at + size, count)) for at in range(0, count, size)]:
             name = f"{mode}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
             tasks.append(
                 SweepTask(

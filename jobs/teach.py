@@ -26,7 +26,9 @@ def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[s
         "prepare": prepare.fingerprint,
         "target": model_identity(config.target, scratch.get("target")),
         "labels": labels,
-        "on_policy_window": config.train.window_tokens if config.labels.on_policy_fraction else None,
+        "on_policy_tokens": config.train.windows * config.train.window_tokens
+        if config.labels.on_policy_fraction
+        else None,
         "seed": config.seed,
     }
     artifact = open_artifact(Path(config.storage), "teach", inputs)

@@ -57,7 +57,9 @@ def train(
     watch: Watch = unwatched,
 ) -> dict[str, Artifact]:
     """Train every variant; each is an artifact of its own, so adding one leaves the others alone."""
-    common = config.train.model_dump(mode="json", exclude={"variants", "num_workers", "deepspeed"})
+    common = config.train.model_dump(
+        mode="json", exclude={"variants", "num_workers", "deepspeed", "checkpoint_every"}
+    )
     inputs = {
         variant.name: {
             "teach": teach.fingerprint,

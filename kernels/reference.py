@@ -82,20 +82,113 @@ def _with_tail(log_probs_TK: Tensor) -> Tensor:
     return torch.cat([log_probs_TK, tail_T1], dim=-1)
 
 
-def _bucketed(
-    logits_TV: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    log_q_TV = (logits_TV.float() / temperature).log_softmax(-1)
-    return _with_tail(log_q_TV.gather(-1, ids_TK)), _with_tail(log_p_TK.float())
+def bucketed_kl(log_q_TK: Tensor, log_p_TK: Tensor) -> Tensor:
+    """[T] KL(p ‖ q) from the log-probabilities of K entries; all others share one bucket."""
+    log_q, log_p = _with_tail(log_q_TK), _with_tail(log_p_TK.float())
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def bucketed_total_variation(log_q_TK: Tensor, log_p_TK: Tensor) -> Tensor:
+    """[T] 1 - Σ min(p, q) from the log-probabilities of K entries; all others share one bucket."""
+    log_q, log_p = _with_tail(log_q_TK), _with_tail(log_p_TK.float())
+    return 1 - torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
+
+
+def _listed(logits_TV: Tensor, ids_TK: Tensor, temperature: float) -> Tensor:
+    return (logits_TV.float() / temperature).log_softmax(-1).gather(-1, ids_TK)
 
 
 def kl(logits_TV: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float) -> Tensor:
     """[T] KL(p ‖ q) over the K stored entries and one bucket for the tail: a lower bound of the true one."""
-    log_q, log_p = _bucketed(logits_TV, ids_TK, log_p_TK, temperature)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return bucketed_kl(_listed(logits_TV, ids_TK, temperature), log_p_TK)
 
 
 def total_variation(logits_TV: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float) -> Tensor:
     """[T] 1 - Σ min(p, q) over the K stored entries and the tail's bucket: a lower bound of the true one."""
-    log_q, log_p = _bucketed(logits_TV, ids_TK, log_p_TK, temperature)
-    return 1 - torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
+    return bucketed_total_variation(_listed(logits_TV, ids_TK, temperature), log_p_TK)
+
+
+def chunk_select(
+    keys_BHSD: Tensor, values_BHSD: Tensor, budget: int, keep_tail: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept keys and values [B, H, N, D] of `chunk_topk`, and their indices [B, H, N]."""
+    indices_BHN = chunk_topk(keys_BHSD, budget, keep_tail)
+    index = indices_BHN.unsqueeze(-1).expand(-1, -1, -1, keys_BHSD.shape[-1])
+    return keys_BHSD.gather(2, index), values_BHSD.gather(2, index), indices_BHN
+
+
+def verify_attention(
+    query: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, scaling: float, length: int | Tensor
+) -> Tensor:
+    """Attention of the last Q of the first `length` stored tokens; each sees itself and all before it.
+
+    What lies in the buffers beyond `length` is not read. A query that sees nothing (its place is before the
+    first token) gives zeros.
+
+    Args:
+        query: [B, H·G, Q, D], the query heads of one key/value head side by side.
+        length: tokens stored, at most S: an int, a 0-d tensor, or [B] for rows of different lengths.
+
+    Returns:
+        [B, H·G, Q, D] in the type of `query`; computed in fp32.
+    """
+    B, heads, Q, _ = query.shape
+    H, S = key_BHSD.shape[1], key_BHSD.shape[2]
+    length_B = torch.as_tensor(length, device=query.device).expand(B)
+    position = torch.arange(S, device=query.device)
+    last_BQ = length_B.unsqueeze(1) - Q + torch.arange(Q, device=query.device)
+    hidden_BQS = position > last_BQ.unsqueeze(-1)
+    stored_BS = position < length_B.unsqueeze(1)
+    key = key_BHSD.float().repeat_interleave(heads // H, dim=1)
+    value = value_BHSD.float().masked_fill(~stored_BS[:, None, :, None], 0.0)
+    value = value.repeat_interleave(heads // H, dim=1)
+    logits = (query.float() @ key.transpose(-1, -2) * scaling).masked_fill(hidden_BQS[:, None], -torch.inf)
+    weights = logits.softmax(-1).masked_fill(hidden_BQS[:, None], 0.0)
+    return (weights @ value).to(query.dtype)
+
+
+def greedy_accept_batch(
+    draft_BT: Tensor, target_BT1: Tensor, lengths_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Oracle of `kernels.accept.greedy_accept`, round by round: accepted [B] and next token [B]."""
+    accepted = [
+        int(greedy_accept(draft_T[:length], target_T1[: length + 1]))
+        for draft_T, target_T1, length in zip(
+            draft_BT, target_BT1, _lengths(draft_BT, lengths_B), strict=True
+        )
+    ]
+    accepted_B = torch.tensor(accepted, device=draft_BT.device)
+    return accepted_B, target_BT1.gather(1, accepted_B.unsqueeze(1)).squeeze(1)
+
+
+def rejection_accept_batch(
+    draft_BT: Tensor, q_BTV: Tensor, p_BT1V: Tensor, uniforms_BT1: Tensor, lengths_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Oracle of `kernels.accept.rejection_accept`, round by round, in double precision.
+
+    Proposal x at t stands where u[t] · q[t, x] < p[t, x]. The next token is the first whose cumulative share
+    of what is drawn from exceeds the last uniform number.
+    """
+    accepted, following = [], []
+    for row, length in enumerate(_lengths(draft_BT, lengths_B)):
+        count = 0
+        while count < length:
+            token = int(draft_BT[row, count])
+            q, p = float(q_BTV[row, count, token]), float(p_BT1V[row, count, token])
+            if not float(uniforms_BT1[row, count]) * q < p:
+                break
+            count += 1
+        next_V = p_BT1V[row, count].double()
+        if count < length:
+            rest_V = (next_V - q_BTV[row, count].double()).clamp_min(0)
+            # Only rounding leaves nothing: the rejected proposal's q exceeds its p, and both rows sum to 1.
+            next_V = rest_V if rest_V.sum() > 0 else next_V
+        shares_V = next_V.cumsum(0)
+        following.append(int((shares_V > uniforms_BT1[row, -1] * shares_V[-1]).long().argmax()))
+        accepted.append(count)
+    device = draft_BT.device
+    return torch.tensor(accepted, device=device), torch.tensor(following, device=device)
+
+
+def _lengths(draft_BT: Tensor, lengths_B: Tensor | None) -> list[int]:
+    return [draft_BT.shape[1]] * draft_BT.shape[0] if lengths_B is None else lengths_B.tolist()

@@ -82,27 +82,45 @@ class Draw:
     budgets: dict[int, int]
 
 
-def draw(variant: Variant, train: Train, sequence_tokens: int, seed: int, step: int, micro: int) -> Draw:
+def draw(
+    variant: Variant,
+    train: Train,
+    sequence_tokens: int,
+    seed: int,
+    step: int,
+    micro: int,
+    on_policy: bool = False,
+) -> Draw:
     """Non-overlapping windows and `num_views` budgets (weighted, with replacement) of one micro-batch.
 
-    All window starts share their remainder modulo the window length, so that equal budgets keep equally
+    With `on_policy` the windows are the last ones of the sequence, which the target may have written itself.
+    Else all window starts share their remainder modulo the window length, so that equal budgets keep equally
     many entries and can share one attention call.
     """
     rng = np.random.default_rng([seed, step, micro])
     C = train.window_tokens
+    if on_policy:
+        starts = tuple(sequence_tokens - (place + 1) * C for place in range(train.windows))
+        return Draw(starts, draw_budgets(variant, rng))
     # A start must leave the prefix long enough, and its window (inputs start .. start+C-1) inside.
     slack = sequence_tokens - train.min_prefix_tokens - train.windows * C
     offset = int(rng.integers(0, min(slack, C - 1) + 1))
     places = (sequence_tokens - offset - train.min_prefix_tokens) // C
     chosen = np.sort(rng.choice(places, size=train.windows, replace=False))
     starts = tuple(int(sequence_tokens - offset - (place + 1) * C) for place in chosen)
-    budgets: dict[int, int] = {}
+    return Draw(starts, draw_budgets(variant, rng))
+
+
+def draw_budgets(variant: Variant, rng: np.random.Generator) -> dict[int, int]:
+    """Budget → how often it was drawn; empty where there is no sparse branch."""
+    counts: dict[int, int] = {}
     if variant.sparse_weight > 0:
-        weights = np.array(list(variant.budgets.values()))
-        drawn = rng.choice(list(variant.budgets), size=variant.num_views, p=weights / weights.sum())
+        # Sorted: a config that lists the same budgets in another order has the same fingerprint.
+        budgets, weights = zip(*sorted(variant.budgets.items()), strict=True)
+        drawn = rng.choice(budgets, size=variant.num_views, p=np.array(weights) / sum(weights))
         for budget in sorted(drawn.tolist(), reverse=True):
-            budgets[budget] = budgets.get(budget, 0) + 1
-    return Draw(starts, budgets)
+            counts[budget] = counts.get(budget, 0) + 1
+    return counts
 
 
 def window_labels(

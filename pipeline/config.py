@@ -322,11 +322,6 @@ class Train(Group):
             raise ValueError(f"variants: the name {sorted(twice)[0]!r} is used twice")
         return self
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per optimizer step and worker."""
-        return self.batch_sequences // (self.micro_batch_sequences * self.num_workers)
-
 
 class Measure(Group):
     """Cells whose wall clock is measured; an empty list means every value of the sweep."""
@@ -334,7 +329,7 @@ class Measure(Group):
     drafters: tuple[str, ...] = ()
     budgets: tuple[int | Literal["full"], ...] = ()
     gammas: tuple[int, ...] = ()
-    prompts: int = Field(4, ge=1, description="prompts per data set and context, the warm-up one excluded")
+    prompts: int = Field(4, ge=1, description="prompts per data set and context")
     repeats: int = Field(3, ge=1, description="interleaved repeats of every cell and of AR")
 
 
@@ -385,7 +380,7 @@ class Report(Group):
 
 
 class Run(Group):
-    """Where and on what it runs. Nothing here changes results, so no fingerprint reads it."""
+    """Where and on what it runs. Of all this only `device` matters to a result: the wall clock of a sweep."""
 
     executor: Literal["ray", "inline"] = "ray"
     ray_address: str | None = Field(
@@ -394,6 +389,14 @@ class Run(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_task: float = Field(1, ge=0, description="CPUs a Ray task or actor asks for; its torch threads")
     gpus_per_task: float = Field(0, ge=0, description="GPUs a Ray task, actor or training worker asks for")
+
+    @model_validator(mode="after")
+    def _device_fits(self) -> Run:
+        if self.gpus_per_task and self.device == "cpu":
+            raise ValueError("gpus_per_task asks for GPUs, but device is cpu")
+        if self.executor == "ray" and self.device == "cuda" and not self.gpus_per_task:
+            raise ValueError("device is cuda, but gpus_per_task is 0: Ray workers would share GPUs unasked")
+        return self
 
 
 class Tracking(Group):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,6 +33,11 @@ class Round:
     tokens: tuple[int, ...]
     proposed: int
     accepted: int
+
+
+def fold(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass

@@ -16,6 +16,7 @@ STATE = "state.pt"
 class Engine(Protocol):
     """A model, its optimizer and, in a group of workers, the others."""
 
+    name: str
     rank: int
     world_size: int
     device: torch.device
@@ -55,6 +56,7 @@ class Engine(Protocol):
 class TorchEngine:
     """One process, AdamW."""
 
+    name = "torch"
     rank = 0
     world_size = 1
 

@@ -8,6 +8,7 @@ measured cell in turn, `repeats` times over.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from pipeline import replay
 from pipeline.artifacts import read_rows, write_rows
 from pipeline.config import Config
+from pipeline.decoding import NotFinite
 from pipeline.kv import PrefixView, View, ViewCache, read_prefix, view_of
 from pipeline.measure import Bench, Chance, Timed, timed_prefill
 from pipeline.metrics import repetition_rate
@@ -26,8 +28,10 @@ from pipeline.models import ModelRef, load_model
 from pipeline.replay import Counts
 from pipeline.rows import Cell, Continuation, FailedCell, Prompt, PromptRow
 
+log = logging.getLogger(__name__)
+
 Mode = Literal["replay", "measure"]
-# What a cell may end in without ending the others: logits that are not finite, no memory, no partner.
+# What a cell may end in without ending the others: logits that are not finite, no memory.
 CELL_ERRORS = (ArithmeticError, RuntimeError)
 
 
@@ -84,6 +88,7 @@ class Evaluator:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.drafters = [(d, load_model(d.ref, len(self.tokenizer), device)) for d in drafters]
         self.target: PreTrainedModel | None = None
+        self.warm: set[tuple[str, str, str]] = set()
 
     def __call__(self, task: SweepTask) -> tuple[int, int]:
         """Do a task unless its rows are there; failed cells are written apart and tried again next time."""
@@ -137,16 +142,21 @@ class Evaluator:
         prompt: Prompt,
         continuation: Continuation,
         views: PromptViews,
-    ) -> Iterator[PromptRow]:
+    ) -> Iterator[PromptRow | FailedCell]:
         if len(continuation.tokens) < 2:
             return  # the prefill's token ended the text: there is nothing to draft
-        own = views.of(prompt)
-        other = views.of(views.partner(prompt)) if "other_prompt" in self.sweep.controls else own
-        cells = self.view_cells()
+        cells, own, partner = self.view_cells(), views.of(prompt), views.partner(prompt)
+        if partner is None:  # one document only: the other cells do not depend on it
+            log.warning("no other document for %s: its control other_prompt is left out", prompt.prompt_id)
+            cells = [cell for cell in cells if cell.control != "other_prompt"]
+        other = own if partner is None else views.of(partner)
         kept = [(other if cell.control == "other_prompt" else own)[cell.view] for cell in cells]
-        matches = replay.match_views(model, kept, continuation.tokens).tolist()
+        matches, finite = replay.match_views(model, kept, continuation.tokens)
         greedy = Chance(0.0, self.sweep.seeds[0])
-        for cell, view, match in zip(cells, kept, matches, strict=True):
+        for cell, view, match, good in zip(cells, kept, matches.tolist(), finite.tolist(), strict=True):
+            if not good:
+                yield self.failure("replay", drafter, prompt, NotFinite("logits not finite in replay"), cell)
+                continue
             for gamma in self.sweep.gammas:
                 rounds = replay.rounds(match, gamma, prompt.max_new_tokens, continuation.eos_at is not None)
                 yield self.row(
@@ -164,10 +174,7 @@ class Evaluator:
     def measure(
         self, prompts: list[Prompt], continuations: list[Continuation], mine: range
     ) -> Iterator[PromptRow | FailedCell]:
-        """Wall clock of the measured cells against autoregressive decoding, interleaved, on these prompts.
-
-        The first prompt of the range warms up and gives no rows.
-        """
+        """Wall clock of the measured cells against autoregressive decoding, interleaved, on these prompts."""
         if self.target is None:
             self.target = load_model(self.target_ref, len(self.tokenizer), self.device)
         measured = [pair for pair in self.drafters if chosen(pair[0].name, self.sweep.measure.drafters)]
@@ -177,14 +184,17 @@ class Evaluator:
             for drafter, model in measured:
                 try:
                     bench = bench or Bench(self.target, prompt, max(self.sweep.gammas))
-                    rows = list(self.measure_prompt(bench, drafter, model))
+                    shape = (drafter.name, prompt.dataset, prompt.context)
+                    if shape not in self.warm:  # the first runs of a shape are slow, and are thrown away
+                        list(self.measure_prompt(bench, drafter, model, repeats=1))
+                        self.warm.add(shape)
+                    yield from list(self.measure_prompt(bench, drafter, model, self.sweep.measure.repeats))
                 except CELL_ERRORS as error:
                     yield self.failure("measure", drafter, prompt, error)
-                    continue
-                if index != mine.start:
-                    yield from rows
 
-    def measure_prompt(self, bench: Bench, drafter: Drafter, model: PreTrainedModel) -> Iterator[PromptRow]:
+    def measure_prompt(
+        self, bench: Bench, drafter: Drafter, model: PreTrainedModel, repeats: int
+    ) -> Iterator[PromptRow]:
         sweep, prompt = self.sweep, bench.prompt
         gammas = [gamma for gamma in sweep.gammas if chosen(gamma, sweep.measure.gammas)]
         cells = [
@@ -199,7 +209,7 @@ class Evaluator:
                 chance = Chance(temperature, seed)
                 plain: list[Timed] = []
                 runs: dict[tuple[int, int], list[Timed]] = {}
-                for _ in range(sweep.measure.repeats):
+                for _ in range(repeats):
                     plain.append(bench.autoregressive(chance))
                     for number, cache in enumerate(caches):
                         for gamma in gammas:
@@ -274,11 +284,18 @@ class Evaluator:
             drafter_kv_bytes=view.num_bytes,
         )
 
-    def failure(self, mode: Mode, drafter: Drafter, prompt: Prompt, error: Exception) -> FailedCell:
-        """All cells of one drafter and prompt, which share a prefill and fail together."""
-        cell = self.cell(drafter, prompt, ViewCell("all", "full", None), 0, Chance(0.0, self.sweep.seeds[0]))
+    def failure(
+        self,
+        mode: Mode,
+        drafter: Drafter,
+        prompt: Prompt,
+        error: Exception,
+        cell: ViewCell = ViewCell("all", "full", None),
+    ) -> FailedCell:
+        """A view's cells of one drafter and prompt; by default all of them, which share a prefill."""
+        given = self.cell(drafter, prompt, cell, 0, Chance(0.0, self.sweep.seeds[0]))
         return FailedCell(
-            **cell.model_dump(),
+            **given.model_dump(),
             mode=mode,
             prompt_id=prompt.prompt_id,
             error=f"{type(error).__name__}: {error}",
@@ -301,20 +318,13 @@ class PromptViews:
             self.recent[prompt.prompt_id] = dict(zip(self.views, kept, strict=True))
         return self.recent[prompt.prompt_id]
 
-    def partner(self, prompt: Prompt) -> Prompt:
-        """The next prompt of the file that has the same length and comes from another document.
-
-        Raises:
-            RuntimeError: if there is none.
-        """
+    def partner(self, prompt: Prompt) -> Prompt | None:
+        """The next prompt of the file that has the same length and comes from another document, if any."""
         at = next(i for i, other in enumerate(self.prompts) if other.prompt_id == prompt.prompt_id)
         for other in [*self.prompts[at + 1 :], *self.prompts[:at]]:
             if other.document_id != prompt.document_id and len(other.tokens) == len(prompt.tokens):
                 return other
-        raise RuntimeError(
-            f"the control other_prompt of {prompt.prompt_id} needs a prompt of {len(prompt.tokens)} tokens "
-            "from another document; take more documents, or leave it out of sweep.controls"
-        )
+        return None
 
 
 def chosen(value: object, selection: Sequence[object]) -> bool:

@@ -214,7 +214,11 @@ class ViewCache(Cache):
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Plain causal self-attention of a whole sequence, [B, H·G, S, D]."""
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    # On CUDA only the half-precision kernels know grouped heads; the fallback builds S × S scores.
+    grouped = groups > 1 and (query.device.type == "cpu" or query.dtype != torch.float32)
+    if groups > 1 and not grouped:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
     )

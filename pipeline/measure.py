@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.decoding import Round, Sampler, autoregressive, speculate
+from pipeline.decoding import Round, Sampler, autoregressive, fold, speculate
 from pipeline.kv import FULL, PrefixView, View, ViewCache, read_prefix
 from pipeline.models import stop_tokens
 from pipeline.rows import Prompt
@@ -29,7 +30,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Chance:
-    """How a run samples; every run of the same chance draws the same random numbers."""
+    """How a run samples. Runs of one prompt and chance draw the same numbers, other prompts draw others."""
 
     temperature: float
     seed: int
@@ -60,18 +61,17 @@ class Bench:
         self.room = prompt.max_new_tokens + most_drafts
         views, self.logits_1V, self.prefill_s = timed_prefill(target, prompt, [FULL])
         self.kv_bytes = views[0].num_bytes
-        self.cache = ViewCache(views, self.room)
+        self.cache = ViewCache(views, self.room)  # copies: the views go when this returns
         self.eos = stop_tokens(target)
 
-    def first(self, chance: Chance) -> int:
-        """The token that the prefill gives."""
-        return int(self.sampler(chance).choose(self.logits_1V)[0])
-
-    def sampler(self, chance: Chance) -> Sampler:
-        return Sampler.seeded(chance.temperature, chance.seed, self.device)
+    def start(self, chance: Chance) -> tuple[int, Sampler]:
+        """The token that the prefill gives, and the sampler that goes on from there."""
+        seed = fold(chance.seed, zlib.crc32(self.prompt.prompt_id.encode()))
+        sampler = Sampler.seeded(chance.temperature, seed, self.device)
+        return int(sampler.choose(self.logits_1V)[0]), sampler
 
     def autoregressive(self, chance: Chance) -> Timed:
-        first, sampler = self.first(chance), self.sampler(chance)
+        first, sampler = self.start(chance)
         began = self.begin([self.cache])
         tokens = list(
             autoregressive(
@@ -87,7 +87,7 @@ class Bench:
         return self.end(began, [first, *tokens], [])
 
     def speculative(self, drafter: PreTrainedModel, cache: ViewCache, gamma: int, chance: Chance) -> Timed:
-        first, sampler = self.first(chance), self.sampler(chance)
+        first, sampler = self.start(chance)
         began = self.begin([self.cache, cache])
         rounds = list(
             speculate(

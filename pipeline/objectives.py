@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pipeline import replay
 from pipeline.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.config import Config, Pretrain, Variant
+from pipeline.decoding import NotFinite
 from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
 from pipeline.losses import LOSSES
 from pipeline.rows import Continuation, Prompt
@@ -76,7 +77,8 @@ class MultiView:
         train, config = self.config.train, self.config
         indices = batch_indices(len(self.data), train.batch_sequences, config.seed, step)
         indices = indices[micro * train.micro_batch_sequences : (micro + 1) * train.micro_batch_sequences]
-        drawn = draw(self.variant, train, config.data.sequence_tokens, config.seed, step, micro)
+        on_policy = config.labels.on_policy_fraction > 0
+        drawn = draw(self.variant, train, config.data.sequence_tokens, config.seed, step, micro, on_policy)
         tokens_BS = self.data.tokens.rows(indices).to(self.device)
         labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
@@ -105,8 +107,10 @@ class MultiView:
         for prompt, continuation in self.validation:
             tokens_1S = torch.tensor([prompt.tokens], device=self.device)
             kept, _ = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
-            match = replay.match_views(model, kept, continuation.tokens).tolist()
-            for row, total in zip(match, counts, strict=True):
+            match, finite = replay.match_views(model, kept, continuation.tokens)
+            if not finite.all():
+                raise NotFinite(f"validation of {self.variant.name}: logits not finite")
+            for row, total in zip(match.tolist(), counts, strict=True):
                 rounds = replay.rounds(
                     row,
                     self.config.train.validation_gamma,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.decoding import NotFinite
 from pipeline.kv import PrefixView, ViewCache, read_continuation
 
 
@@ -31,8 +30,11 @@ class Counts:
     kept: tuple[int, ...]
 
 
-@torch.inference_mode()
-def match_views(drafter: PreTrainedModel, views: Sequence[PrefixView], continuation: Sequence[int]) -> Tensor:
+# Not inference mode: training validates with this, and weights that ZeRO-3 gathers meanwhile live on.
+@torch.no_grad()
+def match_views(
+    drafter: PreTrainedModel, views: Sequence[PrefixView], continuation: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Whether the drafter, behind each view, would propose each token of a greedy continuation.
 
     Args:
@@ -40,10 +42,8 @@ def match_views(drafter: PreTrainedModel, views: Sequence[PrefixView], continuat
         continuation: [M] tokens, the first being the one that the prefill gives.
 
     Returns:
-        [R, M - 1] booleans on the CPU; column t is for `continuation[t + 1]`.
-
-    Raises:
-        NotFinite: if a logit is NaN or infinite.
+        On the CPU: booleans [R, M - 1], column t being for `continuation[t + 1]`, and [R] whether all logits
+        behind a view were finite; where they were not, its row means nothing.
     """
     device, prefix_tokens = drafter.device, views[0].prefix_tokens
     tokens_M = torch.tensor(continuation, device=device)
@@ -53,10 +53,10 @@ def match_views(drafter: PreTrainedModel, views: Sequence[PrefixView], continuat
     cache = ViewCache([views[row] for row in order], capacity=inputs)
     positions_1Q = torch.arange(prefix_tokens, prefix_tokens + inputs, device=device).unsqueeze(0)
     logits_RQV = read_continuation(drafter, cache, tokens_M[:-1].expand(len(views), inputs), positions_1Q)
-    if not torch.isfinite(logits_RQV).all():
-        raise NotFinite(f"{drafter.name_or_path}: logits not finite in replay")
+    back = torch.tensor(order, device=device).argsort()
     match_RQ = logits_RQV.argmax(-1) == tokens_M[1:]
-    return match_RQ[torch.tensor(order, device=device).argsort()].cpu()
+    finite_R = torch.isfinite(logits_RQV).flatten(1).all(1)
+    return match_RQ[back].cpu(), finite_R[back].cpu()
 
 
 def rounds(match: Sequence[bool], gamma: int, limit: int, ends_with_eos: bool) -> list[tuple[int, int, int]]:

@@ -17,11 +17,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from pipeline.artifacts import read_rows, write_array, write_rows
 from pipeline.config import Config, Labels
-from pipeline.decoding import NotFinite, Sampler, until_eos
+from pipeline.decoding import NotFinite, Sampler, fold, until_eos
 from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
 from pipeline.models import ModelRef, load_model, stop_tokens
 from pipeline.rows import Continuation, Prompt
+
+POSITIONS = 1024  # positions whose logits are labelled at a time
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Teacher:
         self.config, self.output = config, output
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.target = load_model(target, len(self.tokenizer), device)
+        # A text that ended would leave the rest of its windows without a meaning.
+        self.never = torch.tensor(sorted(stop_tokens(self.target)), dtype=torch.long, device=device)
 
     def __call__(self, task: LabelTask | ContinueTask) -> TeachCounts:
         return self.label(task) if isinstance(task, LabelTask) else self.continue_prompts(task)
@@ -76,14 +80,15 @@ class Teacher:
         ]
         # `.argmax.npy` is written last: a shard with it is complete.
         if not (done := Path(f"{stem}.argmax.npy")).exists():
-            start = data.sequence_tokens - self.config.train.window_tokens
+            train = self.config.train
+            start = data.sequence_tokens - train.windows * train.window_tokens
             for at in range(0, len(chosen), labels.batch_sequences):
                 batch = chosen[at : at + labels.batch_sequences]
                 seed = fold(self.config.seed, task.shard, at)
                 sampler = Sampler.seeded(labels.on_policy_temperature, seed, self.target.device)
                 prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(self.target.device)
                 written, _ = write_ahead(
-                    self.target, prefixes, data.sequence_tokens - start, frozenset(), sampler
+                    self.target, prefixes, data.sequence_tokens - start, frozenset(), sampler, self.never
                 )
                 rows[batch, start:] = np.array(written)
             arrays = label_sequences(self.target, rows, labels)
@@ -141,11 +146,6 @@ def is_on_policy(seed: int, index: int, fraction: float) -> bool:
     return fraction > 0 and np.random.default_rng([seed, 7, index]).random() < fraction
 
 
-def fold(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def equal_length_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
     """Batches of prompts with the same length and limit, in a stable order."""
     groups: dict[tuple[int, int], list[Prompt]] = {}
@@ -165,30 +165,42 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
     Raises:
         NotFinite: if a logit is NaN or infinite.
     """
-    parts: dict[str, list[np.ndarray]] = {"ids": [], "log_probs": [], "argmax": []}
     num_tokens = int(target.num_tokens)
+    kind = smallest_uint(num_tokens)
+    batches: dict[str, list[np.ndarray]] = {"ids": [], "log_probs": [], "argmax": []}
     for at in range(0, len(rows_NL), labels.batch_sequences):
         tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
-        logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits[..., :num_tokens]
-        if not torch.isfinite(logits_BLV).all():
-            raise NotFinite(f"{target.name_or_path}: logits not finite while labelling rows {at} and on")
-        parts["argmax"].append(logits_BLV.argmax(-1).cpu().numpy().astype(smallest_uint(num_tokens)))
-        if labels.top_k:
-            top = logits_BLV.topk(min(labels.top_k, num_tokens), dim=-1)
-            scaled = top.values.float() / labels.temperature
-            total = (logits_BLV.float() / labels.temperature).logsumexp(-1, keepdim=True)
-            parts["ids"].append(top.indices.cpu().numpy().astype(smallest_uint(num_tokens)))
-            parts["log_probs"].append((scaled - total).cpu().numpy().astype(np.float16))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+        logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
+        pieces: dict[str, list[np.ndarray]] = {name: [] for name in batches}
+        # In slices, so that what is computed from the logits stays small beside them.
+        for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1):
+            if not torch.isfinite(logits_BPV).all():
+                raise NotFinite(f"{target.name_or_path}: logits not finite while labelling rows {at} and on")
+            pieces["argmax"].append(logits_BPV.argmax(-1).cpu().numpy().astype(kind))
+            if labels.top_k:
+                top = logits_BPV.topk(min(labels.top_k, num_tokens), dim=-1)
+                total_BP1 = (logits_BPV.float() / labels.temperature).logsumexp(-1, keepdim=True)
+                log_probs_BPK = top.values.float() / labels.temperature - total_BP1
+                pieces["ids"].append(top.indices.cpu().numpy().astype(kind))
+                pieces["log_probs"].append(log_probs_BPK.cpu().numpy().astype(np.float16))
+        for name, arrays in pieces.items():
+            batches[name] += [np.concatenate(arrays, axis=1)] if arrays else []
+    return {name: np.concatenate(arrays) for name, arrays in batches.items() if arrays}
 
 
 @torch.inference_mode()
 def write_ahead(
-    target: PreTrainedModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+    target: PreTrainedModel,
+    tokens_BS: Tensor,
+    count: int,
+    eos: frozenset[int],
+    sampler: Sampler,
+    never: Tensor | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Up to `count` tokens after each of B prefixes of equal length, and the top-2 logit gap of each.
 
-    Rows go on to the same length; callers cut them at EOS. Stops early when every row has one.
+    Rows go on to the same length; callers cut them at EOS. Stops early when every row has one. The tokens
+    in `never` are not written.
 
     Raises:
         NotFinite: if a logit is NaN or infinite.
@@ -196,6 +208,7 @@ def write_ahead(
     B, S = tokens_BS.shape
     views, logits_BV = read_prefix(target, tokens_BS, [(S, FULL)])
     cache = ViewCache(views, capacity=count)
+    del views  # the cache has its own copy, and at 16K tokens one is enough
     tokens: list[Tensor] = []
     gaps: list[Tensor] = []
     ended_B = torch.zeros(B, dtype=torch.bool, device=tokens_BS.device)
@@ -206,6 +219,8 @@ def write_ahead(
             logits_BV = read_continuation(target, cache, tokens[-1].unsqueeze(1), position_11)[:, -1]
         if not torch.isfinite(logits_BV).all():
             raise NotFinite(f"{target.name_or_path}: logits not finite at position {S + step - 1}")
+        if never is not None:
+            logits_BV = logits_BV.index_fill(-1, never, -torch.inf)
         top = logits_BV.float().topk(2, dim=-1).values
         gaps.append(top[:, 0] - top[:, 1])
         tokens.append(sampler.choose(logits_BV))

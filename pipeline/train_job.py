@@ -129,7 +129,7 @@ def validation_prompts(prepare: Path) -> list[Prompt]:
 
 
 def is_first_worker() -> bool:
-    """Whether this worker writes for its group; an engine knows its rank, but an untrained model needs none."""
+    """Whether this worker writes for its group; a model that is not trained has no engine to ask."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -153,7 +153,8 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"\n| budget | acceptance |\n|---|---|\n{rows}\n\nReplayed on the validation prompts at "
         f"γ = {config.train.validation_gamma}, greedy.\n"
         if scores
-        else "\nNot trained by this pipeline, so there is no validation curve.\n"
+        else "\nNo validation curve: "
+        + ("the config has no validation prompts.\n" if steps else "exported as it was, untrained.\n")
     )
     return (
         "---\nlibrary_name: transformers\ntags: [speculative-decoding, budgetdraft]\n---\n"

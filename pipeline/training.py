@@ -21,11 +21,13 @@ from pipeline.artifacts import write_json, write_text
 from pipeline.config import Pretrain, Train
 from pipeline.decoding import NotFinite
 from pipeline.engine import Engine
+from pipeline.errors import BadData
 from pipeline.models import export_model
 from pipeline.progress import progress
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 METRICS = "metrics.jsonl"
+COMPLETE = "complete.json"  # marks a checkpoint that is whole
 
 
 class Objective(Protocol):
@@ -152,7 +154,7 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint."""
-    complete = sorted(marker.parent for marker in folder.glob("checkpoints/step-*/complete.json"))
+    complete = sorted(marker.parent for marker in folder.glob(f"checkpoints/step-*/{COMPLETE}"))
     return complete[-1] if complete else None
 
 
@@ -161,19 +163,35 @@ def save(engine: Engine, folder: Path, step: int) -> None:
     target = checkpoint_folder(folder, step)
     engine.save(target)
     if engine.rank == 0:
-        write_json(target / "complete.json", {"step": step})
+        write_json(target / COMPLETE, {"step": step, "written_by": identity(engine)})
         for old in folder.glob("checkpoints/step-*"):
             if old != target:
                 shutil.rmtree(old)
 
 
 def resume(engine: Engine, folder: Path) -> int:
-    """Load the newest complete checkpoint; returns the number of finished steps."""
+    """Load the newest complete checkpoint; returns the number of finished steps.
+
+    Raises:
+        BadData: if another kind or number of workers wrote it.
+    """
     newest = latest(folder)
     if newest is None:
         return 0
+    state = json.loads((newest / COMPLETE).read_text(encoding="utf-8"))
+    if state["written_by"] != identity(engine):
+        raise BadData(
+            f"{newest} was written by {state['written_by']}, and this run trains with {identity(engine)}: "
+            f"use the executor, train.num_workers and train.deepspeed it began with, or delete "
+            f"{folder} to begin anew"
+        )
     engine.load(newest)
-    return int(json.loads((newest / "complete.json").read_text())["step"])
+    return int(state["step"])
+
+
+def identity(engine: Engine) -> str:
+    """What a checkpoint's files depend on."""
+    return f"{engine.name} × {engine.world_size}"
 
 
 def export(

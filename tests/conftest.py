@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels on the CPU. Read when triton is imported, which transformers does.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import PreTrainedModel
 
 from pipeline.config import Pretrain, ScratchModel

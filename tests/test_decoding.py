@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCABULARY, random_tokens
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from kernels import reference
 from pipeline.decoding import NotFinite, Sampler, autoregressive, speculate
 from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from tests.conftest import VOCABULARY, random_tokens
 
 NEVER: frozenset[int] = frozenset()
 GREEDY = Sampler()

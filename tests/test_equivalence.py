@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from configs import MINIMAL
 
 from jobs.pipeline import run_pipeline
 from pipeline.artifacts import read_rows
 from pipeline.config import Config
 from pipeline.rows import Continuation, PromptRow
 from pipeline.training import METRICS, read_metrics
+from tests.configs import MINIMAL
 
 
 def run(storage: Path, executor: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline import replay
+from pipeline import measure, replay
 from pipeline.artifacts import read_rows, write_rows
 from pipeline.decoding import Round, Sampler, speculate
 from pipeline.evaluate import Drafter, Evaluator, Mode, SweepTask
@@ -95,7 +95,7 @@ def replayed(bench: Bench) -> list[PromptRow]:
 
 @pytest.fixture(scope="module")
 def measured(bench: Bench) -> list[PromptRow]:
-    task = bench.task(bench.folder / "measured", "measure", last=3)
+    task = bench.task(bench.folder / "measured", "measure", last=2)
     assert bench.evaluator()(task)[1] == 0
     return read_rows(task.output, PromptRow)
 
@@ -168,14 +168,15 @@ def test_a_partner_of_the_same_document_is_passed_over(bench: Bench, tmp_path: P
     assert counts(row) == by_hand(rounds, 5)
 
 
-def test_no_partner_is_a_failed_cell_that_says_so(bench: Bench, tmp_path: Path) -> None:
+def test_without_a_partner_only_the_control_is_left_out(
+    bench: Bench, replayed: list[PromptRow], tmp_path: Path
+) -> None:
     prompts = [prompt.model_copy(update={"document_id": "same"}) for prompt in bench.prompts]
     write_rows(tmp_path / "prompts.jsonl", prompts)
     task = replace(bench.task(tmp_path, "replay"), prompts=tmp_path / "prompts.jsonl")
-    assert bench.evaluator()(task) == (0, PROMPTS)
-    assert all("leave it out of sweep.controls" in row.error for row in read_rows(task.failures, FailedCell))
-    task = replace(task, output=tmp_path / "rows" / "without.jsonl")
-    assert bench.evaluator(changes={"sweep.controls": []})(task) == (2 * 3 * 2 * PROMPTS, 0)
+    wanted = [row for row in replayed if row.control != "other_prompt"]
+    assert bench.evaluator()(task) == (len(wanted), 0)
+    assert [counts(row) for row in read_rows(task.output, PromptRow)] == [counts(row) for row in wanted]
 
 
 def test_slices_of_the_prompts_give_the_same_rows(
@@ -248,8 +249,21 @@ def test_measured_rows_are_exact_timed_and_repeated(bench: Bench, measured: list
     assert len({tuple(row.ar_decode_s) for row in measured}) == 2
 
 
-def test_the_first_measured_prompt_only_warms_up(bench: Bench, measured: list[PromptRow]) -> None:
-    assert {row.prompt_id for row in measured} == {prompt.prompt_id for prompt in bench.prompts[1:3]}
+def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prompt of a worker is run once more than its repeats, the second is not."""
+    runs: list[str] = []
+    plain = measure.Bench.autoregressive
+
+    def counted(self: measure.Bench, chance: measure.Chance) -> measure.Timed:
+        runs.append(self.prompt.prompt_id)
+        return plain(self, chance)
+
+    monkeypatch.setattr(measure.Bench, "autoregressive", counted)
+    task = bench.task(tmp_path, "measure", 0, 2)
+    bench.evaluator()(task)
+    first, second = (prompt.prompt_id for prompt in bench.prompts[:2])
+    assert (runs.count(first), runs.count(second)) == (3, 2)
+    assert all(len(row.ar_decode_s) == 2 for row in read_rows(task.output, PromptRow))
 
 
 def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_path: Path) -> None:
@@ -312,13 +326,15 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
         (evaluator.drafters[0][0], load_model(broken, VOCABULARY)), evaluator.drafters[1]
     ]  # fmt: skip
     task = bench.task(tmp_path / "again", mode, last=last)
-    assert evaluator(task) == (rows // 2, last)
+    views = 7 if mode == "replay" else 1  # replay fails view by view, a measured prompt as a whole
+    assert evaluator(task) == (rows // 2, views * last)
     assert {row.drafter for row in read_rows(task.output, PromptRow)} == {"poor"}
     failures = read_rows(task.failures, FailedCell)
-    assert [row.prompt_id for row in failures] == [prompt.prompt_id for prompt in bench.prompts[:last]]
+    assert {row.prompt_id for row in failures} == {prompt.prompt_id for prompt in bench.prompts[:last]}
+    assert len({(row.policy, row.budget, row.control) for row in failures}) == views
     for row in failures:
         assert (row.drafter, row.mode, row.gamma) == ("drafter", mode, 0)
-        assert row.error.startswith("NotFinite:") and "broken" in row.error
+        assert row.error.startswith("NotFinite:")
 
     assert bench.evaluator(names, changes)(task) == (rows, 0)
     assert not task.failures.exists()
@@ -353,7 +369,7 @@ def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
     evaluator.drafters = [(evaluator.drafters[0][0], broken), evaluator.drafters[1]]
     task = bench.task(tmp_path, "measure", last=2)
     rows, failed = evaluator(task)
-    assert failed >= 1 and rows == 2 * 2 * 2
+    assert failed >= 1 and rows == 16 + 8, "both prompts of one drafter, the first of the other"
     assert [row.prompt_id for row in read_rows(task.failures, FailedCell)][-1] == prompt.prompt_id
     assert all(row.exact and row.drafter == "drafter" for row in read_rows(task.output, PromptRow))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,13 @@ from tests.tiny import Workshop, losses, tiny_config, weights
 ROOT = Path(__file__).resolve().parent.parent
 # Half a CPU a worker, so that two train side by side wherever this runs.
 RAY: dict[str, Any] = {"run.executor": "ray", "run.ray_address": "local", "run.cpus_per_task": 0.5}
-BATCH = {"train.batch_sequences": 8, "train.steps": 8}
+PRETRAIN = {"steps": 2, "batch_sequences": 8}
+BATCH = {
+    "train.batch_sequences": 8,
+    "train.steps": 8,
+    "target.pretrain": PRETRAIN,
+    "drafter.pretrain": PRETRAIN,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +95,11 @@ def test_map_gives_every_pair(executor: InlineExecutor | RayExecutor) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("actors", [1, 2])
-def test_actors_are_made_once_and_share_the_items(
-    executor: InlineExecutor | RayExecutor, actors: int
-) -> None:
-    pairs = sorted(executor.map_actors(partial(Counter, 10), range(7), "squares", actors))
+def test_actors_are_made_once_and_share_the_items(executor: InlineExecutor | RayExecutor) -> None:
+    pairs = sorted(executor.map_actors(partial(Counter, 10), range(7), "squares", 2))
     assert [(item, square) for item, (square, _) in pairs] == [(n, n * n) for n in range(7)]
     calls = [count for _, (_, count) in pairs]
-    made = calls.count(11)
-    assert made <= actors and sorted(calls)[-1] <= 17 and max(calls) >= 10 + 7 // actors
-
-
-@pytest.mark.ray
-def test_more_actors_than_items(executor: InlineExecutor | RayExecutor) -> None:
+    assert calls.count(11) <= 2 and 14 <= max(calls) <= 17
     assert list(executor.map_actors(partial(Counter, 0), [5], "one", 4)) == [(5, (25, 1))]
     assert list(executor.map_actors(partial(Counter, 0), [], "none", 4)) == []
 
@@ -178,38 +177,32 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         torch.testing.assert_close(exported[name], value, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def train_stages(jobs: dict[int, TrainJob], port: str) -> list[int]:
-    """DeepSpeed without Ray Train, one stage after another in a group of one."""
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-    }  # fmt: skip
+def train_stages(jobs: list[TrainJob]) -> int:
+    """DeepSpeed without Ray Train, one job after another in a group of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= group | {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     from jobs.deepspeed_engine import deepspeed_engine
 
-    for job in jobs.values():
+    for job in jobs:
         run_job(job, deepspeed_engine(job.config, read_settings(job.config.train.deepspeed)))
-    return list(jobs)
+    return len(jobs)
 
 
 @pytest.mark.ray
 def test_every_zero_stage_trains_as_plain_torch(
     shared: RayExecutor, workshop: Workshop, inline: Path
 ) -> None:
-    jobs = {stage: ray_job(workshop, f"zero{stage}", stage, 1, {}) for stage in range(4)}
-    ((_, done),) = shared.map(partial(train_stages, jobs), ["29641"], "stages")
-    assert done == [0, 1, 2, 3]
-    for job in jobs.values():
+    jobs = [ray_job(workshop, f"zero{stage}", stage, 1, {}) for stage in range(4)]
+    assert [done for _, done in shared.map(train_stages, [jobs], "stages")] == [4]
+    for job in jobs:
         assert_same_run(job.outputs["multi_view"], inline)
-
-
-@pytest.mark.ray
-def test_one_ray_worker_trains_as_inline(shared: RayExecutor, workshop: Workshop, inline: Path) -> None:
-    assert_same_run(train_on(shared, ray_job(workshop, "one", 1, 1, {})), inline)
 
 
 VARIANTS = [
     {"name": "untrained", "steps": 0, "budgets": {16: 1.0}},
-    {"name": "full_only", "steps": 3, "sparse_weight": 0},
     {"name": "multi_view", "budgets": {16: 0.6, 32: 0.4}},
 ]
 
@@ -222,7 +215,6 @@ def test_two_workers_train_all_variants_as_one_does(
     job = ray_job(workshop, "two", 3, 2, {"train.variants": VARIANTS})
     assert_same_run(train_on(shared, job), inline)
     assert (job.outputs["untrained"] / "model" / "model.safetensors").exists()
-    assert losses(job.outputs["full_only"])[-1]["step"] == 3
 
 
 class DoomedJob(TrainJob):
@@ -266,9 +258,10 @@ class DivergingJob(TrainJob):
 
 
 @pytest.mark.ray
-def test_a_diverged_run_ends_at_once_and_can_go_on(
+def test_one_worker_trains_as_inline_after_it_diverged_and_was_mended(
     shared: RayExecutor, workshop: Workshop, inline: Path
 ) -> None:
+    """A loss that is not finite ends the launch without restarts; the next launch goes on from step 5."""
     job = ray_job(workshop, "diverged", 1, 1, {})
     with pytest.raises(NotFinite, match=r"not finite between steps 5 and 8.*step-000005"):
         train_on(shared, DivergingJob(**vars(job)))

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import random_tokens
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
 from pipeline.policies import select
+from tests.conftest import random_tokens
 
 
 def eager_twin(model: PreTrainedModel) -> PreTrainedModel:

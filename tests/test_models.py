@@ -135,7 +135,7 @@ def test_a_padded_vocabulary_decodes_as_without_padding(
             text.append([first, *ar])
             caches = ViewCache(views, 24), ViewCache([kept], 24)
             text.append(list(speculate(large, small, *caches, 60, first, 4, 20, frozenset(), sampler())))
-        text.append(match_views(small, [kept], text[0]).tolist())
+        text.append(match_views(small, [kept], text[0])[0].tolist())
         labels = label_sequences(large, TOKENS.numpy(), Labels(top_k=4))
         results.append((text, labels))
     (text, labels), (padded_text, padded_labels) = results

@@ -49,7 +49,7 @@ FACTS: dict[str, Any] = {
     "train.dtype": "float32",
     "sweep.policies": ("chunk_topk",),
     "sweep.temperatures": (0.0,),
-    "sweep.measure.prompts": 9,  # the tenth warms up
+    "sweep.measure.prompts": 9,  # the paper's tenth warms up
 }
 
 # Everything that counts tokens, divided by 16.

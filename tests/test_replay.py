@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import random_tokens
 from transformers import PreTrainedModel
 
 from pipeline import replay
 from pipeline.decoding import Sampler, autoregressive, speculate
 from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from tests.conftest import random_tokens
 
 GRID = [("chunk_topk", 16), ("chunk_topk", 32), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full")]
 
@@ -34,8 +34,9 @@ def test_replay_is_decoding_round_by_round(
         views, _ = read_prefix(drafter, tokens, [(S, view_of(*cell)) for cell in GRID])
         if len(plain) < 2:
             continue
-        matches = replay.match_views(drafter, views, plain).tolist()
-        for view, match in zip(views, matches, strict=True):
+        matches, finite = replay.match_views(drafter, views, plain)
+        assert finite.all()
+        for view, match in zip(views, matches.tolist(), strict=True):
             for gamma in (1, 2, 3, 7, 40):
                 decoded = speculate(
                     target, drafter, ViewCache(target_views, limit + gamma), ViewCache([view], limit + gamma),
