@@ -63,7 +63,7 @@ def test_every_fault_is_named(
         data=MINIMAL["data"] | {"sources": sources},
         drafter={"kind": "pretrained", "path": str(tmp_path / "empty")},
         train=MINIMAL["train"] | {"deepspeed": str(tmp_path / "zero.json")},
-        run={"executor": "ray", "device": "cuda"},
+        run={"executor": "ray", "device": "cuda", "gpus_per_task": 1},
         tracking={"uri": "http://ann:pa55@127.0.0.1:9"},
     )
     assert doctor.doctor(config) == 4

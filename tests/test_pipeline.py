@@ -263,8 +263,8 @@ def test_a_broken_drafter_fails_alone_and_is_tried_again(corpus: Path, storage: 
     broken = {key: torch.full_like(value, torch.nan) for key, value in load_file(weights).items()}
     save_file(broken, weights, metadata={"format": "pt"})
 
-    # Twelve prompts are replayed and three measured.
-    with pytest.raises(Incomplete, match=rf"^{PROMPTS + 3} .*failed.*the same command tries them again"):
+    # Twelve prompts are replayed behind seven views each, and two are measured.
+    with pytest.raises(Incomplete, match=rf"^{7 * PROMPTS + 2} failures .*the same command tries them again"):
         run_pipeline(toy_config(corpus, storage))
     swept, reported = artifact(storage, "sweep"), artifact(storage, "report")
     assert not (swept / MANIFEST).exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,12 +17,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialised memory is NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def distributions(rows: int, V: int, seed: int, scale: float = 2.0) -> Tensor:
