@@ -65,6 +65,8 @@ class PromptRow(Cell):
 
     `reached[i]` rounds got as far as draft position i, `kept[i]` of them accepted it. Times are those of
     measured rows only, one per repeat; `ar_decode_s` are the autoregressive runs interleaved with them.
+    `prefill_s` has one prefill of the drafter for all measured views; `peak_memory_bytes` is that of the
+    device while the cell decodes, with the caches of all measured cells of the prompt in it.
     """
 
     mode: Literal["replay", "measure"]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import accept, reference
@@ -99,6 +101,23 @@ def test_the_extreme_uniform_numbers_draw_possible_tokens(rejection_accept: Acce
     _, following = rejection_accept(draft, q, p.to(DEVICE), torch.full((4, 1), u, device=DEVICE))
     expected = [17, 0, accept.SPLIT_V + 3, 55] if u == 0 else [V - 40, 90, V - 1, 55]
     assert following.tolist() == expected
+
+
+@triton.jit
+def _first_above(values, threshold, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.arange(0, N)
+    tl.store(out, accept._first_above(tl.load(values + index), tl.load(threshold), index))
+
+
+def test_a_search_that_rounding_leads_astray_ends_at_a_positive_entry() -> None:
+    """What is left of the threshold in the chosen part may be a little under 0, or over the part's sum."""
+    values = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0, 0.0, 0.0], device=DEVICE)
+    found = torch.empty(1, dtype=torch.int32, device=DEVICE)
+    for threshold, place in ((-1e-7, 1), (0.0, 1), (0.5, 3), (0.75, 4), (1.0 + 1e-6, 4)):
+        _first_above[(1,)](values, torch.tensor([threshold], device=DEVICE), found, N=8)
+        assert int(found) == place
+    _first_above[(1,)](torch.zeros_like(values), torch.zeros(1, device=DEVICE), found, N=8)
+    assert int(found) == -1
 
 
 @pytest.mark.parametrize(
