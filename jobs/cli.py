@@ -136,7 +136,7 @@ _add_stage("prepare", "prepare", "Read the data: packed sequences and evaluation
 _add_stage("teach", "teach", "The target's labels and continuations, after the stages before.")
 _add_stage("train", "train", "Train the drafters, after the stages before.")
 _add_stage("sweep", "sweep", "Measure every cell of the sweep, after the stages before.")
-_add_stage("report", "report", "Tables, figures and the recommendation, after the stages before.")
+_add_stage("report", "report", "Tables, figures and findings, after the stages before.")
 
 
 @app.command("generate", short_help="Continue one prompt by speculation, streamed.")
