@@ -224,13 +224,17 @@ class Evaluator:
                     )
                     cell = self.cell(drafter, prompt, cells[number], gamma, chance)
                     row = self.row("measure", cell, drafter, prompt, counts, one.tokens, views[number])
+                    # Sampling draws other tokens than AR from the same distribution: only greedy compares.
+                    others = [run.tokens for run in [*timed_runs, *plain] if run.tokens != plain[0].tokens]
+                    gap = noise = None
+                    if others and temperature == 0:
+                        gap, noise = bench.divergence(plain[0].tokens, others[0])
                     yield row.model_copy(
                         update={
                             "target_kv_bytes": bench.kv_bytes,
-                            # Sampling draws other tokens than AR from the same distribution.
-                            "exact": all(run.tokens == plain[0].tokens for run in [*timed_runs, *plain])
-                            if temperature == 0
-                            else None,
+                            "exact": None if temperature else not others,
+                            "divergence_gap": gap,
+                            "logit_noise": noise,
                             "prefill_s": bench.prefill_s + prefill_s,
                             "ar_prefill_s": bench.prefill_s,
                             "decode_s": [run.seconds for run in timed_runs],

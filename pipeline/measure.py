@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.decoding import Round, Sampler, autoregressive, fold, speculate
+from pipeline.decoding import Round, Sampler, autoregressive, fold, next_logits, speculate
 from pipeline.kv import FULL, PrefixView, View, ViewCache, read_prefix
 from pipeline.models import stop_tokens
 from pipeline.rows import Prompt
@@ -105,6 +105,23 @@ class Bench:
         )
         tokens = [first, *(token for one in rounds for token in one.tokens)]
         return self.end(began, tokens, rounds)
+
+    @torch.inference_mode()
+    def divergence(self, plain: Sequence[int], other: Sequence[int]) -> tuple[float, float]:
+        """Where two greedy runs part: the target's top-2 logit gap, and the noise of its logits.
+
+        The noise is the largest difference, up to there, between logits of tokens read one by one (as
+        autoregressive decoding does) and in one pass (as verification does).
+        """
+        same = next(i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b)
+        tokens, start = list(plain[:same]), len(self.prompt.tokens)
+        self.cache.rollback(self.cache.appended)
+        singly = [next_logits(self.target, self.cache, [t], start + i)[0] for i, t in enumerate(tokens)]
+        self.cache.rollback(self.cache.appended)
+        at_once_TV = next_logits(self.target, self.cache, tokens, start)
+        singly_TV = torch.stack(singly).float()
+        best = singly_TV[-1].topk(2).values
+        return float(best[0] - best[1]), float((singly_TV - at_once_TV.float()).abs().max())
 
     def begin(self, caches: Sequence[ViewCache]) -> float:
         """Forget what the last run appended, one that broke off included, and start the clock."""

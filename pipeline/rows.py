@@ -65,6 +65,9 @@ class PromptRow(Cell):
 
     `reached[i]` rounds got as far as draft position i, `kept[i]` of them accepted it. Times are those of
     measured rows only, one per repeat; `ar_decode_s` are the autoregressive runs interleaved with them.
+    Where a greedy run is not `exact`, `divergence_gap` is the target's top-2 logit gap at the first token
+    that differs, and `logit_noise` how much its logits up to there depend on reading tokens singly or at
+    once: in half precision a gap below the noise explains the difference.
     `prefill_s` has one prefill of the drafter for all measured views; `peak_memory_bytes` is that of the
     device while the cell decodes, with the caches of all measured cells of the prompt in it.
     """
@@ -84,6 +87,8 @@ class PromptRow(Cell):
     drafter_kv_bytes: int
     target_kv_bytes: int | None = None
     exact: bool | None = None
+    divergence_gap: float | None = None
+    logit_noise: float | None = None
     prefill_s: float | None = None
     ar_prefill_s: float | None = None
     decode_s: list[float] = []

@@ -273,6 +273,20 @@ def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_p
     assert full and all(row.num_accepted == row.num_proposed for row in full)
 
 
+def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
+    """The gap is that of the two best logits of a plain forward; the noise is rounding."""
+    prompt, continuation = bench.prompts[0], bench.continuations[0].tokens
+    held = measure.Bench(bench.pair[0], prompt, 5)
+    other = [*continuation[:7], (continuation[7] + 1) % VOCABULARY, *continuation[8:]]
+    gap, noise = held.divergence(continuation, other)
+    with torch.no_grad():
+        logits = bench.pair[0](input_ids=torch.tensor([prompt.tokens + continuation[:7]])).logits[0, -1]
+    best = logits.topk(2).values
+    assert gap == pytest.approx(float(best[0] - best[1]), abs=1e-3)
+    assert gap == pytest.approx(bench.continuations[0].gaps[7], abs=1e-3)
+    assert 0 <= noise < 1e-3 < gap
+
+
 def test_only_the_named_drafters_are_measured(bench: Bench, tmp_path: Path) -> None:
     variants = [{"name": name, "steps": 0, "budgets": {16: 1.0}} for name in ("drafter", "poor")]
     changes = {"train.variants": variants, "sweep.measure": {"drafters": ["poor"], "gammas": [5]}}

@@ -110,7 +110,7 @@ def test_the_summary_holds_what_other_programs_read(finished: Path) -> None:
     stages = ["prepare", "pretrain", "teach", "train", "sweep", "report"]
     assert [stage["name"] for stage in summary["stages"]] == stages
     assert all(set(stage) == {"name", "seconds", "cached"} for stage in summary["stages"])
-    assert summary["lossless"] == {"prompts": 2, "exact": 2}
+    assert summary["lossless"] == {"prompts": 2, "exact": 2, "explained": 0}
     assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] == 2
     fields = {
         "drafter", "dataset", "context", "policy", "budget", "control", "gamma", "temperature", "seed",

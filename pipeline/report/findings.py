@@ -177,7 +177,11 @@ def exactness_findings(summary: Summary) -> list[str]:
         texts.append(f"All {compared} greedy prompts equal autoregressive decoding token for token.")
     elif compared:
         wrong = compared - exact
-        texts.append(f"{wrong} of {compared} greedy prompts differ from autoregressive decoding.")
+        texts.append(
+            f"{wrong} of {compared} greedy prompts differ from autoregressive decoding; "
+            f"{summary.lossless.explained} "
+            "of them where the target's two best logits are closer than its logits' noise."
+        )
     check = summary.replay_check
     if check.equal < check.rows:
         wrong = check.rows - check.equal

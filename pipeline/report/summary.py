@@ -47,10 +47,14 @@ class ArSpeed(Row):
 
 
 class Lossless(Row):
-    """Greedy prompts of measured cells, and those that equal AR token for token in all of them."""
+    """Greedy prompts of measured cells, and those that equal AR token for token in all of them.
+
+    `explained` of the others part only where the target's two best logits are closer than its logits' noise.
+    """
 
     prompts: int
     exact: int
+    explained: int
 
 
 class ReplayCheck(Row):

@@ -35,7 +35,7 @@ def test_summary_holds_what_other_programs_ask_for(summary):
         "headline",
         "findings",
     }
-    assert plain["lossless"] == {"prompts": 2, "exact": 2}
+    assert plain["lossless"] == {"prompts": 2, "exact": 2, "explained": 0}
     assert plain["replay_check"] == {"rows": 8, "equal": 8}
     for name in ("acceptance", "speedup"):
         assert all(set(line) == KEYS | {"mean", "low", "high", "num_prompts"} for line in plain[name])
