@@ -1,7 +1,8 @@
 """The one schema of every config file: typed to the leaf, with unit, range and meaning.
 
-Reading YAML, `extends`, overrides and error texts live in `config_files.py`. Derived values are
-properties here, computed in one place. Groups are frozen: a stage is handed its group, never a dict.
+Reading YAML, `extends` and overrides live in `config_files.py`, error texts in `config_errors.py`. Groups are
+frozen: a stage is handed its group, never a dict. The file is long because every field stands in it once,
+where a reader looks for it.
 """
 
 from __future__ import annotations
