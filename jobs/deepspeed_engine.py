@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class DeepSpeedEngine:
         return self.engine
 
     def autocast(self) -> AbstractContextManager[object]:
-        return nullcontext()  # DeepSpeed enters its own, from `torch_autocast` in its settings
+        # DeepSpeed enters its own for a whole forward pass; this one is for losses and parts of a model.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.engine.torch_autocast_enabled())
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -45,17 +46,17 @@ class DeepSpeedEngine:
             self.engine.step()
             self.pending = False
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Tensor | float:
         assert self.pending, "a step ends a whole batch"
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.engine.zero_optimization_stage() == 0:  # then DeepSpeed clips, but keeps the norm to itself
             gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
             return norm
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return self.engine.get_global_grad_norm()
 
     def mean(self, value: Tensor) -> Tensor:
         total = value.detach().clone()
@@ -97,9 +98,7 @@ def deepspeed_engine(
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
 
     def make(model: PreTrainedModel, plan: Plan) -> DeepSpeedEngine:
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, weight_decay=plan.weight_decay, fused=device.type == "cuda"
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=plan.weight_decay, fused=True)
         engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,

@@ -11,8 +11,9 @@ from typing import Literal
 from jobs.executor import Executor
 from jobs.train import drafter_ref, model_identity, target_ref
 from pipeline.artifacts import Artifact, open_artifact, read_rows
+from pipeline.cells import Drafter
 from pipeline.config import Config
-from pipeline.evaluate import Drafter, Evaluator, SweepTask
+from pipeline.evaluate import Evaluator, SweepTask
 from pipeline.models import ModelRef, own_positions, pick_device
 from pipeline.rows import Prompt
 
@@ -42,6 +43,8 @@ def sweep(
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device. As configured: the driver may lack the GPU that its workers have.
         "device": config.run.device,
+        "kernels": config.run.kernels,
+        "decode": config.decode.model_dump(mode="json"),
     }
     artifact = open_artifact(Path(config.storage), "sweep", inputs)
     if artifact.complete:
@@ -90,13 +93,13 @@ def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
 def sweep_tasks(
     config: Config, mode: Literal["replay", "measure"], prepare: Artifact, teach: Artifact, artifact: Artifact
 ) -> list[SweepTask]:
-    """Slices of every test prompts file; measuring takes the first prompts, one a task."""
+    """Slices of every test prompts file; measuring takes the first prompts, those decoded together a task."""
     tasks = []
     for file in sorted((prepare.path / "prompts").glob("test-*.jsonl")):
         count = len(read_rows(file, Prompt))
         size = PROMPTS_PER_TASK
         if mode == "measure":
-            count, size = min(count, config.sweep.measure.prompts), 1
+            count, size = min(count, config.sweep.measure.prompts), config.sweep.measure.prompts_together
         for first, last in [(at, min(at + size, count)) for at in range(0, count, size)]:
             name = f"{mode}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
             tasks.append(

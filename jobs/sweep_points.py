@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.rows import CellRow
 
-AXES = ("drafter", "dataset", "context", "policy", "budget", "control", "temperature", "seed")
+AXES = ("drafter", "dataset", "context", "policy", "budget", "control", "threshold", "temperature", "seed")
 
 
 def axes(row: CellRow) -> dict[str, object]:
@@ -25,6 +25,8 @@ def point_name(row: CellRow) -> str:
     parts = [row.drafter, row.policy, f"b{row.budget}", row.context, row.dataset]
     if row.control:
         parts.append(row.control)
+    if row.threshold:
+        parts.append(f"c{row.threshold:g}")
     if row.temperature:
         parts += [f"t{row.temperature:g}", f"s{row.seed}"]
     return "|".join(parts)

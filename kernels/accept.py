@@ -24,7 +24,7 @@ p and q agree to that, nothing may be left: then the draw is from p, which is as
 Temperature is the caller's: p and q are probabilities after it, and for q exactly those that the proposals
 were drawn from. Memory: 8 bytes a round and 4096 vocabulary entries.
 
-Oracles: `reference.greedy_accept_batch`, `reference.rejection_accept_batch`.
+Oracles: `reference.greedy_accept`, `reference.rejection_accept`.
 """
 
 from __future__ import annotations

@@ -34,41 +34,67 @@ def chunk_topk(keys_BHSD: Tensor, budget: int, keep_tail: bool = True) -> Tensor
     return torch.cat([chunks_BHN, tail_BHN], dim=-1)
 
 
-def greedy_accept(draft_T: Tensor, target_T1: Tensor) -> Tensor:
-    """Number of draft tokens that equal the target's arg-max up to the first difference (0-d tensor).
+def greedy_accept(
+    draft_BT: Tensor, target_BT1: Tensor, lengths_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Proposals [B] before the first that differs from the target's arg-max, and that arg-max [B].
 
     Args:
-        draft_T: [T] proposed tokens.
-        target_T1: [T + 1] the target's arg-max before each proposal and after the last.
+        draft_BT: [B, T] proposed tokens.
+        target_BT1: [B, T + 1] the target's arg-max before each proposal and after the last.
+        lengths_B: proposals of each round; all T if None.
     """
-    return (draft_T == target_T1[:-1]).long().cumprod(0).sum()
+    stands_BT = (draft_BT == target_BT1[:, :-1]) & _inside(draft_BT, lengths_B)
+    accepted_B = stands_BT.long().cumprod(1).sum(1)
+    return accepted_B, target_BT1.gather(1, accepted_B.unsqueeze(1)).squeeze(1)
 
 
 def rejection_accept(
-    draft_T: Tensor, q_TV: Tensor, p_T1V: Tensor, generator: torch.Generator | None = None
-) -> tuple[int, int]:
-    """Rejection sampling of one round; the emitted tokens are distributed as the target's (Leviathan et al.).
+    draft_BT: Tensor, q_BTV: Tensor, p_BT1V: Tensor, uniforms_BT1: Tensor, lengths_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rejection sampling of B rounds; the emitted tokens are distributed as the target's (Leviathan et al.).
 
-    Proposal t is accepted with probability min(1, p/q). At the first rejection the token is drawn from the
-    normalised positive part of p - q; if nothing is rejected, the bonus token is drawn from p.
+    Proposal x at t stands where u[t] · q[t, x] < p[t, x]. At the first that does not, the next token is drawn
+    from the positive part of p - q, and from p after the last. Only rounding can leave no positive part (the
+    rejected proposal's q exceeds its p, and both rows sum to 1): then the draw is from p.
 
     Args:
-        draft_T: [T] proposed tokens, drawn from `q_TV`.
-        q_TV: [T, V] the drafter's probabilities.
-        p_T1V: [T + 1, V] the target's probabilities.
+        draft_BT: [B, T] proposals, drawn from `q_BTV` [B, T, V], the drafter's probabilities.
+        p_BT1V: [B, T + 1, V] the target's probabilities.
+        uniforms_BT1: [B, T + 1] in [0, 1): one a proposal; the last draws the next token.
+        lengths_B: proposals of each round; all T if None.
 
     Returns:
-        The number of accepted proposals and the token after them.
+        The accepted proposals [B] and the tokens after them [B]; see `draw` for -1.
     """
-    num_draft = draft_T.shape[0]
-    position = torch.arange(num_draft, device=draft_T.device)
-    ratio_T = p_T1V[position, draft_T] / q_TV[position, draft_T]
-    uniform_T = torch.rand(num_draft, generator=generator, device=draft_T.device)
-    accepted = int((uniform_T < ratio_T).long().cumprod(0).sum())
-    next_V = p_T1V[accepted]
-    if accepted < num_draft:
-        next_V = (next_V - q_TV[accepted]).clamp_min(0)
-    return accepted, int(torch.multinomial(next_V, 1, generator=generator))
+    B, T = draft_BT.shape
+    q_BT = q_BTV.gather(2, draft_BT.unsqueeze(2)).squeeze(2).double()
+    p_BT = p_BT1V[:, :T].gather(2, draft_BT.unsqueeze(2)).squeeze(2).double()
+    stands_BT = (uniforms_BT1[:, :T].double() * q_BT < p_BT) & _inside(draft_BT, lengths_B)
+    accepted_B = stands_BT.long().cumprod(1).sum(1)
+    row_B = torch.arange(B, device=draft_BT.device)
+    p_BV = p_BT1V[row_B, accepted_B].double()
+    if T == 0:
+        return accepted_B, draw(p_BV, uniforms_BT1[:, -1])
+    rejected_B = accepted_B < (T if lengths_B is None else lengths_B)
+    rest_BV = (p_BV - q_BTV[row_B, accepted_B.clamp(max=T - 1)].double()).clamp_min(0)
+    from_rest_B = rejected_B & (rest_BV.sum(-1) != 0)
+    return accepted_B, draw(torch.where(from_rest_B.unsqueeze(1), rest_BV, p_BV), uniforms_BT1[:, -1])
+
+
+def draw(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """[B] tokens drawn by weight: the first whose cumulative sum exceeds its uniform number times the total.
+
+    -1 for a row without a positive weight, or with NaN.
+    """
+    sums_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    above_BV = (sums_BV > uniform_B.unsqueeze(1) * sums_BV[:, -1:]) & (weights_BV > 0)
+    return torch.where(sums_BV[:, -1] > 0, above_BV.long().argmax(-1), -1)
+
+
+def _inside(draft_BT: Tensor, lengths_B: Tensor | None) -> Tensor:
+    position_1T = torch.arange(draft_BT.shape[1], device=draft_BT.device).unsqueeze(0)
+    return position_1T < (draft_BT.shape[1] if lengths_B is None else lengths_B.unsqueeze(1))
 
 
 def cross_entropy(logits_TV: Tensor, argmax_T: Tensor) -> Tensor:
@@ -145,50 +171,3 @@ def verify_attention(
     logits = (query.float() @ key.transpose(-1, -2) * scaling).masked_fill(hidden_BQS[:, None], -torch.inf)
     weights = logits.softmax(-1).masked_fill(hidden_BQS[:, None], 0.0)
     return (weights @ value).to(query.dtype)
-
-
-def greedy_accept_batch(
-    draft_BT: Tensor, target_BT1: Tensor, lengths_B: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Oracle of `kernels.accept.greedy_accept`, round by round: accepted [B] and next token [B]."""
-    accepted = [
-        int(greedy_accept(draft_T[:length], target_T1[: length + 1]))
-        for draft_T, target_T1, length in zip(
-            draft_BT, target_BT1, _lengths(draft_BT, lengths_B), strict=True
-        )
-    ]
-    accepted_B = torch.tensor(accepted, device=draft_BT.device)
-    return accepted_B, target_BT1.gather(1, accepted_B.unsqueeze(1)).squeeze(1)
-
-
-def rejection_accept_batch(
-    draft_BT: Tensor, q_BTV: Tensor, p_BT1V: Tensor, uniforms_BT1: Tensor, lengths_B: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Oracle of `kernels.accept.rejection_accept`, round by round, in double precision.
-
-    Proposal x at t stands where u[t] · q[t, x] < p[t, x]. The next token is the first whose cumulative share
-    of what is drawn from exceeds the last uniform number.
-    """
-    accepted, following = [], []
-    for row, length in enumerate(_lengths(draft_BT, lengths_B)):
-        count = 0
-        while count < length:
-            token = int(draft_BT[row, count])
-            q, p = float(q_BTV[row, count, token]), float(p_BT1V[row, count, token])
-            if not float(uniforms_BT1[row, count]) * q < p:
-                break
-            count += 1
-        next_V = p_BT1V[row, count].double()
-        if count < length:
-            rest_V = (next_V - q_BTV[row, count].double()).clamp_min(0)
-            # Only rounding leaves nothing: the rejected proposal's q exceeds its p, and both rows sum to 1.
-            next_V = rest_V if rest_V.sum() > 0 else next_V
-        shares_V = next_V.cumsum(0)
-        following.append(int((shares_V > uniforms_BT1[row, -1] * shares_V[-1]).long().argmax()))
-        accepted.append(count)
-    device = draft_BT.device
-    return torch.tensor(accepted, device=device), torch.tensor(following, device=device)
-
-
-def _lengths(draft_BT: Tensor, lengths_B: Tensor | None) -> list[int]:
-    return [draft_BT.shape[1]] * draft_BT.shape[0] if lengths_B is None else lengths_B.tolist()

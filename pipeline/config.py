@@ -20,6 +20,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
+SWEPT = ("drafters", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds", "controls")
+
+
 def check_budget(budget: int | str) -> int | str:
     """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
     if budget == "full" or budget == 0:
@@ -295,6 +298,12 @@ class Train(Group):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine to 0")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, fp32 weights")
+    max_logits_mib: int = Field(
+        256,
+        ge=0,
+        description="MiB of fp32 logits that a micro-batch may make; beyond, losses come from hidden states "
+        "without logits (not under ZeRO-3)",
+    )
     num_workers: int = Field(1, ge=1, description="data-parallel processes")
     deepspeed: str = Field("conf/deepspeed/zero1.json", description="DeepSpeed settings of the Ray workers")
     checkpoint_every: int = Field(200, ge=1, description="steps between resumable checkpoints")
@@ -331,7 +340,24 @@ class Measure(Group):
     budgets: tuple[int | Literal["full"], ...] = ()
     gammas: tuple[int, ...] = ()
     prompts: int = Field(4, ge=1, description="prompts per data set and context")
+    prompts_together: int = Field(
+        1, ge=1, le=256, description="prompts decoded at once, each with its own acceptance"
+    )
     repeats: int = Field(3, ge=1, description="interleaved repeats of every cell and of AR")
+
+
+class Decode(Group):
+    """The engine that decodes, for the target alone as for both models."""
+
+    compile: Literal["none", "inductor", "cudagraphs"] = Field(
+        "none", description="inductor compiles the steps; cudagraphs also captures them, on a GPU"
+    )
+    draft_length: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="γ proposals a round, or fewer by sweep.thresholds"
+    )
+    prefill_chunk: int = Field(
+        2048, ge=16, description="tokens of a prefix that are computed at once; bounds its activations"
+    )
 
 
 class Sweep(Group):
@@ -341,6 +367,12 @@ class Sweep(Group):
     budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
     gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
         min_length=1, description="num_draft_tokens"
+    )
+    thresholds: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (0.0,),
+        min_length=1,
+        description="with decode.draft_length adaptive: a round stops behind a proposal of which the drafter "
+        "is less sure; 0 always drafts γ",
     )
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0,), min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="sampling seeds; greedy uses the first")
@@ -360,7 +392,7 @@ class Sweep(Group):
     def _replay_is_greedy(self) -> Sweep:
         if self.mode == "replay" and any(t > 0 for t in self.temperatures):
             raise ValueError("temperatures above 0 need mode: measure or both; replay is for greedy only")
-        for field in ("drafters", "policies", "budgets", "gammas", "temperatures", "seeds", "controls"):
+        for field in SWEPT:
             values = getattr(self, field)
             twice = [value for value in values if values.count(value) > 1]
             if twice:
@@ -381,7 +413,7 @@ class Report(Group):
 
 
 class Run(Group):
-    """Where and on what it runs. Of all this only `device` matters to a result: the wall clock of a sweep."""
+    """Where and on what it runs. Of this only device and kernels matter to a result: a sweep's wall clock."""
 
     executor: Literal["ray", "inline"] = "ray"
     ray_address: str | None = Field(
@@ -389,10 +421,15 @@ class Run(Group):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_task: float = Field(1, ge=0, description="CPUs a Ray task or actor asks for; its torch threads")
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto", description="auto: Triton's on a GPU, torch elsewhere"
+    )
     gpus_per_task: float = Field(0, ge=0, description="GPUs a Ray task, actor or training worker asks for")
 
     @model_validator(mode="after")
     def _device_fits(self) -> Run:
+        if self.kernels == "triton" and self.device == "cpu":
+            raise ValueError("kernels is triton, which needs a GPU, but device is cpu")
         if self.gpus_per_task and self.device == "cpu":
             raise ValueError("gpus_per_task asks for GPUs, but device is cpu")
         if self.executor == "ray" and self.device == "cuda" and not self.gpus_per_task:
@@ -415,6 +452,7 @@ class Config(Group):
     drafter: AnyModel
     labels: Labels = Labels()
     train: Train
+    decode: Decode = Decode()
     sweep: Sweep
     report: Report = Report()
     run: Run = Run()
@@ -445,6 +483,16 @@ class Config(Group):
                     "of "
                     f"train.micro_batch_sequences × train.num_workers ({share})"
                 )
+        adaptive = self.decode.draft_length == "adaptive"
+        if adaptive != any(self.sweep.thresholds):
+            raise ValueError(
+                "decode.draft_length: adaptive goes with sweep.thresholds above 0, and fixed with [0.0]; now "
+                f"it is {self.decode.draft_length} with {list(self.sweep.thresholds)}"
+            )
+        if adaptive and self.sweep.mode == "replay":
+            raise ValueError(
+                "decode.draft_length: adaptive needs sweep.mode measure or both; replay has γ only"
+            )
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}
         if losses - {"cross_entropy"} and self.labels.top_k == 0:
             raise ValueError("kl and total_variation losses need labels.top_k > 0")

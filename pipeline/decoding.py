@@ -1,8 +1,11 @@
-"""Autoregressive and speculative decoding as plain loops over caches.
+"""Autoregressive and speculative decoding, as loops over the steps of `steps.py`.
 
-Target and drafter hold the same kind of cache: the target's view is full, the drafter's is sparse. The
-prefix fills positions 0..S-1; continuation token t sits at position S+t. `tokens[0]` is what the target's
-prefill gives. Both loops are iterators, so that a caller can stream, count or time them.
+A side is a model with its cache; the target's view is full, the drafter's sparse. The prefix fills positions
+0..S-1; continuation token t sits at position S+t. Token 0 is what the target's prefill gives. The loops are
+iterators, so that a caller can stream, count or time them; they decode one or several prompts at once, and
+the host learns of a round in one transfer.
+
+Shape legend: B rows, one a prompt; T proposals of a round.
 """
 
 from __future__ import annotations
@@ -13,10 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from kernels import reference
-from pipeline.kv import ViewCache, read_continuation
+from pipeline.steps import Rule, Side
 
 
 class NotFinite(ArithmeticError):
@@ -42,141 +43,181 @@ def fold(*numbers: int) -> int:
 
 @dataclass
 class Sampler:
-    """How tokens are chosen: the arg-max at temperature 0, else a draw from softmax(logits / temperature)."""
+    """A rule, and the random numbers of each row when it samples."""
 
-    temperature: float = 0.0
-    generator: torch.Generator | None = None
+    rule: Rule
+    generators: tuple[torch.Generator, ...] = ()
 
     @classmethod
-    def seeded(cls, temperature: float, seed: int, device: torch.device | str = "cpu") -> Sampler:
-        return cls(temperature, torch.Generator(device).manual_seed(seed) if temperature > 0 else None)
+    def seeded(cls, temperature: float, seeds: Sequence[int], device: torch.device | str = "cpu") -> Sampler:
+        """One seed for each row; what a row draws does not depend on the others."""
+        if temperature == 0:
+            return GREEDY
+        return cls(Rule(temperature), tuple(torch.Generator(device).manual_seed(seed) for seed in seeds))
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        return (logits.float() / self.temperature).softmax(-1)
+    def uniforms(self, count: int, by_row: bool = True) -> Tensor | None:
+        """The next numbers in [0, 1) of each row, [B, count] or [count, B]; greedy decoding needs none."""
+        if not self.generators:
+            return None
+        rows = [torch.rand(count, generator=g, device=g.device) for g in self.generators]
+        return torch.stack(rows, 0 if by_row else 1)
 
     def choose(self, logits_BV: Tensor) -> Tensor:
         """One token per row, [B]."""
-        if self.greedy:
-            return logits_BV.argmax(-1)
-        return torch.multinomial(self.probabilities(logits_BV), 1, generator=self.generator).squeeze(-1)
+        uniforms_B1 = self.uniforms(1)
+        return self.rule.choose(logits_BV, None if uniforms_B1 is None else uniforms_B1[:, 0])[0]
 
 
-def next_logits(model: PreTrainedModel, cache: ViewCache, tokens: Sequence[int], position: int) -> Tensor:
-    """Logits [Q, V] after each of Q tokens that start at `position`; their KV are appended to the cache.
+GREEDY = Sampler(Rule())
+
+
+@torch.no_grad()
+def autoregressive(
+    target: Side, firsts: Sequence[int], limit: int, eos: frozenset[int], sampler: Sampler
+) -> Iterator[list[int | None]]:
+    """Yield the tokens after `firsts`, one step at a time, up to `limit` tokens in all or EOS.
+
+    Each step gives the next token of every row; None for a row that has ended.
 
     Raises:
-        NotFinite: if one of them is NaN or infinite.
+        NotFinite: if a logit is NaN or infinite.
     """
-    device = model.device
-    ids_1Q = torch.tensor([tokens], device=device)
-    positions_1Q = torch.arange(position, position + len(tokens), device=device).unsqueeze(0)
-    logits_QV = read_continuation(model, cache, ids_1Q, positions_1Q)[0]
-    if not torch.isfinite(logits_QV).all():
-        raise NotFinite(f"{model.name_or_path or type(model).__name__}: logits not finite at {position}")
-    return logits_QV
-
-
-@torch.inference_mode()
-def autoregressive(
-    target: PreTrainedModel,
-    cache: ViewCache,
-    prefix_tokens: int,
-    first: int,
-    limit: int,
-    eos: frozenset[int],
-    sampler: Sampler,
-) -> Iterator[int]:
-    """Yield the continuation after `first`, one token a step, up to `limit` tokens in all or EOS."""
-    token, count = first, 1
-    while count < limit and token not in eos:
-        logits_1V = next_logits(target, cache, [token], prefix_tokens + count - 1)
-        token = int(sampler.choose(logits_1V))
+    check_room(target, limit)
+    token_B1, step_B = start(target, firsts)
+    open_rows = [limit > 1 and first not in eos for first in firsts]
+    count = 1
+    while any(open_rows):
+        token_B1, step_B, told_B2 = target.advance(sampler.rule, token_B1, step_B, sampler.uniforms(1))
         count += 1
-        yield token
+        emitted: list[int | None] = []
+        for row, (token, finite) in enumerate(told_B2.tolist()):
+            emitted.append(token if open_rows[row] else None)
+            if open_rows[row] and not finite:
+                raise NotFinite(f"{target.model.name}: logits not finite at continuation token {count - 1}")
+            open_rows[row] = open_rows[row] and count < limit and token not in eos
+        yield emitted
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def speculate(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    target_cache: ViewCache,
-    drafter_cache: ViewCache,
-    prefix_tokens: int,
-    first: int,
+    target: Side,
+    drafter: Side,
+    firsts: Sequence[int],
     gamma: int,
     limit: int,
     eos: frozenset[int],
     sampler: Sampler,
-) -> Iterator[Round]:
-    """Yield rounds until `limit` tokens, `first` included, are there or EOS is emitted.
+    threshold: float = 0.0,
+) -> Iterator[list[Round | None]]:
+    """Yield rounds until each row has `limit` tokens, its first included, or has emitted EOS.
 
-    Greedy rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's. Both
-    caches hold no continuation token yet and have room for `limit + gamma`.
+    Each round gives one `Round` of every row; None for a row that has ended. Rows accept on their own. Greedy
+    rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's.
+
+    Args:
+        gamma: proposals of a round; the most of them where `threshold` stops earlier.
+        threshold: stop drafting behind a proposal that the drafter gives less probability than this. The
+            proposal itself is still verified: dropping it would favour the likely ones. Above 0 the host asks
+            after every proposal.
+
+    Raises:
+        NotFinite: if a logit of either model is NaN or infinite.
     """
-    tokens = [first]
-    while len(tokens) < limit and tokens[-1] not in eos:
-        allowed = limit - len(tokens)
-        proposals, q_TV = draft(drafter, drafter_cache, tokens, prefix_tokens, min(gamma, allowed), sampler)
-        logits_T1V = verify(target, target_cache, tokens, proposals, prefix_tokens)
-        accepted, following = accept(proposals, q_TV, logits_T1V, sampler)
-        emitted = until_eos([*proposals[:accepted], following], eos)[:allowed]
-        tokens += emitted
-        for cache in (target_cache, drafter_cache):
-            cache.rollback(max(0, cache.appended - (len(tokens) - 1)))
-        proposed = min(len(proposals), len(emitted)) if tokens[-1] in eos else len(proposals)
-        yield Round(tuple(emitted), proposed, min(accepted, len(emitted)))
+    check_room(target, limit + gamma)
+    check_room(drafter, limit + gamma)
+    unread, step_B = start(target, firsts)
+    pair_B2 = torch.cat([unread, unread], 1)
+    counts = [1] * len(firsts)
+    open_rows = [limit > 1 and first not in eos for first in firsts]
+    all_B = torch.full_like(step_B, gamma)
+    while any(open_rows):
+        begin = unread, step_B - (unread.shape[1] - 1), sampler.uniforms(gamma, by_row=False)
+        if threshold > 0:
+            draft_BT, best_BT, q_BTV, lengths_B = draft_until(drafter, sampler, threshold, gamma, *begin)
+        else:
+            draft_BT, best_BT, q_BTV = drafter.draft(sampler.rule, gamma, *begin)
+            lengths_B = all_B
+        uniforms_BT1 = sampler.uniforms(draft_BT.shape[1] + 1)
+        told_BR, pair_B2, step_B = target.verify(
+            sampler.rule, pair_B2, draft_BT, step_B, best_BT, q_BTV, uniforms_BT1, lengths_B
+        )
+        # The drafter has never read its last proposal, nor what came after it; reading one token twice is
+        # cheaper than asking which rows accepted everything.
+        unread = pair_B2
+        told = told_BR.tolist()  # the round's one transfer
+        lengths = [gamma] * len(told) if lengths_B is all_B else lengths_B.tolist()
+        rounds: list[Round | None] = []
+        for row, (accepted, target_finite, drafter_finite, *tokens) in enumerate(told):
+            if not open_rows[row]:
+                rounds.append(None)
+                continue
+            if not (target_finite and drafter_finite):
+                side = drafter if target_finite else target
+                raise NotFinite(f"{side.model.name}: logits not finite near continuation token {counts[row]}")
+            allowed = limit - counts[row]
+            emitted = until_eos(tokens[: accepted + 1], eos)[:allowed]
+            ended = emitted[-1] in eos
+            proposed = min(lengths[row], allowed, len(emitted) if ended else gamma)
+            rounds.append(Round(tuple(emitted), proposed, min(accepted, len(emitted))))
+            counts[row] += len(emitted)
+            open_rows[row] = counts[row] < limit and not ended
+        if not all(open_rows):  # a row that has ended idles at the beginning of its room
+            step_B = step_B.where(torch.tensor(open_rows, device=step_B.device), 1)
+        yield rounds
 
 
-def draft(
-    drafter: PreTrainedModel,
-    cache: ViewCache,
-    tokens: Sequence[int],
-    prefix_tokens: int,
-    count: int,
+def draft_until(
+    drafter: Side,
     sampler: Sampler,
-) -> tuple[list[int], Tensor | None]:
-    """Propose `count` tokens after `tokens`; reads first what the cache lacks of them (one or two tokens).
+    threshold: float,
+    gamma: int,
+    tokens_BQ: Tensor,
+    step_B: Tensor,
+    uniforms_TB: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Draft until every row has come to a proposal of less confidence than `threshold`, or to γ.
 
     Returns:
-        The proposals and, when sampling, the probabilities [count, V] that they were drawn from.
+        What `draft` gives, padded to a power of two or γ so that verification has few shapes, and the number
+        of proposals [B] of each row.
     """
-    unread = list(tokens[cache.appended :])
-    proposals: list[int] = []
-    rows = []
-    for _ in range(count):
-        logits_1V = next_logits(drafter, cache, unread, prefix_tokens + cache.appended)[-1:]
-        proposals.append(int(sampler.choose(logits_1V)))
-        if not sampler.greedy:
-            rows.append(sampler.probabilities(logits_1V))
-        unread = proposals[-1:]
-    return proposals, torch.cat(rows) if rows else None
+    tokens: list[Tensor] = []
+    bests: list[Tensor] = []
+    probabilities: list[Tensor | None] = []
+    lengths = [0] * tokens_BQ.shape[0]
+    drafting = [True] * len(lengths)
+    while any(drafting):
+        uniform_B = None if uniforms_TB is None else uniforms_TB[len(tokens)]
+        tokens_BQ, step_B, best_B, q_BV, confidence_B = drafter.propose_surely(
+            sampler.rule, tokens_BQ, step_B, uniform_B
+        )
+        tokens.append(tokens_BQ)
+        bests.append(best_B)
+        probabilities.append(q_BV)
+        for row, confidence in enumerate(confidence_B.tolist()):
+            lengths[row] += drafting[row]
+            drafting[row] = drafting[row] and len(tokens) < gamma and not confidence < threshold
+    count = min(gamma, 1 << (len(tokens) - 1).bit_length())
+    padding = count - len(tokens)
+    tokens += tokens[-1:] * padding
+    bests += bests[-1:] * padding
+    probabilities += probabilities[-1:] * padding
+    q_BTV = None if uniforms_TB is None else torch.stack([q for q in probabilities if q is not None], 1)
+    lengths_B = torch.tensor(lengths, device=step_B.device)
+    return torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths_B
 
 
-def verify(
-    target: PreTrainedModel,
-    cache: ViewCache,
-    tokens: Sequence[int],
-    proposals: Sequence[int],
-    prefix_tokens: int,
-) -> Tensor:
-    """The target's logits [T + 1, V] before each of T proposals and after the last, in one pass."""
-    return next_logits(target, cache, [tokens[-1], *proposals], prefix_tokens + len(tokens) - 1)
+def start(side: Side, firsts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first tokens [B, 1], and their number in the continuation [B]: 0."""
+    if len(firsts) != side.cache.rows:
+        raise ValueError(f"the cache has {side.cache.rows} rows, not {len(firsts)}")
+    first_B1 = torch.tensor(firsts, device=side.cache.kept_B.device).unsqueeze(1)
+    return first_B1, torch.zeros_like(side.cache.kept_B)
 
 
-def accept(
-    proposals: Sequence[int], q_TV: Tensor | None, logits_T1V: Tensor, sampler: Sampler
-) -> tuple[int, int]:
-    """Accepted proposals of one round, and the target's token after them (correction or bonus)."""
-    draft_T = torch.tensor(proposals, device=logits_T1V.device)
-    if q_TV is None:
-        target_T1 = logits_T1V.argmax(-1)
-        accepted = int(reference.greedy_accept(draft_T, target_T1))
-        return accepted, int(target_T1[accepted])
-    return reference.rejection_accept(draft_T, q_TV, sampler.probabilities(logits_T1V), sampler.generator)
+def check_room(side: Side, needed: int) -> None:
+    if side.cache.room < needed:
+        raise ValueError(f"the cache has room for {side.cache.room} continuation tokens, not {needed}")
 
 
 def until_eos(tokens: list[int], eos: frozenset[int]) -> list[int]:

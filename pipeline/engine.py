@@ -72,9 +72,7 @@ class TorchEngine:
     ) -> None:
         self._model = model.to(device)
         self.device, self.clip, self.accumulation, self.bfloat16 = device, clip, accumulation, bfloat16
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, weight_decay=weight_decay, fused=device.type == "cuda"
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=weight_decay, fused=True)
 
     @property
     def model(self) -> PreTrainedModel:

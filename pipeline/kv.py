@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kernels import dispatch
 from pipeline.policies import SNAP_WINDOW, select
 
 ATTENTION = "budgetdraft"
@@ -67,6 +68,19 @@ class PrefixView:
     def num_bytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
+    def cut(self, keys_BHSD: Tensor, values_BHSD: Tensor, observed: Tensor) -> None:
+        """Add a layer: what the view keeps of the first `prefix_tokens` entries.
+
+        Args:
+            observed: queries [B, H, G, W, D] of the last positions of the prefix, which `snapkv` asks for.
+        """
+        keys = keys_BHSD[:, :, : self.prefix_tokens]
+        values = values_BHSD[:, :, : self.prefix_tokens]
+        if self.view.budget is not None:
+            kept_BHN = select(self.view.policy, keys, observed, self.view.budget)
+            keys, values = dispatch.gather_kept(keys, values, kept_BHN)
+        self.layers.append((keys, values))
+
 
 class PrefixReader(Cache):
     """Records the requested views while a model reads a prefix with full attention."""
@@ -84,13 +98,8 @@ class PrefixReader(Cache):
         queries_BHGSD = query.unflatten(1, (key.shape[1], -1))
         for view in self.views:
             start = view.prefix_tokens
-            keys, values = key[:, :, :start], value[:, :, :start]
-            if view.view.budget is not None:
-                observed = queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start]
-                kept_BHN = select(view.view.policy, keys, observed, view.view.budget)
-                index = kept_BHN.unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
-                keys, values = keys.gather(2, index), values.gather(2, index)
-            view.layers.append((keys, values))
+            observed = queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start]
+            view.cut(key, value, observed)
         return causal_attention(query, key, value, scaling)
 
 
@@ -315,3 +324,15 @@ def read_continuation(
         use_cache=True,
     )
     return output.logits[..., : model.num_tokens]
+
+
+def read_hidden(model: PreTrainedModel, cache: ViewCache, tokens_RQ: Tensor, positions_RQ: Tensor) -> Tensor:
+    """The final hidden states [R, Q, C] that `read_continuation` makes its logits of."""
+    output = model.base_model(
+        input_ids=tokens_RQ,
+        position_ids=positions_RQ,
+        past_key_values=cache,
+        view_cache=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from kernels import reference
+from kernels import dispatch, distill_loss, reference
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,63 @@ class TargetLabels:
     temperature: float = 1.0
 
 
-def cross_entropy(logits_TV: Tensor, labels: TargetLabels) -> Tensor:
-    """Against the arg-max: a greedy proposal is accepted exactly when the drafter's arg-max equals it."""
-    return reference.cross_entropy(logits_TV, labels.argmax)
+@dataclass(frozen=True)
+class States:
+    """Final hidden states [T, H] and the head [V, H], where logits [T, V] would be too large to make."""
+
+    hidden: Tensor
+    head: Tensor
+
+    @property
+    def backend(self) -> dispatch.Backend:
+        return dispatch.backend(self.hidden.device)
 
 
-def kl(logits_TV: Tensor, labels: TargetLabels) -> Tensor:
+def plain_head(model: PreTrainedModel) -> Tensor | None:
+    """The head [V, H] of a model whose logits are hidden states times head and nothing else; else None.
+
+    None also where DeepSpeed has partitioned the weight, which is whole inside its module's forward only.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None or hasattr(head.weight, "ds_id"):
+        return None
+    # Some architectures scale or cap their logits behind the head.
+    if any(
+        getattr(model.config, name, None)
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    ):
+        return None
+    return head.weight[: model.num_tokens]
+
+
+def cross_entropy(scores: Tensor | States, labels: TargetLabels) -> Tensor:
+    """Against the arg-max: a greedy proposal is accepted exactly when the drafter's arg-max equals it.
+
+    Args:
+        scores: logits [T, V], or the states that they would be made of; so for all losses.
+
+    Returns:
+        One value a position, [T].
+    """
+    if isinstance(scores, States):
+        return distill_loss.cross_entropy(scores.hidden, scores.head, labels.argmax, backend=scores.backend)
+    return reference.cross_entropy(scores, labels.argmax)
+
+
+def kl(scores: Tensor | States, labels: TargetLabels) -> Tensor:
     """Forward KL over the stored entries and one bucket for the rest: a lower bound of the true one."""
-    ids, log_probs = stored(labels)
-    return reference.kl(logits_TV, ids, log_probs, labels.temperature)
+    listed = (*stored(labels), labels.temperature)
+    if isinstance(scores, States):
+        return distill_loss.kl(scores.hidden, scores.head, *listed, backend=scores.backend)
+    return reference.kl(scores, *listed)
 
 
-def total_variation(logits_TV: Tensor, labels: TargetLabels) -> Tensor:
+def total_variation(scores: Tensor | States, labels: TargetLabels) -> Tensor:
     """One minus the expected acceptance when sampling, over the same buckets: a lower bound."""
-    ids, log_probs = stored(labels)
-    return reference.total_variation(logits_TV, ids, log_probs, labels.temperature)
+    listed = (*stored(labels), labels.temperature)
+    if isinstance(scores, States):
+        return distill_loss.total_variation(scores.hidden, scores.head, *listed, backend=scores.backend)
+    return reference.total_variation(scores, *listed)
 
 
 def stored(labels: TargetLabels) -> tuple[Tensor, Tensor]:
@@ -50,7 +94,7 @@ def stored(labels: TargetLabels) -> tuple[Tensor, Tensor]:
     return labels.ids, labels.log_probs
 
 
-LOSSES: dict[str, Callable[[Tensor, TargetLabels], Tensor]] = {
+LOSSES: dict[str, Callable[[Tensor | States, TargetLabels], Tensor]] = {
     "cross_entropy": cross_entropy,
     "kl": kl,
     "total_variation": total_variation,

@@ -1,4 +1,4 @@
-"""Wall clock of one prompt: autoregressive decoding and speculation from the same caches, run after run."""
+"""Wall clock of prompts decoded together: autoregressive decoding and speculation, run after run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from pipeline.decoding import Round, Sampler, autoregressive, fold, next_logits, speculate
-from pipeline.kv import FULL, PrefixView, View, ViewCache, read_prefix
-from pipeline.models import stop_tokens
+from pipeline.decoding import Round, Sampler, autoregressive, fold, speculate
+from pipeline.kv import FULL, PrefixView, View
+from pipeline.lean import DecodeModel
 from pipeline.rows import Prompt
+from pipeline.slots import slots_for
+from pipeline.steps import Compile, Side
+
+LOGIT_COPIES = 4  # of a round's logits: as they are, in fp32, as probabilities of both models
+
+
+class NotEnoughMemory(RuntimeError):
+    """What is about to be allocated does not fit."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One timed run; `tokens` begins with the prefill's. Peak memory is the process's on a CPU."""
+    """One timed run; `tokens` of each prompt begin with the prefill's.
 
-    tokens: list[int]
-    rounds: list[Round]
+    Peak memory is the process's on a CPU.
+    """
+
+    tokens: list[list[int]]
+    rounds: list[list[Round]]
     seconds: float
     peak_memory_bytes: int
 
@@ -44,97 +55,154 @@ def clock(device: torch.device) -> float:
 
 
 def timed_prefill(
-    model: PreTrainedModel, prompt: Prompt, views: Sequence[View]
+    model: DecodeModel, prompt: Prompt, views: Sequence[View]
 ) -> tuple[list[PrefixView], Tensor, float]:
     """One prefill for all views of a prompt, the logits [1, V] after it, and its seconds."""
-    tokens_1S = torch.tensor([prompt.tokens], device=model.device)
-    began = clock(model.device)
-    kept, logits_1V = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
-    return kept, logits_1V, clock(model.device) - began
+    device = model.geometry.device
+    tokens_1S = torch.tensor([prompt.tokens], device=device)
+    began = clock(device)
+    kept, logits_1V = model.prefill(tokens_1S, [(len(prompt.tokens), view) for view in views])
+    return kept, logits_1V, clock(device) - began
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo does not tell the available memory")
+
+
+class Sides:
+    """Static caches and the steps over them, for as many shapes as are asked for; each is made once."""
+
+    def __init__(self, compile: Compile) -> None:
+        self.compile = compile
+        self.held: dict[tuple[int, int, int, int], Side] = {}
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of compilation so far."""
+        return sum(side.compile_s for side in self.held.values())
+
+    def get(self, model: DecodeModel, rows: int, capacity: int, room: int) -> Side:
+        """A model over a cache of `rows` prompts, `capacity` kept entries and `room` more tokens.
+
+        Raises:
+            NotEnoughMemory: if the cache, and what loading and a round need beside it, do not fit.
+        """
+        key = (id(model), rows, capacity, room)
+        if key not in self.held:
+            one_row = model.geometry.num_bytes(1, capacity + room)
+            logits = LOGIT_COPIES * 4 * rows * room * model.num_tokens
+            needed, there = (rows + 1) * one_row + logits, available_memory(model.geometry.device)
+            if needed > there:
+                raise NotEnoughMemory(
+                    f"decoding {rows} prompt(s) of {capacity} kept entries with {model.name} needs "
+                    f"{needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free: lower "
+                    "sweep.measure.prompts_together, the contexts or data.max_new_tokens"
+                )
+            self.held[key] = Side(model, rows, capacity, room, self.compile)
+        return self.held[key]
 
 
 class Bench:
-    """The target, prefilled once with one prompt, and decoded from again and again."""
+    """The target, prefilled with a few prompts, which are decoded together again and again."""
 
-    def __init__(self, target: PreTrainedModel, prompt: Prompt, most_drafts: int) -> None:
-        self.target, self.prompt, self.device = target, prompt, target.device
-        self.room = prompt.max_new_tokens + most_drafts
-        views, self.logits_1V, self.prefill_s = timed_prefill(target, prompt, [FULL])
-        self.kv_bytes = views[0].num_bytes
-        self.cache = ViewCache(views, self.room)  # copies: the views go when this returns
-        self.eos = stop_tokens(target)
+    def __init__(
+        self, sides: Sides, target: DecodeModel, prompts: Sequence[Prompt], most_drafts: int
+    ) -> None:
+        self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
+        if any(prompt.max_new_tokens != self.limit for prompt in prompts):
+            raise ValueError("prompts that are decoded together need equal max_new_tokens")
+        self.sides, self.room = sides, self.limit + most_drafts
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        self.target = sides.get(target, len(self.prompts), slots_for(longest), self.room)
+        self.device = target.geometry.device
+        self.logits: list[Tensor] = []
+        self.prefill_s: list[float] = []
+        self.kv_bytes: list[int] = []
+        for row, prompt in enumerate(self.prompts):
+            (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL])
+            self.target.cache.load_row(row, view)  # a copy: the view goes with the next one
+            self.logits.append(logits_1V)
+            self.prefill_s.append(seconds)
+            self.kv_bytes.append(view.num_bytes)
 
-    def start(self, chance: Chance) -> tuple[int, Sampler]:
-        """The token that the prefill gives, and the sampler that goes on from there."""
-        seed = fold(chance.seed, zlib.crc32(self.prompt.prompt_id.encode()))
-        sampler = Sampler.seeded(chance.temperature, seed, self.device)
-        return int(sampler.choose(self.logits_1V)[0]), sampler
+    def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Side:
+        """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
+        budget = views[0].view.budget
+        capacity = slots_for(max(view.kept for view in views)) if budget is None else budget
+        side = self.sides.get(model, len(views), capacity, self.room)
+        for row, view in enumerate(views):
+            side.cache.load_row(row, view)
+        return side
 
-    def autoregressive(self, chance: Chance) -> Timed:
-        first, sampler = self.start(chance)
-        began = self.begin([self.cache])
-        tokens = list(
-            autoregressive(
-                self.target,
-                self.cache,
-                len(self.prompt.tokens),
-                first,
-                self.prompt.max_new_tokens,
-                self.eos,
-                sampler,
-            )
-        )
-        return self.end(began, [first, *tokens], [])
+    def start(self, chance: Chance) -> tuple[list[int], Sampler]:
+        """The tokens that the prefills give, and the sampler that goes on from there."""
+        seeds = [fold(chance.seed, zlib.crc32(prompt.prompt_id.encode())) for prompt in self.prompts]
+        sampler = Sampler.seeded(chance.temperature, seeds, self.device)
+        return sampler.choose(torch.cat(self.logits)).tolist(), sampler
 
-    def speculative(self, drafter: PreTrainedModel, cache: ViewCache, gamma: int, chance: Chance) -> Timed:
-        first, sampler = self.start(chance)
-        began = self.begin([self.cache, cache])
-        rounds = list(
-            speculate(
-                self.target,
-                drafter,
-                self.cache,
-                cache,
-                len(self.prompt.tokens),
-                first,
-                gamma,
-                self.prompt.max_new_tokens,
-                self.eos,
-                sampler,
-            )
-        )
-        tokens = [first, *(token for one in rounds for token in one.tokens)]
-        return self.end(began, tokens, rounds)
+    def autoregressive(self, chance: Chance, eos: frozenset[int]) -> Timed:
+        firsts, sampler = self.start(chance)
+        began = self.begin()
+        steps = list(autoregressive(self.target, firsts, self.limit, eos, sampler))
+        seconds, peak = self.end(began)
+        tokens = [
+            [first, *(token for token in column if token is not None)]
+            for first, *column in zip(firsts, *steps, strict=True)
+        ]
+        return Timed(tokens, [[] for _ in firsts], seconds, peak)
 
-    @torch.inference_mode()
-    def divergence(self, plain: Sequence[int], other: Sequence[int]) -> tuple[float, float]:
-        """Where two greedy runs part: the target's top-2 logit gap, and the noise of its logits.
+    def speculative(
+        self, drafter: Side, gamma: int, chance: Chance, eos: frozenset[int], threshold: float = 0.0
+    ) -> Timed:
+        firsts, sampler = self.start(chance)
+        began = self.begin()
+        steps = list(speculate(self.target, drafter, firsts, gamma, self.limit, eos, sampler, threshold))
+        seconds, peak = self.end(began)
+        rounds = [[one for one in column if one is not None] for column in zip(*steps, strict=True)]
+        rounds = rounds or [[] for _ in firsts]
+        tokens = [
+            [first, *(token for one in row for token in one.tokens)]
+            for first, row in zip(firsts, rounds, strict=True)
+        ]
+        return Timed(tokens, rounds, seconds, peak)
+
+    @torch.no_grad()
+    def divergence(self, row: int, plain: Sequence[int], other: Sequence[int]) -> tuple[float, float]:
+        """Where two greedy runs of a prompt part: the target's top-2 logit gap, and the noise of its logits.
 
         The noise is the largest difference, up to there, between logits of tokens read one by one (as
         autoregressive decoding does) and in one pass (as verification does).
         """
         same = next(i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b)
-        tokens, start = list(plain[:same]), len(self.prompt.tokens)
-        self.cache.rollback(self.cache.appended)
-        singly = [next_logits(self.target, self.cache, [t], start + i)[0] for i, t in enumerate(tokens)]
-        self.cache.rollback(self.cache.appended)
-        at_once_TV = next_logits(self.target, self.cache, tokens, start)
-        singly_TV = torch.stack(singly).float()
-        best = singly_TV[-1].topk(2).values
-        return float(best[0] - best[1]), float((singly_TV - at_once_TV.float()).abs().max())
+        tokens_BT = torch.tensor(plain[:same], device=self.device).repeat(len(self.prompts), 1)
+        model, cache, zero_B = (
+            self.target.model,
+            self.target.cache,
+            torch.zeros_like(self.target.cache.kept_B),
+        )
+        singly = [
+            model.logits(model.hidden(tokens_BT[:, at : at + 1], zero_B + at, cache))[row, 0].float()
+            for at in range(same)
+        ]
+        at_once_TV = model.logits(model.hidden(tokens_BT, zero_B, cache))[row].float()
+        best = singly[-1].topk(2).values
+        return float(best[0] - best[1]), float((torch.stack(singly) - at_once_TV).abs().max())
 
-    def begin(self, caches: Sequence[ViewCache]) -> float:
-        """Forget what the last run appended, one that broke off included, and start the clock."""
-        for cache in caches:
-            cache.rollback(cache.appended)
+    def begin(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         return clock(self.device)
 
-    def end(self, began: float, tokens: list[int], rounds: list[Round]) -> Timed:
+    def end(self, began: float) -> tuple[float, int]:
+        """Seconds since `began`, and peak memory."""
         seconds = clock(self.device) - began
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Timed(tokens, rounds, seconds, peak)
+            return seconds, torch.cuda.max_memory_allocated(self.device)
+        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

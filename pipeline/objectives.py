@@ -12,8 +12,8 @@ from pipeline import replay
 from pipeline.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.config import Config, Pretrain, Variant
 from pipeline.decoding import NotFinite
-from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
-from pipeline.losses import LOSSES
+from pipeline.kv import FULL, View, ViewCache, read_continuation, read_hidden, read_prefix, view_of
+from pipeline.losses import LOSSES, States, plain_head
 from pipeline.rows import Continuation, Prompt
 
 
@@ -84,17 +84,19 @@ class MultiView:
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
             view_of(self.variant.policy, budget) for budget in drawn.budgets
         ]
-        logits_by_view = window_logits(model, tokens_BS, drawn.starts, train.window_tokens, views)
+        scores_by_view = window_scores(
+            model, tokens_BS, drawn.starts, train.window_tokens, views, train.max_logits_mib * 2**20
+        )
 
         zero = torch.zeros((), device=self.device)
         full = sparse = zero
-        for view, logits_TV in zip(views, logits_by_view, strict=True):
+        for view, scores in zip(views, scores_by_view, strict=True):
             if view is FULL:
-                full = LOSSES[self.variant.full_loss](logits_TV, labels).mean()
+                full = LOSSES[self.variant.full_loss](scores, labels).mean()
             else:
                 assert view.budget is not None
                 share = drawn.budgets[view.budget] / self.variant.num_views
-                sparse = sparse + share * LOSSES[self.variant.sparse_loss](logits_TV, labels).mean()
+                sparse = sparse + share * LOSSES[self.variant.sparse_loss](scores, labels).mean()
         total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
         return total, {"total": total, "full": full, "sparse": sparse}
 
@@ -126,24 +128,35 @@ class MultiView:
         }
 
 
-def window_logits(
-    model: PreTrainedModel, tokens_BS: Tensor, starts: Sequence[int], length: int, views: Sequence[View]
-) -> list[Tensor]:
+def window_scores(
+    model: PreTrainedModel,
+    tokens_BS: Tensor,
+    starts: Sequence[int],
+    length: int,
+    views: Sequence[View],
+    max_logits_bytes: int,
+) -> Sequence[Tensor | States]:
     """Logits of every window behind every view, from one prefill and one forward with gradients.
 
     A window with start s reads tokens s .. s+length-1 at their true positions, behind the views of the
     prefix [0, s); its logits predict tokens s+1 .. s+length.
 
     Returns:
-        Per view, logits [len(starts) · B · length, V] (windows outermost).
+        Per view, logits [len(starts) · B · length, V] (windows outermost); where all of them together would
+        exceed `max_logits_bytes` in fp32 and the model allows it, the states that they would be made of.
     """
     cuts = [(start, view) for view in views for start in starts]
     kept, _ = read_prefix(model, tokens_BS[:, : max(starts)], cuts)
-    windows_RQ = torch.cat([tokens_BS[:, start : start + length] for start in starts])
+    windows_RQ = torch.cat([tokens_BS[:, start : start + length] for start in starts]).repeat(len(views), 1)
     offsets = torch.arange(length, device=tokens_BS.device)
     positions_RQ = torch.cat([(start + offsets).expand(tokens_BS.shape[0], -1) for start in starts])
+    positions_RQ = positions_RQ.repeat(len(views), 1)
     cache = ViewCache(kept, capacity=length)
-    logits_RQV = read_continuation(
-        model, cache, windows_RQ.repeat(len(views), 1), positions_RQ.repeat(len(views), 1)
-    )
+    if 4 * windows_RQ.numel() * model.num_tokens > max_logits_bytes:
+        whole = getattr(model, "module", model)  # DeepSpeed's engine wraps it
+        head = plain_head(whole)
+        if head is not None:
+            hidden_RQH = read_hidden(whole, cache, windows_RQ, positions_RQ)
+            return [States(hidden.flatten(0, 1), head) for hidden in hidden_RQH.chunk(len(views))]
+    logits_RQV = read_continuation(model, cache, windows_RQ, positions_RQ)
     return [logits.flatten(0, 1) for logits in logits_RQV.chunk(len(views))]

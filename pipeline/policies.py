@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import dispatch
 
 SINKS = 4  # first positions that `streaming` always keeps
 SNAP_WINDOW = 16  # last queries that `snapkv` observes
@@ -22,12 +22,12 @@ Select = Callable[[Tensor, Tensor, int], Tensor]
 
 def chunk_topk(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
     """The paper's rule; the partial last chunk is kept."""
-    return reference.chunk_topk(keys_BHSD, budget)
+    return dispatch.chunk_topk(keys_BHSD, budget)
 
 
 def chunk_topk_paper(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
     """The paper's rule as its code has it: the partial last chunk is dropped."""
-    return reference.chunk_topk(keys_BHSD, budget, keep_tail=False)
+    return dispatch.chunk_topk(keys_BHSD, budget, keep_tail=False)
 
 
 def streaming(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:

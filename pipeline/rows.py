@@ -56,6 +56,7 @@ class Cell(Row):
     budget: int | Literal["full"]
     control: str | None
     gamma: int
+    threshold: float = 0.0
     temperature: float
     seed: int
 
@@ -68,6 +69,9 @@ class PromptRow(Cell):
     Where a greedy run is not `exact`, `divergence_gap` is the target's top-2 logit gap at the first token
     that differs, and `logit_noise` how much its logits up to there depend on reading tokens singly or at
     once: in half precision a gap below the noise explains the difference.
+    `prompts_together` were decoded at once; their time is divided evenly among their rows, so that summing
+    rows gives the time that passed. `compile_s` is what compiling for a cell took before it was timed: 0
+    where its shapes were compiled already.
     `prefill_s` has one prefill of the drafter for all measured views; `peak_memory_bytes` is that of the
     device while the cell decodes, with the caches of all measured cells of the prompt in it.
     """
@@ -75,6 +79,7 @@ class PromptRow(Cell):
     mode: Literal["replay", "measure"]
     prompt_id: str
     document_id: str
+    prompts_together: int = 1
     num_tokens: int
     num_rounds: int
     num_proposed: int
@@ -93,6 +98,7 @@ class PromptRow(Cell):
     ar_prefill_s: float | None = None
     decode_s: list[float] = []
     ar_decode_s: list[float] = []
+    compile_s: float | None = None
     ar_num_tokens: int | None = None
     peak_memory_bytes: int | None = None
     text: str | None = None

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from pipeline.artifacts import read_rows, write_array, write_rows
 from pipeline.config import Config, Labels
-from pipeline.decoding import NotFinite, Sampler, fold, until_eos
+from pipeline.decoding import GREEDY, NotFinite, Sampler, fold, until_eos
 from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
 from pipeline.models import ModelRef, load_model, stop_tokens
@@ -84,8 +84,8 @@ class Teacher:
             start = data.sequence_tokens - train.windows * train.window_tokens
             for at in range(0, len(chosen), labels.batch_sequences):
                 batch = chosen[at : at + labels.batch_sequences]
-                seed = fold(self.config.seed, task.shard, at)
-                sampler = Sampler.seeded(labels.on_policy_temperature, seed, self.target.device)
+                seeds = [fold(self.config.seed, task.shard, row) for row in batch]
+                sampler = Sampler.seeded(labels.on_policy_temperature, seeds, self.target.device)
                 prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(self.target.device)
                 written, _ = write_ahead(
                     self.target, prefixes, data.sequence_tokens - start, frozenset(), sampler, self.never
@@ -113,9 +113,7 @@ class Teacher:
         """Greedy continuations of prompts of equal length and limit."""
         eos = stop_tokens(self.target)
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.target.device)
-        written, gaps = write_ahead(
-            self.target, tokens_BS, prompts[0].max_new_tokens, eos, Sampler.seeded(0.0, 0)
-        )
+        written, gaps = write_ahead(self.target, tokens_BS, prompts[0].max_new_tokens, eos, GREEDY)
         rows = []
         for prompt, row, row_gaps in zip(prompts, written, gaps, strict=True):
             tokens = until_eos(row, eos)

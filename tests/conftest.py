@@ -47,7 +47,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
     """`make_model(layers=2, seed=0, …)`: a small random Llama with grouped-query heads."""
 
     def make(
-        layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2, seed: int = 0
+        layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2, seed: int = 0, mlp: int = 2
     ) -> PreTrainedModel:
         spec = ScratchModel(
             kind="scratch",
@@ -55,7 +55,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
             hidden=hidden,
             heads=heads,
             kv_heads=kv_heads,
-            intermediate=2 * hidden,
+            intermediate=mlp * hidden,
             max_positions=512,
             pretrain=Pretrain(steps=0),
         )

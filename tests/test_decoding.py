@@ -9,28 +9,18 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from kernels import reference
-from pipeline.decoding import NotFinite, Sampler, autoregressive, speculate
-from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from pipeline.decoding import NotFinite, Sampler
+from pipeline.kv import FULL, View, view_of
 from tests.conftest import VOCABULARY, random_tokens
-
-NEVER: frozenset[int] = frozenset()
-GREEDY = Sampler()
+from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of, tokens_of
 
 
-def decode(target, drafter, tokens, policy, budget, gamma, limit, eos=NEVER, sampler=GREEDY):  # type: ignore[no-untyped-def]
-    """(tokens of AR, tokens of speculation, rounds) for one prompt."""
-    S = tokens.shape[1]
-    target_views, logits = read_prefix(target, tokens, [(S, FULL)])
-    views, _ = read_prefix(drafter, tokens, [(S, view_of(policy, budget))])
-    first = int(GREEDY.choose(logits)[0])
-    plain = [first, *autoregressive(target, ViewCache(target_views, limit), S, first, limit, eos, sampler)]
-    rounds = list(
-        speculate(
-            target, drafter, ViewCache(target_views, limit + gamma), ViewCache(views, limit + gamma),
-            S, first, gamma, limit, eos, sampler,
-        )
-    )  # fmt: skip
-    return plain, [first, *(token for one in rounds for token in one.tokens)], rounds
+def decode(target, drafter, tokens, view: View, gamma, limit, eos=NEVER):  # type: ignore[no-untyped-def]
+    """(tokens of AR, tokens of speculation, rounds) for one prompt, greedily."""
+    pair = make_pair(target, drafter, [tokens], view, limit + gamma)
+    (plain,) = plain_tokens(pair, limit, eos)
+    rounds = rounds_of(pair, gamma, limit, eos)
+    return plain, tokens_of(pair, rounds)[0], rounds[0]
 
 
 def test_autoregressive_equals_transformers_generate(target: PreTrainedModel) -> None:
@@ -39,7 +29,7 @@ def test_autoregressive_equals_transformers_generate(target: PreTrainedModel) ->
     twin.load_state_dict(target.state_dict())
     twin.generation_config.eos_token_id = None
     theirs = twin.generate(tokens, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, 50:].tolist()
-    ours, _, _ = decode(target, target, tokens, "x", "full", 4, 40)
+    ours, _, _ = decode(target, target, tokens, FULL, 4, 40)
     assert ours == theirs
 
 
@@ -60,7 +50,7 @@ def test_greedy_speculation_is_autoregressive(
 ) -> None:
     for seed in range(3):
         plain, ours, rounds = decode(
-            target, drafter, random_tokens(1, 45 + seed, seed), policy, budget, gamma, 33
+            target, drafter, random_tokens(1, 45 + seed, seed), view_of(policy, budget), gamma, 33
         )
         assert ours == plain and len(ours) == 33
         assert sum(len(one.tokens) for one in rounds) == 32
@@ -72,17 +62,17 @@ def test_greedy_speculation_is_autoregressive(
 
 
 def test_the_target_as_its_own_drafter_is_always_accepted(target: PreTrainedModel) -> None:
-    _, _, rounds = decode(target, target, random_tokens(1, 40), "x", "full", 4, 41)
+    _, _, rounds = decode(target, target, random_tokens(1, 40), FULL, 4, 41)
     assert all(one.accepted == one.proposed == 4 and len(one.tokens) == 5 for one in rounds)
 
 
 def test_eos_inside_an_accepted_draft_stops(target: PreTrainedModel) -> None:
     """Whatever token is declared to end the text, both decoders end at its first occurrence."""
     tokens = random_tokens(1, 40)
-    plain, _, _ = decode(target, target, tokens, "x", "full", 6, 30)
+    plain, _, _ = decode(target, target, tokens, FULL, 6, 30)
     for place in range(1, 29):
         eos = frozenset({plain[place]})
-        short, ours, rounds = decode(target, target, tokens, "x", "full", 6, 30, eos)
+        short, ours, rounds = decode(target, target, tokens, FULL, 6, 30, eos)
         assert ours == short == plain[: plain.index(plain[place]) + 1]
         if rounds:
             # The target drafts for itself: everything before the end is accepted, nothing behind it counts.
@@ -97,22 +87,16 @@ def test_sampled_speculation_has_the_targets_distribution(
     """Second and third emitted tokens over many seeds against the target's exact joint distribution, by a
     total-variation distance that plain sampling of the same size stays under as well."""
     tokens, temperature, runs = random_tokens(1, 24), 6.0, 1500
-    target_views, logits = read_prefix(target, tokens, [(24, FULL)])
-    views, _ = read_prefix(drafter, tokens, [(24, view_of("streaming", 16))])
-    first = int(logits.argmax())
+    pair = make_pair(target, drafter, [tokens], view_of("streaming", 16), 8)
+    (first,) = pair.firsts
     exact_1 = (target(torch.cat([tokens, torch.tensor([[first]])], 1)).logits[0, -1] / temperature).softmax(
         -1
     )
-    target_cache, cache = ViewCache(target_views, 8), ViewCache(views, 8)
     counts, following = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     likely = int(exact_1.argmax())
     for seed in range(runs):
-        rounds = speculate(
-            target, drafter, target_cache, cache, 24, first, 2, 3, NEVER, Sampler.seeded(temperature, seed)
-        )
+        (rounds,) = rounds_of(pair, 2, 3, sampler=Sampler.seeded(temperature, [seed]))
         emitted = [token for one in rounds for token in one.tokens]
-        for held in (target_cache, cache):
-            held.rollback(held.appended)
         counts[emitted[0]] += 1
         if emitted[0] == likely:
             following[emitted[1]] += 1
@@ -139,14 +123,15 @@ def test_rejection_sampling_alone_is_exact() -> None:
     """A three-token vocabulary, where drafter and target disagree strongly: frequencies within 4 sigma."""
     p, q = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]), torch.tensor([[0.1, 0.2, 0.7]])
     generator = torch.Generator().manual_seed(0)
-    runs, counts, second, accepted_total = 20_000, torch.zeros(3), torch.zeros(3), 0
-    for _ in range(runs):
-        draft = torch.multinomial(q[0], 1, generator=generator)
-        accepted, token = reference.rejection_accept(draft, q, p, generator)
-        counts[int(draft) if accepted else token] += 1
-        if accepted:
-            second[token] += 1
-        accepted_total += accepted
+    runs = 20_000
+    drafts = torch.multinomial(q[0], runs, replacement=True, generator=generator)
+    uniforms = torch.rand(runs, 2, generator=generator)
+    accepted, following = reference.rejection_accept(
+        drafts.unsqueeze(1), q.expand(runs, 1, 3), p.expand(runs, 2, 3), uniforms
+    )
+    first = torch.where(accepted == 1, drafts, following)
+    counts, second = first.bincount(minlength=3), following[accepted == 1].bincount(minlength=3)
+    accepted_total = int(accepted.sum())
     sigma = (p[0] * (1 - p[0]) / runs).sqrt()
     assert ((counts / runs - p[0]).abs() < 4 * sigma).all()
     assert abs(accepted_total / runs - float(torch.minimum(p[0], q[0]).sum())) < 0.015
@@ -158,4 +143,4 @@ def test_nan_is_an_error_not_token_zero(target: PreTrainedModel, drafter: PreTra
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NotFinite, match="not finite"):
-        decode(target, broken, random_tokens(1, 30), "x", "full", 3, 10)
+        decode(target, broken, random_tokens(1, 30), FULL, 3, 10)

@@ -13,12 +13,15 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline import measure, replay
 from pipeline.artifacts import read_rows, write_rows
-from pipeline.decoding import Round, Sampler, speculate
-from pipeline.evaluate import Drafter, Evaluator, Mode, SweepTask
-from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from pipeline.cells import Drafter, Mode
+from pipeline.decoding import Round
+from pipeline.evaluate import Evaluator, SweepTask
+from pipeline.kv import view_of
+from pipeline.lean import decode_model
 from pipeline.models import ModelRef, load_model
 from pipeline.rows import Continuation, FailedCell, Prompt, PromptRow
 from pipeline.teacher import ContinueTask, Teacher
+from tests.pairs import make_pair, rounds_of, tokens_of
 from tests.tiny import VOCABULARY, save_model, tiny_config, tiny_tokenizer, write_prepare
 
 CPU = torch.device("cpu")
@@ -64,15 +67,10 @@ class Bench:
         self, prompt: Prompt, read: Prompt, policy: str, budget: int | str, gamma: int
     ) -> tuple[list[int], list[Round]]:
         """One greedy cell by hand: the drafter holds a view of the prompt `read`."""
-        target, drafter = self.pair
-        views, logits = read_prefix(target, torch.tensor([prompt.tokens]), [(LENGTH, FULL)])
-        (kept,), _ = read_prefix(drafter, torch.tensor([read.tokens]), [(LENGTH, view_of(policy, budget))])
-        first, room = int(logits.argmax()), LIMIT + gamma
-        caches = ViewCache(views, room), ViewCache([kept], room)
-        rounds = list(
-            speculate(target, drafter, *caches, LENGTH, first, gamma, LIMIT, frozenset(), Sampler())
-        )
-        return [first, *(token for one in rounds for token in one.tokens)], rounds
+        tokens = [torch.tensor([prompt.tokens])], [torch.tensor([read.tokens])]
+        pair = make_pair(*self.pair, tokens[0], view_of(policy, budget), LIMIT + gamma, read=tokens[1])
+        rounds = rounds_of(pair, gamma, LIMIT)
+        return tokens_of(pair, rounds)[0], rounds[0]
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +203,7 @@ def test_the_trained_range_counts_prompt_and_continuation(
     bench: Bench, tmp_path: Path, trained: int, inside: bool
 ) -> None:
     evaluator = bench.evaluator()
-    evaluator.drafters = [(replace(d, trained_positions=trained), model) for d, model in evaluator.drafters]
+    evaluator.drafters = [(replace(d, trained_positions=trained), *pair) for d, *pair in evaluator.drafters]
     task = bench.task(tmp_path, "replay", 0, 1)
     evaluator(task)
     assert {row.in_trained_range for row in read_rows(task.output, PromptRow)} == {inside}
@@ -254,16 +252,18 @@ def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch:
     runs: list[str] = []
     plain = measure.Bench.autoregressive
 
-    def counted(self: measure.Bench, chance: measure.Chance) -> measure.Timed:
-        runs.append(self.prompt.prompt_id)
-        return plain(self, chance)
+    def counted(self: measure.Bench, chance: measure.Chance, eos: frozenset[int]) -> measure.Timed:
+        runs.append(self.prompts[0].prompt_id)
+        return plain(self, chance, eos)
 
     monkeypatch.setattr(measure.Bench, "autoregressive", counted)
-    task = bench.task(tmp_path, "measure", 0, 2)
-    bench.evaluator()(task)
+    evaluator = bench.evaluator()
+    tasks = [bench.task(tmp_path, "measure", at, at + 1) for at in (0, 1)]
+    for task in tasks:
+        evaluator(task)
     first, second = (prompt.prompt_id for prompt in bench.prompts[:2])
     assert (runs.count(first), runs.count(second)) == (3, 2)
-    assert all(len(row.ar_decode_s) == 2 for row in read_rows(task.output, PromptRow))
+    assert all(len(row.ar_decode_s) == 2 for task in tasks for row in read_rows(task.output, PromptRow))
 
 
 def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_path: Path) -> None:
@@ -276,15 +276,57 @@ def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_p
 def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
     """The gap is that of the two best logits of a plain forward; the noise is rounding."""
     prompt, continuation = bench.prompts[0], bench.continuations[0].tokens
-    held = measure.Bench(bench.pair[0], prompt, 5)
+    held = measure.Bench(measure.Sides("none"), decode_model(bench.pair[0]), [prompt], 5)
     other = [*continuation[:7], (continuation[7] + 1) % VOCABULARY, *continuation[8:]]
-    gap, noise = held.divergence(continuation, other)
+    gap, noise = held.divergence(0, continuation, other)
     with torch.no_grad():
         logits = bench.pair[0](input_ids=torch.tensor([prompt.tokens + continuation[:7]])).logits[0, -1]
     best = logits.topk(2).values
     assert gap == pytest.approx(float(best[0] - best[1]), abs=1e-3)
     assert gap == pytest.approx(bench.continuations[0].gaps[7], abs=1e-3)
     assert 0 <= noise < 1e-3 < gap
+
+
+def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: Bench, tmp_path: Path) -> None:
+    """Counts and texts are a prompt's own; what they shared, time, is divided evenly."""
+    found = {}
+    for together in (1, 3):
+        measured = {"gammas": [2], "budgets": [16], "repeats": 2, "prompts_together": together}
+        task = bench.task(tmp_path / str(together), "measure", last=3)
+        bench.evaluator(changes={"sweep.measure": measured})(task)
+        rows = read_rows(task.output, PromptRow)
+        assert all(row.exact and row.prompts_together == together for row in rows)
+        found[together] = [(key(row), counts(row), row.text, row.target_kv_bytes) for row in rows]
+        assert len({tuple(row.ar_decode_s) for row in rows}) == 3 // together
+    assert sorted(found[1]) == sorted(found[3]) and len(found[1]) == 2 * 3
+
+
+def test_thresholds_are_an_axis_of_the_measured_cells(bench: Bench, tmp_path: Path) -> None:
+    changes = {
+        "decode.draft_length": "adaptive",
+        "sweep.thresholds": [0.0, 0.6],
+        "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 1},
+    }
+    task = bench.task(tmp_path, "measure", last=2)
+    bench.evaluator(changes=changes)(task)
+    rows = {(row.prompt_id, row.threshold): row for row in read_rows(task.output, PromptRow)}
+    assert len(rows) == 4 and all(row.exact for row in rows.values())
+    for prompt in bench.prompts[:2]:
+        fixed, adaptive = rows[prompt.prompt_id, 0.0], rows[prompt.prompt_id, 0.6]
+        assert fixed.num_proposed > adaptive.num_proposed >= adaptive.num_rounds
+        assert fixed.text == adaptive.text
+
+
+def test_what_does_not_fit_into_memory_fails_before_it_is_made(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "available_memory", lambda device: 100_000)
+    task = bench.task(tmp_path, "measure", last=2)
+    changes = {"sweep.measure": {"prompts_together": 2}}
+    assert bench.evaluator(changes=changes)(task) == (0, 2)
+    error = read_rows(task.failures, FailedCell)[0].error
+    assert error.startswith("NotEnoughMemory: decoding 2 prompt(s) of 64 kept entries with ")
+    assert "lower sweep.measure.prompts_together, the contexts or data.max_new_tokens" in error
 
 
 def test_only_the_named_drafters_are_measured(bench: Bench, tmp_path: Path) -> None:
@@ -336,9 +378,7 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
 
     broken = without_norm(bench, tmp_path / "broken")
     evaluator = bench.evaluator(names, changes)
-    evaluator.drafters = [
-        (evaluator.drafters[0][0], load_model(broken, VOCABULARY)), evaluator.drafters[1]
-    ]  # fmt: skip
+    evaluator.drafters[0] = (evaluator.drafters[0][0], *evaluator.load(broken))
     task = bench.task(tmp_path / "again", mode, last=last)
     views = 2 * 7 if mode == "replay" else 1  # replay fails view by view, a measured prompt as a whole
     assert evaluator(task) == (rows // 2, views * last)
@@ -379,8 +419,8 @@ def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
     model.load_state_dict(state | {"lm_head.weight": embedding.clone()})
     model.model.embed_tokens.weight.data[late[0]] = float("nan")
     evaluator = bench.evaluator(["poor", "drafter"])
-    broken = load_model(save_model(model, tmp_path / "late"), VOCABULARY)
-    evaluator.drafters = [(evaluator.drafters[0][0], broken), evaluator.drafters[1]]
+    broken = evaluator.load(save_model(model, tmp_path / "late"))
+    evaluator.drafters[0] = (evaluator.drafters[0][0], *broken)
     task = bench.task(tmp_path, "measure", last=2)
     rows, failed = evaluator(task)
     assert failed >= 1 and rows == 16 + 8, "both prompts of one drafter, the first of the other"

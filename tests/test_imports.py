@@ -24,7 +24,7 @@ ONLY_IN = {
     "deepspeed": "jobs/deepspeed_engine.py",
     "mlflow": "jobs/tracking.py",
 }
-DECODING_CORE = ("kv", "policies", "decoding", "replay", "metrics", "models")
+DECODING_CORE = ("kv", "policies", "slots", "lean", "steps", "decoding", "replay", "metrics", "models")
 
 IMPORT_ALL = """
 import importlib, sys

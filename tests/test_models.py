@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.config import Labels, PretrainedModel, ScratchModel
-from pipeline.decoding import Sampler, autoregressive, speculate
+from pipeline.decoding import Sampler
 from pipeline.errors import BadData
-from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from pipeline.kv import read_prefix, view_of
 from pipeline.models import (
     ModelRef,
     build_scratch,
@@ -30,6 +30,7 @@ from pipeline.models import (
 )
 from pipeline.replay import match_views
 from pipeline.teacher import label_sequences
+from tests.pairs import make_pair, plain_tokens, rounds_of
 from tests.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
 
 TOKENS = torch.from_numpy(numbers(2, 60, seed=8).astype(np.int64))
@@ -126,15 +127,13 @@ def test_a_padded_vocabulary_decodes_as_without_padding(
     for number in (0, 1):
         large, small = (load_model(refs[name][number], VOCABULARY) for name in ("target", "drafter"))
         text = []
-        for sampler in (lambda: Sampler(), lambda: Sampler.seeded(1.3, 5)):
-            views, logits = read_prefix(large, TOKENS[:1], [(60, FULL)])
-            (kept,), _ = read_prefix(small, TOKENS[:1], [(60, view_of("streaming", 24))])
-            assert logits.shape[-1] == VOCABULARY
-            first = int(logits.argmax())
-            ar = autoregressive(large, ViewCache(views, 20), 60, first, 20, frozenset(), sampler())
-            text.append([first, *ar])
-            caches = ViewCache(views, 24), ViewCache([kept], 24)
-            text.append(list(speculate(large, small, *caches, 60, first, 4, 20, frozenset(), sampler())))
+        (kept,), logits = read_prefix(small, TOKENS[:1], [(60, view_of("streaming", 24))])
+        assert logits.shape[-1] == VOCABULARY
+        pair = make_pair(large, small, [TOKENS[:1]], view_of("streaming", 24), 24)
+        for temperature in (0.0, 1.3):
+            (plain,) = plain_tokens(pair, 20, sampler=Sampler.seeded(temperature, [5]))
+            (rounds,) = rounds_of(pair, 4, 20, sampler=Sampler.seeded(temperature, [5]))
+            text += [plain, rounds]
         text.append(match_views(small, [kept], text[0])[0].tolist())
         labels = label_sequences(large, TOKENS.numpy(), Labels(top_k=4))
         results.append((text, labels))

@@ -20,16 +20,18 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pipeline.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.config import Config
-from pipeline.decoding import Sampler, autoregressive, speculate
-from pipeline.kv import FULL, View, ViewCache, read_prefix, view_of
-from pipeline.objectives import MultiView, NextToken, window_logits
+from pipeline.kv import FULL, View, view_of
+from pipeline.losses import plain_head
+from pipeline.objectives import MultiView, NextToken, window_scores
 from pipeline.policies import SNAP_WINDOW, select
 from pipeline.rows import Continuation
+from tests.pairs import make_pair, plain_tokens, rounds_of
 from tests.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
 
 CPU = torch.device("cpu")
 SEQUENCE, WINDOW = 80, 12
 LABELS_K = 6
+NO_LIMIT = 2**40
 
 
 def dense_attention(
@@ -162,7 +164,7 @@ def test_window_logits_are_those_of_separate_dense_forwards(model: PreTrainedMod
     tokens = torch.from_numpy(numbers(2, SEQUENCE, seed=3).astype(np.int64))
     starts, views = (61, 37, 25), [FULL, view_of(policy, 32), view_of(policy, 24), view_of(policy, 0)]
     with torch.no_grad():
-        ours = window_logits(model, tokens, starts, WINDOW, views)
+        ours = window_scores(model, tokens, starts, WINDOW, views, NO_LIMIT)
         for view, logits in zip(views, ours, strict=True):
             separate = [oracle_logits(model, tokens, start, view).flatten(0, 1) for start in starts]
             torch.testing.assert_close(logits, torch.cat(separate), atol=1e-8, rtol=1e-8)
@@ -171,7 +173,7 @@ def test_window_logits_are_those_of_separate_dense_forwards(model: PreTrainedMod
 def test_a_budget_of_the_whole_prefix_is_the_full_view(model: PreTrainedModel) -> None:
     tokens = torch.from_numpy(numbers(2, SEQUENCE, seed=3).astype(np.int64))
     with torch.no_grad():
-        full, wide = window_logits(model, tokens, (60, 36), WINDOW, [FULL, view_of("snapkv", 64)])
+        full, wide = window_scores(model, tokens, (60, 36), WINDOW, [FULL, view_of("snapkv", 64)], NO_LIMIT)
     torch.testing.assert_close(full, wide, atol=1e-10, rtol=1e-10)
 
 
@@ -225,10 +227,50 @@ def test_budgets_drawn_twice_count_twice(model: PreTrainedModel, data: LabelledS
     assert abs(float((ours - oracle_loss(model, config, data, unweighted, rows)).detach())) > 1e-4
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl", "total_variation"])
+def test_losses_without_logits_are_those_of_logits(
+    make_model: Callable[..., PreTrainedModel],
+    data: LabelledSequences,
+    loss: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Value and gradients; and the head never runs, so that no logits can have been made."""
+    variant = {"budgets": {16: 1.0, 32: 1.0}, "full_loss": loss, "sparse_loss": loss}
+    model = make_model(layers=2, seed=4).train()
+    found = []
+    for limit in (256, 0):
+        config = config_for(variant, max_logits_mib=limit)
+        objective = MultiView(config, config.train.variants[0], data, [], CPU)
+        if limit == 0:
+            head = model.get_output_embeddings()
+            monkeypatch.setattr(head, "forward", lambda x: x.new_zeros(*x.shape[:-1], VOCABULARY))
+        value, _ = objective.loss(model, 0, 0)
+        found.append((float(value.detach()), gradients(model, value)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["bias", "softcap", "partitioned"])
+def test_heads_that_are_more_than_a_product_keep_their_logits(
+    make_model: Callable[..., PreTrainedModel], change: str
+) -> None:
+    model = copy.deepcopy(make_model(layers=1))
+    assert plain_head(model) is not None
+    head = model.get_output_embeddings()
+    if change == "bias":
+        head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    elif change == "softcap":
+        model.config.final_logit_softcapping = 30.0
+    else:
+        head.weight.ds_id = 3  # as DeepSpeed's ZeRO-3 marks it
+    assert plain_head(model) is None
+
+
 def test_no_gradient_flows_through_the_prefix(model: PreTrainedModel) -> None:
     """With the prefix's keys and values attached the gradient is another one, so the oracle would notice."""
     tokens = torch.from_numpy(numbers(1, SEQUENCE, seed=3).astype(np.int64))
-    (ours,) = window_logits(model, tokens, (60,), WINDOW, [FULL])
+    (ours,) = window_scores(model, tokens, (60,), WINDOW, [FULL], NO_LIMIT)
     found = gradients(model, ours.square().mean())
     detached = gradients(model, oracle_logits(model, tokens, 60, FULL).square().mean())
     attached = gradients(model, oracle_logits(model, tokens, 60, FULL, detach=False).square().mean())
@@ -288,19 +330,13 @@ def test_validation_acceptance_is_that_of_decoding(
     counts = {"b16": [0, 0], "full": [0, 0], "b0": [0, 0]}
     for number, prompt in enumerate(tiny_prompts("validation", 3, 44, limit)):
         tokens = torch.tensor([prompt.tokens])
-        views, logits = read_prefix(target, tokens, [(44, FULL)])
-        first = int(logits.argmax())
-        plain = [
-            first,
-            *autoregressive(target, ViewCache(views, limit), 44, first, limit, frozenset(), Sampler()),
-        ]
+        (plain,) = plain_tokens(make_pair(target, drafter, [tokens], FULL, limit), limit)
         eos = frozenset({plain[9]}) if number == 1 else frozenset[int]()
         if eos:
             plain = plain[: plain.index(plain[9]) + 1]
         for name, budget in (("b16", 16), ("full", "full"), ("b0", 0)):
-            (kept,), _ = read_prefix(drafter, tokens, [(44, view_of("streaming", budget))])
-            caches = ViewCache(views, limit + 3), ViewCache([kept], limit + 3)
-            for one in speculate(target, drafter, *caches, 44, first, 3, limit, eos, Sampler()):
+            pair = make_pair(target, drafter, [tokens], view_of("streaming", budget), limit + 3)
+            for one in rounds_of(pair, 3, limit, eos)[0]:
                 counts[name][0] += one.accepted
                 counts[name][1] += one.proposed
         pairs.append(

@@ -6,9 +6,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from pipeline import replay
-from pipeline.decoding import Sampler, autoregressive, speculate
-from pipeline.kv import FULL, ViewCache, read_prefix, view_of
+from pipeline.kv import read_prefix, view_of
 from tests.conftest import random_tokens
+from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of
 
 GRID = [("chunk_topk", 16), ("chunk_topk", 32), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full")]
 
@@ -21,27 +21,19 @@ def test_replay_is_decoding_round_by_round(
     limit, checked = 29, 0
     for seed in range(4):
         tokens = random_tokens(1, 41 + 3 * seed, seed)
-        S = tokens.shape[1]
-        target_views, logits = read_prefix(target, tokens, [(S, FULL)])
-        first, eos = int(logits.argmax()), frozenset[int]()
-        plain = [
-            first,
-            *autoregressive(target, ViewCache(target_views, limit), S, first, limit, eos, Sampler()),
-        ]
+        pairs = [make_pair(target, drafter, [tokens], view_of(*cell), limit + 40) for cell in GRID]
+        (plain,), eos = plain_tokens(pairs[0], limit), NEVER
         if ends:
             eos = frozenset({plain[11 + 4 * seed]})
             plain = plain[: next(i for i, token in enumerate(plain) if token in eos) + 1]
-        views, _ = read_prefix(drafter, tokens, [(S, view_of(*cell)) for cell in GRID])
+        views, _ = read_prefix(drafter, tokens, [(tokens.shape[1], view_of(*cell)) for cell in GRID])
         if len(plain) < 2:
             continue
         matches, finite = replay.match_views(drafter, views, plain)
         assert finite.all()
-        for view, match in zip(views, matches.tolist(), strict=True):
+        for pair, match in zip(pairs, matches.tolist(), strict=True):
             for gamma in (1, 2, 3, 7, 40):
-                decoded = speculate(
-                    target, drafter, ViewCache(target_views, limit + gamma), ViewCache([view], limit + gamma),
-                    S, first, gamma, limit, eos, Sampler(),
-                )  # fmt: skip
+                (decoded,) = rounds_of(pair, gamma, limit, eos)
                 decoded_rounds = [(one.proposed, one.accepted, len(one.tokens)) for one in decoded]
                 assert replay.rounds(match, gamma, limit, ends) == decoded_rounds
                 checked += 1

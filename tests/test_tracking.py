@@ -218,6 +218,7 @@ def test_sweep_runs(config: Config, client: MlflowClient) -> None:
         "policy": "chunk_topk",
         "budget": "256",
         "control": "none",
+        "threshold": "0.0",
         "temperature": "0.0",
         "seed": "0",
     }

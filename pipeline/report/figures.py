@@ -76,7 +76,10 @@ def draw_all(
     measured = [
         c
         for c in cells
-        if c.speedup is not None and c.control is None and (c.temperature, c.seed) == sampling
+        if c.speedup is not None
+        and c.control is None
+        and not c.threshold
+        and (c.temperature, c.seed) == sampling
     ]
     draws: dict[str, Callable[[], Drawn]] = {
         f"acceptance_by_budget_{policy}": partial(acceptance_by_budget, shown, axes, policy)

@@ -42,6 +42,7 @@ def summarise(
         replay_check=replay_check(prompt_rows),
         acceptance=estimates(cells, "acceptance"),
         speedup=estimates(cells, "speedup"),
+        compile_s=sum(row.compile_s or 0.0 for row in prompt_rows),
         ar_tokens_per_s=ar_speeds(prompt_rows, axes, samples, seed),
         headline=gains(by_cell, axes, resampling),
         controls=control_gaps(by_cell, axes, resampling),
@@ -156,8 +157,9 @@ def speed_findings(summary: Summary, axes: Axes) -> list[str]:
             if not here:
                 continue
             best = max(here, key=lambda s: s.mean)
+            stops = f" stopping under {best.threshold:g}" if best.threshold else ""
             what = (
-                f"{best.drafter}, {best.policy}, {budget_text(best.budget)}, γ = {best.gamma} at "
+                f"{best.drafter}, {best.policy}, {budget_text(best.budget)}, γ = {best.gamma}{stops} at "
                 f"{best.mean:.2f}× [{best.low:.2f}, {best.high:.2f}] of autoregressive decode speed"
             )
             if best.low > 1:

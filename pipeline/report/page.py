@@ -87,6 +87,8 @@ def render(inputs: PageInputs) -> str:
         measured=[cell for cell in inputs.cells if cell.speedup is not None][:MOST_CELLS],
         cells=inputs.cells[:MOST_CELLS],
         sampled=any(cell.temperature > 0 for cell in inputs.cells),
+        adaptive=any(cell.threshold > 0 for cell in inputs.cells),
+        decode=config.decode,
         num_cells=len(inputs.cells),
         failed=inputs.failed[:MOST_FAILED],
         num_failed=len(inputs.failed),

@@ -73,13 +73,17 @@ class Stage(Row):
 
 
 class Summary(Row):
-    """`summary.json`. All acceptance figures are shares, intervals are 95 % over prompts."""
+    """`summary.json`. All acceptance figures are shares, intervals are 95 % over prompts.
+
+    `compile_s` is what compiling for the measured cells took, outside all timings.
+    """
 
     stages: tuple[Stage, ...] = ()
     lossless: Lossless
     replay_check: ReplayCheck
     acceptance: list[Estimate]
     speedup: list[Estimate]
+    compile_s: float
     ar_tokens_per_s: list[ArSpeed]
     headline: list[Gain]
     controls: list[ControlGap]

@@ -31,6 +31,7 @@ class CellKey(NamedTuple):
     budget: Budget
     control: str | None
     gamma: int
+    threshold: float
     temperature: float
     seed: int
 
@@ -38,7 +39,7 @@ class CellKey(NamedTuple):
     def of(row: Cell) -> CellKey:
         return CellKey(
             row.drafter, row.dataset, row.context, row.policy, row.budget,
-            row.control, row.gamma, row.temperature, row.seed,
+            row.control, row.gamma, row.threshold, row.temperature, row.seed,
         )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ class Axes:
         return (
             self.datasets.index(cell.dataset), self.contexts[cell.context], cell.context, cell.policy,
             self.drafters.index(cell.drafter), cell.temperature, cell.seed, cell.control or "",
-            budget_order(cell.budget), cell.gamma,
+            budget_order(cell.budget), cell.gamma, cell.threshold,
         )  # fmt: skip
 
 
@@ -106,8 +107,13 @@ def group(rows: Iterable[PromptRow], mode: Mode) -> dict[CellKey, PromptRows]:
 
 
 def replayed_or_measured(rows: Sequence[PromptRow]) -> dict[CellKey, PromptRows]:
-    """Rows by cell and prompt: the replay's where there are any (they are more), else the measured ones."""
-    return group(rows, "measure") | group(rows, "replay")
+    """Rows by cell and prompt: the replay's where there are any (they are more), else the measured ones.
+
+    Without the cells that stop drafting early: what they propose depends on the drafter's confidence, so that
+    their acceptance compares with nothing.
+    """
+    cells = group(rows, "measure") | group(rows, "replay")
+    return {key: prompts for key, prompts in cells.items() if not key.threshold}
 
 
 def accepted_of_proposed(rows: Sequence[PromptRow]) -> tuple[list[int], list[int]]:
@@ -215,7 +221,7 @@ def estimates(cells: Sequence[CellRow], what: Literal["acceptance", "speedup"]) 
     """Acceptance of every cell (the replay's where there is one: it has more prompts), or its speedup."""
     chosen: dict[CellKey, CellRow] = {}
     for cell in cells:
-        wanted = cell.speedup is not None if what == "speedup" else True
+        wanted = cell.speedup is not None if what == "speedup" else not cell.threshold
         if wanted and (cell.mode == "replay" or CellKey.of(cell) not in chosen):
             chosen[CellKey.of(cell)] = cell
     return [

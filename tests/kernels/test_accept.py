@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from kernels import accept, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Accept = Callable[..., tuple[Tensor, Tensor]]
 BOTH = pytest.mark.parametrize(
-    "rejection_accept", [accept.rejection_accept, reference.rejection_accept_batch], ids=["triton", "oracle"]
+    "rejection_accept", [accept.rejection_accept, reference.rejection_accept], ids=["triton", "oracle"]
 )
 
 
@@ -40,6 +41,44 @@ def rounds(
     return draft.to(DEVICE), q.to(DEVICE), p.to(DEVICE), uniforms.to(DEVICE)
 
 
+def round_by_round(
+    draft: Tensor, q: Tensor, p: Tensor, uniforms: Tensor, lengths: Tensor | None = None
+) -> tuple[list[int], list[int]]:
+    """Rejection sampling as the paper tells it, one round and one number at a time, in double precision."""
+    accepted, following = [], []
+    for row, T in enumerate([draft.shape[1]] * len(draft) if lengths is None else lengths.tolist()):
+        count = 0
+        while count < T:
+            token = int(draft[row, count])
+            if not float(uniforms[row, count]) * float(q[row, count, token]) < float(p[row, count, token]):
+                break
+            count += 1
+        weights = [float(x) for x in p[row, count]]
+        if count < T:
+            rest = [max(0.0, a - float(b)) for a, b in zip(weights, q[row, count], strict=True)]
+            weights = rest if sum(rest) > 0 else weights
+        threshold, sums = float(uniforms[row, -1]) * sum(weights), list(itertools.accumulate(weights))
+        accepted.append(count)
+        following.append(next(v for v, w in enumerate(weights) if w and sums[v] > threshold))
+    return accepted, following
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("T", "V"), [(1, 5), (4, 97), (7, 1000)])
+def test_the_oracle_is_the_paper_round_by_round(T: int, V: int, ragged: bool) -> None:
+    given = [tensor.cpu() for tensor in rounds(40, T, V, torch.float32, seed=T)]
+    lengths = torch.arange(40).remainder(T + 1) if ragged else None
+    accepted, following = reference.rejection_accept(*given, lengths_B=lengths)
+    assert (accepted.tolist(), following.tolist()) == round_by_round(*given, lengths)
+    target = given[2].argmax(-1)
+    accepted, following = reference.greedy_accept(given[0], target, lengths)
+    for row, (count, token) in enumerate(zip(accepted.tolist(), following.tolist(), strict=True)):
+        length = T if lengths is None else int(lengths[row])
+        same = [int(a) == int(b) for a, b in zip(given[0][row, :length], target[row], strict=False)]
+        assert count == (same.index(False) if False in same else length)
+        assert token == int(target[row, count])
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("T", [1, 5, 7, 33])
 def test_greedy_is_the_oracle(T: int, ragged: bool) -> None:
@@ -50,7 +89,7 @@ def test_greedy_is_the_oracle(T: int, ragged: bool) -> None:
     lengths = torch.arange(B).remainder(T + 1) if ragged else None
     given = [None if tensor is None else tensor.to(DEVICE) for tensor in (draft, target, lengths)]
     ours = accept.greedy_accept(*given)  # type: ignore[arg-type]
-    for kernel, oracle in zip(ours, reference.greedy_accept_batch(*given), strict=True):  # type: ignore[arg-type]
+    for kernel, oracle in zip(ours, reference.greedy_accept(*given), strict=True):  # type: ignore[arg-type]
         assert torch.equal(kernel, oracle) and kernel.dtype == torch.int64
 
 
@@ -70,7 +109,7 @@ def test_sampling_is_the_oracle(T: int, V: int, ragged: bool, dtype: torch.dtype
     given = rounds(B, T, V, dtype, seed=V + T)
     lengths = torch.arange(B, device=DEVICE).remainder(T + 1) if ragged else None
     ours = accept.rejection_accept(*given, lengths_B=lengths)
-    theirs = reference.rejection_accept_batch(*given, lengths_B=lengths)
+    theirs = reference.rejection_accept(*given, lengths_B=lengths)
     for kernel, oracle in zip(ours, theirs, strict=True):
         assert torch.equal(kernel, oracle) and kernel.dtype == torch.int64
     assert len(set(ours[0].tolist())) > 1
@@ -124,7 +163,7 @@ def test_a_search_that_rounding_leads_astray_ends_at_a_positive_entry() -> None:
     ("rejection_accept", "B"),
     [
         pytest.param(accept.rejection_accept, 400 if DEVICE == "cpu" else 20000, id="triton"),
-        pytest.param(reference.rejection_accept_batch, 4000, id="oracle"),
+        pytest.param(reference.rejection_accept, 4000, id="oracle"),
     ],
 )
 def test_emitted_tokens_are_distributed_as_the_target(
@@ -161,7 +200,7 @@ def test_equal_distributions_always_accept(dtype: torch.dtype) -> None:
     uniforms[:10, :-1] = 1 - 2.0**-24
     accepted, following = accept.rejection_accept(draft, q, p, uniforms)
     assert (accepted == 7).all()
-    assert torch.equal(following, reference.rejection_accept_batch(draft, q, p, uniforms)[1])
+    assert torch.equal(following, reference.rejection_accept(draft, q, p, uniforms)[1])
 
 
 def test_disjoint_distributions_always_reject_and_draw_from_the_target() -> None:
@@ -174,7 +213,7 @@ def test_disjoint_distributions_always_reject_and_draw_from_the_target() -> None
     given[3][:3, :-1] = 0.0  # 0 · q < 0 is false: even then
     accepted, following = accept.rejection_accept(*given)
     assert (accepted == 0).all() and (following >= 20).all()
-    assert torch.equal(following, reference.rejection_accept_batch(*given)[1])
+    assert torch.equal(following, reference.rejection_accept(*given)[1])
 
 
 @BOTH

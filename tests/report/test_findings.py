@@ -6,7 +6,18 @@ from pipeline.report.tables import cell_rows
 from pipeline.rows import FailedCell
 from tests.report.made import AXES, row, sweep_rows
 
-KEYS = {"drafter", "dataset", "context", "policy", "budget", "control", "gamma", "temperature", "seed"}
+KEYS = {
+    "drafter",
+    "dataset",
+    "context",
+    "policy",
+    "budget",
+    "control",
+    "gamma",
+    "threshold",
+    "temperature",
+    "seed",
+}
 
 
 def summary_of(rows, failed=(), axes=AXES) -> Summary:
@@ -31,6 +42,7 @@ def test_summary_holds_what_other_programs_ask_for(summary):
         "lossless",
         "acceptance",
         "speedup",
+        "compile_s",
         "ar_tokens_per_s",
         "headline",
         "findings",

@@ -1,0 +1,119 @@
+"""The static cache of decoding: per layer one buffer with slots for the kept prefix and for the continuation.
+
+Nothing in it grows or moves: continuation token t of row b sits in slot `kept_B[b] + t` and at position
+`prefix_B[b] + t`. A forward pass is told where its tokens begin, writes their KV there and sees the slots up
+to its own. So rolling back is to begin earlier next time, rows may hold prefixes of different lengths and be
+at different places, and every shape is known before the first token: steps can be compiled and captured once.
+
+Shape legend: B rows, H key/value heads, G query heads per key/value head, S slots, Q new tokens, D head
+width, R room for the continuation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from pipeline.kv import PrefixView
+
+ROUND_SLOTS = 64  # prefixes of nearly equal length share their shapes, and with them compiled steps
+
+
+class Geometry(NamedTuple):
+    """What a model's KV look like."""
+
+    layers: int
+    kv_heads: int
+    groups: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def num_bytes(self, rows: int, slots: int) -> int:
+        """Keys and values of so many rows and slots, all layers."""
+        return 2 * self.layers * rows * self.kv_heads * slots * self.width * self.dtype.itemsize
+
+
+class Place(NamedTuple):
+    """Where Q new tokens of each row go, and what they see. `mask` is None for the Triton kernel."""
+
+    rows_B1: Tensor
+    steps_BQ: Tensor
+    slots_BQ: Tensor
+    positions_BQ: Tensor
+    stored_B: Tensor
+    mask_B1MS: Tensor | None
+
+
+class SlotCache:
+    """Buffers of B rows for prefixes of up to `capacity` kept entries and `room` continuation tokens."""
+
+    def __init__(self, geometry: Geometry, rows: int, capacity: int, room: int) -> None:
+        self.geometry, self.rows, self.capacity, self.room = geometry, rows, capacity, room
+        self.backend = dispatch.backend(geometry.device)
+        shape = (rows, geometry.kv_heads, self.capacity + room, geometry.width)
+        device = geometry.device
+        # Zeros: what a mask hides still meets a weight of 0, which NaN would survive.
+        self.keys = [torch.zeros(shape, dtype=geometry.dtype, device=device) for _ in range(geometry.layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.kept_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.prefix_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.rows_B1 = torch.arange(rows, device=device).unsqueeze(1)
+        self.step_R = torch.arange(room, device=device)
+        self.slot_S = torch.arange(shape[2], device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.geometry.num_bytes(self.rows, self.slot_S.shape[0])
+
+    def load(self, views: Sequence[PrefixView]) -> None:
+        """Begin anew behind these views, one a row."""
+        assert len(views) == self.rows
+        for row, view in enumerate(views):
+            self.load_row(row, view)
+
+    def load_row(self, row: int, view: PrefixView) -> None:
+        """Begin a row anew behind a view of one prefix.
+
+        Raises:
+            ValueError: if the view keeps more than the buffers hold.
+        """
+        if view.kept > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} prefix entries, the view has {view.kept}")
+        for buffers, part in ((self.keys, 0), (self.values, 1)):
+            for buffer, layer in zip(buffers, view.layers, strict=True):
+                buffer[row, :, : view.kept] = layer[part][0]
+                buffer[row, :, view.kept :] = 0
+        self.kept_B[row], self.prefix_B[row] = view.kept, view.prefix_tokens
+
+    def place(self, step_B: Tensor, num_tokens: int) -> Place:
+        """Q = `num_tokens` tokens of each row, the first of them being continuation token `step_B`."""
+        steps_BQ = step_B.unsqueeze(1) + self.step_R[:num_tokens]
+        slots_BQ = steps_BQ + self.kept_B.unsqueeze(1)
+        mask = None
+        if self.backend == "torch":
+            hidden_BQS = self.slot_S > slots_BQ.unsqueeze(2)
+            shape = (self.rows, 1, num_tokens, self.slot_S.shape[0])
+            mask = torch.zeros(shape, dtype=self.geometry.dtype, device=hidden_BQS.device)
+            mask = mask.masked_fill(hidden_BQS.unsqueeze(1), -torch.inf).repeat(1, 1, self.geometry.groups, 1)
+        return Place(
+            self.rows_B1,
+            steps_BQ,
+            slots_BQ,
+            steps_BQ + self.prefix_B.unsqueeze(1),
+            self.kept_B + step_B + num_tokens,
+            mask,
+        )
+
+    def write(self, layer: int, keys_BQHD: Tensor, values_BQHD: Tensor, place: Place) -> None:
+        self.keys[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = keys_BQHD
+        self.values[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = values_BQHD
+
+
+def slots_for(entries: int) -> int:
+    """A capacity for full views of up to `entries`."""
+    return -(-entries // ROUND_SLOTS) * ROUND_SLOTS
