@@ -91,15 +91,16 @@ def verify_attention(
     key_BHSD: Tensor,
     value_BHSD: Tensor,
     scaling: float,
-    length_B: Tensor,
     mask_B1MS: Tensor | None,
+    length_B: Tensor | None,
 ) -> Tensor:
     """Attention [B, H·G, Q, D] of the last Q of the first `length_B` stored tokens, as in `reference`.
 
     Args:
-        mask_B1MS: additive, M = G·Q; asks for torch. None asks for Triton, which needs no mask.
+        mask_B1MS: additive, M = G·Q, for torch.
+        length_B: for Triton, which needs no mask.
     """
-    if mask_B1MS is None:
+    if length_B is not None:
         return _verify_attention(query, key_BHSD, value_BHSD, scaling, length_B)
     # The query heads of one key/value head are folded into the query length: keys are not repeated.
     folded = query.reshape(query.shape[0], key_BHSD.shape[1], -1, query.shape[-1])

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.kv import PrefixView, View, causal_attention, read_prefix, suffix_attention
 from pipeline.policies import SNAP_WINDOW
-from pipeline.slots import Geometry, Place, SlotCache
+from pipeline.slots import Geometry, Place, Rotation, SlotCache
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Their rotation is a function of the position alone; others depend on how long the text has become.
@@ -40,6 +40,11 @@ class DecodeModel(Protocol):
     compilable: bool
     num_tokens: int
     geometry: Geometry
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """Cosines and sines of positions, for the cache to hold; None where the model has its own way."""
+        ...
 
     def hidden(self, tokens_BQ: Tensor, step_B: Tensor, cache: SlotCache) -> Tensor:
         """Final hidden states [B, Q, C] of Q tokens, whose KV go into the cache at `step_B` and on."""
@@ -142,7 +147,8 @@ class LeanModel:
 
     def hidden(self, tokens_BQ: Tensor, step_B: Tensor, cache: SlotCache) -> Tensor:
         place = cache.place(step_B, tokens_BQ.shape[1])
-        cos, sin = self.rotation(place.positions_BQ)
+        assert cache.turns is not None, "the cache of a lean model holds its rotations"
+        cos, sin = (turns[place.rows_B1, place.steps_BQ] for turns in cache.turns)
         x_BQC = F.embedding(tokens_BQ, self.embedding)
         for number, layer in enumerate(self.layers):
             query, key, value = self.project(layer, self.rms_norm(x_BQC, layer.input_norm), cos, sin)
@@ -177,7 +183,7 @@ class LeanModel:
         query = query_BQhD.transpose(1, 2)
         keys, values = cache.keys[number], cache.values[number]
         scaling = self.geometry.width**-0.5
-        out = dispatch.verify_attention(query, keys, values, scaling, place.stored_B, place.mask_B1MS)
+        out = dispatch.verify_attention(query, keys, values, scaling, place.mask_B1MS, place.stored_B)
         return out.transpose(1, 2).flatten(2)
 
     def mlp(self, layer: LeanLayer, x: Tensor) -> Tensor:
@@ -240,6 +246,7 @@ class ModuleModel:
     """Any other architecture with transformers' attention interface; neither compiled nor chunked."""
 
     compilable = False
+    rotation: Rotation | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -259,7 +266,7 @@ class ModuleModel:
         place = cache.place(step_B, tokens_BQ.shape[1])
         return self.model.base_model(
             input_ids=tokens_BQ,
-            position_ids=place.positions_BQ,
+            position_ids=place.steps_BQ + cache.prefix_B.unsqueeze(1),
             view_cache=SlotWriter(cache, place),
             use_cache=False,
         ).last_hidden_state
@@ -284,6 +291,6 @@ class SlotWriter(NamedTuple):
             self.cache.keys[layer],
             self.cache.values[layer],
             scaling,
-            self.place.stored_B,
             self.place.mask_B1MS,
+            self.place.stored_B,
         )

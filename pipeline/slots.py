@@ -11,7 +11,7 @@ width, R room for the continuation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,20 +39,30 @@ class Geometry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where Q new tokens of each row go, and what they see. `mask` is None for the Triton kernel."""
+    """Where Q new tokens of each row go, and what they see.
+
+    Torch's attention takes the mask, the Triton kernel the number of tokens stored with the new ones.
+    """
 
     rows_B1: Tensor
     steps_BQ: Tensor
     slots_BQ: Tensor
-    positions_BQ: Tensor
-    stored_B: Tensor
     mask_B1MS: Tensor | None
+    stored_B: Tensor | None
+
+
+Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class SlotCache:
-    """Buffers of B rows for prefixes of up to `capacity` kept entries and `room` continuation tokens."""
+    """Buffers of B rows for prefixes of up to `capacity` kept entries and `room` continuation tokens.
 
-    def __init__(self, geometry: Geometry, rows: int, capacity: int, room: int) -> None:
+    With a model's `rotation` it also holds the cosines and sines [B, R, …] of the continuation's positions.
+    """
+
+    def __init__(
+        self, geometry: Geometry, rows: int, capacity: int, room: int, rotation: Rotation | None = None
+    ) -> None:
         self.geometry, self.rows, self.capacity, self.room = geometry, rows, capacity, room
         self.backend = dispatch.backend(geometry.device)
         shape = (rows, geometry.kv_heads, self.capacity + room, geometry.width)
@@ -65,6 +75,10 @@ class SlotCache:
         self.rows_B1 = torch.arange(rows, device=device).unsqueeze(1)
         self.step_R = torch.arange(room, device=device)
         self.slot_S = torch.arange(shape[2], device=device)
+        self.seen, self.hidden = torch.tensor([0.0, -torch.inf], dtype=geometry.dtype, device=device)
+        self.rotation, self.turns = rotation, None
+        if rotation is not None:
+            self.turns = rotation(self.step_R.repeat(rows, 1))
 
     @property
     def num_bytes(self) -> int:
@@ -89,25 +103,23 @@ class SlotCache:
                 buffer[row, :, : view.kept] = layer[part][0]
                 buffer[row, :, view.kept :] = 0
         self.kept_B[row], self.prefix_B[row] = view.kept, view.prefix_tokens
+        if self.rotation is not None and self.turns is not None:
+            positions_1R = (view.prefix_tokens + self.step_R).unsqueeze(0)
+            for turns, table in zip(self.turns, self.rotation(positions_1R), strict=True):
+                turns[row] = table[0]
 
     def place(self, step_B: Tensor, num_tokens: int) -> Place:
         """Q = `num_tokens` tokens of each row, the first of them being continuation token `step_B`."""
         steps_BQ = step_B.unsqueeze(1) + self.step_R[:num_tokens]
         slots_BQ = steps_BQ + self.kept_B.unsqueeze(1)
-        mask = None
-        if self.backend == "torch":
-            hidden_BQS = self.slot_S > slots_BQ.unsqueeze(2)
-            shape = (self.rows, 1, num_tokens, self.slot_S.shape[0])
-            mask = torch.zeros(shape, dtype=self.geometry.dtype, device=hidden_BQS.device)
-            mask = mask.masked_fill(hidden_BQS.unsqueeze(1), -torch.inf).repeat(1, 1, self.geometry.groups, 1)
-        return Place(
-            self.rows_B1,
-            steps_BQ,
-            slots_BQ,
-            steps_BQ + self.prefix_B.unsqueeze(1),
-            self.kept_B + step_B + num_tokens,
-            mask,
-        )
+        if self.backend == "triton":
+            stored_B = self.kept_B + step_B + num_tokens
+            return Place(self.rows_B1, steps_BQ, slots_BQ, None, stored_B)
+        mask_BQS = torch.where(self.slot_S > slots_BQ.unsqueeze(2), self.hidden, self.seen)
+        mask_B1MS = mask_BQS.unsqueeze(1)
+        if self.geometry.groups > 1:
+            mask_B1MS = mask_B1MS.repeat(1, 1, self.geometry.groups, 1)
+        return Place(self.rows_B1, steps_BQ, slots_BQ, mask_B1MS, None)
 
     def write(self, layer: int, keys_BQHD: Tensor, values_BQHD: Tensor, place: Place) -> None:
         self.keys[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = keys_BQHD

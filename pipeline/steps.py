@@ -216,7 +216,7 @@ class Side:
         if compile == "cudagraphs" and model.geometry.device.type != "cuda":
             raise ValueError("decode.compile: cudagraphs needs a CUDA device; set inductor or none")
         self.model, self.compile = model, compile
-        self.cache = SlotCache(model.geometry, rows, capacity, room)
+        self.cache = SlotCache(model.geometry, rows, capacity, room, model.rotation)
         self.compile_s = 0.0
         self.ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
 

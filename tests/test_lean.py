@@ -72,7 +72,7 @@ def test_decoding_equals_transformers(name: str) -> None:
     assert type(fast) is (ModuleModel if name in ("olmo2", "llama-dynamic") else LeanModel)
     (view,), logits = fast.prefill(tokens[:, :50], [(50, FULL)])
     torch.testing.assert_close(logits, expected[:, 49], atol=1e-4, rtol=1e-4)
-    cache = SlotCache(fast.geometry, 2, 64, 12)
+    cache = SlotCache(fast.geometry, 2, 64, 12, fast.rotation)
     for row in range(2):
         part = copy.copy(view)
         part.layers = [(keys[row : row + 1], values[row : row + 1]) for keys, values in view.layers]

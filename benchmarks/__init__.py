@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then timings. `python -m benchmarks --help`."""

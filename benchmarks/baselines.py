@@ -1,0 +1,85 @@
+"""Hugging Face `generate` as it is: plain, with a static cache and compiled, and assisted by a drafter."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel
+
+from pipeline.models import load_model  # noqa: F401  (registers the attention that configs may name)
+
+
+@dataclass
+class Clock:
+    """A streamer that notes when tokens come; the prompt comes first."""
+
+    times: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.counts.append(value.numel())
+
+    def end(self) -> None:
+        pass
+
+    def seconds_per_token(self) -> float:
+        """From the first tokens on, so that prefill and the first round are out."""
+        return (self.times[-1] - self.times[1]) / sum(self.counts[2:])
+
+
+def huggingface(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy under transformers' own attention, that never stops by itself."""
+    config = copy.deepcopy(model.config)
+    twin = type(model)._from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config.eos_token_id = None
+    twin.generation_config.pad_token_id = 0
+    return twin.eval().to(model.device)
+
+
+def generate(
+    model: PreTrainedModel, prompt_1S: Tensor, new_tokens: int, compiled: bool = False
+) -> tuple[list[int], float]:
+    """Greedy tokens, and decode seconds a token."""
+    more = {"cache_implementation": "static", "compile_config": compile_everywhere()} if compiled else {}
+    clock = Clock()
+    output = model.generate(
+        prompt_1S,
+        attention_mask=torch.ones_like(prompt_1S),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+        **more,
+    )
+    return output[0, prompt_1S.shape[1] :].tolist(), clock.seconds_per_token()
+
+
+def assisted(
+    model: PreTrainedModel, drafter: PreTrainedModel, prompt_1S: Tensor, new_tokens: int, gamma: int
+) -> tuple[list[int], float]:
+    """Greedy tokens, and decode seconds a token, with γ proposals in every round."""
+    settings = drafter.generation_config
+    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = gamma, "constant"
+    settings.assistant_confidence_threshold = 0.0
+    clock = Clock()
+    output = model.generate(
+        prompt_1S,
+        attention_mask=torch.ones_like(prompt_1S),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+        assistant_model=drafter,
+    )
+    return output[0, prompt_1S.shape[1] :].tolist(), clock.seconds_per_token()
+
+
+def compile_everywhere() -> CompileConfig:
+    """transformers compiles on accelerators only, unless told so."""
+    config = CompileConfig(fullgraph=False, mode="default")
+    config._compile_all_devices = True
+    return config

@@ -1,0 +1,188 @@
+"""Decoding: ours against Hugging Face's, and speculation against our own autoregressive decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.baselines import assisted, generate, huggingface
+from benchmarks.pairs import Ours, Pair, mean
+from benchmarks.rows import Row, interleaved, ratios, row
+from benchmarks.synthetic import synthetic_sampler
+from pipeline.decoding import GREEDY, Sampler
+from pipeline.kv import FULL, view_of
+
+GAMMAS = (2, 4, 8, 16)
+BUDGET = view_of("chunk_topk", 16)
+
+
+def check(pair: Pair, reference: PreTrainedModel) -> None:
+    """Every way to decode gives the same text; nothing is timed if one does not.
+
+    Raises:
+        AssertionError: naming what differs.
+    """
+    forms = {(compile, view.name): Ours(pair, view, max(GAMMAS), compile)
+             for compile in ("none", "inductor") for view in (FULL, BUDGET)}  # fmt: skip
+    for number, prompt in enumerate(pair.prompts):
+        expected, _ = generate(reference, prompt, pair.new_tokens)
+        for name, ours in forms.items():
+            assert ours.plain(number)[0] == expected, f"{pair.name}: AR {name} on prompt {number}"
+            for gamma in GAMMAS:
+                found = ours.speculation(number, gamma)[0]
+                assert found == expected, f"{pair.name}: speculation {name}, γ = {gamma}, prompt {number}"
+    print(f"  {pair.name}: AR and speculation of every form equal Hugging Face's greedy text", flush=True)
+
+
+def over_prompts(pair: Pair, run: Callable[[int], float]) -> Callable[[], float]:
+    """Mean seconds a token over the pair's prompts."""
+    return lambda: mean([run(number) for number in range(len(pair.prompts))])
+
+
+def against_huggingface(
+    pair: Pair, reference: PreTrainedModel, targets: tuple[float, float | None], repeats: int
+) -> list[Row]:
+    """AR, eager and compiled, against `generate`."""
+    eager, compiled = Ours(pair, FULL, 1), Ours(pair, FULL, 1, "inductor")
+
+    def theirs(number: int, compiled: bool) -> float:
+        return generate(reference, pair.prompts[number], pair.new_tokens, compiled)[1]
+
+    runs = {
+        "eager": over_prompts(pair, lambda n: eager.plain(n)[1]),
+        "hf eager": over_prompts(pair, partial(theirs, compiled=False)),
+        "compiled": over_prompts(pair, lambda n: compiled.plain(n)[1]),
+        "hf compiled": over_prompts(pair, partial(theirs, compiled=True)),
+    }
+    seconds = interleaved(runs, repeats)
+    rows = []
+    for form, target in zip(("eager", "compiled"), targets, strict=True):
+        ours, hf = seconds[form], seconds[f"hf {form}"]
+        note = f"{1 / mean(ours):.0f} against {1 / mean(hf):.0f} tokens/s"
+        rows.append(
+            row(f"AR ÷ Hugging Face generate, {form}, {pair.name}", ratios(hf, ours), target, note=note)
+        )
+    return rows
+
+
+def against_assisted(
+    pair: Pair, reference: PreTrainedModel, drafter: PreTrainedModel, target: float | None, repeats: int
+) -> list[Row]:
+    """Speculation against assisted generation, both eager, the drafter with its full cache in both."""
+    ours = Ours(pair, FULL, max(GAMMAS))
+
+    def theirs(number: int, gamma: int) -> float:
+        return assisted(reference, drafter, pair.prompts[number], pair.new_tokens, gamma)[1]
+
+    def mine(number: int, gamma: int) -> float:
+        return ours.speculation(number, gamma)[1]
+
+    runs = {}
+    for gamma in GAMMAS:
+        runs[f"ours {gamma}"] = over_prompts(pair, partial(mine, gamma=gamma))
+        runs[f"hf {gamma}"] = over_prompts(pair, partial(theirs, gamma=gamma))
+    seconds = interleaved(runs, repeats)
+    return [
+        row(
+            f"speculation ÷ Hugging Face assisted, eager, {pair.name}, γ = {gamma}",
+            ratios(seconds[f"hf {gamma}"], seconds[f"ours {gamma}"]),
+            target,
+        )
+        for gamma in GAMMAS
+    ]
+
+
+def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: float | None = None) -> list[Row]:
+    """Speculation behind B = 16 against our best AR; with `rate`, synthetic at that acceptance for γ = 4."""
+    forms = {compile: Ours(pair, BUDGET, max(GAMMAS), compile) for compile in ("none", "inductor")}
+
+    def sampler() -> Sampler:
+        return GREEDY if rate is None else synthetic_sampler(rate, 4)
+
+    runs: dict[str, Callable[[], float]] = {}
+    for name, ours in forms.items():
+        runs[f"AR {name}"] = over_prompts(pair, lambda n, ours=ours: ours.plain(n)[1])  # type: ignore[misc]
+    compiled = forms["inductor"]
+    accepted = {}
+    for gamma in GAMMAS:
+        accepted[gamma] = mean(
+            [compiled.speculation(n, gamma, sampler())[2] for n in range(len(pair.prompts))]
+        )
+        runs[f"{gamma}"] = over_prompts(
+            pair,
+            lambda n, gamma=gamma: compiled.speculation(n, gamma, sampler())[1],  # type: ignore[misc]
+        )
+    seconds = interleaved(runs, repeats)
+    best_ar = min(("AR none", "AR inductor"), key=lambda name: mean(seconds[name]))
+    best = min(GAMMAS, key=lambda gamma: mean(seconds[f"{gamma}"]))
+    rows = []
+    for gamma in GAMMAS:
+        rows.append(
+            row(
+                f"speculation ÷ our best AR, {pair.name}, γ = {gamma}"
+                + (" (best γ)" if gamma == best else ""),
+                ratios(seconds[best_ar], seconds[f"{gamma}"]),
+                target if gamma == best else None,
+                synthetic=rate is not None,
+                note=f"accepted {100 * accepted[gamma]:.0f} % of proposals; best AR is {best_ar[3:]}",
+            )
+        )
+    return rows
+
+
+def cost_ratio(pair: Pair, repeats: int) -> Row:
+    """One compiled draft step behind B = 16, in compiled AR steps."""
+    ours = Ours(pair, BUDGET, 16, "inductor")
+    runs = {
+        "step": over_prompts(pair, lambda n: ours.plain(n)[1]),
+        "draft": over_prompts(pair, lambda n: ours.plain(n, ours.drafter)[1]),
+    }
+    seconds = interleaved(runs, repeats)
+    return row(f"draft step ÷ AR step, compiled, {pair.name}", ratios(seconds["draft"], seconds["step"]))
+
+
+def round_overhead(pair: Pair, target: float | None, repeats: int) -> Row:
+    """The share of a round that is spent outside its draft and verify calls, compiled, γ = 4."""
+    ours = Ours(pair, BUDGET, 4, "inductor")
+    shares = []
+    for _ in range(repeats + 1):
+        ours.target.spent = ours.drafter.spent = 0.0
+        total = 0.0
+        for number in range(len(pair.prompts)):
+            _, seconds, _ = ours.speculation(number, 4)
+            total += seconds * (pair.new_tokens - 1)
+        shares.append(1 - (ours.target.spent + ours.drafter.spent) / total)
+    name = f"share of a round outside its model calls, compiled, {pair.name}"
+    return row(name, shares[1:], target, at_most=True, unit="")
+
+
+def decoding_rows(demo: Pair, deep: Pair, realistic: Pair, repeats: int) -> list[Row]:
+    """All rows of decoding, after the checks."""
+    torch.set_grad_enabled(False)
+    references = {pair.name: huggingface(pair.target) for pair in (demo, deep, realistic)}
+    print("correctness", flush=True)
+    for pair in (demo, deep):
+        check(pair, references[pair.name])
+    rows: list[Row] = []
+
+    def add(made: list[Row]) -> None:
+        rows.extend(made)
+        for one in made:
+            print(f"  {one.row}: {one.value:.3g} [{one.low:.3g}, {one.high:.3g}] {one.note}", flush=True)
+
+    print("decoding", flush=True)
+    few = max(3, repeats // 2)
+    add(against_huggingface(demo, references[demo.name], (1.1, 1.0), repeats))
+    add(against_huggingface(realistic, references[realistic.name], (1.0, 1.0), few))
+    add(against_assisted(demo, references[demo.name], huggingface(demo.drafter), 2.0, repeats))
+    add(against_assisted(deep, references[deep.name], huggingface(deep.drafter), None, few))
+    add(against_ourselves(demo, None, repeats))
+    add([cost_ratio(deep, repeats)])
+    add(against_ourselves(deep, 1.3, repeats))
+    add(against_ourselves(realistic, 2.0, few, rate=0.8))
+    add([round_overhead(demo, 0.10, repeats)])
+    torch.set_grad_enabled(True)
+    return rows

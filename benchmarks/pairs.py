@@ -1,0 +1,166 @@
+"""The pairs of models that decoding is timed on: two that the pipeline trains, and one of realistic cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from pipeline.decoding import GREEDY, Sampler, autoregressive, speculate
+from pipeline.kv import FULL, PrefixView, View
+from pipeline.lean import decode_model
+from pipeline.models import prepare_model
+from pipeline.slots import slots_for
+from pipeline.steps import Compile, Side
+
+NEVER: frozenset[int] = frozenset()
+
+
+@dataclass
+class Pair:
+    """A target, a drafter and prompts [1, S] of one length."""
+
+    name: str
+    target: PreTrainedModel
+    drafter: PreTrainedModel
+    prompts: list[Tensor]
+    new_tokens: int
+
+
+def trained_pair(config_file: str, storage: str, prompts: int) -> Pair:
+    """The target and the last drafter of a config, trained if they are not there yet."""
+    from jobs.pipeline import completed, run_pipeline
+    from pipeline.artifacts import read_rows
+    from pipeline.config_files import load_config
+    from pipeline.errors import BadData
+    from pipeline.models import load_model
+    from pipeline.rows import Prompt
+
+    config = load_config(Path(config_file), [f"storage={storage}"])
+    try:
+        trained = completed(config)
+    except BadData:
+        run_pipeline(config, "train")
+        trained = completed(config)
+    from transformers import AutoTokenizer
+
+    num_tokens = len(AutoTokenizer.from_pretrained(trained.tokenizer))
+    (file,) = (trained.tokenizer.parent / "prompts").glob("test-*.jsonl")
+    chosen = read_rows(file, Prompt)[:prompts]
+    return Pair(
+        config.name,
+        load_model(trained.target, num_tokens),
+        load_model(trained.drafters[config.train.variants[-1].name], num_tokens),
+        [torch.tensor([prompt.tokens]) for prompt in chosen],
+        chosen[0].max_new_tokens,
+    )
+
+
+def realistic_pair() -> Pair:
+    """Random weights: a target of 109 million parameters, a drafter of under two."""
+    target = random_llama(hidden=768, layers=12, heads=12, intermediate=2048)
+    drafter = random_llama(hidden=48, layers=1, heads=4, intermediate=128)
+    assert target.num_parameters() >= 90e6 and drafter.num_parameters() <= 2e6
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 32_000, (1, 512), generator=generator) for _ in range(2)]
+    return Pair("90M", target, drafter, prompts, 33)
+
+
+def random_llama(dtype: torch.dtype = torch.float32, device: str = "cpu", **shape: Any) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        max_position_embeddings=32_768,
+        tie_word_embeddings=device == "cpu",
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, attn_implementation="budgetdraft", dtype=dtype)
+    return prepare_model(model, config.vocab_size)
+
+
+class Watched(Side):
+    """A side that adds up the seconds of its calls."""
+
+    spent = 0.0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.spent += time.perf_counter() - began
+
+    def draft(self, *arguments: Any) -> Any:
+        with self.watch():
+            return super().draft(*arguments)
+
+    def verify(self, *arguments: Any) -> Any:
+        with self.watch():
+            return super().verify(*arguments)
+
+
+class Ours:
+    """A pair in our engine, prefilled, one prompt at a time."""
+
+    def __init__(self, pair: Pair, view: View, most_drafts: int, compile: Compile = "none") -> None:
+        self.pair = pair
+        target, drafter = decode_model(pair.target), decode_model(pair.drafter)
+        length, room = pair.prompts[0].shape[1], pair.new_tokens + most_drafts
+        kept = slots_for(length) if view.budget is None else view.budget
+        self.target = Watched(target, 1, slots_for(length), room, compile)
+        self.drafter = Watched(drafter, 1, kept, room, compile)
+        self.views: list[tuple[list[PrefixView], list[PrefixView], int]] = []
+        for prompt in pair.prompts:
+            full, logits = target.prefill(prompt, [(length, FULL)])
+            sparse, _ = drafter.prefill(prompt, [(length, view)])
+            self.views.append((full, sparse, int(logits.argmax())))
+
+    def load(self, number: int) -> list[int]:
+        full, sparse, first = self.views[number]
+        self.target.cache.load(full)
+        self.drafter.cache.load(sparse)
+        return [first]
+
+    def plain(self, number: int, side: Side | None = None) -> tuple[list[int], float]:
+        """Greedy tokens, and decode seconds a token, of the target or of another side alone."""
+        firsts = self.load(number)
+        began = time.perf_counter()
+        steps = list(autoregressive(side or self.target, firsts, self.pair.new_tokens, NEVER, GREEDY))
+        seconds = time.perf_counter() - began
+        return [*firsts, *(step[0] for step in steps if step[0] is not None)], seconds / len(steps)
+
+    def speculation(
+        self, number: int, gamma: int, sampler: Sampler = GREEDY
+    ) -> tuple[list[int], float, float]:
+        """Tokens, decode seconds a token, and the acceptance rate."""
+        firsts = self.load(number)
+        began = time.perf_counter()
+        rounds = [
+            one
+            for (one,) in speculate(
+                self.target, self.drafter, firsts, gamma, self.pair.new_tokens, NEVER, sampler
+            )
+            if one is not None
+        ]
+        seconds = time.perf_counter() - began
+        tokens = [*firsts, *(token for one in rounds for token in one.tokens)]
+        accepted = sum(one.accepted for one in rounds) / sum(one.proposed for one in rounds)
+        return tokens, seconds / (len(tokens) - 1), accepted
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
