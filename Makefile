@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo test bench lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ demo: setup ## train a target and three drafters on Python's own sources, and re
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -q
+
+bench: setup ## correctness, then every timed row beside its target; writes bench.json
+	$(BIN)/python -m benchmarks
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -183,7 +183,7 @@ def draft_until(
     """
     tokens: list[Tensor] = []
     bests: list[Tensor] = []
-    probabilities: list[Tensor | None] = []
+    probabilities: list[Tensor] = []
     lengths = [0] * tokens_BQ.shape[0]
     drafting = [True] * len(lengths)
     while any(drafting):
@@ -193,7 +193,7 @@ def draft_until(
         )
         tokens.append(tokens_BQ)
         bests.append(best_B)
-        probabilities.append(q_BV)
+        probabilities += [] if q_BV is None else [q_BV]
         for row, confidence in enumerate(confidence_B.tolist()):
             lengths[row] += drafting[row]
             drafting[row] = drafting[row] and len(tokens) < gamma and not confidence < threshold
@@ -202,7 +202,7 @@ def draft_until(
     tokens += tokens[-1:] * padding
     bests += bests[-1:] * padding
     probabilities += probabilities[-1:] * padding
-    q_BTV = None if uniforms_TB is None else torch.stack([q for q in probabilities if q is not None], 1)
+    q_BTV = torch.stack(probabilities, 1) if probabilities else None
     lengths_B = torch.tensor(lengths, device=step_B.device)
     return torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths_B
 

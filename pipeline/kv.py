@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -240,14 +241,23 @@ def suffix_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     """
     B, heads, Q, D = query.shape
     H, stored = key.shape[1], key.shape[2]
-    mask = None
-    if Q > 1:
-        mask = torch.ones(Q, stored, dtype=torch.bool, device=query.device).tril(stored - Q)
-        mask = mask.repeat(heads // H, 1)
+    mask = suffix_mask(Q, stored, heads // H, query.dtype, query.device) if Q > 1 else None
     folded = query.reshape(B, H, -1, D)
     return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).view(
         B, heads, Q, D
     )
+
+
+@lru_cache(maxsize=4)
+def suffix_mask(
+    num_queries: int, stored: int, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Additive mask [groups · Q, S] of the last Q of S tokens; all layers of a forward pass share it."""
+    with torch.inference_mode(False):  # training keeps it for the backward pass, whoever made it
+        hidden = torch.ones(num_queries, stored, dtype=torch.bool, device=device).triu(
+            stored - num_queries + 1
+        )
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(groups, 1)
 
 
 def attend(

@@ -155,14 +155,16 @@ def draft(
     Returns:
         The proposals [B, T], their best logits [B, T], and when sampling their probabilities [B, T, V].
     """
-    tokens, bests, probabilities = [], [], []
+    tokens: list[Tensor] = []
+    bests: list[Tensor] = []
+    probabilities: list[Tensor] = []
     for number in range(count):
         uniform_B = None if uniforms_TB is None else uniforms_TB[number]
         tokens_BQ, step_B, best_B, q_BV, _ = propose(tokens_BQ, step_B, uniform_B)
         tokens.append(tokens_BQ)
         bests.append(best_B)
-        probabilities.append(q_BV)
-    q_BTV = None if uniforms_TB is None else torch.stack(probabilities, 1)
+        probabilities += [] if q_BV is None else [q_BV]
+    q_BTV = torch.stack(probabilities, 1) if probabilities else None
     return torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV
 
 

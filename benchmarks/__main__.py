@@ -1,0 +1,77 @@
+"""`python -m benchmarks`: correctness first, then the table and `bench.json`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.rows import Row, gpu_name, table, write
+
+GROUPS = ("decoding", "training", "memory", "gpu")
+
+
+def main() -> int:
+    """Run the groups asked for. Exit code 1 if a row misses its target, after everything is written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=GROUPS, action="append", help="a group; may be given several times")
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--storage", default="runs", help="where trained pairs are, or will be")
+    parser.add_argument("--repeats", type=int, default=9, help="interleaved repeats of every comparison")
+    given = parser.parse_args()
+    groups = given.only or GROUPS
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+    rows: list[Row] = []
+    if "gpu" in groups:
+        rows += gpu_rows()
+        if rows and rows[0].value is not None:
+            write(rows, given.output)
+    if {"decoding", "training"} & set(groups):
+        from benchmarks.pairs import realistic_pair, trained_pair
+
+        print(f"trained pairs, in {given.storage} (trained now if they are not there)", flush=True)
+        demo = trained_pair("conf/quickstart.yaml", given.storage, prompts=3)
+        deep = trained_pair("conf/deep.yaml", given.storage, prompts=4)
+        if "decoding" in groups:
+            from benchmarks.decoding import decoding_rows
+
+            rows += decoding_rows(demo, deep, realistic_pair(), given.repeats)
+        if "training" in groups:
+            from benchmarks.training import training_rows
+
+            print("training", flush=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                rows += training_rows(demo, deep, given.storage, Path(scratch), given.repeats)
+    if "memory" in groups:
+        from benchmarks.memory import memory_row
+
+        rows.append(memory_row())
+    write(rows, given.output)
+    print(f"\n{table(rows)}\n\n{given.output.resolve()}")
+    return int(any(one.met is False for one in rows))
+
+
+def gpu_rows() -> list[Row]:
+    """The rows that need a GPU; without one they stay empty."""
+    from benchmarks import gpu
+
+    if not torch.cuda.is_available():
+        print("no GPU: its rows stay empty", flush=True)
+        return gpu.missing_rows()
+    from benchmarks import kernels
+
+    print("correctness", flush=True)
+    kernels.check()
+    bandwidth = kernels.copy_bandwidth()
+    print(f"{gpu_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    return [*gpu.rows(gpu.Setting(), bandwidth, gpu_name()), *kernels.kernel_rows(bandwidth)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,216 @@
+"""Decoding at Llama-2-7B's shape on a GPU, with random weights: bandwidth, verification, drafts, speculation.
+
+    python -m benchmarks --only gpu
+
+Needs torch, triton and transformers, and no weights: what is timed does not depend on them. KV caches hold
+random entries, so that no prefill is needed either. `rows` takes any device and shape, so that the whole file
+runs in the tests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.pairs import NEVER, random_llama
+from benchmarks.rows import Row, median, ratios, row
+from benchmarks.synthetic import synthetic_sampler
+from pipeline.decoding import GREEDY, Sampler, autoregressive, speculate
+from pipeline.lean import DecodeModel, decode_model
+from pipeline.steps import Compile, Rule, Side
+
+LLAMA_7B = {"hidden": 4096, "layers": 32, "heads": 32, "intermediate": 11_008}
+LLAMA_68M = {"hidden": 768, "layers": 2, "heads": 12, "intermediate": 3072}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A context of the paper: its acceptance, γ and claimed speedup, and the bandwidth that we aim at."""
+
+    name: str
+    tokens: int
+    acceptance: float
+    gamma: int
+    claimed: float
+    bandwidth: float | None
+
+
+PLACES = (
+    Place("4K", 4096, 0.68, 50, 6.55, 0.65),
+    Place("8K", 8192, 0.52, 15, 4.46, None),
+    Place("16K", 16_384, 0.34, 10, 2.10, 0.75),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run and where."""
+
+    device: str = "cuda"
+    compile: Compile = "cudagraphs"
+    dtype: torch.dtype = torch.bfloat16
+    target: dict[str, Any] = field(default_factory=lambda: LLAMA_7B)
+    drafter: dict[str, Any] = field(default_factory=lambda: LLAMA_68M)
+    places: tuple[Place, ...] = PLACES
+    gammas: tuple[int, ...] = (2, 4, 8, 16, 32)
+    budget: int = 512
+    new_tokens: int = 256
+    repeats: int = 5
+
+    @property
+    def room(self) -> int:
+        """Continuation tokens that every γ needs."""
+        return self.new_tokens + max(*self.gammas, *(place.gamma for place in self.places), 16)
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def random_side(model: DecodeModel, tokens: int, kept: int, room: int, compile: Compile) -> Side:
+    """A side behind a prefix of `tokens`, of which `kept` random entries are in its cache."""
+    side = Side(model, 1, kept, room, compile)
+    generator = torch.Generator(model.geometry.device).manual_seed(0)
+    for buffer in (*side.cache.keys, *side.cache.values):
+        buffer[:, :, :kept].normal_(generator=generator)
+    side.cache.kept_B.fill_(kept)
+    side.cache.prefix_B.fill_(tokens)
+    if side.cache.turns is not None and side.cache.rotation is not None:
+        positions_1R = (tokens + side.cache.step_R).unsqueeze(0)
+        side.cache.turns = side.cache.rotation(positions_1R)
+    return side
+
+
+def step_seconds(step: Callable[[], object], device: str, repeats: int, inner: int = 50) -> list[float]:
+    """Seconds of one step, in runs of `inner` without waiting between them."""
+    for _ in range(3):
+        step()
+    found = []
+    for _ in range(repeats):
+        began = clock(device)
+        for _ in range(inner):
+            step()
+        found.append((clock(device) - began) / inner)
+    return found
+
+
+@torch.no_grad()
+def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
+    """All rows of decoding on this device; `bandwidth` is its measured copy bandwidth, bytes a second."""
+    large = random_llama(setting.dtype, setting.device, **setting.target)
+    small = random_llama(setting.dtype, setting.device, **setting.drafter)
+    embedding = large.get_input_embeddings().weight
+    tied = large.get_output_embeddings().weight is embedding
+    weights = sum(p.nbytes for p in large.parameters()) - (0 if tied else embedding.nbytes)
+    target, drafter = decode_model(large), decode_model(small)
+
+    found = [draft_row(setting, drafter)]
+    for place in setting.places:
+        side = random_side(target, place.tokens, place.tokens, setting.room, setting.compile)
+        plain, verified = step_times(setting, side)
+        read = weights + target.geometry.num_bytes(1, place.tokens)
+        found.append(
+            row(
+                f"GPU AR at Llama-2-7B's shape, {place.name}, share of copy bandwidth",
+                [read / seconds / bandwidth for seconds in plain],
+                place.bandwidth,
+                unit="",
+                note=f"{1e3 * sorted(plain)[len(plain) // 2]:.2f} ms a token",
+            )
+        )
+        wanted = 1.15 if place is setting.places[-1] else None
+        label = f"GPU verify of 16 tokens ÷ one AR step, {place.name}"
+        found.append(row(label, ratios(verified, plain), wanted, at_most=True))
+        drafting = random_side(drafter, place.tokens, setting.budget, setting.room, setting.compile)
+        found += speculation_rows(setting, place, side, drafting)
+        del side, drafting
+    return [replace(one, device=name) for one in found]
+
+
+def draft_row(setting: Setting, drafter: DecodeModel) -> Row:
+    side = random_side(drafter, 4096, setting.budget, setting.room, setting.compile)
+    pair_12 = torch.full((1, 2), 5, device=setting.device)
+    step_1 = torch.full((1,), 3, device=setting.device)
+    draft = partial(side.draft, Rule(), 16, pair_12, step_1, None)
+    times = step_seconds(draft, setting.device, setting.repeats, 10)
+    label = f"GPU draft step of a 68M drafter, B = {setting.budget}, in a graph"
+    return row(label, [1e3 * seconds / 16 for seconds in times], 0.2, at_most=True, unit=" ms")
+
+
+def step_times(setting: Setting, side: Side) -> tuple[list[float], list[float]]:
+    """Seconds of an AR step, and of verifying 16 tokens."""
+    device = setting.device
+    pair_12, zero_1 = torch.full((1, 2), 5, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    draft, best = torch.full((1, 15), 5, device=device), torch.ones(1, 15, device=device)
+    token_11 = pair_12[:, 1:].contiguous()
+    advance = partial(side.advance, Rule(), token_11, zero_1, None)
+    verify = partial(side.verify, Rule(), pair_12, draft, zero_1, best, None, None, zero_1 + 15)
+    return (
+        step_seconds(advance, device, setting.repeats),
+        step_seconds(verify, device, setting.repeats),
+    )
+
+
+def speculation_rows(setting: Setting, place: Place, target: Side, drafter: Side) -> list[Row]:
+    """Every γ against AR; the best one against the paper's claim."""
+    speedups = speculation(setting, place, target, drafter)
+    best = max(speedups, key=lambda gamma: median(speedups[gamma])[0])
+    made = []
+    for gamma, values in speedups.items():
+        notes = [f"acceptance {place.acceptance} at γ = {place.gamma}"]
+        notes += ["the paper's γ"] * (gamma == place.gamma) + ["best γ"] * (gamma == best)
+        label = f"GPU speculation ÷ our graphed AR, {place.name}, γ = {gamma}"
+        wanted = place.claimed if gamma == best else None
+        made.append(row(label, values, wanted, synthetic=True, note=", ".join(notes)))
+    return made
+
+
+def speculation(setting: Setting, place: Place, target: Side, drafter: Side) -> dict[int, list[float]]:
+    """Speedup over AR for every γ, repeat by repeat, interleaved."""
+
+    def plain() -> float:
+        began = clock(setting.device)
+        count = sum(1 for _ in autoregressive(target, [5], setting.new_tokens, NEVER, GREEDY))
+        return (clock(setting.device) - began) / count
+
+    def speculative(gamma: int, sampler: Sampler) -> float:
+        began = clock(setting.device)
+        rounds = list(speculate(target, drafter, [5], gamma, setting.new_tokens, NEVER, sampler))
+        seconds = clock(setting.device) - began
+        return seconds / sum(len(one.tokens) for (one,) in rounds if one is not None)
+
+    gammas = sorted({*setting.gammas, place.gamma})
+    found: dict[int, list[float]] = {gamma: [] for gamma in gammas}
+    for repeat in range(setting.repeats + 1):
+        for gamma in gammas:
+            sampler = synthetic_sampler(place.acceptance, place.gamma, setting.device, seed=repeat)
+            ratio = plain() / speculative(gamma, sampler)
+            if repeat:  # the first compiles
+                found[gamma].append(ratio)
+    return found
+
+
+def missing_rows() -> list[Row]:
+    """The rows that need a GPU, where there is none."""
+    names: list[tuple[str, float, bool, bool]] = [
+        ("draft step of a 68M drafter, B = 512, in a graph", 0.2, True, False),
+        ("chunk_select at 16K, share of copy bandwidth", 0.75, False, False),
+        ("verify_attention of 16 at 16K, share of copy bandwidth", 0.75, False, False),
+        ("verify of 16 tokens ÷ one AR step, 16K", 1.15, True, False),
+    ]
+    for place in PLACES:
+        if place.bandwidth:
+            label = f"AR at Llama-2-7B's shape, {place.name}, share of copy bandwidth"
+            names.append((label, place.bandwidth, False, False))
+        names.append((f"speculation ÷ our graphed AR, {place.name}, best γ", place.claimed, False, True))
+    return [
+        row(f"GPU {label}", [], target, at_most=at_most, synthetic=synthetic)
+        for label, target, at_most, synthetic in names
+    ]
