@@ -176,6 +176,7 @@ def decoding_rows(demo: Pair, deep: Pair, realistic: Pair, repeats: int) -> list
     print("decoding", flush=True)
     few = max(3, repeats // 2)
     add(against_huggingface(demo, references[demo.name], (1.1, 1.0), repeats))
+    add(against_huggingface(deep, references[deep.name], (1.0, 1.0), few))
     add(against_huggingface(realistic, references[realistic.name], (1.0, 1.0), few))
     add(against_assisted(demo, references[demo.name], huggingface(demo.drafter), 2.0, repeats))
     add(against_assisted(deep, references[deep.name], huggingface(deep.drafter), None, few))

@@ -161,6 +161,14 @@ def generate_text(
     gamma: Annotated[
         int | None, typer.Option(min=1, max=128, help="Tokens drafted per round; default: the sweep's first.")
     ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.999999,
+            help="Stop drafting behind a token of less probability; default: the sweep's first.",
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: data.max_new_tokens of the config.")
@@ -182,6 +190,7 @@ def generate_text(
         policy=policy or loaded.sweep.policies[0],
         budget=chosen_budget,
         gamma=gamma or loaded.sweep.gammas[0],
+        threshold=loaded.sweep.thresholds[0] if threshold is None else threshold,
         temperature=temperature,
         max_new_tokens=max_new_tokens or loaded.data.max_new_tokens,
         seed=seed,

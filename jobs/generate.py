@@ -28,6 +28,7 @@ def generate(
     policy: str,
     budget: int | Literal["full"],
     gamma: int,
+    threshold: float,
     temperature: float,
     max_new_tokens: int,
     seed: int,
@@ -71,7 +72,7 @@ def generate(
     # character: what the whole text has gained is printed, but for an unfinished character at its end.
     firsts, sampler = bench.start(chance)
     written, shown = list(firsts), 0
-    for (one,) in speculate(bench.target, drafting, firsts, gamma, max_new_tokens, eos, sampler):
+    for (one,) in speculate(bench.target, drafting, firsts, gamma, max_new_tokens, eos, sampler, threshold):
         assert one is not None, "the only row is at work until the last round"
         written += one.tokens
         text = tokenizer.decode(written, skip_special_tokens=True).rstrip(UNFINISHED)
@@ -80,7 +81,10 @@ def generate(
     print(tokenizer.decode(written, skip_special_tokens=True)[shown:])
 
     bench.autoregressive(chance, eos)
-    plain, timed = bench.autoregressive(chance, eos), bench.speculative(drafting, gamma, chance, eos)
+    plain, timed = (
+        bench.autoregressive(chance, eos),
+        bench.speculative(drafting, gamma, chance, eos, threshold),
+    )
     rounds = timed.rounds[0]
     if not rounds:
         print("[the target ended the text at once: nothing was drafted]")

@@ -162,12 +162,14 @@ def test_generate_passes_settings(minimal: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
     given = ["--prompt-file", str(tmp_path / "prompt.txt"), "--drafter", "full_only", "--budget", "full"]
     given += ["--policy", "snapkv", "--gamma", "7", "--temperature", "0.5", "--max-new-tokens", "9"]
+    given += ["--threshold", "0.25"]
     expected: dict[str, object] = {
         "prompt": "Once upon a time",
         "drafter": "full_only",
         "policy": "snapkv",
         "budget": "full",
         "gamma": 7,
+        "threshold": 0.25,
         "temperature": 0.5,
         "max_new_tokens": 9,
         "seed": 3,

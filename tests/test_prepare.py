@@ -11,10 +11,11 @@ import pytest
 
 from jobs.executor import InlineExecutor
 from jobs.prepare import prepare
+from pipeline.artifacts import Artifact, read_rows
 from pipeline.config import Config
-from pipeline.data.packing import load_prompts, load_tokenizer, sequence_files
-from pipeline.data.tokenizer import train_bpe
+from pipeline.data.tokenizer import read_tokenizer, train_bpe
 from pipeline.errors import BadData
+from pipeline.rows import Prompt
 from tests.data.conftest import bench, book, narrative, story, write_lines
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -22,6 +23,15 @@ SCRATCH = {
     "kind": "scratch", "layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "intermediate": 16,
     "max_positions": 256, "pretrain": {"steps": 1},
 }  # fmt: skip
+
+
+def sequence_files(artifact: Artifact) -> list[Path]:
+    return sorted((artifact.path / "sequences").glob("train-*.npy"))
+
+
+def load_prompts(artifact: Artifact, split: str) -> list[Prompt]:
+    files = sorted((artifact.path / "prompts").glob(f"{split}-*.jsonl"))
+    return [prompt for file in files for prompt in read_rows(file, Prompt)]
 
 
 class Backwards(InlineExecutor):
@@ -99,7 +109,7 @@ def test_everything_comes_out_and_is_counted(tmp_path, root):
     assert counts["documents"]["nqa"] == {"train": 3, "test": 1}
     # The re-wrapped test book, and the story that nqa asks about; the second copy of book 3.
     assert (counts["contaminated"], counts["copies"]) == (2, 1)
-    tokenizer = load_tokenizer(artifact)
+    tokenizer = read_tokenizer(artifact.path / "tokenizer")
     sequences = np.concatenate([np.load(file) for file in sequence_files(artifact)])
     assert sequences.shape == (counts["sequences"], 64) and (sequences[:, 0] == tokenizer.bos_token_id).all()
     training = [story(k) for k in (0, 1, 2, 3, 4, 5, 40, 42)]
@@ -150,7 +160,7 @@ def test_the_targets_tokenizer_is_used_and_the_drafters_compared(tmp_path, root)
     same = make_config(
         tmp_path / "runs", root, sources(), tokenizer={"kind": "target"}, target=target, drafter=target
     )
-    assert len(load_tokenizer(run(same))) == 350
+    assert len(read_tokenizer(run(same).path / "tokenizer")) == 350
     other = {"kind": "pretrained", "path": str(tmp_path / "other")}
     with pytest.raises(BadData, match="must share its target's vocabulary"):
         run(

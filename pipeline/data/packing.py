@@ -1,4 +1,4 @@
-"""Training sequences, and the readers of a finished `prepare` artifact.
+"""Training sequences: pieces of documents, packed in two passes.
 
 A document is cut into non-overlapping pieces; each, after BOS, is one sequence of exactly `sequence_tokens`,
 and what is left at a document's end is not used: no sequence crosses documents. Packing takes two passes, the
@@ -11,17 +11,13 @@ import shutil
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.artifacts import Artifact, read_rows, write_array, write_json, write_text
+from pipeline.artifacts import write_array, write_json, write_text
 from pipeline.data.documents import Part, read_parts
 from pipeline.data.tokenizer import encode, read_tokenizer
-from pipeline.rows import Prompt, Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pipeline.rows import Row
 
 TOKENIZER, DOCUMENTS, SEQUENCES, PROMPTS, PIECES = "tokenizer", "documents", "sequences", "prompts", ".pieces"
 
@@ -130,22 +126,3 @@ def pack(folder: Path, plan: Packing) -> int:
 def remove_pieces(folder: Path) -> None:
     """Remove what the two passes handed over."""
     shutil.rmtree(folder / PIECES, ignore_errors=True)
-
-
-# ── readers of a finished artifact ────────────────────────────────────────────────────────────────
-
-
-def sequence_files(artifact: Artifact) -> list[Path]:
-    """The files of training sequences, in order: `.npy`, [n, sequence_tokens] uint16 or int32."""
-    return sorted((artifact.path / SEQUENCES).glob("train-*.npy"))
-
-
-def load_prompts(artifact: Artifact, split: str) -> list[Prompt]:
-    """The evaluation prompts of "validation" or "test", in the config's order of sources and contexts."""
-    files = [name for name in artifact.manifest["counts"]["prompts"] if name.startswith(f"{split}-")]
-    return [prompt for name in files for prompt in read_rows(artifact.path / PROMPTS / name, Prompt)]
-
-
-def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
-    """The tokenizer of target and drafter; `encode` of a Llama's or of our own adds BOS."""
-    return read_tokenizer(artifact.path / TOKENIZER)
