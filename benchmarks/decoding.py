@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +13,7 @@ from benchmarks.baselines import assisted, generate, huggingface
 from benchmarks.pairs import Ours, Pair, mean
 from benchmarks.rows import Row, interleaved, ratios, row
 from benchmarks.synthetic import synthetic_sampler
-from pipeline.decoding import GREEDY, Sampler
+from pipeline.decoding import GREEDY
 from pipeline.kv import FULL, view_of
 
 GAMMAS = (2, 4, 8, 16)
@@ -98,23 +99,20 @@ def against_assisted(
 def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: float | None = None) -> list[Row]:
     """Speculation behind B = 16 against our best AR; with `rate`, synthetic at that acceptance for γ = 4."""
     forms = {compile: Ours(pair, BUDGET, max(GAMMAS), compile) for compile in ("none", "inductor")}
+    seeds = itertools.count()
+    rates: dict[int, list[float]] = {gamma: [] for gamma in GAMMAS}
 
-    def sampler() -> Sampler:
-        return GREEDY if rate is None else synthetic_sampler(rate, 4)
+    def speculate(number: int, gamma: int) -> float:
+        sampler = GREEDY if rate is None else synthetic_sampler(rate, 4, seed=next(seeds))
+        _, seconds, accepted = forms["inductor"].speculation(number, gamma, sampler)
+        rates[gamma].append(accepted)
+        return seconds
 
-    runs: dict[str, Callable[[], float]] = {}
-    for name, ours in forms.items():
-        runs[f"AR {name}"] = over_prompts(pair, lambda n, ours=ours: ours.plain(n)[1])  # type: ignore[misc]
-    compiled = forms["inductor"]
-    accepted = {}
-    for gamma in GAMMAS:
-        accepted[gamma] = mean(
-            [compiled.speculation(n, gamma, sampler())[2] for n in range(len(pair.prompts))]
-        )
-        runs[f"{gamma}"] = over_prompts(
-            pair,
-            lambda n, gamma=gamma: compiled.speculation(n, gamma, sampler())[1],  # type: ignore[misc]
-        )
+    def plain(number: int, form: str) -> float:
+        return forms[form].plain(number)[1]
+
+    runs = {f"AR {form}": over_prompts(pair, partial(plain, form=form)) for form in forms}
+    runs |= {f"{gamma}": over_prompts(pair, partial(speculate, gamma=gamma)) for gamma in GAMMAS}
     seconds = interleaved(runs, repeats)
     best_ar = min(("AR none", "AR inductor"), key=lambda name: mean(seconds[name]))
     best = min(GAMMAS, key=lambda gamma: mean(seconds[f"{gamma}"]))
@@ -127,7 +125,7 @@ def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: floa
                 ratios(seconds[best_ar], seconds[f"{gamma}"]),
                 target if gamma == best else None,
                 synthetic=rate is not None,
-                note=f"accepted {100 * accepted[gamma]:.0f} % of proposals; best AR is {best_ar[3:]}",
+                note=f"accepted {100 * mean(rates[gamma]):.0f} % of proposals; best AR is {best_ar[3:]}",
             )
         )
     return rows

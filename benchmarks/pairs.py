@@ -34,7 +34,7 @@ class Pair:
     new_tokens: int
 
 
-def trained_pair(config_file: str, storage: str, prompts: int) -> Pair:
+def trained_pair(name: str, config_file: str, storage: str, prompts: int) -> Pair:
     """The target and the last drafter of a config, trained if they are not there yet."""
     from jobs.pipeline import completed, run_pipeline
     from pipeline.artifacts import read_rows
@@ -55,7 +55,7 @@ def trained_pair(config_file: str, storage: str, prompts: int) -> Pair:
     (file,) = (trained.tokenizer.parent / "prompts").glob("test-*.jsonl")
     chosen = read_rows(file, Prompt)[:prompts]
     return Pair(
-        config.name,
+        name,
         load_model(trained.target, num_tokens),
         load_model(trained.drafters[config.train.variants[-1].name], num_tokens),
         [torch.tensor([prompt.tokens]) for prompt in chosen],
@@ -70,7 +70,7 @@ def realistic_pair() -> Pair:
     assert target.num_parameters() >= 90e6 and drafter.num_parameters() <= 2e6
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 32_000, (1, 512), generator=generator) for _ in range(2)]
-    return Pair("90M", target, drafter, prompts, 33)
+    return Pair("90M", target, drafter, prompts, 65)
 
 
 def random_llama(dtype: torch.dtype = torch.float32, device: str = "cpu", **shape: Any) -> PreTrainedModel:
