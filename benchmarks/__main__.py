@@ -36,8 +36,8 @@ def main() -> int:
         from benchmarks.pairs import realistic_pair, trained_pair
 
         print(f"trained pairs, in {given.storage} (trained now if they are not there)", flush=True)
-        demo = trained_pair("demo", "conf/quickstart.yaml", given.storage, prompts=3)
-        deep = trained_pair("deep", "conf/deep.yaml", given.storage, prompts=4)
+        demo = trained_pair("demo", "conf/quickstart.yaml", given.storage, prompts=4)
+        deep = trained_pair("deep", "conf/deep.yaml", given.storage, prompts=8)
         if "decoding" in groups:
             from benchmarks.decoding import decoding_rows
 

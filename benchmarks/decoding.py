@@ -15,8 +15,10 @@ from benchmarks.rows import Row, interleaved, ratios, row
 from benchmarks.synthetic import synthetic_sampler
 from pipeline.decoding import GREEDY
 from pipeline.kv import FULL, view_of
+from pipeline.metrics import repetition_rate
 
 GAMMAS = (2, 4, 8, 16)
+LOOPING = 0.5  # as sweep.looping_rate has it: loops are easy to draft
 BUDGET = view_of("chunk_topk", 16)
 
 
@@ -114,6 +116,7 @@ def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: floa
     runs = {f"AR {form}": over_prompts(pair, partial(plain, form=form)) for form in forms}
     runs |= {f"{gamma}": over_prompts(pair, partial(speculate, gamma=gamma)) for gamma in GAMMAS}
     seconds = interleaved(runs, repeats)
+    loops = sum(repetition_rate(forms["none"].plain(n)[0]) > LOOPING for n in range(len(pair.prompts)))
     best_ar = min(("AR none", "AR inductor"), key=lambda name: mean(seconds[name]))
     best = min(GAMMAS, key=lambda gamma: mean(seconds[f"{gamma}"]))
     rows = []
@@ -125,7 +128,8 @@ def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: floa
                 ratios(seconds[best_ar], seconds[f"{gamma}"]),
                 target if gamma == best else None,
                 synthetic=rate is not None,
-                note=f"accepted {100 * mean(rates[gamma]):.0f} % of proposals; best AR is {best_ar[3:]}",
+                note=f"accepted {100 * mean(rates[gamma]):.0f} % of proposals; best AR is {best_ar[3:]}"
+                + ("" if rate else f"; {loops} of {len(pair.prompts)} texts loop"),
             )
         )
     return rows

@@ -105,7 +105,7 @@ def verify_attention(
     # The query heads of one key/value head are folded into the query length: keys are not repeated.
     folded = query.reshape(query.shape[0], key_BHSD.shape[1], -1, query.shape[-1])
     output = F.scaled_dot_product_attention(folded, key_BHSD, value_BHSD, attn_mask=mask_B1MS, scale=scaling)
-    return output.view(query.shape)
+    return output.reshape(query.shape)
 
 
 def greedy_accept(

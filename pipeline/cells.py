@@ -15,6 +15,8 @@ from pipeline.replay import Counts
 from pipeline.rows import Cell, FailedCell, Prompt, PromptRow
 
 Mode = Literal["replay", "measure"]
+# What a cell may end in without ending the others: logits that are not finite, no memory.
+CELL_ERRORS = (ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,10 @@ def make_failure(
     prompt: Prompt,
     error: Exception,
     cell: ViewCell = ViewCell("all", "full", None),
+    length: DraftLength = DraftLength(0),
 ) -> FailedCell:
-    """A view's cells of one drafter and prompt; by default all of them, which share a prefill."""
-    given = make_cell(drafter, prompt, cell, DraftLength(0), Chance(0.0, sweep.seeds[0]))
+    """A cell, or where γ is 0 all cells of a view, of one drafter and prompt; by default of all views."""
+    given = make_cell(drafter, prompt, cell, length, Chance(0.0, sweep.seeds[0]))
     return FailedCell(
         **given.model_dump(),
         mode=mode,

@@ -489,6 +489,8 @@ class Config(Group):
                 "decode.draft_length: adaptive goes with sweep.thresholds above 0, and fixed with [0.0]; now "
                 f"it is {self.decode.draft_length} with {list(self.sweep.thresholds)}"
             )
+        if self.decode.compile == "cudagraphs" and self.run.device == "cpu":
+            raise ValueError("decode.compile is cudagraphs, which needs a GPU, but run.device is cpu")
         if adaptive and self.sweep.mode == "replay":
             raise ValueError(
                 "decode.draft_length: adaptive needs sweep.mode measure or both; replay has γ only"

@@ -2,8 +2,8 @@
 
 A side is a model with its cache; the target's view is full, the drafter's sparse. The prefix fills positions
 0..S-1; continuation token t sits at position S+t. Token 0 is what the target's prefill gives. The loops are
-iterators, so that a caller can stream, count or time them; they decode one or several prompts at once, and
-the host learns of a round in one transfer.
+iterators, so that a caller can stream, count or time them; they decode one or several prompts at once. The
+host learns of a round in one transfer; where drafting stops early, also of each proposal's confidence.
 
 Shape legend: B rows, one a prompt; T proposals of a round.
 """
@@ -129,15 +129,18 @@ def speculate(
     pair_B2 = torch.cat([unread, unread], 1)
     counts = [1] * len(firsts)
     open_rows = [limit > 1 and first not in eos for first in firsts]
-    all_B = torch.full_like(step_B, gamma)
+    all_lengths, all_B = [gamma] * len(firsts), torch.full_like(step_B, gamma)
     while any(open_rows):
         begin = unread, step_B - (unread.shape[1] - 1), sampler.uniforms(gamma, by_row=False)
         if threshold > 0:
-            draft_BT, best_BT, q_BTV, lengths_B = draft_until(drafter, sampler, threshold, gamma, *begin)
+            draft_BT, best_BT, q_BTV, lengths = draft_until(drafter, sampler, threshold, gamma, *begin)
+            lengths_B = torch.tensor(lengths, device=step_B.device)
         else:
             draft_BT, best_BT, q_BTV = drafter.draft(sampler.rule, gamma, *begin)
-            lengths_B = all_B
-        uniforms_BT1 = sampler.uniforms(draft_BT.shape[1] + 1)
+            lengths, lengths_B = all_lengths, all_B
+        uniforms_BT1 = sampler.uniforms(gamma + 1)
+        if uniforms_BT1 is not None:  # a row's numbers are the same however many the round proposes
+            uniforms_BT1 = torch.cat([uniforms_BT1[:, : draft_BT.shape[1]], uniforms_BT1[:, -1:]], 1)
         told_BR, pair_B2, step_B = target.verify(
             sampler.rule, pair_B2, draft_BT, step_B, best_BT, q_BTV, uniforms_BT1, lengths_B
         )
@@ -145,7 +148,6 @@ def speculate(
         # cheaper than asking which rows accepted everything.
         unread = pair_B2
         told = told_BR.tolist()  # the round's one transfer
-        lengths = [gamma] * len(told) if lengths_B is all_B else lengths_B.tolist()
         rounds: list[Round | None] = []
         for row, (accepted, target_finite, drafter_finite, *tokens) in enumerate(told):
             if not open_rows[row]:
@@ -174,12 +176,12 @@ def draft_until(
     tokens_BQ: Tensor,
     step_B: Tensor,
     uniforms_TB: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
     """Draft until every row has come to a proposal of less confidence than `threshold`, or to γ.
 
     Returns:
         What `draft` gives, padded to a power of two or γ so that verification has few shapes, and the number
-        of proposals [B] of each row.
+        of proposals of each row.
     """
     tokens: list[Tensor] = []
     bests: list[Tensor] = []
@@ -203,8 +205,7 @@ def draft_until(
     bests += bests[-1:] * padding
     probabilities += probabilities[-1:] * padding
     q_BTV = torch.stack(probabilities, 1) if probabilities else None
-    lengths_B = torch.tensor(lengths, device=step_B.device)
-    return torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths_B
+    return torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths
 
 
 def start(side: Side, firsts: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Stage sweep: one prompt at a time, all cells of it, one typed row each.
+"""Stage sweep: all cells of a prompt, one typed row each.
 
 A task is a slice of the prompts of one (data set, context). Replay needs the drafters only: a drafter reads
 a prompt once, that gives all views of it, and one more forward gives the acceptance of every budget and γ.
@@ -19,7 +19,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 from kernels import dispatch
 from pipeline import replay
 from pipeline.artifacts import read_rows, write_rows
-from pipeline.cells import Drafter, DraftLength, Mode, chosen, make_cell, make_failure, make_row, view_cells
+from pipeline.cells import (
+    CELL_ERRORS,
+    Drafter,
+    DraftLength,
+    Mode,
+    chosen,
+    make_cell,
+    make_failure,
+    make_row,
+    view_cells,
+)
 from pipeline.config import Config
 from pipeline.decoding import NotFinite
 from pipeline.kv import PrefixView, View
@@ -30,9 +40,6 @@ from pipeline.rows import Continuation, FailedCell, Prompt, PromptRow
 from pipeline.trial import Trial
 
 log = logging.getLogger(__name__)
-
-# What a cell may end in without ending the others: logits that are not finite, no memory.
-CELL_ERRORS = (ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)

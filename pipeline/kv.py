@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -155,13 +154,20 @@ class ViewLayer(CacheLayerMixin):
         used = self.kept[0] + self.appended
         return self.buffers[0][0][:, :, :used], self.buffers[0][1][:, :, :used]
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Attention of the last Q appended tokens over their kept KV and, causally, the continuation."""
+    def attend(self, query: Tensor, scaling: float, masks: dict[tuple[int, int], Tensor | None]) -> Tensor:
+        """Attention of the last Q appended tokens over their kept KV and, causally, the continuation.
+
+        Args:
+            masks: those that other layers have made, by Q and tokens stored.
+        """
         outputs, row = [], 0
         for (keys, values), kept in zip(self.buffers, self.kept, strict=True):
             used = kept + self.appended
             rows = slice(row, row + keys.shape[0])
-            outputs.append(suffix_attention(query[rows], keys[:, :, :used], values[:, :, :used], scaling))
+            seen = keys[:, :, :used], values[:, :, :used]
+            if (place := (query.shape[2], used)) not in masks:
+                masks[place] = suffix_mask(query, seen[0])
+            outputs.append(suffix_attention(query[rows], *seen, scaling, masks[place]))
             row += keys.shape[0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -202,19 +208,15 @@ class ViewCache(Cache):
             for layer in range(num_layers)
         ]
         super().__init__(layers=layers)
+        self.masks: dict[tuple[int, int], Tensor | None] = {}
 
     @property
     def appended(self) -> int:
         """Continuation tokens held so far."""
         return self.layers[0].appended
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the buffers: kept prefix and the room for the continuation."""
-        return sum(keys.nbytes + values.nbytes for layer in self.layers for keys, values in layer.buffers)
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return self.layers[layer].attend(query, scaling)
+        return self.layers[layer].attend(query, scaling, self.masks)
 
     def rollback(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` continuation tokens."""
@@ -234,30 +236,29 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     )
 
 
-def suffix_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
     """Attention of the last Q of the stored tokens, [B, H·G, Q, D]; each sees all that is stored before it.
 
     The query heads of one key/value head are folded into the query length, so keys are not repeated.
+
+    Args:
+        mask: as `suffix_mask` makes it, where a caller has it already.
     """
-    B, heads, Q, D = query.shape
-    H, stored = key.shape[1], key.shape[2]
-    mask = suffix_mask(Q, stored, heads // H, query.dtype, query.device) if Q > 1 else None
-    folded = query.reshape(B, H, -1, D)
-    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).view(
-        B, heads, Q, D
-    )
+    mask = suffix_mask(query, key) if mask is None else mask
+    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(query.shape)
 
 
-@lru_cache(maxsize=4)
-def suffix_mask(
-    num_queries: int, stored: int, groups: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Additive mask [groups · Q, S] of the last Q of S tokens; all layers of a forward pass share it."""
-    with torch.inference_mode(False):  # training keeps it for the backward pass, whoever made it
-        hidden = torch.ones(num_queries, stored, dtype=torch.bool, device=device).triu(
-            stored - num_queries + 1
-        )
-        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(groups, 1)
+def suffix_mask(query: Tensor, key: Tensor) -> Tensor | None:
+    """Which of the stored tokens the last Q of them see, [G·Q, S]; None where Q is 1."""
+    Q, stored, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    if Q == 1:
+        return None
+    mask = torch.ones(Q, stored, dtype=torch.bool, device=query.device).tril(stored - Q)
+    return mask.repeat(groups, 1)
 
 
 def attend(

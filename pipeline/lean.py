@@ -16,6 +16,7 @@ key/value head, D head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,8 +64,9 @@ def decode_model(model: PreTrainedModel, prefill_chunk: int = 2048) -> DecodeMod
     """The fastest form of a model that was loaded with `pipeline.models.load_model`."""
     config = model.config
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    windows = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if config.model_type in FAMILY and rotation in FIXED_ROTATIONS and not windows:
+    default = ["full_attention"] if getattr(config, "sliding_window", None) is None else ["sliding"]
+    whole = set(getattr(config, "layer_types", None) or default) == {"full_attention"}
+    if config.model_type in FAMILY and rotation in FIXED_ROTATIONS and whole:
         return LeanModel(model, prefill_chunk)
     return ModuleModel(model)
 
@@ -78,14 +80,22 @@ class Linear(NamedTuple):
 
 
 def fuse(*linears: nn.Linear) -> Linear:
-    """Layers of one input as one; their parameters become parts of it, so that memory holds them once."""
+    """Layers of one input as one; their parameters become parts of it, so that memory holds them once.
+
+    Layers that were fused before are found side by side in memory and taken as they are.
+    """
     if len(linears) == 1:
         (linear,) = linears
         return Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
     sizes = [linear.weight.shape[0] for linear in linears]
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, part in zip(linears, weight.split(sizes), strict=True):
-        linear.weight.data = part
+    parts = [linear.weight.detach() for linear in linears]
+    whole = {part.untyped_storage().data_ptr() for part in parts}
+    if len(whole) == 1 and all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(parts)):
+        weight = parts[0].as_strided((sum(sizes), parts[0].shape[1]), parts[0].stride())
+    else:
+        weight = torch.cat(parts)
+        for linear, part in zip(linears, weight.split(sizes), strict=True):
+            linear.weight.data = part
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         return Linear(weight, None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from pipeline.rows import Prompt
 from pipeline.slots import slots_for
 from pipeline.steps import Compile, Side
 
+T = TypeVar("T")
 LOGIT_COPIES = 4  # of a round's logits: as they are, in fp32, as probabilities of both models
 
 
@@ -77,16 +79,25 @@ def available_memory(device: torch.device) -> int:
 
 
 class Sides:
-    """Static caches and the steps over them, for as many shapes as are asked for; each is made once."""
+    """Static caches and the steps over them; each is made once, and kept while its prompts' shapes last."""
 
     def __init__(self, compile: Compile) -> None:
         self.compile = compile
         self.held: dict[tuple[int, int, int, int], Side] = {}
+        self.shapes: tuple[int, ...] = ()
+        self.past_compile_s = 0.0
 
     @property
     def compile_s(self) -> float:
         """Seconds of compilation so far."""
-        return sum(side.compile_s for side in self.held.values())
+        return self.past_compile_s + sum(side.compile_s for side in self.held.values())
+
+    def begin(self, *shapes: int) -> None:
+        """Free the caches of prompts of other shapes; what is compiled stays."""
+        if shapes != self.shapes:
+            self.past_compile_s = self.compile_s
+            self.held.clear()
+            self.shapes = shapes
 
     def get(self, model: DecodeModel, rows: int, capacity: int, room: int) -> Side:
         """A model over a cache of `rows` prompts, `capacity` kept entries and `room` more tokens.
@@ -120,6 +131,7 @@ class Bench:
             raise ValueError("prompts that are decoded together need equal max_new_tokens")
         self.sides, self.room = sides, self.limit + most_drafts
         longest = max(len(prompt.tokens) for prompt in prompts)
+        sides.begin(len(self.prompts), slots_for(longest), self.room)
         self.target = sides.get(target, len(self.prompts), slots_for(longest), self.room)
         self.device = target.geometry.device
         self.logits: list[Tensor] = []
@@ -131,6 +143,12 @@ class Bench:
             self.logits.append(logits_1V)
             self.prefill_s.append(seconds)
             self.kv_bytes.append(view.num_bytes)
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What runs of other prompts have to share with these to be warm already."""
+        first, cache = self.prompts[0], self.target.cache
+        return (first.dataset, first.context, cache.rows, cache.capacity, cache.room)
 
     def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Side:
         """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
@@ -148,10 +166,10 @@ class Bench:
         return sampler.choose(torch.cat(self.logits)).tolist(), sampler
 
     def autoregressive(self, chance: Chance, eos: frozenset[int]) -> Timed:
-        firsts, sampler = self.start(chance)
-        began = self.begin()
-        steps = list(autoregressive(self.target, firsts, self.limit, eos, sampler))
-        seconds, peak = self.end(began)
+        def run(firsts: list[int], sampler: Sampler) -> list[list[int | None]]:
+            return list(autoregressive(self.target, firsts, self.limit, eos, sampler))
+
+        firsts, steps, seconds, peak = self.timed(run, chance)
         tokens = [
             [first, *(token for token in column if token is not None)]
             for first, *column in zip(firsts, *steps, strict=True)
@@ -161,10 +179,10 @@ class Bench:
     def speculative(
         self, drafter: Side, gamma: int, chance: Chance, eos: frozenset[int], threshold: float = 0.0
     ) -> Timed:
-        firsts, sampler = self.start(chance)
-        began = self.begin()
-        steps = list(speculate(self.target, drafter, firsts, gamma, self.limit, eos, sampler, threshold))
-        seconds, peak = self.end(began)
+        def run(firsts: list[int], sampler: Sampler) -> list[list[Round | None]]:
+            return list(speculate(self.target, drafter, firsts, gamma, self.limit, eos, sampler, threshold))
+
+        firsts, steps, seconds, peak = self.timed(run, chance)
         rounds = [[one for one in column if one is not None] for column in zip(*steps, strict=True)]
         rounds = rounds or [[] for _ in firsts]
         tokens = [
@@ -172,6 +190,22 @@ class Bench:
             for first, row in zip(firsts, rounds, strict=True)
         ]
         return Timed(tokens, rounds, seconds, peak)
+
+    def timed(
+        self, run: Callable[[list[int], Sampler], list[T]], chance: Chance
+    ) -> tuple[list[int], list[T], float, int]:
+        """First tokens, what a run gives, its seconds and its peak memory.
+
+        A run in which something had to be compiled is not timed, but done again.
+        """
+        while True:
+            compiled = self.sides.compile_s
+            firsts, sampler = self.start(chance)
+            began = self.begin()
+            steps = run(firsts, sampler)
+            seconds, peak = self.end(began)
+            if self.sides.compile_s == compiled:
+                return firsts, steps, seconds, peak
 
     @torch.no_grad()
     def divergence(self, row: int, plain: Sequence[int], other: Sequence[int]) -> tuple[float, float]:

@@ -69,8 +69,8 @@ class PromptRow(Cell):
     Where a greedy run is not `exact`, `divergence_gap` is the target's top-2 logit gap at the first token
     that differs, and `logit_noise` how much its logits up to there depend on reading tokens singly or at
     once: in half precision a gap below the noise explains the difference.
-    `prompts_together` were decoded at once; their time is divided evenly among their rows, so that summing
-    rows gives the time that passed. `compile_s` is what compiling for a cell took before it was timed: 0
+    `prompts_together` were decoded at once, those with one `together_with`, the first's id; their time is
+    divided evenly among their rows. `compile_s` is what compiling for a cell took, outside its times: 0
     where its shapes were compiled already.
     `prefill_s` has one prefill of the drafter for all measured views; `peak_memory_bytes` is that of the
     device while the cell decodes, with the caches of all measured cells of the prompt in it.
@@ -80,6 +80,7 @@ class PromptRow(Cell):
     prompt_id: str
     document_id: str
     prompts_together: int = 1
+    together_with: str | None = None
     num_tokens: int
     num_rounds: int
     num_proposed: int

@@ -80,10 +80,6 @@ class SlotCache:
         if rotation is not None:
             self.turns = rotation(self.step_R.repeat(rows, 1))
 
-    @property
-    def num_bytes(self) -> int:
-        return self.geometry.num_bytes(self.rows, self.slot_S.shape[0])
-
     def load(self, views: Sequence[PrefixView]) -> None:
         """Begin anew behind these views, one a row."""
         assert len(views) == self.rows

@@ -9,6 +9,8 @@ Shape legend: B rows, Q new tokens, T proposals of a round, T1 is T + 1, V vocab
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from kernels import dispatch, reference
 from kernels.dispatch import Backend
+from pipeline.errors import BadData
 from pipeline.lean import DecodeModel
 from pipeline.slots import SlotCache
 
@@ -136,7 +139,8 @@ def verify(
     tokens_BT1 = torch.cat([pair_B2[:, 1:], draft_BT], 1)
     logits_BT1V = model.logits(model.hidden(tokens_BT1, step_B, cache))
     accepted_B, next_B = rule.accept(draft_BT, q_BTV, logits_BT1V, uniforms_BT1, lengths_B, cache.backend)
-    accepted_B1, next_B1 = accepted_B.unsqueeze(1), next_B.unsqueeze(1)
+    # -1, which says that nothing could be drawn, is no token; the logits tell the host of it.
+    accepted_B1, next_B1 = accepted_B.unsqueeze(1), next_B.clamp_min(0).unsqueeze(1)
     finite_B = [values.isfinite().all(1, keepdim=True).long() for values in (logits_BT1V.amax(-1), best_BT)]
     emitted_BT1 = torch.cat([draft_BT, next_B1], 1).scatter(1, accepted_B1, next_B1)
     told = torch.cat([accepted_B1, *finite_B, emitted_BT1], 1)
@@ -176,6 +180,11 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(step, fullgraph=True, dynamic=False)
 
 
+def cpp_compiler() -> str | None:
+    """The compiler that inductor will call on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
 class Captured:
     """A function of tensors as a CUDA graph; arguments are copied in, results copied out."""
 
@@ -206,17 +215,19 @@ class Side:
         compile_s: seconds that the first calls of each shape took, compilation and capture included.
 
     Raises:
-        ValueError: if the model or its device cannot be compiled or captured as asked.
+        BadData: if the model or its device cannot be compiled or captured as asked.
     """
 
     def __init__(self, model: DecodeModel, rows: int, capacity: int, room: int, compile: Compile) -> None:
         if compile != "none" and not model.compilable:
-            raise ValueError(
+            raise BadData(
                 f"decode.compile: {compile} is for Llama, Mistral, Qwen2 and Qwen3, and {model.name} is "
                 "none of them (or scales its positions with the length of the text); set none"
             )
         if compile == "cudagraphs" and model.geometry.device.type != "cuda":
-            raise ValueError("decode.compile: cudagraphs needs a CUDA device; set inductor or none")
+            raise BadData("decode.compile: cudagraphs needs a CUDA device; set inductor or none")
+        if compile == "inductor" and model.geometry.device.type == "cpu" and not cpp_compiler():
+            raise BadData("decode.compile: inductor needs a C++ compiler on a CPU: install g++, or set none")
         self.model, self.compile = model, compile
         self.cache = SlotCache(model.geometry, rows, capacity, room, model.rotation)
         self.compile_s = 0.0

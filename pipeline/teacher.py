@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from kernels import dispatch
 from pipeline.artifacts import read_rows, write_array, write_rows
 from pipeline.config import Config, Labels
 from pipeline.decoding import GREEDY, NotFinite, Sampler, fold, until_eos
@@ -61,6 +62,7 @@ class Teacher:
 
     def __init__(self, config: Config, target: ModelRef, tokenizer: Path, output: Path, device: torch.device):
         self.config, self.output = config, output
+        dispatch.choose(config.run.kernels)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.target = load_model(target, len(self.tokenizer), device)
         # A text that ended would leave the rest of its windows without a meaning.

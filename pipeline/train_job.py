@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kernels import dispatch
 from pipeline.artifacts import read_rows
 from pipeline.batches import LabelledSequences, Shards
 from pipeline.config import Config, ScratchModel, Variant
@@ -52,6 +53,7 @@ class TrainJob:
 
 def run_job(job: TrainJob, make_engine: MakeEngine) -> None:
     """Train every model of the job in this worker; models that are already exported are left alone."""
+    dispatch.choose(job.config.run.kernels)
     tokenizer = AutoTokenizer.from_pretrained(job.prepare / "tokenizer")
     for name, folder in job.outputs.items():
         if (folder / "model").exists():

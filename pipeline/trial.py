@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import replay
 from pipeline.cells import (
+    CELL_ERRORS,
     Drafter,
     DraftLength,
     ViewCell,
     make_cell,
+    make_failure,
     make_row,
     measured_lengths,
     measured_views,
@@ -21,7 +23,7 @@ from pipeline.config import Sweep
 from pipeline.kv import PrefixView
 from pipeline.lean import DecodeModel
 from pipeline.measure import Bench, Chance, Timed, timed_prefill
-from pipeline.rows import PromptRow
+from pipeline.rows import FailedCell, PromptRow
 
 Key = tuple[ViewCell, DraftLength]
 
@@ -38,58 +40,61 @@ class Trial:
     tokenizer: PreTrainedTokenizerBase
     warm: set[tuple[object, ...]]
 
-    def rows(self) -> Iterator[PromptRow]:
-        """All cells of this drafter: AR and every cell in turn, `repeats` times over."""
+    def rows(self) -> Iterator[PromptRow | FailedCell]:
+        """All cells of this drafter: AR and every cell in turn, `repeats` times over.
+
+        A cell that fails ends alone; what fails for all of them, such as AR, is raised.
+        """
         cells = measured_views(self.sweep)
-        views: dict[ViewCell, list[PrefixView]] = {cell: [] for cell in cells}
+        self.views: dict[ViewCell, list[PrefixView]] = {cell: [] for cell in cells}
         self.prefill_s = []
         for prompt in self.bench.prompts:
             kept, _, seconds = timed_prefill(self.model, prompt, [cell.view for cell in cells])
             self.prefill_s.append(seconds)
             for cell, view in zip(cells, kept, strict=True):
-                views[cell].append(view)
+                self.views[cell].append(view)
         keys = [(cell, length) for cell in cells for length in measured_lengths(self.sweep)]
         for temperature in self.sweep.temperatures:
             for seed in self.sweep.seeds if temperature > 0 else self.sweep.seeds[:1]:
-                chance = Chance(temperature, seed)
-                compile_s = {key: self.warm_up(key, views, chance) for key in keys}
-                plain: list[Timed] = []
-                runs: dict[Key, list[Timed]] = {key: [] for key in keys}
-                for _ in range(self.sweep.measure.repeats):
-                    plain.append(self.bench.autoregressive(chance, self.eos))
-                    for key in keys:
-                        runs[key].append(self.speculate(key, views, chance))
-                for key in keys:
-                    yield from self.cell_rows(key, views[key[0]], chance, plain, runs[key], compile_s[key])
+                yield from self.rows_of(keys, Chance(temperature, seed))
 
-    def speculate(self, key: Key, views: dict[ViewCell, list[PrefixView]], chance: Chance) -> Timed:
+    def rows_of(self, keys: list[Key], chance: Chance) -> Iterator[PromptRow | FailedCell]:
+        plain: list[Timed] = []
+        runs: dict[Key, list[Timed]] = {key: [] for key in keys}
+        compile_s = dict.fromkeys(keys, 0.0)
+        failures: dict[Key, Exception] = {}
+        place = (self.drafter.name, *self.bench.shape, chance.temperature)
+        repeats = self.sweep.measure.repeats
+        # The first runs of a shape are slow, and are thrown away.
+        for repeat in range(-(place not in self.warm), repeats):
+            before = self.bench.sides.compile_s
+            plain.append(self.bench.autoregressive(chance, self.eos))
+            for key in keys:
+                try:
+                    runs[key] += [] if key in failures else [self.speculate(key, chance)]
+                except CELL_ERRORS as error:
+                    failures[key] = error
+                compile_s[key] += self.bench.sides.compile_s - before
+                before = self.bench.sides.compile_s
+            if repeat < 0:
+                plain.clear()
+                runs = {key: [] for key in keys}
+        self.warm.add(place)
+        for key in keys:
+            if key in failures:
+                for prompt in self.bench.prompts:
+                    yield make_failure("measure", self.sweep, self.drafter, prompt, failures[key], *key)
+            else:
+                yield from self.cell_rows(key, chance, plain, runs[key], compile_s[key])
+
+    def speculate(self, key: Key, chance: Chance) -> Timed:
         cell, length = key
-        side = self.bench.drafter(self.model, views[cell])
+        side = self.bench.drafter(self.model, self.views[cell])
         return self.bench.speculative(side, length.gamma, chance, self.eos, length.threshold)
-
-    def warm_up(self, key: Key, views: dict[ViewCell, list[PrefixView]], chance: Chance) -> float:
-        """Run a shape once and throw it away, which compiles it; the seconds of compilation."""
-        first = self.bench.prompts[0]
-        shape = (
-            self.drafter.name,
-            first.dataset,
-            first.context,
-            len(self.bench.prompts),
-            key,
-            chance.temperature,
-        )
-        before = self.bench.sides.compile_s
-        if shape not in self.warm:
-            if shape[:-2] not in self.warm:  # no cell of this place has run: AR comes first
-                self.bench.autoregressive(chance, self.eos)
-            self.speculate(key, views, chance)
-            self.warm |= {shape, shape[:-2]}
-        return self.bench.sides.compile_s - before
 
     def cell_rows(
         self,
         key: Key,
-        views: list[PrefixView],
         chance: Chance,
         plain: list[Timed],
         runs: list[Timed],
@@ -97,6 +102,7 @@ class Trial:
     ) -> Iterator[PromptRow]:
         """One row a prompt; what the prompts shared, time and compilation, is divided among them."""
         bench, (cell, length) = self.bench, key
+        views = self.views[cell]
         share = 1 / len(bench.prompts)
         for row, (prompt, view) in enumerate(zip(bench.prompts, views, strict=True)):
             ours, rounds = runs[0].tokens[row], runs[0].rounds[row]
@@ -122,6 +128,7 @@ class Trial:
             yield made.model_copy(
                 update={
                     "prompts_together": len(bench.prompts),
+                    "together_with": bench.prompts[0].prompt_id,
                     "target_kv_bytes": bench.kv_bytes[row],
                     "exact": None if chance.temperature else not others,
                     "divergence_gap": gap,

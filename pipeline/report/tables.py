@@ -183,9 +183,19 @@ def _speed(key: CellKey, rows: list[PromptRow], samples: int, seed: int) -> dict
                 "measured rows in the sweep's folder and run the stage again"
             )
     tokens, ar_tokens = [row.num_tokens for row in rows], [row.ar_num_tokens or 0 for row in rows]
+    # Prompts that were decoded together share one clock: they are one unit of the bootstrap.
+    units: dict[str, list[PromptRow]] = defaultdict(list)
+    for row in rows:
+        units[row.together_with or row.prompt_id].append(row)
     speed = metrics.speedup(
-        (tokens, [row.decode_s for row in rows]),
-        (ar_tokens, [row.ar_decode_s for row in rows]),
+        (
+            [sum(row.num_tokens for row in unit) for unit in units.values()],
+            [_sums(row.decode_s for row in unit) for unit in units.values()],
+        ),
+        (
+            [sum(row.ar_num_tokens or 0 for row in unit) for unit in units.values()],
+            [_sums(row.ar_decode_s for row in unit) for unit in units.values()],
+        ),
         samples=samples,
         seed=seed,
     )
@@ -205,6 +215,11 @@ def _speed(key: CellKey, rows: list[PromptRow], samples: int, seed: int) -> dict
         "tokens_per_s": sum(tokens) / decode_s,
         "ar_tokens_per_s": sum(ar_tokens) / ar_decode_s,
     }
+
+
+def _sums(times: Iterable[list[float]]) -> list[float]:
+    """Repeat by repeat."""
+    return [sum(repeat) for repeat in zip(*times, strict=True)]
 
 
 def _total(values: Iterable[float | None]) -> float | None:
