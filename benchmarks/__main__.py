@@ -16,7 +16,7 @@ GROUPS = ("decoding", "training", "memory", "gpu")
 
 
 def main() -> int:
-    """Run the groups asked for. Exit code 1 if a row misses its target, after everything is written."""
+    """Run the groups asked for; each writes when it is done. A check that fails is raised."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=GROUPS, action="append", help="a group; may be given several times")
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
@@ -30,8 +30,7 @@ def main() -> int:
     rows: list[Row] = []
     if "gpu" in groups:
         rows += gpu_rows()
-        if rows and rows[0].value is not None:
-            write(rows, given.output)
+        write(rows, given.output)
     if {"decoding", "training"} & set(groups):
         from benchmarks.pairs import realistic_pair, trained_pair
 
@@ -42,19 +41,21 @@ def main() -> int:
             from benchmarks.decoding import decoding_rows
 
             rows += decoding_rows(demo, deep, realistic_pair(), given.repeats)
+            write(rows, given.output)
         if "training" in groups:
             from benchmarks.training import training_rows
 
             print("training", flush=True)
             with tempfile.TemporaryDirectory() as scratch:
                 rows += training_rows(demo, deep, given.storage, Path(scratch), given.repeats)
+            write(rows, given.output)
     if "memory" in groups:
         from benchmarks.memory import memory_row
 
         rows.append(memory_row())
     write(rows, given.output)
     print(f"\n{table(rows)}\n\n{given.output.resolve()}")
-    return int(any(one.met is False for one in rows))
+    return 0
 
 
 def gpu_rows() -> list[Row]:
@@ -68,6 +69,7 @@ def gpu_rows() -> list[Row]:
 
     print("correctness", flush=True)
     kernels.check()
+    gpu.check()
     bandwidth = kernels.copy_bandwidth()
     print(f"{gpu_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
     return [*gpu.rows(gpu.Setting(), bandwidth, gpu_name()), *kernels.kernel_rows(bandwidth)]

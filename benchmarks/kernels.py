@@ -7,40 +7,67 @@ where it is installed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.rows import Row, gpu_name, ratios, row
+from benchmarks.rows import Row, gpu_name, interleaved, ratios, row
 from kernels import accept, chunk_select, distill_loss, reference, verify_attention
 
 TOKENS, HEADS, WIDTH, BUDGET = 16_384, 32, 128, 1024  # a layer of Llama-2-7B at 16K
 POSITIONS, HIDDEN, VOCABULARY = 8192, 768, 131_072
 
 
-def seconds(function: Callable[[], object], repeats: int = 20) -> list[float]:
-    """Seconds of each of `repeats` calls, by the device's own clock."""
-    for _ in range(3):
-        function()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        function()
-        end.record()
+def captured(function: Callable[[int], object], calls: int = 10) -> Callable[[], float]:
+    """Seconds of one call, by the device's own clock, in a CUDA graph of several: launching costs nothing.
+
+    `function` is given the number of the call, so that it can read other memory than the call before.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for number in range(3):
+            function(number)
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(calls):
+            function(number)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    return run
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
+def plain(function: Callable[[int], object]) -> Callable[[], float]:
+    """The same of a call by itself: for work of milliseconds, with a backward pass."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run() -> float:
+        begin.record()
+        function(0)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return run
+
+
+def peak_bytes(function: Callable[[int], object]) -> int:
     """Bytes that a call allocates at most, beyond what is there."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    function()
+    function(0)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -49,21 +76,26 @@ def copy_bandwidth() -> float:
     """Bytes a second of a device-to-device copy, read and written: what this GPU's memory really does."""
     source = torch.empty(2**30, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    times = seconds(lambda: target.copy_(source))
+    times = interleaved({"copy": plain(lambda _: target.copy_(source))}, 20)["copy"]
     return 2 * source.nbytes / sorted(times)[len(times) // 2]
 
 
 def compared(
-    name: str, ours: Callable[[], object], others: Mapping[str, Callable[[], object]]
+    name: str,
+    ours: Callable[[int], object],
+    others: Mapping[str, Callable[[int], object]],
+    timer: Callable[[Callable[[int], object]], Callable[[], float]] = captured,
 ) -> tuple[list[Row], list[float]]:
-    """Time of each other way ÷ ours, with both peaks; and our own seconds."""
-    own, own_peak = seconds(ours), peak_bytes(ours)
+    """Time of each other way ÷ ours, interleaved, with both peaks; and our own seconds."""
+    contenders = {"ours": ours, **others}
+    peaks = {label: (function(0), peak_bytes(function))[1] for label, function in contenders.items()}
+    times = interleaved({label: timer(function) for label, function in contenders.items()}, 20)
     rows = []
-    for label, function in others.items():
-        times, peak = seconds(function), peak_bytes(function)
-        note = f"peak {own_peak / 2**20:.0f} MiB against {peak / 2**20:.0f}"
-        rows.append(row(f"GPU {name}: {label} ÷ ours", ratios(times, own), note=note, device=gpu_name()))
-    return rows, own
+    for label in others:
+        note = f"peak {peaks['ours'] / 2**20:.0f} MiB against {peaks[label] / 2**20:.0f}"
+        values = ratios(times[label], times["ours"])
+        rows.append(row(f"GPU {name}: {label} ÷ ours", values, note=note, device=gpu_name()))
+    return rows, times["ours"]
 
 
 def share(name: str, num_bytes: int, times: Sequence[float], bandwidth: float, target: float | None) -> Row:
@@ -74,10 +106,8 @@ def share(name: str, num_bytes: int, times: Sequence[float], bandwidth: float, t
 
 
 def random_kv(dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
     shape = (1, HEADS, TOKENS, WIDTH)
-    keys, values = (torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for _ in range(2))
-    return keys, values
+    return torch.randn(shape, device="cuda", dtype=dtype), torch.randn(shape, device="cuda", dtype=dtype)
 
 
 def check() -> None:
@@ -105,13 +135,31 @@ def check() -> None:
         reference.cross_entropy(hidden @ head.T, labels), atol=1e-3, rtol=1e-3,
     )  # fmt: skip
     draft, q, p, uniforms = rounds()
-    for ours, theirs in zip(
-        accept.rejection_accept(draft, q, p, uniforms),
-        reference.rejection_accept(draft, q, p, uniforms),
-        strict=True,
+    for ours, theirs in (
+        (accept.rejection_accept(draft, q, p, uniforms), reference.rejection_accept(draft, q, p, uniforms)),
+        (accept.greedy_accept(draft, p.argmax(-1)), reference.greedy_accept(draft, p.argmax(-1))),
     ):
-        assert (ours == theirs).float().mean() >= 0.95, "accept differs from its oracle"
+        assert all((a == b).float().mean() >= 0.95 for a, b in zip(ours, theirs, strict=True)), "accept"
+    check_gradients(head)
     print("  all kernels equal their oracles", flush=True)
+
+
+def check_gradients(head: Tensor) -> None:
+    """The losses from top-k labels, and their gradients, in half precision against fp32 logits."""
+    hidden = torch.randn(256, HIDDEN, device="cuda")
+    top = (hidden @ head.T + torch.randn(256, len(head), device="cuda")).log_softmax(-1).topk(32)
+    for name in ("kl", "total_variation"):
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            h, w = (tensor.to(dtype).requires_grad_() for tensor in (hidden, head))
+            if dtype == torch.float32:
+                loss = getattr(reference, name)(h @ w.T, top.indices, top.values, 1.0)
+            else:
+                loss = getattr(distill_loss, name)(h, w, top.indices, top.values, 1.0, backend="triton")
+            found.append((loss, *torch.autograd.grad(loss.mean(), (h, w))))
+        for exact, ours in zip(*found, strict=True):
+            error = (ours.float() - exact).norm() / exact.norm()
+            assert error < 0.05, f"{name} or its gradient differs from the oracle's by {error:.3f}"
 
 
 def rounds(rows: int = 8, gamma: int = 16, vocabulary: int = 32_000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,49 +169,64 @@ def rounds(rows: int = 8, gamma: int = 16, vocabulary: int = 32_000) -> tuple[Te
     return draft, q, p, torch.rand(rows, gamma + 1, device="cuda")
 
 
+def fixed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for the shapes that it is called with."""
+    return torch.compile(function, dynamic=False)
+
+
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Attention as three operations in the input's type, `hidden` [Q, S] being masked."""
+    logits = query @ keys.transpose(-1, -2) * WIDTH**-0.5
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+
+
 def kernel_rows(bandwidth: float) -> list[Row]:
-    keys, values = random_kv()
-    select = partial(chunk_select.chunk_select, keys, values, BUDGET)
-    oracle = partial(reference.chunk_select, keys, values, BUDGET)
+    """All rows of the kernels. Four K and V in turn, so that none is left in the L2 cache."""
+    kv = [random_kv() for _ in range(4)]
+
+    def each(function: Callable[..., object], *more: object) -> Callable[[int], object]:
+        return lambda number: function(*kv[number % len(kv)], *more)
+
+    keys = kv[0][0]
     rows, times = compared(
         "chunk_select at 16K",
-        select,
+        each(chunk_select.chunk_select, BUDGET),
         {
-            "eager torch": oracle,
-            "torch.compile": partial(torch.compile(reference.chunk_select), keys, values, BUDGET),
+            "eager torch": each(reference.chunk_select, BUDGET),
+            "torch.compile": each(fixed(reference.chunk_select), BUDGET),
         },
     )
     kept_bytes = 4 * HEADS * BUDGET * WIDTH * keys.element_size()
     rows.append(share("chunk_select at 16K", keys.nbytes + kept_bytes, times, bandwidth, 0.75))
 
-    compiled_flex = torch.compile(flex_attention)
     for count in (1, 16):
         query = torch.randn(1, HEADS, count, WIDTH, device="cuda", dtype=torch.float16)
-        length = torch.tensor([TOKENS], device="cuda")
-        arguments = (query, keys, values, WIDTH**-0.5, length)
-        offset = TOKENS - count
-        mask = torch.ones(count, TOKENS, dtype=torch.bool, device="cuda").tril(offset)
+        length, offset = torch.tensor([TOKENS], device="cuda"), TOKENS - count
+        seen = torch.ones(count, TOKENS, dtype=torch.bool, device="cuda").tril(offset)
+        mask = None if count == 1 else seen
 
-        def seen(b, h, q, k, offset=offset):
+        def ours(k: Tensor, v: Tensor, query: Tensor = query, length: Tensor = length) -> Tensor:
+            return verify_attention.verify_attention(query, k, v, WIDTH**-0.5, length)
+
+        def eager(k: Tensor, v: Tensor, query: Tensor = query, hidden: Tensor = ~seen) -> Tensor:
+            return plain_attention(query, k, v, hidden)
+
+        def sdpa(k: Tensor, v: Tensor, query: Tensor = query, mask: Tensor | None = mask) -> Tensor:
+            return F.scaled_dot_product_attention(query, k, v, attn_mask=mask)
+
+        def causal(b, h, q, k, offset=offset):
             return k <= q + offset
 
-        blocks = create_block_mask(seen, None, None, count, TOKENS, device="cuda")
-        others = {
-            "eager torch": partial(reference.verify_attention, *arguments),
-            "torch.compile": partial(torch.compile(reference.verify_attention), *arguments),
-            "SDPA": partial(F.scaled_dot_product_attention, query, keys, values, attn_mask=mask),
-            "flex attention": partial(compiled_flex, query, keys, values, block_mask=blocks),
-        }
-        made, times = compared(
-            f"verify_attention of {count} at 16K",
-            partial(verify_attention.verify_attention, *arguments),
-            others,
-        )
-        rows += made
-        rows.append(
-            share(f"verify_attention of {count} at 16K", keys.nbytes + values.nbytes, times, bandwidth, 0.75)
-        )
-    del keys, values
+        blocks = create_block_mask(causal, None, None, count, TOKENS, device="cuda")
+        flexed = fixed(flex_attention)
+
+        def flex(k: Tensor, v: Tensor, query: Tensor = query, blocks: Any = blocks, run: Any = flexed) -> Any:
+            return run(query, k, v, block_mask=blocks)
+
+        name = f"verify_attention of {count} at 16K"
+        others = {"eager torch": eager, "torch.compile": fixed(eager), "SDPA": sdpa, "flex attention": flex}
+        made, times = compared(name, each(ours), {label: each(way) for label, way in others.items()})
+        rows += [*made, share(name, keys.nbytes * 2, times, bandwidth, 0.75)]
     return [*rows, *distill_rows(), *accept_rows()]
 
 
@@ -173,29 +236,33 @@ def distill_rows() -> list[Row]:
     head = (torch.randn(VOCABULARY, HIDDEN, device="cuda", dtype=torch.bfloat16) / 28).requires_grad_()
     labels = torch.randint(VOCABULARY, (POSITIONS,), device="cuda")
 
-    def plain(hidden: Tensor, head: Tensor) -> Tensor:
+    def whole(hidden: Tensor, head: Tensor) -> Tensor:
         return F.cross_entropy((hidden @ head.T).float(), labels)
-
-    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        loss(hidden, head).backward()
-        hidden.grad = head.grad = None
 
     def ours(hidden: Tensor, head: Tensor) -> Tensor:
         return distill_loss.cross_entropy(hidden, head, labels, backend="triton").mean()
 
-    others = {"eager torch": partial(run, plain), "torch.compile": partial(run, torch.compile(plain))}
+    def step(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int], object]:
+        def run(number: int) -> None:
+            loss(hidden, head).backward()
+            hidden.grad = head.grad = None
+
+        return run
+
+    others = {"eager torch": step(whole), "torch.compile": step(fixed(whole))}
     if find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        others["Liger-Kernel"] = partial(run, lambda hidden, head: liger(head, hidden, labels))
-    return compared("distill_loss at 8192 × 128K, forward and backward", partial(run, ours), others)[0]
+        others["Liger-Kernel"] = step(lambda hidden, head: liger(head, hidden, labels))
+    return compared("distill_loss at 8192 × 128K, forward and backward", step(ours), others, plain)[0]
 
 
 def accept_rows() -> list[Row]:
     given = rounds()
+    compiled = fixed(reference.rejection_accept)
     others = {
-        "eager torch": partial(reference.rejection_accept, *given),
-        "torch.compile": partial(torch.compile(reference.rejection_accept), *given),
+        "eager torch": lambda _: reference.rejection_accept(*given),
+        "torch.compile": lambda _: compiled(*given),
     }
-    return compared("accept, 8 rounds of 16", partial(accept.rejection_accept, *given), others)[0]
+    return compared("accept, 8 rounds of 16", lambda _: accept.rejection_accept(*given), others)[0]

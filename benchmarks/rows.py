@@ -111,10 +111,13 @@ def environment() -> tuple[dict[str, str], str]:
         versions["cuda"] = torch.version.cuda
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:  # a bare machine
+            return ""
 
-    return versions, git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return versions, git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def write(rows: Sequence[Row], output: Path) -> None:

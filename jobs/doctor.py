@@ -69,6 +69,7 @@ def _checks(config: Config | None) -> Iterator[Check]:
         if isinstance(model, PretrainedModel):
             yield _model(role, model)
     yield _deepspeed(config)
+    yield _compiler(config)
 
 
 def _versions() -> Iterator[Check]:
@@ -193,6 +194,18 @@ def _model(role: str, model: PretrainedModel) -> Check:
     if model.path.startswith((".", "~", "/")) or model.path.count("/") != 1:
         return Check("fail", role, f"{role}.path = {model.path}: there is no such folder")
     return _hub(role, model.path, "models")
+
+
+def _compiler(config: Config) -> Check:
+    """What `decode.compile` needs of this machine."""
+    if config.decode.compile == "none":
+        return Check("ok", "compiler", "not needed (decode.compile: none)")
+    from pipeline.steps import cpp_compiler
+
+    found = cpp_compiler()
+    if found is None:
+        return Check("fail", "compiler", "inductor needs a C++ compiler: install g++, or decode.compile=none")
+    return Check("ok", "compiler", f"{found}, for decode.compile: {config.decode.compile}")
 
 
 def _hub(name: str, repository: str, kind: Literal["datasets", "models"]) -> Check:

@@ -84,10 +84,10 @@ def test_synthetic_rounds_accept_at_the_stated_rate(
 def test_nothing_is_timed_where_texts_differ(
     target: PreTrainedModel, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    pair = Pair("toy", target, target, [random_tokens(1, 40)], 12)
-    check(pair, huggingface(target))
+    pair = Pair("toy", target, target, [random_tokens(1, 40)], 40)
+    check(pair, huggingface(target), huggingface(target))
     with pytest.raises(AssertionError, match="toy: AR"):
-        check(pair, huggingface(make_model(layers=3, hidden=48, seed=2)))
+        check(pair, huggingface(make_model(layers=3, hidden=48, seed=2)), None)
 
 
 def test_the_paper_style_step_updates_as_ours_does(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
@@ -130,4 +130,5 @@ def test_gpu_rows_at_toy_size_on_any_device() -> None:
         assert missing.value is None and missing.met is None and missing.target
     best = [one for one in rows if "best γ" in one.note]
     assert [one.target for one in best] == [6.55, 4.46, 2.10] and all(one.synthetic for one in best)
+    gpu.check("cpu")
     assert all(one.value is not None and one.value > 0 and one.device == "toy" for one in rows)

@@ -287,6 +287,24 @@ def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
     assert 0 <= noise < 1e-3 < gap
 
 
+def test_compilation_is_in_no_time_and_is_recorded(bench: Bench, tmp_path: Path) -> None:
+    """Two temperatures, two prompts of one shape: each compiles once, outside what is timed."""
+    torch._dynamo.reset()
+    changes = {
+        "decode.compile": "inductor",
+        "sweep.temperatures": [0.0, 0.7],
+        "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 2},
+    }
+    task = bench.task(tmp_path, "measure", last=2)
+    bench.evaluator(changes=changes)(task)
+    rows = read_rows(task.output, PromptRow)
+    first = [row for row in rows if row.prompt_id == bench.prompts[0].prompt_id]
+    compiled = [row.compile_s for row in first if row.compile_s]
+    assert len(first) == 4 and len(compiled) == 2, "one cell of each temperature compiles for both policies"
+    assert all(row.compile_s == 0 for row in rows if row not in first)
+    assert max(max(*row.decode_s, *row.ar_decode_s) for row in rows) < 0.5 < min(compiled)
+
+
 def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: Bench, tmp_path: Path) -> None:
     """Counts and texts are a prompt's own; what they shared, time, is divided evenly."""
     found = {}
@@ -380,14 +398,14 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
     evaluator = bench.evaluator(names, changes)
     evaluator.drafters[0] = (evaluator.drafters[0][0], *evaluator.load(broken))
     task = bench.task(tmp_path / "again", mode, last=last)
-    views = 2 * 7 if mode == "replay" else 1  # replay fails view by view, a measured prompt as a whole
+    views = 2 * 7 if mode == "replay" else 2  # each of them is named
     assert evaluator(task) == (rows // 2, views * last)
     assert {row.drafter for row in read_rows(task.output, PromptRow)} == {"poor"}
     failures = read_rows(task.failures, FailedCell)
     assert {row.prompt_id for row in failures} == {prompt.prompt_id for prompt in bench.prompts[:last]}
     assert len({(row.policy, row.budget, row.control) for row in failures}) == views
     for row in failures:
-        assert (row.drafter, row.mode, row.gamma) == ("drafter", mode, 0)
+        assert (row.drafter, row.mode, row.gamma) == ("drafter", mode, 0 if mode == "replay" else 2)
         assert row.error.startswith("NotFinite:")
 
     assert bench.evaluator(names, changes)(task) == (rows, 0)

@@ -82,6 +82,11 @@ def test_decoding_imports_without_pydantic_and_datasets_too():
     import_without(blocked, [f"pipeline.{name}" for name in DECODING_CORE])
 
 
+def test_the_gpu_benchmark_imports_on_a_bare_machine():
+    blocked = ("ray", "deepspeed", "mlflow", "jobs", "pydantic", "datasets", "matplotlib", "typer", "pyarrow")
+    import_without(blocked, ["benchmarks.__main__", "benchmarks.gpu", "benchmarks.kernels"])
+
+
 def test_a_blocked_module_is_noticed():
     with pytest.raises(AssertionError, match="pydantic"):
         import_without(("pydantic",), ["pipeline.config"])

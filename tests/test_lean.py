@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kernels import dispatch
+from pipeline.errors import BadData
 from pipeline.kv import FULL, View, read_prefix, view_of
 from pipeline.lean import LeanModel, ModuleModel, decode_model
 from pipeline.models import prepare_model
@@ -92,8 +93,17 @@ def test_other_architectures_speculate_losslessly_but_do_not_compile(name: str) 
     model, _ = make(name)
     pair = make_pair(model, make("llama")[0], [random_tokens(1, 40)], view_of("chunk_topk", 16), 20)
     assert tokens_of(pair, rounds_of(pair, 3, 16)) == plain_tokens(pair, 16)
-    with pytest.raises(ValueError, match=r"decode\.compile: inductor is for Llama, Mistral, Qwen2 and Qwen3"):
+    with pytest.raises(BadData, match=r"decode\.compile: inductor is for Llama, Mistral, Qwen2 and Qwen3"):
         make_pair(model, model, [random_tokens(1, 40)], FULL, 20, "inductor")
+
+
+def test_sliding_windows_are_refused() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("mistral", vocab_size=VOCABULARY, num_key_value_heads=2, **shape)
+    assert config.sliding_window == 4096
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="budgetdraft")
+    with pytest.raises(ValueError, match="sliding-window attention"):
+        decode_model(prepare_model(model, VOCABULARY))
 
 
 VIEWS = [FULL, view_of("chunk_topk", 24), view_of("streaming", 16), view_of("snapkv", 24), view_of("x", 0)]

@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from kernels import dispatch
+from pipeline import steps
 from pipeline.decoding import NotFinite, Sampler
+from pipeline.errors import BadData
 from pipeline.kv import FULL, view_of
 from pipeline.lean import decode_model
 from pipeline.steps import Side
@@ -89,17 +91,33 @@ def test_a_batch_emits_what_each_prompt_emits_alone(
     assert tokens_of(together, expected) == plain_tokens(together, LIMIT, eos)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
 def test_a_sampled_row_draws_the_same_whatever_stands_beside_it(
-    target: PreTrainedModel, drafter: PreTrainedModel
+    target: PreTrainedModel, drafter: PreTrainedModel, threshold: float
 ) -> None:
     prompts = [random_tokens(1, 40, seed) for seed in range(3)]
     view = view_of("streaming", 16)
     together = make_pair(target, drafter, prompts, view, LIMIT + 3)
-    rounds = rounds_of(together, 3, LIMIT, sampler=Sampler.seeded(1.1, [5, 6, 7]))
+    rounds = rounds_of(together, 3, LIMIT, sampler=Sampler.seeded(1.1, [5, 6, 7]), threshold=threshold)
     for row, prompt in enumerate(prompts):
         pair = make_pair(target, drafter, [prompt], view, LIMIT + 3)
         pair.firsts[:] = [together.firsts[row]]
-        assert rounds_of(pair, 3, LIMIT, sampler=Sampler.seeded(1.1, [5 + row]))[0] == rounds[row]
+        sampler = Sampler.seeded(1.1, [5 + row])
+        assert rounds_of(pair, 3, LIMIT, sampler=sampler, threshold=threshold)[0] == rounds[row]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.1])
+def test_drafting_until_unsure_compiles(
+    target: PreTrainedModel, drafter: PreTrainedModel, temperature: float
+) -> None:
+    found = []
+    for compile in ("none", "inductor"):
+        pair = make_pair(
+            target, drafter, [random_tokens(1, 45)], view_of("chunk_topk", 16), LIMIT + 6, compile
+        )
+        sampler = Sampler.seeded(temperature, [3])
+        found.append(rounds_of(pair, 6, LIMIT, sampler=sampler, threshold=0.15))
+    assert found[0] == found[1] and len({one.proposed for one in found[0][0]}) > 1
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -218,10 +236,13 @@ def test_a_cache_is_clean_after_logits_that_were_not_finite(
     assert rounds_of(pair, 3, 12) == expected
 
 
-def test_what_cannot_be_compiled_says_so(target: PreTrainedModel) -> None:
+def test_what_cannot_be_compiled_says_so(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = decode_model(target)
+    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    with pytest.raises(BadData, match=r"inductor needs a C\+\+ compiler on a CPU: install g\+\+"):
+        Side(model, 1, 64, 8, "inductor")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="cudagraphs needs a CUDA device; set inductor or none"):
+        with pytest.raises(BadData, match="cudagraphs needs a CUDA device; set inductor or none"):
             Side(model, 1, 64, 8, "cudagraphs")
     with pytest.raises(ValueError, match="the cache has 1 rows, not 2"):
         pair = make_pair(target, target, [random_tokens(1, 30)], FULL, 10)
