@@ -360,7 +360,7 @@ def test_generate_prints_the_targets_own_text(
     prompt = story(3)[:150]
     generate(
         toy_config(corpus, finished), prompt=prompt, drafter=drafter, policy="chunk_topk", budget=budget,
-        gamma=3, temperature=0.0, max_new_tokens=20, seed=0,
+        gamma=3, threshold=0.0, temperature=0.0, max_new_tokens=20, seed=0,
     )  # fmt: skip
     *text, stats = capsys.readouterr().out.rstrip("\n").split("\n")
     folder = artifact(finished, "pretrain-target") / "model"
@@ -377,7 +377,7 @@ def test_generate_prints_the_targets_own_text(
 
 def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: Path) -> None:
     def call(storage: Path, drafter: str | None) -> None:
-        generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.0, 4, 0)
+        generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.3, 0.0, 4, 0)
 
     with pytest.raises(BadData, match="no drafter 'best'; there are full_only, multi_view"):
         call(finished, "best")
