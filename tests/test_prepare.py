@@ -147,6 +147,20 @@ def test_too_many_bad_rows_fail_with_their_names(tmp_path, root):
     assert rows["bad"] == {"wrong type": 1} and "train.jsonl.gz:10" in rows["offenders"][0]
 
 
+def test_the_same_files_are_known_again_from_another_working_folder(tmp_path, root):
+    """As two submitted jobs see them: each runs in a copy of its own."""
+    given = [{"kind": "pg19", "name": "pg19", "path": str(root / "pg19")}]
+    first = run(make_config(tmp_path / "runs", tmp_path / "job-1", given))
+    again = run(make_config(tmp_path / "runs", tmp_path / "job-2", given))
+    assert again.fingerprint == first.fingerprint
+    relative = [{"kind": "pg19", "name": "pg19", "path": "pg19"}]
+    other = tmp_path / "other"
+    for split, count in (("train", 5), ("validation", 2), ("test", 2)):
+        write_lines(other / "pg19" / f"{split}.jsonl", [book(70 + k) for k in range(count)])
+    here, there = (run(make_config(tmp_path / "runs", folder, relative)) for folder in (root, other))
+    assert here.fingerprint != there.fingerprint
+
+
 def test_changed_data_is_prepared_anew(tmp_path, root):
     first = run(make_config(tmp_path / "runs", root, sources()))
     write_lines(root / "pg19" / "train.jsonl.gz", [book(k) for k in range(60, 65)])

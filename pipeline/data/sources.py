@@ -86,7 +86,8 @@ def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]
     """All that the prepared data depends on; local files by size and time of change."""
     stats = {str(file): file.stat() for own in files.values() for file in own}
     inputs: dict[str, Any] = {
-        "data": config.data,
+        # Not the root: files are known by their full paths, and a job's working folder is another each time.
+        "data": config.data.model_dump(mode="json", exclude={"root"}),
         "seed": config.seed,
         "files": fingerprint({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}),
     }
