@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ NEVER: frozenset[int] = frozenset()
 
 @dataclass
 class Pair:
-    """A target, a drafter and prompts [1, S] of one length."""
+    """A target, a drafter and prompts [1, S] of one length; `others` are more of the same."""
 
     name: str
     target: PreTrainedModel
     drafter: PreTrainedModel
     prompts: list[Tensor]
     new_tokens: int
+    others: list[Tensor] = field(default_factory=list)
 
 
 def trained_pair(name: str, config_file: str, storage: str, prompts: int) -> Pair:
@@ -52,13 +53,15 @@ def trained_pair(name: str, config_file: str, storage: str, prompts: int) -> Pai
 
     num_tokens = len(AutoTokenizer.from_pretrained(trained.tokenizer))
     (file,) = (trained.tokenizer.parent / "prompts").glob("test-*.jsonl")
-    chosen = read_rows(file, Prompt)[:prompts]
+    rows = read_rows(file, Prompt)
+    tokens = [torch.tensor([row.tokens]) for row in rows]
     return Pair(
         name,
         load_model(trained.target, num_tokens),
         load_model(trained.drafters[config.train.variants[-1].name], num_tokens),
-        [torch.tensor([prompt.tokens]) for prompt in chosen],
-        chosen[0].max_new_tokens,
+        tokens[:prompts],
+        rows[0].max_new_tokens,
+        tokens[prompts:],
     )
 
 
