@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
-from pipeline.models import load_model  # noqa: F401  (registers the attention that configs may name)
-
 
 @dataclass
 class Clock:
