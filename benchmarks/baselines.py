@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +42,11 @@ def huggingface(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def generate(
-    model: PreTrainedModel, prompt_1S: Tensor, new_tokens: int, compiled: bool = False
+    model: PreTrainedModel, prompt_1S: Tensor, new_tokens: int, compiled: bool = False, **more: Any
 ) -> tuple[list[int], float]:
     """Greedy tokens, and decode seconds a token."""
-    more = {"cache_implementation": "static", "compile_config": compile_everywhere()} if compiled else {}
+    if compiled:
+        more |= {"cache_implementation": "static", "compile_config": compile_everywhere()}
     clock = Clock()
     output = model.generate(
         prompt_1S,
@@ -64,16 +66,7 @@ def assisted(
     settings = drafter.generation_config
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = gamma, "constant"
     settings.assistant_confidence_threshold = 0.0
-    clock = Clock()
-    output = model.generate(
-        prompt_1S,
-        attention_mask=torch.ones_like(prompt_1S),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        streamer=clock,
-        assistant_model=drafter,
-    )
-    return output[0, prompt_1S.shape[1] :].tolist(), clock.seconds_per_token()
+    return generate(model, prompt_1S, new_tokens, assistant_model=drafter)
 
 
 def compile_everywhere() -> CompileConfig:

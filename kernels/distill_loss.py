@@ -32,6 +32,8 @@ spans the whole vocabulary, and compute the gradient in the forward pass for one
 products where this file needs four. None takes stored top-K labels with a bucket for the rest, or gives a
 fused linear total variation; and the per-position loss here takes any weights afterwards. Where only cross
 entropy is wanted, theirs is the one to beat: the benchmark compares them.
+
+The file is long because both backends keep the same promise with the same tiles, and stand side by side.
 """
 
 from __future__ import annotations

@@ -2,75 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline import measure, replay
 from pipeline.artifacts import read_rows, write_rows
-from pipeline.cells import Drafter, Mode
-from pipeline.decoding import Round
-from pipeline.evaluate import Evaluator, SweepTask
-from pipeline.kv import view_of
-from pipeline.lean import decode_model
+from pipeline.cells import Mode
 from pipeline.models import ModelRef, load_model
-from pipeline.rows import Continuation, FailedCell, Prompt, PromptRow
-from pipeline.teacher import ContinueTask, Teacher
-from tests.pairs import make_pair, rounds_of, tokens_of
-from tests.tiny import VOCABULARY, save_model, tiny_config, tiny_tokenizer, write_prepare
-
-CPU = torch.device("cpu")
-PROMPTS, LENGTH, LIMIT = 4, 64, 16
-SWEEP: dict[str, Any] = {
-    "sweep.mode": "both",
-    "sweep.policies": ["chunk_topk", "streaming"],
-    "sweep.budgets": [16, 32, "full"],
-    "sweep.gammas": [2, 5],
-    "sweep.measure": {"budgets": [16, "full"], "prompts": 2, "repeats": 2},
-}
-
-
-class Bench:
-    """Prompts, the target's continuations, and drafters on disk."""
-
-    def __init__(self, folder: Path, models: dict[str, PreTrainedModel]) -> None:
-        self.folder = folder
-        self.refs = {name: save_model(model, folder / name) for name, model in models.items()}
-        self.prepare = write_prepare(folder / "prepare", tiny_config(), test_prompts=PROMPTS)
-        (self.file,) = (self.prepare / "prompts").glob("test-*.jsonl")
-        self.teach = folder / "teach"
-        teacher = Teacher(tiny_config(), self.refs["target"], self.prepare / "tokenizer", self.teach, CPU)
-        teacher(ContinueTask(self.file))
-        self.pair = tuple(load_model(self.refs[name], VOCABULARY) for name in ("target", "drafter"))
-        self.prompts = read_rows(self.file, Prompt)
-        self.continuations = read_rows(self.teach / "continuations" / self.file.name, Continuation)
-
-    def evaluator(
-        self, drafters: Sequence[str] = ("drafter",), changes: dict[str, Any] | None = None
-    ) -> Evaluator:
-        chosen = [Drafter(name, self.refs[name], 128) for name in drafters]
-        config = tiny_config(SWEEP | (changes or {}))
-        return Evaluator(config, self.refs["target"], chosen, self.prepare / "tokenizer", CPU)
-
-    def task(self, output: Path, mode: Mode, first: int = 0, last: int = PROMPTS) -> SweepTask:
-        continuations = self.teach / "continuations" / self.file.name
-        return SweepTask(
-            mode, self.file, continuations, first, last, output / "rows" / f"{mode}-{first}.jsonl"
-        )
-
-    def speculate(
-        self, prompt: Prompt, read: Prompt, policy: str, budget: int | str, gamma: int
-    ) -> tuple[list[int], list[Round]]:
-        """One greedy cell by hand: the drafter holds a view of the prompt `read`."""
-        tokens = [torch.tensor([prompt.tokens])], [torch.tensor([read.tokens])]
-        pair = make_pair(*self.pair, tokens[0], view_of(policy, budget), LIMIT + gamma, read=tokens[1])
-        rounds = rounds_of(pair, gamma, LIMIT)
-        return tokens_of(pair, rounds)[0], rounds[0]
+from pipeline.rows import FailedCell, PromptRow
+from tests.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
+from tests.tiny import VOCABULARY, save_model
 
 
 @pytest.fixture(scope="module")
@@ -89,29 +33,6 @@ def replayed(bench: Bench) -> list[PromptRow]:
     task = bench.task(bench.folder / "replayed", "replay")
     assert bench.evaluator()(task)[1] == 0
     return read_rows(task.output, PromptRow)
-
-
-@pytest.fixture(scope="module")
-def measured(bench: Bench) -> list[PromptRow]:
-    task = bench.task(bench.folder / "measured", "measure", last=2)
-    assert bench.evaluator()(task)[1] == 0
-    return read_rows(task.output, PromptRow)
-
-
-def counts(row: PromptRow) -> tuple[Any, ...]:
-    return (row.num_tokens, row.num_rounds, row.num_proposed, row.num_accepted, row.reached, row.kept)
-
-
-def key(row: PromptRow) -> tuple[Any, ...]:
-    return (row.drafter, row.prompt_id, row.policy, row.budget, row.control, row.gamma, row.temperature)
-
-
-def by_hand(rounds: list[Round], gamma: int) -> tuple[Any, ...]:
-    total = replay.count([(one.proposed, one.accepted, len(one.tokens)) for one in rounds], gamma)
-    return (
-        total.num_tokens, total.num_rounds, total.num_proposed, total.num_accepted,
-        list(total.reached), list(total.kept),
-    )  # fmt: skip
 
 
 # ── replay ────────────────────────────────────────────────────────────────────────────────────────
@@ -216,163 +137,6 @@ def test_a_continuation_that_ends_at_once_gives_no_rows(bench: Bench, tmp_path: 
     task = replace(bench.task(tmp_path, "replay", 0, 2), continuations=tmp_path / "c.jsonl")
     assert bench.evaluator()(task) == (2 * 7 * 2, 0)
     assert {row.prompt_id for row in read_rows(task.output, PromptRow)} == {bench.prompts[1].prompt_id}
-
-
-# ── measure ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_measured_counts_are_the_replayed_ones(measured: list[PromptRow], replayed: list[PromptRow]) -> None:
-    expected = {key(row): row for row in replayed}
-    assert len(measured) == 2 * 2 * 2 * 2, "policies × measured budgets × γ × prompts"
-    for row in measured:
-        same = expected[key(row)]
-        assert counts(row) == counts(same)
-        assert (row.repetition_rate, row.drafter_kv_bytes) == (same.repetition_rate, same.drafter_kv_bytes)
-
-
-def test_measured_rows_are_exact_timed_and_repeated(bench: Bench, measured: list[PromptRow]) -> None:
-    tokenizer = tiny_tokenizer()
-    continuations = {row.prompt_id: row for row in bench.continuations}
-    for row in measured:
-        assert row.mode == "measure" and row.exact is True
-        assert len(row.decode_s) == len(row.ar_decode_s) == 2
-        assert min(*row.decode_s, *row.ar_decode_s) > 0
-        assert row.prefill_s is not None and row.ar_prefill_s is not None
-        assert row.prefill_s > row.ar_prefill_s > 0
-        assert row.ar_num_tokens == row.num_tokens == LIMIT - 1
-        assert row.target_kv_bytes == LENGTH * 2 * 2 * 12 * 3 * 4
-        assert row.peak_memory_bytes is not None and row.peak_memory_bytes > 1e6
-        assert row.text == tokenizer.decode(continuations[row.prompt_id].tokens)
-    # All cells of a prompt stand beside the same runs of AR.
-    assert len({tuple(row.ar_decode_s) for row in measured}) == 2
-
-
-def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first prompt of a worker is run once more than its repeats, the second is not."""
-    runs: list[str] = []
-    plain = measure.Bench.autoregressive
-
-    def counted(self: measure.Bench, chance: measure.Chance, eos: frozenset[int]) -> measure.Timed:
-        runs.append(self.prompts[0].prompt_id)
-        return plain(self, chance, eos)
-
-    monkeypatch.setattr(measure.Bench, "autoregressive", counted)
-    evaluator = bench.evaluator()
-    tasks = [bench.task(tmp_path, "measure", at, at + 1) for at in (0, 1)]
-    for task in tasks:
-        evaluator(task)
-    first, second = (prompt.prompt_id for prompt in bench.prompts[:2])
-    assert (runs.count(first), runs.count(second)) == (3, 2)
-    assert all(len(row.ar_decode_s) == 2 for task in tasks for row in read_rows(task.output, PromptRow))
-
-
-def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_path: Path) -> None:
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(["target"])(task)
-    full = [row for row in read_rows(task.output, PromptRow) if row.budget == "full"]
-    assert full and all(row.num_accepted == row.num_proposed for row in full)
-
-
-def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
-    """The gap is that of the two best logits of a plain forward; the noise is rounding."""
-    prompt, continuation = bench.prompts[0], bench.continuations[0].tokens
-    held = measure.Bench(measure.Sides("none"), decode_model(bench.pair[0]), [prompt], 5)
-    other = [*continuation[:7], (continuation[7] + 1) % VOCABULARY, *continuation[8:]]
-    gap, noise = held.divergence(0, continuation, other)
-    with torch.no_grad():
-        logits = bench.pair[0](input_ids=torch.tensor([prompt.tokens + continuation[:7]])).logits[0, -1]
-    best = logits.topk(2).values
-    assert gap == pytest.approx(float(best[0] - best[1]), abs=1e-3)
-    assert gap == pytest.approx(bench.continuations[0].gaps[7], abs=1e-3)
-    assert 0 <= noise < 1e-3 < gap
-
-
-def test_compilation_is_in_no_time_and_is_recorded(bench: Bench, tmp_path: Path) -> None:
-    """Two temperatures, two prompts of one shape: each compiles once, outside what is timed."""
-    torch._dynamo.reset()
-    changes = {
-        "decode.compile": "inductor",
-        "sweep.temperatures": [0.0, 0.7],
-        "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 2},
-    }
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(changes=changes)(task)
-    rows = read_rows(task.output, PromptRow)
-    first = [row for row in rows if row.prompt_id == bench.prompts[0].prompt_id]
-    compiled = [row.compile_s for row in first if row.compile_s]
-    assert len(first) == 4 and len(compiled) == 2, "one cell of each temperature compiles for both policies"
-    assert all(row.compile_s == 0 for row in rows if row not in first)
-    assert max(max(*row.decode_s, *row.ar_decode_s) for row in rows) < 0.5 < min(compiled)
-
-
-def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: Bench, tmp_path: Path) -> None:
-    """Counts and texts are a prompt's own; what they shared, time, is divided evenly."""
-    found = {}
-    for together in (1, 3):
-        measured = {"gammas": [2], "budgets": [16], "repeats": 2, "prompts_together": together}
-        task = bench.task(tmp_path / str(together), "measure", last=3)
-        bench.evaluator(changes={"sweep.measure": measured})(task)
-        rows = read_rows(task.output, PromptRow)
-        assert all(row.exact and row.prompts_together == together for row in rows)
-        found[together] = [(key(row), counts(row), row.text, row.target_kv_bytes) for row in rows]
-        assert len({tuple(row.ar_decode_s) for row in rows}) == 3 // together
-    assert sorted(found[1]) == sorted(found[3]) and len(found[1]) == 2 * 3
-
-
-def test_thresholds_are_an_axis_of_the_measured_cells(bench: Bench, tmp_path: Path) -> None:
-    changes = {
-        "decode.draft_length": "adaptive",
-        "sweep.thresholds": [0.0, 0.6],
-        "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 1},
-    }
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(changes=changes)(task)
-    rows = {(row.prompt_id, row.threshold): row for row in read_rows(task.output, PromptRow)}
-    assert len(rows) == 4 and all(row.exact for row in rows.values())
-    for prompt in bench.prompts[:2]:
-        fixed, adaptive = rows[prompt.prompt_id, 0.0], rows[prompt.prompt_id, 0.6]
-        assert fixed.num_proposed > adaptive.num_proposed >= adaptive.num_rounds
-        assert fixed.text == adaptive.text
-
-
-def test_what_does_not_fit_into_memory_fails_before_it_is_made(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "available_memory", lambda device: 100_000)
-    task = bench.task(tmp_path, "measure", last=2)
-    changes = {"sweep.measure": {"prompts_together": 2}}
-    assert bench.evaluator(changes=changes)(task) == (0, 2)
-    error = read_rows(task.failures, FailedCell)[0].error
-    assert error.startswith("NotEnoughMemory: decoding 2 prompt(s) of 64 kept entries with ")
-    assert "lower sweep.measure.prompts_together, the contexts or data.max_new_tokens" in error
-
-
-def test_only_the_named_drafters_are_measured(bench: Bench, tmp_path: Path) -> None:
-    variants = [{"name": name, "steps": 0, "budgets": {16: 1.0}} for name in ("drafter", "poor")]
-    changes = {"train.variants": variants, "sweep.measure": {"drafters": ["poor"], "gammas": [5]}}
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(["drafter", "poor"], changes)(task)
-    rows = read_rows(task.output, PromptRow)
-    assert {(row.drafter, row.gamma) for row in rows} == {("poor", 5)}
-    assert all(len(row.decode_s) == 3 and row.exact for row in rows)
-
-
-def test_sampling_repeats_itself_and_claims_no_exactness(bench: Bench, tmp_path: Path) -> None:
-    changes = {"sweep.temperatures": [0.0, 1.5], "sweep.seeds": [3, 4]}
-    changes["sweep.measure"] = {"budgets": [16], "gammas": [2], "repeats": 2}
-    runs = []
-    for name in ("one", "two"):
-        task = bench.task(tmp_path / name, "measure", last=2)
-        bench.evaluator(changes=changes)(task)
-        runs.append(read_rows(task.output, PromptRow))
-    for row in runs[0]:
-        assert (row.exact is None) == (row.temperature > 0)
-    # Greedy uses the first seed, sampling all of them.
-    assert {(row.temperature, row.seed) for row in runs[0]} == {(0.0, 3), (1.5, 3), (1.5, 4)}
-    assert [(key(row), row.seed, counts(row), row.text) for row in runs[0]] == [
-        (key(row), row.seed, counts(row), row.text) for row in runs[1]
-    ]
-    assert len({row.text for row in runs[0] if row.temperature > 0}) > 1
 
 
 # ── what fails, and what is there ─────────────────────────────────────────────────────────────────

@@ -1,0 +1,86 @@
+"""A target, drafters on disk and prompts, for tests of the stage sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline import replay
+from pipeline.artifacts import read_rows
+from pipeline.cells import Drafter, Mode
+from pipeline.decoding import Round
+from pipeline.evaluate import Evaluator, SweepTask
+from pipeline.kv import view_of
+from pipeline.models import load_model
+from pipeline.rows import Continuation, Prompt, PromptRow
+from pipeline.teacher import ContinueTask, Teacher
+from tests.pairs import make_pair, rounds_of, tokens_of
+from tests.tiny import VOCABULARY, save_model, tiny_config, write_prepare
+
+CPU = torch.device("cpu")
+PROMPTS, LENGTH, LIMIT = 4, 64, 16
+SWEEP: dict[str, Any] = {
+    "sweep.mode": "both",
+    "sweep.policies": ["chunk_topk", "streaming"],
+    "sweep.budgets": [16, 32, "full"],
+    "sweep.gammas": [2, 5],
+    "sweep.measure": {"budgets": [16, "full"], "prompts": 2, "repeats": 2},
+}
+
+
+class Bench:
+    """Prompts, the target's continuations, and drafters on disk."""
+
+    def __init__(self, folder: Path, models: dict[str, PreTrainedModel]) -> None:
+        self.folder = folder
+        self.refs = {name: save_model(model, folder / name) for name, model in models.items()}
+        self.prepare = write_prepare(folder / "prepare", tiny_config(), test_prompts=PROMPTS)
+        (self.file,) = (self.prepare / "prompts").glob("test-*.jsonl")
+        self.teach = folder / "teach"
+        teacher = Teacher(tiny_config(), self.refs["target"], self.prepare / "tokenizer", self.teach, CPU)
+        teacher(ContinueTask(self.file))
+        self.pair = tuple(load_model(self.refs[name], VOCABULARY) for name in ("target", "drafter"))
+        self.prompts = read_rows(self.file, Prompt)
+        self.continuations = read_rows(self.teach / "continuations" / self.file.name, Continuation)
+
+    def evaluator(
+        self, drafters: Sequence[str] = ("drafter",), changes: dict[str, Any] | None = None
+    ) -> Evaluator:
+        chosen = [Drafter(name, self.refs[name], 128) for name in drafters]
+        config = tiny_config(SWEEP | (changes or {}))
+        return Evaluator(config, self.refs["target"], chosen, self.prepare / "tokenizer", CPU)
+
+    def task(self, output: Path, mode: Mode, first: int = 0, last: int = PROMPTS) -> SweepTask:
+        continuations = self.teach / "continuations" / self.file.name
+        return SweepTask(
+            mode, self.file, continuations, first, last, output / "rows" / f"{mode}-{first}.jsonl"
+        )
+
+    def speculate(
+        self, prompt: Prompt, read: Prompt, policy: str, budget: int | str, gamma: int
+    ) -> tuple[list[int], list[Round]]:
+        """One greedy cell by hand: the drafter holds a view of the prompt `read`."""
+        tokens = [torch.tensor([prompt.tokens])], [torch.tensor([read.tokens])]
+        pair = make_pair(*self.pair, tokens[0], view_of(policy, budget), LIMIT + gamma, read=tokens[1])
+        rounds = rounds_of(pair, gamma, LIMIT)
+        return tokens_of(pair, rounds)[0], rounds[0]
+
+
+def counts(row: PromptRow) -> tuple[Any, ...]:
+    return (row.num_tokens, row.num_rounds, row.num_proposed, row.num_accepted, row.reached, row.kept)
+
+
+def key(row: PromptRow) -> tuple[Any, ...]:
+    return (row.drafter, row.prompt_id, row.policy, row.budget, row.control, row.gamma, row.temperature)
+
+
+def by_hand(rounds: list[Round], gamma: int) -> tuple[Any, ...]:
+    total = replay.count([(one.proposed, one.accepted, len(one.tokens)) for one in rounds], gamma)
+    return (
+        total.num_tokens, total.num_rounds, total.num_proposed, total.num_accepted,
+        list(total.reached), list(total.kept),
+    )  # fmt: skip
