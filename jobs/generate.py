@@ -41,7 +41,7 @@ def generate(
         BadData: if the prompt is empty or the drafter's name unknown.
     """
     trained = completed(config)
-    name = drafter or config.train.variants[-1].name
+    name = drafter or config.train.drafters[-1].name
     if name not in trained.drafters:
         raise BadData(f"there is no drafter {name!r}; there are {', '.join(trained.drafters)}")
     tokenizer = AutoTokenizer.from_pretrained(trained.tokenizer)

@@ -105,7 +105,7 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
         for name, artifact in trained.items() if executor.calls > calls else ():
             tracker.log_folder(run_id, artifact.path / "model", f"drafters/{name}")
     if until == "train":
-        return trained[config.train.variants[-1].name].path
+        return trained[config.train.drafters[-1].name].path
     with stages.stage("sweep") as sweep_run:
         swept, failures = sweep(config, executor, prepared, taught, scratch, trained)
     if until == "sweep":

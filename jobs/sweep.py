@@ -11,7 +11,7 @@ from typing import Literal
 from jobs.executor import Executor
 from jobs.train import drafter_ref, model_identity, target_ref
 from pipeline.artifacts import Artifact, open_artifact, read_rows
-from pipeline.cells import Drafter
+from pipeline.cells import Drafter, chosen_drafter
 from pipeline.config import Config
 from pipeline.evaluate import Evaluator, SweepTask
 from pipeline.models import ModelRef, own_positions, pick_device
@@ -34,7 +34,8 @@ def sweep(
 
     With failures the artifact stays incomplete, and the next run tries them again.
     """
-    names = config.sweep.drafters or tuple(variant.name for variant in config.train.variants)
+    wanted = config.sweep.drafters
+    names = [d.name for d in config.train.drafters if chosen_drafter(d.name, wanted)]
     inputs = {
         "teach": teach.fingerprint,
         "target": model_identity(config.target, scratch.get("target")),
@@ -81,10 +82,11 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
 
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
-    variant = next(v for v in config.train.variants if v.name == name)
+    variant = next(v for v in config.train.drafters if v.name == name)
     steps = config.train.steps if variant.steps is None else variant.steps
     if config.drafter.kind == "scratch":
-        own = config.data.sequence_tokens if config.drafter.pretrain.steps else 0
+        pretrain = config.drafter.pretrain
+        own = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
         own = own_positions(drafter_ref(config, scratch))
     return max(own, config.data.sequence_tokens if steps else 0)

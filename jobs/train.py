@@ -68,7 +68,7 @@ def train(
             "train": common,
             "seed": config.seed,
         }
-        for variant in config.train.variants
+        for variant in config.train.drafters
     }
     artifacts = {
         name: open_artifact(Path(config.storage), f"drafter-{name}", given) for name, given in inputs.items()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import Sweep
+from pipeline.config import Sweep, family
 from pipeline.kv import PrefixView, View, view_of
 from pipeline.measure import Chance
 from pipeline.metrics import repetition_rate
@@ -75,6 +75,11 @@ def measured_lengths(sweep: Sweep) -> list[DraftLength]:
 def chosen(value: object, selection: Sequence[object]) -> bool:
     """Whether a value is in a selection; an empty selection takes everything."""
     return not selection or value in selection
+
+
+def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
+    """As `chosen`; naming a variant takes the drafters of all its seeds."""
+    return chosen(name, selection) or family(name) in selection
 
 
 def make_cell(drafter: Drafter, prompt: Prompt, cell: ViewCell, length: DraftLength, chance: Chance) -> Cell:

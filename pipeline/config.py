@@ -23,6 +23,11 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 SWEPT = ("drafters", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds", "controls")
 
 
+def family(drafter: str) -> str:
+    """The variant that a drafter belongs to: `multi_view` of `multi_view~43`, trained with seed 43."""
+    return drafter.partition("~")[0]
+
+
 def check_budget(budget: int | str) -> int | str:
     """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
     if budget == "full" or budget == 0:
@@ -194,6 +199,9 @@ class Pretrain(Group):
 
     steps: int = Field(ge=0, description="optimizer steps")
     batch_sequences: int = Field(8, ge=1, description="sequences per step")
+    sequence_tokens: int | None = Field(
+        None, ge=32, description="tokens of one sequence, a piece of a packed one; default: the whole"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak, AdamW")
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -266,6 +274,21 @@ class Variant(Group):
     policy: Policy = "chunk_topk"
     budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
     num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="the drafter's rope parameters from here on; default: as it comes"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="training seeds; several train a drafter each, NAME~SEED; default: the config's"
+    )
+
+    @property
+    def drafters(self) -> tuple[Variant, ...]:
+        """The drafters to train, one a seed."""
+        if len(self.seeds) < 2:
+            return (self,)
+        return tuple(
+            self.model_copy(update={"name": f"{self.name}~{seed}", "seeds": (seed,)}) for seed in self.seeds
+        )
 
     @field_validator("budgets")
     @classmethod
@@ -282,6 +305,9 @@ class Variant(Group):
             raise ValueError("sparse_weight > 0 needs budgets; for L_A alone set sparse_weight: 0")
         if self.full_weight == 0 and self.sparse_weight == 0:
             raise ValueError("full_weight and sparse_weight are both 0: there is nothing to train on")
+        twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
+        if twice:
+            raise ValueError(f"seeds lists {twice[0]} twice")
         return self
 
 
@@ -312,6 +338,11 @@ class Train(Group):
     validation_budgets: tuple[int | Literal["full"], ...] = Field(
         ("full",), description="budgets of the validation curve"
     )
+
+    @property
+    def drafters(self) -> tuple[Variant, ...]:
+        """Every drafter that is trained: the variants, one for each of their seeds."""
+        return tuple(drafter for variant in self.variants for drafter in variant.drafters)
 
     @field_validator("validation_budgets")
     @classmethod
@@ -460,7 +491,7 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
-        names = {v.name for v in self.train.variants}
+        names = {v.name for v in (*self.train.variants, *self.train.drafters)}
         for where, drafters in (
             ("sweep.drafters", self.sweep.drafters),
             ("sweep.measure.drafters", self.sweep.measure.drafters),
@@ -483,6 +514,13 @@ class Config(Group):
                     "of "
                     f"train.micro_batch_sequences × train.num_workers ({share})"
                 )
+            if isinstance(model, ScratchModel):
+                piece = model.pretrain.sequence_tokens
+                if piece is not None and piece > self.data.sequence_tokens:
+                    raise ValueError(
+                        f"{name}.pretrain.sequence_tokens ({piece}) is more than data.sequence_tokens "
+                        f"({self.data.sequence_tokens})"
+                    )
         adaptive = self.decode.draft_length == "adaptive"
         if adaptive != any(self.sweep.thresholds):
             raise ValueError(

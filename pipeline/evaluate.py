@@ -24,7 +24,7 @@ from pipeline.cells import (
     Drafter,
     DraftLength,
     Mode,
-    chosen,
+    chosen_drafter,
     make_cell,
     make_failure,
     make_row,
@@ -170,7 +170,7 @@ class Evaluator:
     ) -> Iterator[PromptRow | FailedCell]:
         bench: Bench | None = None
         for drafter, _, fast in self.drafters:
-            if not chosen(drafter.name, self.sweep.measure.drafters):
+            if not chosen_drafter(drafter.name, self.sweep.measure.drafters):
                 continue
             try:
                 bench = bench or Bench(self.sides, fast_target, batch, max(self.sweep.gammas))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from pipeline.rows import Continuation, Prompt
 
 
 class NextToken:
-    """Cross entropy of the next token over whole sequences."""
+    """Cross entropy of the next token over whole sequences, or pieces of them."""
 
     def __init__(
         self,
@@ -30,19 +31,23 @@ class NextToken:
     ) -> None:
         self.tokens, self.group, self.seed, self.device = tokens, group, config.seed, device
         self.micro = config.train.micro_batch_sequences
-        self.tokens_per_micro = self.micro * (config.data.sequence_tokens - 1)
+        self.length = group.sequence_tokens or config.data.sequence_tokens
+        self.spare = config.data.sequence_tokens - self.length
+        self.tokens_per_micro = self.micro * (self.length - 1)
         self.validation = validation
 
     def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices = batch_indices(len(self.tokens), self.group.batch_sequences, self.seed, step)
         rows = indices[micro * self.micro : (micro + 1) * self.micro]
-        value = next_token_loss(model, self.tokens.rows(rows).to(self.device))
+        start = int(np.random.default_rng([self.seed, step, micro]).integers(0, self.spare + 1))
+        tokens_BS = self.tokens.rows(rows)[:, start : start + self.length]
+        value = next_token_loss(model, tokens_BS.to(self.device))
         return value, {"next_token": value}
 
     @torch.no_grad()
     def validate(self, model: PreTrainedModel) -> dict[str, float]:
         losses = [
-            float(next_token_loss(model, torch.tensor([prompt.tokens], device=self.device)))
+            float(next_token_loss(model, torch.tensor([prompt.tokens[: self.length]], device=self.device)))
             for prompt in self.validation
         ]
         return {"validation/next_token": sum(losses) / len(losses)} if losses else {}
@@ -69,16 +74,17 @@ class MultiView:
         device: torch.device,
     ) -> None:
         self.config, self.variant, self.data, self.device = config, variant, data, device
+        self.seed = variant.seeds[0] if variant.seeds else config.seed
         self.validation = validation
         train = config.train
         self.tokens_per_micro = train.micro_batch_sequences * train.windows * train.window_tokens
 
     def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         train, config = self.config.train, self.config
-        indices = batch_indices(len(self.data), train.batch_sequences, config.seed, step)
+        indices = batch_indices(len(self.data), train.batch_sequences, self.seed, step)
         indices = indices[micro * train.micro_batch_sequences : (micro + 1) * train.micro_batch_sequences]
         on_policy = config.labels.on_policy_fraction > 0
-        drawn = draw(self.variant, train, config.data.sequence_tokens, config.seed, step, micro, on_policy)
+        drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         tokens_BS = self.data.tokens.rows(indices).to(self.device)
         labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [

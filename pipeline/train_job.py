@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def pretrain(
     card = (
         f"# Scratch {name}\n\nA {spec.layers}-layer, {spec.hidden}-wide Llama, pretrained by next-token "
         f"prediction for {plan.steps} steps of {spec.pretrain.batch_sequences} sequences of "
-        f"{config.data.sequence_tokens} tokens. Data: {describe_data(config)}.\n"
+        f"{spec.pretrain.sequence_tokens or config.data.sequence_tokens} tokens. "
+        f"Data: {describe_data(config)}.\n"
     )
     model = build_scratch(spec, tokenizer, seed)
     if plan.steps == 0:
@@ -99,12 +100,15 @@ def distil(
     """Train one drafter variant on the target's labels."""
     config = job.config
     assert job.teach is not None and job.drafter is not None
-    variant = next(v for v in config.train.variants if v.name == name)
+    variant = next(v for v in config.train.drafters if v.name == name)
     steps = config.train.steps if variant.steps is None else variant.steps
 
+    start = job.drafter
+    if variant.rope_scaling is not None:
+        start = replace(start, rope_scaling=variant.rope_scaling)
+
     def fresh() -> PreTrainedModel:
-        assert job.drafter is not None
-        return load_model(job.drafter, len(tokenizer), dtype="float32")
+        return load_model(start, len(tokenizer), dtype="float32")
 
     if steps == 0:
         if is_first_worker():

@@ -319,6 +319,45 @@ def test_next_token_loss_is_transformers_own(
     assert objective.validate(model) == {"validation/next_token": pytest.approx(sum(own) / 3)}
 
 
+def test_pretraining_on_pieces_reads_a_part_of_each_sequence(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Sequences that count upwards: whatever the piece, its tokens follow one another."""
+    config = config_for({"sparse_weight": 0})
+    rows = np.arange(SEQUENCE)[None] % VOCABULARY + np.zeros((6, 1), dtype=int)
+    np.save(tmp_path / "s.npy", rows.astype(np.uint16))
+    group = config.target.pretrain.model_copy(update={"sequence_tokens": 33})  # type: ignore[union-attr]
+    objective = NextToken(config, group, Shards([tmp_path / "s.npy"]), [], CPU)
+    pieces = [rows[0, at : at + 33] for at in range(SEQUENCE - 33 + 1)]
+    with torch.no_grad():
+        losses = [
+            float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+            for ids in (torch.from_numpy(piece)[None] for piece in pieces)
+        ]
+        found = [float(objective.loss(model, step, 0)[0]) for step in range(8)]
+    nearest = [min(range(len(losses)), key=lambda at: abs(losses[at] - loss)) for loss in found]
+    assert all(found[i] == pytest.approx(losses[at], rel=1e-5) for i, at in enumerate(nearest))
+    assert len(set(nearest)) > 3, "pieces come from different places"
+
+
+def test_a_variant_with_several_seeds_is_a_drafter_for_each(
+    model: PreTrainedModel, data: LabelledSequences
+) -> None:
+    config = config_for({"budgets": {16: 1.0}, "seeds": [5, 6]})
+    assert [v.name for v in config.train.drafters] == ["v~5", "v~6"]
+    losses = [
+        float(MultiView(config, variant, data, [], CPU).loss(model, 0, 0)[0])
+        for variant in (*config.train.drafters, config.train.drafters[0])
+    ]
+    assert losses[0] == losses[2] != losses[1]
+    # One seed is the variant itself; it may differ from the config's.
+    single = config_for({"budgets": {16: 1.0}, "seeds": [config.seed]})
+    plain = config_for({"budgets": {16: 1.0}})
+    assert [v.name for v in single.train.drafters] == ["v"]
+    ours, theirs = (
+        float(MultiView(c, c.train.drafters[0], data, [], CPU).loss(model, 0, 0)[0]) for c in (single, plain)
+    )
+    assert ours == theirs
+
+
 def test_validation_acceptance_is_that_of_decoding(
     target: PreTrainedModel, drafter: PreTrainedModel, data: LabelledSequences
 ) -> None:

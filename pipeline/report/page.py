@@ -138,7 +138,7 @@ def _setup(config: Config) -> list[tuple[str, str]]:
     """Models and variants in words."""
     setup = [("target", _model_text(config.target)), ("drafter", _model_text(config.drafter))]
     return setup + [
-        (f"variant {v.name}", _variant_text(v, config.train.steps)) for v in config.train.variants
+        (f"variant {v.name}", _variant_text(v, config.train.steps)) for v in config.train.drafters
     ]
 
 

@@ -61,12 +61,12 @@ class Axes:
     def of(config: Config) -> Axes:
         wanted = config.train.validation_gamma
         return Axes(
-            drafters=tuple(v.name for v in config.train.variants),
+            drafters=tuple(v.name for v in config.train.drafters),
             datasets=tuple(s.name for s in config.data.sources if "test" in s.use),
             contexts={c.name: c.tokens for c in config.data.contexts},
             gamma=min(config.sweep.gammas, key=lambda gamma: (abs(gamma - wanted), gamma)),
             smallest_budget=min((b for b in config.sweep.budgets if b != "full" and b > 0), default=None),
-            trained_without_prefix=tuple(v.name for v in config.train.variants if 0 in v.budgets),
+            trained_without_prefix=tuple(v.name for v in config.train.drafters if 0 in v.budgets),
         )
 
     def order(self, cell: Cell) -> tuple[float | str, ...]:
