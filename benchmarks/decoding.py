@@ -14,7 +14,7 @@ from benchmarks.baselines import assisted, generate, huggingface
 from benchmarks.pairs import Ours, Pair, mean
 from benchmarks.rows import Row, interleaved, ratios, row
 from benchmarks.synthetic import synthetic_sampler
-from pipeline.decoding import GREEDY
+from pipeline.drafting import GREEDY
 from pipeline.kv import FULL, view_of
 from pipeline.metrics import repetition_rate
 

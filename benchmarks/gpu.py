@@ -20,7 +20,8 @@ import torch
 from benchmarks.pairs import NEVER, Ours, Pair, random_llama
 from benchmarks.rows import Row, interleaved, median, ratios, row
 from benchmarks.synthetic import synthetic_sampler
-from pipeline.decoding import GREEDY, Sampler, autoregressive, speculate
+from pipeline.decoding import autoregressive, speculate
+from pipeline.drafting import GREEDY, ModelDrafts, Sampler
 from pipeline.kv import view_of
 from pipeline.lean import DecodeModel, decode_model
 from pipeline.steps import Compile, Rule, Side
@@ -191,6 +192,7 @@ def speculation_rows(setting: Setting, place: Place, target: Side, drafter: Side
 
 def speculation(setting: Setting, place: Place, target: Side, drafter: Side) -> dict[int, list[float]]:
     """Speedup over AR for every γ, repeat by repeat, interleaved."""
+    source = ModelDrafts(drafter)
 
     def plain() -> float:
         began = clock(setting.device)
@@ -199,7 +201,7 @@ def speculation(setting: Setting, place: Place, target: Side, drafter: Side) -> 
 
     def speculative(gamma: int, sampler: Sampler) -> float:
         began = clock(setting.device)
-        rounds = list(speculate(target, drafter, [5], gamma, setting.new_tokens, NEVER, sampler))
+        rounds = list(speculate(target, source, [5], gamma, setting.new_tokens, NEVER, sampler))
         seconds = clock(setting.device) - began
         return seconds / sum(len(one.tokens) for (one,) in rounds if one is not None)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.decoding import GREEDY, Sampler, autoregressive, speculate
+from pipeline.decoding import autoregressive, speculate
+from pipeline.drafting import GREEDY, ModelDrafts, Sampler
 from pipeline.kv import FULL, PrefixView, View
 from pipeline.lean import decode_model
 from pipeline.models import prepare_model
@@ -146,7 +147,7 @@ class Ours:
         rounds = [
             one
             for (one,) in speculate(
-                self.target, self.drafter, firsts, gamma, self.pair.new_tokens, NEVER, sampler
+                self.target, ModelDrafts(self.drafter), firsts, gamma, self.pair.new_tokens, NEVER, sampler
             )
             if one is not None
         ]

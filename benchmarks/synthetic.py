@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Backend
-from pipeline.decoding import Sampler
+from pipeline.drafting import Sampler
 from pipeline.steps import Rule
 
 

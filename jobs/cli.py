@@ -224,6 +224,28 @@ def _read_prompt(file: Path | None) -> str:
     return prompt
 
 
+@app.command("recommend", short_help="What to deploy, from finished results.")
+def recommend_cell(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A report folder, or its summary.json.")],
+    context: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Prompt tokens to serve.")],
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A data set of the results; default: each of them.")
+    ] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.0, help="Memory for weights and KV of both models, in GB (10^9).")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts that are in memory at once.")] = 1,
+    min_acceptance: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Least share of proposals that are accepted.")
+    ] = None,
+) -> None:
+    """What to deploy at a context, with the expected speedup, or why not to speculate there."""
+    from jobs.recommend import advise
+
+    for line in advise(results, context, dataset, memory_gb, concurrency, min_acceptance):
+        typer.echo(line)
+
+
 @app.command("convert", short_help="Turn a .bin checkpoint into safetensors.")
 def convert_checkpoint(
     source: Annotated[
@@ -249,6 +271,32 @@ def show_config(
 ) -> None:
     """Print the resolved config as YAML: defaults, `extends` and overrides filled in."""
     typer.echo(dump_config(_load(config, overrides, executor, storage)), nl=False)
+
+
+@app.command("plan", short_help="What a config will cost, and whether it fits, before anything runs.")
+def plan_costs(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    executor: ExecutorOption = None,
+    storage: StorageOption = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.001, metavar="N", help="Device memory; default: run.device's here.")
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, metavar="X", help="Effective TFLOP/s; default: measured, scratch models only."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")] = False,
+) -> None:
+    """Tokens, disk, peak memory by stage, rows and device-hours; exit code 3 where something does not fit."""
+    loaded = _load(config, overrides, executor, storage)
+    check_name_clash()
+    set_up_logging()
+    from jobs.plan import plan
+
+    plan(loaded, as_json, memory_gb, tflops)
 
 
 @app.command("doctor", short_help="Check this machine and a config: what is wrong, what to do.")

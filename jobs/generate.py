@@ -11,6 +11,7 @@ from kernels import dispatch
 from pipeline import replay
 from pipeline.config import Config
 from pipeline.decoding import speculate
+from pipeline.drafting import ModelDrafts
 from pipeline.errors import BadData
 from pipeline.kv import view_of
 from pipeline.lean import decode_model
@@ -66,13 +67,14 @@ def generate(
     )
     bench, chance = Bench(Sides(config.decode.compile), fast, [asked], gamma), Chance(temperature, seed)
     views, _, _ = timed_prefill(fast_small, asked, [view_of(policy, budget)])
-    drafting, eos = bench.drafter(fast_small, views), stop_tokens(target)
+    source = ModelDrafts(bench.drafter(fast_small, views), threshold)
+    eos = stop_tokens(target)
 
     # Streamed first, which also warms up; the timed runs print nothing. A token may hold part of a
     # character: what the whole text has gained is printed, but for an unfinished character at its end.
     firsts, sampler = bench.start(chance)
     written, shown = list(firsts), 0
-    for (one,) in speculate(bench.target, drafting, firsts, gamma, max_new_tokens, eos, sampler, threshold):
+    for (one,) in speculate(bench.target, source, firsts, gamma, max_new_tokens, eos, sampler):
         assert one is not None, "the only row is at work until the last round"
         written += one.tokens
         text = tokenizer.decode(written, skip_special_tokens=True).rstrip(UNFINISHED)
@@ -83,7 +85,7 @@ def generate(
     bench.autoregressive(chance, eos)
     plain, timed = (
         bench.autoregressive(chance, eos),
-        bench.speculative(drafting, gamma, chance, eos, threshold),
+        bench.speculative(source, gamma, chance, eos),
     )
     rounds = timed.rounds[0]
     if not rounds:
@@ -93,7 +95,7 @@ def generate(
     speed, ar_speed = counts.num_tokens / timed.seconds, (len(plain.tokens[0]) - 1) / plain.seconds
     print(
         f"[{name}, {policy} budget {budget}, γ {gamma}: acceptance "
-        f"{counts.num_accepted / max(counts.num_proposed, 1):.3f}, "
+        f"{counts.num_accepted / max(counts.num_proposed or 0, 1):.3f}, "
         f"τ {counts.num_tokens / counts.num_rounds:.2f}, {speed:.1f} tokens/s, "
         f"autoregressive {ar_speed:.1f}, speedup {speed / ar_speed:.2f}"
         + (

@@ -15,7 +15,7 @@ from jobs.executor import Executor, NoExecutor, make_executor
 from jobs.prepare import prepare
 from jobs.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
 from jobs.sweep import ref, sweep
-from jobs.teach import teach
+from jobs.teach import sample, teach
 from jobs.tracking import Tracker
 from jobs.train import Watch, pretrain, target_ref, train
 from pipeline.artifacts import read_rows
@@ -97,6 +97,7 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
         scratch = pretrain(config, executor, prepared, watch(run_id))
     with stages.stage("teach"):
         taught = teach(config, executor, prepared, scratch)
+        sampled = sample(config, executor, prepared, scratch)
     if until == "teach":
         return taught.path
     with stages.stage("train") as run_id:
@@ -107,7 +108,7 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
     if until == "train":
         return trained[config.train.drafters[-1].name].path
     with stages.stage("sweep") as sweep_run:
-        swept, failures = sweep(config, executor, prepared, taught, scratch, trained)
+        swept, failures = sweep(config, executor, prepared, taught, sampled, scratch, trained)
     if until == "sweep":
         check_complete(failures, swept.path)
         return swept.path

@@ -15,23 +15,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jobs.sweep import PREDICTED, RECHECKED, ROWS, STEPS
 from pipeline.artifacts import (
     Artifact,
-    RowT,
     file_sha256,
     open_artifact,
     provenance,
+    read_all,
     read_rows,
     write_json,
     write_rows,
     write_text,
 )
 from pipeline.config import Config
+from pipeline.evaluate import SIZES
+from pipeline.recommend import ModelSize
+from pipeline.report.advice import Predictions
 from pipeline.report.findings import summarise
 from pipeline.report.page import PageInputs, render
 from pipeline.report.summary import Stage, Summary
 from pipeline.report.tables import Axes, cell_rows
-from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
+from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow, PromptRow, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class ReportInputs:
 def report(config: Config, inputs: ReportInputs) -> Artifact:
     """Make the report; its folder holds `report.html`, `summary.json`, `cells.jsonl` and `figures/*.png`."""
     began = time.perf_counter()
-    failed = _read_all(inputs.sweep.path / "failed", FailedCell)
+    failed = read_all(inputs.sweep.path / "failed", FailedCell)
     artifact, cached = _analyse(config, inputs, failed)
     analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
     own = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
@@ -64,8 +68,9 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
         config=config,
         summary=summary,
         cells=read_rows(artifact.path / CELLS, CellRow),
+        predicted=read_rows(artifact.path / PREDICTED, PredictedRow),
         failed=failed,
-        continuations=_read_all(inputs.teach.path / "continuations", Continuation),
+        continuations=read_all(inputs.teach.path / "continuations", Continuation),
         figures=artifact.manifest["counts"]["figures"],
         figure_folder=artifact.path / FIGURES,
         prepare=inputs.prepare.manifest,
@@ -85,7 +90,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in ("rows", "failed")
+        for folder in (ROWS, RECHECKED, STEPS, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -102,11 +107,13 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
 
     began = time.perf_counter()
     samples, seed = config.report.bootstrap_samples, config.seed
-    prompt_rows = _read_all(inputs.sweep.path / "rows", PromptRow)
+    prompt_rows = read_all(inputs.sweep.path / "rows", PromptRow)
     log.info("report: %d prompt rows, %d failures", len(prompt_rows), len(failed))
     cells = cell_rows(prompt_rows, axes, samples, seed)
-    summary = summarise(prompt_rows, cells, failed, axes, samples, seed)
+    predictions = read_predictions(inputs.sweep.path)
+    summary = summarise(prompt_rows, cells, failed, axes, samples, seed, predictions)
     write_rows(artifact.path / CELLS, cells)
+    write_rows(artifact.path / PREDICTED, list(predictions.predicted))
     write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude={"stages"}))
     figures = draw_all(cells, summary.acceptance, axes, artifact.path / FIGURES)
     counts = {"cells": len(cells), "failed": len(failed), "figures": figures}
@@ -114,5 +121,12 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     return artifact, False
 
 
-def _read_all(folder: Path, row_type: type[RowT]) -> list[RowT]:
-    return [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file, row_type)]
+def read_predictions(sweep: Path) -> Predictions:
+    """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
+    predicted, sizes = sweep / PREDICTED, sweep / SIZES
+    return Predictions(
+        read_rows(predicted, PredictedRow) if predicted.exists() else (),
+        read_all(sweep / STEPS, StepTimes),
+        read_rows(sizes, ModelSize) if sizes.exists() else (),
+        read_all(sweep / RECHECKED, PromptRow),
+    )

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from jobs.executor import Executor
 from jobs.train import drafter_ref, model_identity, target_ref
-from pipeline.artifacts import Artifact, open_artifact, read_rows
-from pipeline.cells import Drafter, chosen_drafter
+from pipeline import planner
+from pipeline.artifacts import Artifact, open_artifact, read_all, read_rows, write_rows
+from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks
 from pipeline.config import Config
-from pipeline.evaluate import Evaluator, SweepTask
+from pipeline.evaluate import CalibrateTask, Evaluator, MeasureTask, ReplayTask, SweepTask
 from pipeline.models import ModelRef, own_positions, pick_device
-from pipeline.rows import Prompt
+from pipeline.planner import Place
+from pipeline.recommend import choices, recommend
+from pipeline.report.axes import Axes
+from pipeline.report.tables import cell_rows
+from pipeline.rows import Cell, PredictedRow, Prompt, PromptRow, StepTimes
 
 log = logging.getLogger(__name__)
 
 PROMPTS_PER_TASK = 8
+ROWS, RECHECKED, STEPS, PREDICTED, PICKS = "rows", "rechecked", "steps", "predicted.jsonl", "picks.jsonl"
 
 
 def sweep(
@@ -27,21 +33,29 @@ def sweep(
     executor: Executor,
     prepare: Artifact,
     teach: Artifact,
+    sample: Artifact | None,
     scratch: dict[str, Artifact],
     trained: dict[str, Artifact],
 ) -> tuple[Artifact, int]:
     """Evaluate every drafter; returns the artifact and the number of failures.
 
-    With failures the artifact stays incomplete, and the next run tries them again.
+    Replay comes first. Where the config predicts, single steps are timed then, all cells' speeds predicted,
+    and besides the cells that the config names the best and the extremes of each data set and context are
+    measured; last, the recommended and the best measured ones are measured again. With failures the artifact
+    stays incomplete, and the next run tries them again.
     """
     wanted = config.sweep.drafters
     names = [d.name for d in config.train.drafters if chosen_drafter(d.name, wanted)]
     inputs = {
         "teach": teach.fingerprint,
+        "sample": sample.fingerprint if sample else None,
         "target": model_identity(config.target, scratch.get("target")),
         "drafters": {name: trained[name].fingerprint for name in names},
         "drafter_dtype": config.drafter.dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
+        "report": [config.report.bootstrap_samples, config.report.least_documents]
+        if config.sweep.predicts
+        else None,
         # Wall clock belongs to a device. As configured: the driver may lack the GPU that its workers have.
         "device": config.run.device,
         "kernels": config.run.kernels,
@@ -51,27 +65,148 @@ def sweep(
     if artifact.complete:
         return artifact, 0
     began = time.perf_counter()
+    target = target_ref(config, scratch)
     drafters = [Drafter(n, ref(config, trained[n]), positions(config, scratch, n)) for n in names]
-    factory = partial(
-        make_evaluator, config, target_ref(config, scratch), drafters, prepare.path / "tokenizer"
-    )
-    rows = failures = 0
-    modes = {"both": ("replay", "measure"), "replay": ("replay",), "measure": ("measure",)}
-    for mode in modes[config.sweep.mode]:
-        tasks = sweep_tasks(config, mode, prepare, teach, artifact)  # type: ignore[arg-type]
-        # Timings are taken by one worker at a time, so that they do not disturb each other.
-        actors = config.sweep.num_evaluators if mode == "replay" else 1
-        for _, (written, failed) in executor.map_actors(factory, tasks, mode, actors):
-            rows, failures = rows + written, failures + failed
-    if failures:
-        log.error("sweep: %d failed; see %s", failures, artifact.path / "failed")
+    drafters += baselines(config, scratch)
+    run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
+    if config.sweep.mode != "measure":
+        run.replay()
+    if config.sweep.predicts:
+        run.calibrate()
+    if config.sweep.mode != "replay":
+        run.measure()
+    if config.sweep.predicts:
+        run.recheck()
+    if run.failures:
+        log.error("sweep: %d failed; see %s", run.failures, artifact.path / "failed")
     else:
-        artifact.finish(inputs, {"rows": rows}, time.perf_counter() - began)
-    return artifact, failures
+        artifact.finish(inputs, {"rows": run.rows}, time.perf_counter() - began)
+    return artifact, run.failures
+
+
+class Phases:
+    """The phases of one sweep, each of them a list of tasks; what is done is not done again."""
+
+    def __init__(
+        self,
+        config: Config,
+        executor: Executor,
+        prepare: Artifact,
+        teach: Artifact,
+        sample: Artifact | None,
+        artifact: Artifact,
+        target: ModelRef,
+        drafters: list[Drafter],
+    ) -> None:
+        self.config, self.sweep, self.executor, self.folder = config, config.sweep, executor, artifact.path
+        self.texts = [teach.path / "continuations"] + ([sample.path / "continuations"] if sample else [])
+        self.files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+        self.drafters, self.rows, self.failures = drafters, 0, 0
+        self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
+
+    def run(self, tasks: Sequence[SweepTask], what: str, actors: int = 1) -> None:
+        """Timings are taken by one worker at a time, so that they do not disturb each other."""
+        for _, (written, failed) in self.executor.map_actors(self.factory, tasks, what, actors):
+            self.rows, self.failures = self.rows + written, self.failures + failed
+
+    def replay(self) -> None:
+        tasks = []
+        for file in self.files:
+            texts = tuple(
+                text for folder in self.texts for text in sorted(folder.glob(f"{file.stem}*.jsonl"))
+            )
+            if 0.0 not in self.sweep.temperatures:
+                texts = tuple(text for text in texts if text.name != file.name)
+            count = len(read_rows(file, Prompt))
+            for first in range(0, count, PROMPTS_PER_TASK):
+                last = min(first + PROMPTS_PER_TASK, count)
+                tasks.append(ReplayTask(file, texts, first, last, self.output("replay", file, first)))
+        self.run(tasks, "replay", self.sweep.num_evaluators)
+
+    def calibrate(self) -> None:
+        """Time steps at every context, then predict. Predictions are made once, and picks with them."""
+        contexts = {context.name: context.tokens for context in self.config.data.contexts}
+        tasks = [
+            CalibrateTask(n, tokens, self.folder / STEPS / f"{n}.jsonl") for n, tokens in contexts.items()
+        ]
+        self.run(tasks, "calibrate")
+        if not (self.folder / PICKS).exists():
+            report = self.config.report
+            predicted = planner.predict(
+                read_all(self.folder / ROWS, PromptRow),
+                self.times(),
+                report.bootstrap_samples,
+                self.config.seed,
+            )
+            write_rows(self.folder / PREDICTED, predicted)
+            places = planner.by_place(predicted)
+            picks = [cell for here in places.values() for cell in planner.worth_measuring(here)]
+            write_rows(self.folder / PICKS, picks)
+
+    def measure(self) -> None:
+        """What the config names, what predictions point at, and the plane that scores them."""
+        extra = read_rows(self.folder / PICKS, Cell) if self.sweep.predicts else []
+        names = [drafter.name for drafter in self.drafters]
+        picks = {}
+        for file, place in self.places():
+            here = configured_picks(self.sweep, self.drafters, place.context)
+            here += [planner.pick_of(cell) for cell in extra if (cell.dataset, cell.context) == place]
+            here += planner.plane_picks(self.sweep, place, names)
+            picks[file] = tuple(dict.fromkeys(here))
+        self.run(self.measure_tasks(picks, ROWS), "measure")
+
+    def recheck(self) -> None:
+        """Measure the recommended and the best measured cell of each place once more, side by side."""
+        config, least = self.config, self.config.report.least_documents
+        rows = read_all(self.folder / ROWS, PromptRow)
+        cells = cell_rows(rows, Axes.of(config), config.report.bootstrap_samples, config.seed)
+        found = choices(cells, read_rows(self.folder / PREDICTED, PredictedRow), least)
+        picks = {}
+        for file, place in self.places():
+            here = found.get(place, [])
+            again = [choice for choice in here if choice.basis == "measured"][:1]
+            advice = recommend(place, here, least)
+            again += [choice for choice in (advice.choice,) if choice is not None]
+            picks[file] = tuple(dict.fromkeys(planner.pick_of(choice) for choice in again))
+        self.run(self.measure_tasks(picks, RECHECKED), "recheck")
+
+    def places(self) -> list[tuple[Path, Place]]:
+        """Prompts files with the data set and context that they are of."""
+        firsts = [(file, read_rows(file, Prompt)[0]) for file in self.files]
+        return [(file, Place(prompt.dataset, prompt.context)) for file, prompt in firsts]
+
+    def measure_tasks(self, picks: dict[Path, tuple[Pick, ...]], folder: str) -> list[MeasureTask]:
+        """The first prompts of every file, those decoded together a task."""
+        measure, tasks = self.sweep.measure, []
+        for file, here in picks.items():
+            count = min(len(read_rows(file, Prompt)), measure.prompts)
+            for first in range(0, count if here else 0, measure.prompts_together):
+                last = min(first + measure.prompts_together, count)
+                output = self.output("measure", file, first, folder)
+                tasks.append(MeasureTask(file, here, first, last, output))
+        return tasks
+
+    def output(self, what: str, file: Path, first: int, folder: str = ROWS) -> Path:
+        return self.folder / folder / f"{what}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
+
+    def times(self) -> list[StepTimes]:
+        return read_all(self.folder / STEPS, StepTimes)
 
 
 def make_evaluator(config: Config, target: ModelRef, drafters: list[Drafter], tokenizer: Path) -> Evaluator:
     return Evaluator(config, target, drafters, tokenizer, pick_device(config.run.device))
+
+
+def baselines(config: Config, scratch: dict[str, Artifact]) -> list[Drafter]:
+    """The draft sources that are not trained."""
+    found = []
+    for name in config.sweep.baselines:
+        if name == "prompt_lookup":
+            found.append(Drafter(name, None, 2**31, name))
+        else:
+            reach = own_positions(target_ref(config, scratch))
+            found.append(Drafter(name, target_ref(config, scratch), reach, name))
+    return found
 
 
 def ref(config: Config, trained: Artifact) -> ModelRef:
@@ -90,28 +225,3 @@ def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     else:
         own = own_positions(drafter_ref(config, scratch))
     return max(own, config.data.sequence_tokens if steps else 0)
-
-
-def sweep_tasks(
-    config: Config, mode: Literal["replay", "measure"], prepare: Artifact, teach: Artifact, artifact: Artifact
-) -> list[SweepTask]:
-    """Slices of every test prompts file; measuring takes the first prompts, those decoded together a task."""
-    tasks = []
-    for file in sorted((prepare.path / "prompts").glob("test-*.jsonl")):
-        count = len(read_rows(file, Prompt))
-        size = PROMPTS_PER_TASK
-        if mode == "measure":
-            count, size = min(count, config.sweep.measure.prompts), config.sweep.measure.prompts_together
-        for first, last in [(at, min(at + size, count)) for at in range(0, count, size)]:
-            name = f"{mode}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
-            tasks.append(
-                SweepTask(
-                    mode,
-                    file,
-                    teach.path / "continuations" / file.name,
-                    first,
-                    last,
-                    artifact.path / "rows" / name,
-                )
-            )
-    return tasks

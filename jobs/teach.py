@@ -13,6 +13,7 @@ from jobs.executor import Executor
 from jobs.train import model_identity, target_ref
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.config import Config
+from pipeline.drafting import Chance
 from pipeline.models import pick_device
 from pipeline.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
 
@@ -55,6 +56,36 @@ def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[s
     counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / "labels").glob("*.npy"))
     log.info("teach: %.1f MB of labels on disk", counts["label_bytes"] / 1e6)
     artifact.finish(inputs, counts, time.perf_counter() - began)
+    return artifact
+
+
+def sample(
+    config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]
+) -> Artifact | None:
+    """The target's sampled continuations of the test prompts; None where the sweep is greedy alone.
+
+    Apart from the labels, so that other temperatures do not train anew.
+    """
+    chances = [Chance(t, seed) for t in config.sweep.temperatures if t > 0 for seed in config.sweep.seeds]
+    if not chances:
+        return None
+    inputs = {
+        "prepare": prepare.fingerprint,
+        "target": model_identity(config.target, scratch.get("target")),
+        "chances": [[chance.temperature, chance.seed] for chance in chances],
+    }
+    artifact = open_artifact(Path(config.storage), "sample", inputs)
+    if artifact.complete:
+        return artifact
+    began = time.perf_counter()
+    files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+    tasks = [ContinueTask(file, chance) for file in files for chance in chances]
+    factory = partial(
+        make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
+    )
+    workers = config.labels.num_workers
+    written = sum(d.continuations for _, d in executor.map_actors(factory, tasks, "sample", workers))
+    artifact.finish(inputs, {"continuations": written}, time.perf_counter() - began)
     return artifact
 
 

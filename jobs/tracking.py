@@ -179,7 +179,9 @@ class Tracker:
                 bar.update(1)
         self.sweep_id = sweep_id
         self.measured = any(row.speedup is not None for cells in points.values() for row in cells)
-        ranked = sorted(points, key=lambda key: -max(row.speedup or row.acceptance for row in points[key]))
+        ranked = sorted(
+            points, key=lambda key: -max(row.speedup or row.acceptance or 0.0 for row in points[key])
+        )
         self.cell_runs = [present[key] for key in ranked]
 
     def log_files(self, run_id: str, paths: Iterable[Path]) -> None:

@@ -104,6 +104,11 @@ def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
         return [row_type.model_validate_json(line) for line in file]
 
 
+def read_all(folder: Path, row_type: type[RowT]) -> list[RowT]:
+    """The rows of all files of a folder."""
+    return [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file, row_type)]
+
+
 @cache
 def provenance() -> dict[str, Any]:
     """Git commit and dirty flag of the code, versions of the libraries, and the machine."""

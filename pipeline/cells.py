@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pipeline.config import Sweep, family
-from pipeline.kv import PrefixView, View, view_of
-from pipeline.measure import Chance
+from pipeline.config import Baseline, Sweep, family
+from pipeline.drafting import Chance
+from pipeline.kv import View, view_of
 from pipeline.metrics import repetition_rate
 from pipeline.models import ModelRef
 from pipeline.replay import Counts
-from pipeline.rows import Cell, FailedCell, Prompt, PromptRow
+from pipeline.rows import Cell, FailedCell, Mode, Prompt, PromptRow
 
-Mode = Literal["replay", "measure"]
 # What a cell may end in without ending the others: logits that are not finite, no memory.
 CELL_ERRORS = (ArithmeticError, RuntimeError)
+SELF_POLICIES = ("streaming", "snapkv")
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """A drafter to evaluate, and how many positions it was trained on."""
+    """A draft source to evaluate: a trained model, with the positions it was trained on, or a baseline.
+
+    `ref` is the target's for self-speculation, and None for prompt lookup, which has no model.
+    """
 
     name: str
-    ref: ModelRef
+    ref: ModelRef | None
     trained_positions: int
+    baseline: Baseline | None = None
 
 
-@dataclass(frozen=True)
-class ViewCell:
+class ViewCell(NamedTuple):
     """A cell's view and control; the γ, threshold, temperature and seed axes share it."""
 
     policy: str
@@ -41,16 +44,32 @@ class ViewCell:
         return view_of(self.policy, self.budget)
 
 
-@dataclass(frozen=True)
-class DraftLength:
+class DraftLength(NamedTuple):
     """At most γ proposals a round; fewer where the drafter's confidence falls under the threshold."""
 
     gamma: int
     threshold: float = 0.0
 
 
-def view_cells(sweep: Sweep) -> list[ViewCell]:
-    """The sweep's views, then those of its controls."""
+class Pick(NamedTuple):
+    """What is measured of one drafter."""
+
+    drafter: str
+    cell: ViewCell
+    length: DraftLength
+
+
+NOTHING = ViewCell("none", 0, None)  # what prompt lookup keeps of a prefix
+ALL_VIEWS, EVERY_LENGTH = ViewCell("all", "full", None), DraftLength(0)  # of a failure that ended them all
+
+
+def view_cells(sweep: Sweep, drafter: Drafter) -> list[ViewCell]:
+    """The views of a drafter, then those of its controls; a baseline has none of the latter."""
+    if drafter.baseline == "prompt_lookup":
+        return [NOTHING]
+    if drafter.baseline == "self_speculation":
+        sparse = [budget for budget in sweep.budgets if budget != "full" and budget > 0]
+        return [ViewCell(policy, budget, None) for policy in SELF_POLICIES for budget in sparse]
     cells = [ViewCell(policy, budget, None) for policy in sweep.policies for budget in sweep.budgets]
     if "other_prompt" in sweep.controls:
         cells += [ViewCell(c.policy, c.budget, "other_prompt") for c in cells if c.budget != 0]
@@ -59,16 +78,23 @@ def view_cells(sweep: Sweep) -> list[ViewCell]:
     return cells
 
 
-def measured_views(sweep: Sweep) -> list[ViewCell]:
-    return [c for c in view_cells(sweep) if not c.control and chosen(c.budget, sweep.measure.budgets)]
+def draft_lengths(sweep: Sweep, context: str, drafter: Drafter) -> list[DraftLength]:
+    """Baselines always draft as many tokens as they can."""
+    thresholds = (0.0,) if drafter.baseline else sweep.thresholds
+    return [DraftLength(gamma, t) for gamma in sweep.gammas_of(context) for t in thresholds]
 
 
-def measured_lengths(sweep: Sweep) -> list[DraftLength]:
+def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], context: str) -> list[Pick]:
+    """The cells that the config names for measuring, of every baseline too."""
+    measure = sweep.measure
     return [
-        DraftLength(gamma, threshold)
-        for gamma in sweep.gammas
-        if chosen(gamma, sweep.measure.gammas)
-        for threshold in sweep.thresholds
+        Pick(drafter.name, cell, length)
+        for drafter in drafters
+        if drafter.baseline or chosen_drafter(drafter.name, measure.drafters)
+        for cell in view_cells(sweep, drafter)
+        if not cell.control and (cell == NOTHING or chosen(cell.budget, measure.budgets))
+        for length in draft_lengths(sweep, context, drafter)
+        if chosen(length.gamma, measure.gammas)
     ]
 
 
@@ -104,7 +130,7 @@ def make_row(
     prompt: Prompt,
     counts: Counts,
     tokens: Sequence[int],
-    view: PrefixView,
+    kv_bytes: int,
     looping_rate: float,
 ) -> PromptRow:
     repetition = repetition_rate(tokens)
@@ -122,7 +148,7 @@ def make_row(
         repetition_rate=repetition,
         looping=repetition > looping_rate,
         in_trained_range=len(prompt.tokens) + prompt.max_new_tokens <= drafter.trained_positions,
-        drafter_kv_bytes=view.num_bytes,
+        drafter_kv_bytes=kv_bytes,
     )
 
 
@@ -132,8 +158,8 @@ def make_failure(
     drafter: Drafter,
     prompt: Prompt,
     error: Exception,
-    cell: ViewCell = ViewCell("all", "full", None),
-    length: DraftLength = DraftLength(0),
+    cell: ViewCell = ALL_VIEWS,
+    length: DraftLength = EVERY_LENGTH,
 ) -> FailedCell:
     """A cell, or where γ is 0 all cells of a view, of one drafter and prompt; by default of all views."""
     given = make_cell(drafter, prompt, cell, length, Chance(0.0, sweep.seeds[0]))

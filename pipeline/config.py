@@ -16,11 +16,15 @@ Split = Literal["train", "validation", "test"]
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
 Control = Literal["other_prompt", "no_prefix"]
+Baseline = Literal["self_speculation", "prompt_lookup"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
-SWEPT = ("drafters", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds", "controls")
+SWEPT = (
+    "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
+    "controls",
+)  # fmt: skip
 
 
 def family(drafter: str) -> str:
@@ -364,6 +368,14 @@ class Train(Group):
         return self
 
 
+class Plane(Group):
+    """One full budget × γ plane that is measured, to score the predicted times of all other cells."""
+
+    drafter: str = Field(description="a drafter, by variant or with its seed")
+    dataset: str = Field(description="name of a source")
+    context: str = Field(description="name of a context")
+
+
 class Measure(Group):
     """Cells whose wall clock is measured; an empty list means every value of the sweep."""
 
@@ -375,6 +387,12 @@ class Measure(Group):
         1, ge=1, le=256, description="prompts decoded at once, each with its own acceptance"
     )
     repeats: int = Field(3, ge=1, description="interleaved repeats of every cell and of AR")
+    predict: bool = Field(
+        True,
+        description="mode both: time single steps, predict every cell's speed from them, measure the best "
+        "and the extremes of each data set and context too, and the recommended ones once more",
+    )
+    plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
 
 
 class Decode(Group):
@@ -394,10 +412,18 @@ class Decode(Group):
 class Sweep(Group):
     mode: Literal["replay", "measure", "both"] = "both"
     drafters: tuple[str, ...] = Field((), description="variants to evaluate; empty: all")
+    baselines: tuple[Baseline, ...] = Field(
+        (),
+        description="draft sources without training: the target behind a sparse view of itself (streaming "
+        "and snapkv), and n-gram lookup in prompt and text",
+    )
     policies: tuple[Policy, ...] = ("chunk_topk",)
     budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
     gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
         min_length=1, description="num_draft_tokens"
+    )
+    max_gammas: dict[str, int] = Field(
+        default={}, description="context → largest γ there; default: all gammas at every context"
     )
     thresholds: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
         (0.0,),
@@ -419,10 +445,24 @@ class Sweep(Group):
     def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
         return tuple(check_budget(budget) for budget in budgets)
 
+    @property
+    def predicts(self) -> bool:
+        return self.mode == "both" and self.measure.predict
+
+    def gammas_of(self, context: str) -> tuple[int, ...]:
+        """The γ that are swept at a context."""
+        return tuple(g for g in self.gammas if g <= self.max_gammas.get(context, g))
+
     @model_validator(mode="after")
-    def _replay_is_greedy(self) -> Sweep:
-        if self.mode == "replay" and any(t > 0 for t in self.temperatures):
-            raise ValueError("temperatures above 0 need mode: measure or both; replay is for greedy only")
+    def _axes_fit(self) -> Sweep:
+        for context in self.max_gammas:
+            if not self.gammas_of(context):
+                raise ValueError(f"max_gammas.{context} is below every one of gammas")
+        if self.predicts and self.measure.prompts_together > 1:
+            raise ValueError(
+                "measure.predict times prompts that are decoded alone: set measure.prompts_together: 1 or "
+                "measure.predict: false"
+            )
         for field in SWEPT:
             values = getattr(self, field)
             twice = [value for value in values if values.count(value) > 1]
@@ -436,6 +476,7 @@ class Sweep(Group):
 
 
 class Report(Group):
+    least_documents: int = Field(5, ge=2, description="documents below which nothing is ranked")
     bootstrap_samples: int = Field(2000, ge=100, description="resamples of every interval")
     samples: int = Field(3, ge=0, description="texts shown per data set")
 
@@ -521,6 +562,22 @@ class Config(Group):
                         f"{name}.pretrain.sequence_tokens ({piece}) is more than data.sequence_tokens "
                         f"({self.data.sequence_tokens})"
                     )
+        contexts = {context.name for context in self.data.contexts}
+        tested = {source.name for source in self.data.sources if "test" in source.use}
+        if set(self.sweep.max_gammas) - contexts:
+            raise ValueError(
+                f"sweep.max_gammas: {sorted(set(self.sweep.max_gammas) - contexts)} are not among "
+                f"data.contexts {sorted(contexts)}"
+            )
+        plane = self.sweep.measure.plane
+        if plane and (
+            plane.drafter not in names or plane.dataset not in tested or plane.context not in contexts
+        ):
+            raise ValueError(
+                f"sweep.measure.plane needs a drafter of {sorted(names)}, a dataset of {sorted(tested)} and "
+                f"a context of {sorted(contexts)}; it has {plane.drafter!r}, {plane.dataset!r} and "
+                f"{plane.context!r}"
+            )
         adaptive = self.decode.draft_length == "adaptive"
         if adaptive != any(self.sweep.thresholds):
             raise ValueError(
@@ -529,10 +586,6 @@ class Config(Group):
             )
         if self.decode.compile == "cudagraphs" and self.run.device == "cpu":
             raise ValueError("decode.compile is cudagraphs, which needs a GPU, but run.device is cpu")
-        if adaptive and self.sweep.mode == "replay":
-            raise ValueError(
-                "decode.draft_length: adaptive needs sweep.mode measure or both; replay has γ only"
-            )
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}
         if losses - {"cross_entropy"} and self.labels.top_k == 0:
             raise ValueError("kl and total_variation losses need labels.top_k > 0")

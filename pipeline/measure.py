@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import resource
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from pipeline.decoding import Round, Sampler, autoregressive, fold, speculate
+from pipeline.decoding import Round, autoregressive, speculate
+from pipeline.drafting import Chance, DraftSource, Sampler
 from pipeline.kv import FULL, PrefixView, View
 from pipeline.lean import DecodeModel
 from pipeline.rows import Prompt
@@ -39,14 +39,6 @@ class Timed:
     rounds: list[list[Round]]
     seconds: float
     peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Chance:
-    """How a run samples. Runs of one prompt and chance draw the same numbers, other prompts draw others."""
-
-    temperature: float
-    seed: int
 
 
 def clock(device: torch.device) -> float:
@@ -83,7 +75,7 @@ class Sides:
 
     def __init__(self, compile: Compile) -> None:
         self.compile = compile
-        self.held: dict[tuple[int, int, int, int], Side] = {}
+        self.held: dict[tuple[str, int, int, int, int], Side] = {}
         self.shapes: tuple[int, ...] = ()
         self.past_compile_s = 0.0
 
@@ -99,13 +91,17 @@ class Sides:
             self.held.clear()
             self.shapes = shapes
 
-    def get(self, model: DecodeModel, rows: int, capacity: int, room: int) -> Side:
+    def get(
+        self, role: Literal["target", "drafter"], model: DecodeModel, rows: int, capacity: int, room: int
+    ) -> Side:
         """A model over a cache of `rows` prompts, `capacity` kept entries and `room` more tokens.
+
+        One model may be both: the target that speculates for itself verifies with another cache.
 
         Raises:
             NotEnoughMemory: if the cache, and what loading and a round need beside it, do not fit.
         """
-        key = (id(model), rows, capacity, room)
+        key = (role, id(model), rows, capacity, room)
         if key not in self.held:
             one_row = model.geometry.num_bytes(1, capacity + room)
             logits = LOGIT_COPIES * 4 * rows * room * model.num_tokens
@@ -121,10 +117,18 @@ class Sides:
 
 
 class Bench:
-    """The target, prefilled with a few prompts, which are decoded together again and again."""
+    """The target, prefilled with a few prompts, which are decoded together again and again.
+
+    `own` are sparse views of the target itself, for self-speculation: the same prefill gives them.
+    """
 
     def __init__(
-        self, sides: Sides, target: DecodeModel, prompts: Sequence[Prompt], most_drafts: int
+        self,
+        sides: Sides,
+        target: DecodeModel,
+        prompts: Sequence[Prompt],
+        most_drafts: int,
+        own: Sequence[View] = (),
     ) -> None:
         self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
         if any(prompt.max_new_tokens != self.limit for prompt in prompts):
@@ -132,13 +136,15 @@ class Bench:
         self.sides, self.room = sides, self.limit + most_drafts
         longest = max(len(prompt.tokens) for prompt in prompts)
         sides.begin(len(self.prompts), slots_for(longest), self.room)
-        self.target = sides.get(target, len(self.prompts), slots_for(longest), self.room)
+        self.target = sides.get("target", target, len(self.prompts), slots_for(longest), self.room)
         self.device = target.geometry.device
         self.logits: list[Tensor] = []
         self.prefill_s: list[float] = []
         self.kv_bytes: list[int] = []
+        self.own: list[dict[View, PrefixView]] = []
         for row, prompt in enumerate(self.prompts):
-            (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL])
+            (view, *sparse), logits_1V, seconds = timed_prefill(target, prompt, [FULL, *own])
+            self.own.append(dict(zip(own, sparse, strict=True)))
             self.target.cache.load_row(row, view)  # a copy: the view goes with the next one
             self.logits.append(logits_1V)
             self.prefill_s.append(seconds)
@@ -154,15 +160,14 @@ class Bench:
         """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
         budget = views[0].view.budget
         capacity = slots_for(max(view.kept for view in views)) if budget is None else budget
-        side = self.sides.get(model, len(views), capacity, self.room)
+        side = self.sides.get("drafter", model, len(views), capacity, self.room)
         for row, view in enumerate(views):
             side.cache.load_row(row, view)
         return side
 
     def start(self, chance: Chance) -> tuple[list[int], Sampler]:
         """The tokens that the prefills give, and the sampler that goes on from there."""
-        seeds = [fold(chance.seed, zlib.crc32(prompt.prompt_id.encode())) for prompt in self.prompts]
-        sampler = Sampler.seeded(chance.temperature, seeds, self.device)
+        sampler = chance.sampler([prompt.prompt_id for prompt in self.prompts], self.device)
         return sampler.choose(torch.cat(self.logits)).tolist(), sampler
 
     def autoregressive(self, chance: Chance, eos: frozenset[int]) -> Timed:
@@ -176,11 +181,9 @@ class Bench:
         ]
         return Timed(tokens, [[] for _ in firsts], seconds, peak)
 
-    def speculative(
-        self, drafter: Side, gamma: int, chance: Chance, eos: frozenset[int], threshold: float = 0.0
-    ) -> Timed:
+    def speculative(self, source: DraftSource, gamma: int, chance: Chance, eos: frozenset[int]) -> Timed:
         def run(firsts: list[int], sampler: Sampler) -> list[list[Round | None]]:
-            return list(speculate(self.target, drafter, firsts, gamma, self.limit, eos, sampler, threshold))
+            return list(speculate(self.target, source, firsts, gamma, self.limit, eos, sampler))
 
         firsts, steps, seconds, peak = self.timed(run, chance)
         rounds = [[one for one in column if one is not None] for column in zip(*steps, strict=True)]

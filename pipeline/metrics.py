@@ -4,7 +4,7 @@ Rates are pooled: the sum of the numerators over the sum of the denominators, ne
 prompt weighs as much as the draft tokens it saw. Intervals are percentile bootstraps at 95 % that resample
 whole units (prompts, or clusters of prompts that share a document), seeded and hence repeatable.
 
-Shapes: N units, B bootstrap samples, R repeats, G draft positions (γ).
+Shapes: N units, C clusters, B bootstrap samples, K training seeds, R repeats, G draft positions (γ).
 """
 
 from __future__ import annotations
@@ -91,14 +91,46 @@ def paired_difference(
     Raises:
         ValueError: if lengths differ or denominators sum to zero.
     """
-    first_num, first_den = _by_cluster(*first, clusters)
-    second_num, second_den = _by_cluster(*second, clusters)
-    if len(first_num) != len(second_num):
-        raise ValueError(f"the sides have {len(first_num)} and {len(second_num)} units: they are not paired")
-    draws = _resampled_ratios(first_num, first_den, samples, seed) - _resampled_ratios(
-        second_num, second_den, samples, seed
-    )
-    return _interval(_ratio(first_num, first_den) - _ratio(second_num, second_den), draws)
+    return _interval(*_paired_draws(first, second, clusters, samples, seed))
+
+
+def seeded_difference(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    *,
+    samples: int,
+    seed: int,
+    clusters: Sequence[str] | None = None,
+) -> Interval:
+    """Mean over K training seeds of `paired_difference`, for what two ways of training differ in.
+
+    A resample draws clusters and, independently of them, training seeds (Owen 2007, "The pigeonhole
+    bootstrap"); it takes the same clusters and the same seeds for both sides.
+
+    Few seeds make a rough interval, mostly too narrow. Where nothing but the seeds matters, that of three
+    reaches from their least to their greatest difference, and holds the median one in 75 of 100 cases.
+
+    Args:
+        first, second: (numerators [K, N], denominators [K, N]); row k of both was trained with one seed.
+        clusters: N names, for all rows; as in `bootstrap_interval`.
+
+    Raises:
+        ValueError: if shapes differ, there is no seed, or the denominators of a row sum to zero.
+    """
+    arrays = [np.asarray(values, dtype=np.float64) for values in (*first, *second)]
+    shapes = [values.shape for values in arrays]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or not shapes[0][0]:
+        raise ValueError(f"numerators and denominators are {shapes}: all four must be [K, N], K at least 1")
+    by_seed = [
+        _paired_draws((num, den), (other_num, other_den), clusters, samples, seed)
+        for num, den, other_num, other_den in zip(*arrays, strict=True)
+    ]
+    num_seeds = len(by_seed)
+    draws_BK = np.stack([draws for _, draws in by_seed], axis=1)
+    # A stream of its own: with as many seeds as clusters, the same draws would tie the two together.
+    rng = np.random.default_rng([seed, 1])
+    weights_BK = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=samples) / num_seeds
+    return _interval(float(np.mean([mean for mean, _ in by_seed])), (weights_BK * draws_BK).sum(1))
 
 
 def conditional_acceptance(reached: ArrayLike, kept: ArrayLike) -> list[float]:
@@ -111,21 +143,27 @@ def conditional_acceptance(reached: ArrayLike, kept: ArrayLike) -> list[float]:
     Returns:
         At most G rates; positions that no round reached are left off at the end.
     """
-    reached_G = np.asarray(reached, dtype=np.int64).sum(axis=0)
-    kept_G = np.asarray(kept, dtype=np.int64).sum(axis=0)
+    reached_G = np.asarray(reached, dtype=np.float64).sum(axis=0)
+    kept_G = np.asarray(kept, dtype=np.float64).sum(axis=0)
     seen = int(np.count_nonzero(reached_G))
     assert np.all(reached_G[:seen] > 0), "a draft position was reached without the one before it"
     return [float(rate) for rate in kept_G[:seen] / reached_G[:seen]]
 
 
 def speedup(
-    speculative: tuple[ArrayLike, ArrayLike], ar: tuple[ArrayLike, ArrayLike], *, samples: int, seed: int
+    speculative: tuple[ArrayLike, ArrayLike],
+    ar: tuple[ArrayLike, ArrayLike],
+    *,
+    samples: int,
+    seed: int,
+    clusters: Sequence[str] | None = None,
 ) -> Speedup:
     """Tokens per second of a cell ÷ those of autoregressive (AR) decoding of the same prompts.
 
     Each side is (tokens [N], seconds [N, R]); repeat r of a prompt ran beside repeat r of AR. `overall` pools
-    tokens and seconds; its interval resamples prompts, and within each drawn prompt its repeats.
-    `worst_prompt` is the least of the ratios of single prompts, from the medians of their repeats.
+    tokens and seconds; its interval resamples clusters (N names; default: every prompt alone), and within
+    each drawn cluster its repeats, repeat r of all its prompts at once. `worst_prompt` is the least of the
+    ratios of single prompts, from the medians of their repeats.
 
     Raises:
         ValueError: if the shapes do not fit or a count or time is not positive.
@@ -138,13 +176,18 @@ def speedup(
         raise ValueError(f"tokens and seconds are {shapes}: they must be [N], [N, R], [N], [N, R]")
     if not all(np.all(values > 0) for values in (tokens_N, seconds_NR, ar_tokens_N, ar_seconds_NR)):
         raise ValueError("token counts and seconds must be positive")
+    member_N = _members(clusters, num)
+    count = int(member_N.max()) + 1
     rng = np.random.default_rng(seed)
-    prompts_BN = rng.integers(num, size=(samples, num))
-    repeats_BNR = rng.integers(repeats, size=(samples, num, repeats))
+    drawn_BC = rng.integers(count, size=(samples, count))
+    repeats_BCR = rng.integers(repeats, size=(samples, count, repeats))
 
     def rates(tokens: Floats, seconds: Floats) -> Floats:
-        drawn_s = seconds[prompts_BN[:, :, None], repeats_BNR].sum((1, 2))
-        return repeats * tokens[prompts_BN].sum(1) / drawn_s
+        tokens_C, seconds_CR = np.zeros(count), np.zeros((count, repeats))
+        np.add.at(tokens_C, member_N, tokens)
+        np.add.at(seconds_CR, member_N, seconds)
+        drawn_s = seconds_CR[drawn_BC[:, :, None], repeats_BCR].sum((1, 2))
+        return repeats * tokens_C[drawn_BC].sum(1) / drawn_s
 
     draws = rates(tokens_N, seconds_NR) / rates(ar_tokens_N, ar_seconds_NR)
     overall = (tokens_N.sum() / seconds_NR.sum()) / (ar_tokens_N.sum() / ar_seconds_NR.sum())
@@ -152,27 +195,51 @@ def speedup(
     return Speedup(_interval(float(overall), draws), float(per_prompt.min()))
 
 
+def _members(clusters: Sequence[str] | None, units: int) -> NDArray[np.intp]:
+    """[N] the number of each unit's cluster, from 0."""
+    if clusters is None:
+        return np.arange(units)
+    if len(clusters) != units:
+        raise ValueError(f"{len(clusters)} cluster names for {units} units")
+    return np.unique(np.asarray(clusters), return_inverse=True)[1]
+
+
 def _by_cluster(
     numerators: ArrayLike, denominators: ArrayLike, clusters: Sequence[str] | None
 ) -> tuple[Floats, Floats]:
+    """[C] and [C]: both summed over the units of each cluster."""
     num = np.asarray(numerators, dtype=np.float64)
     den = np.asarray(denominators, dtype=np.float64)
     if num.shape != den.shape or num.ndim != 1:
         raise ValueError(f"numerators and denominators are {num.shape} and {den.shape}: both must be [N]")
     if not den.sum() > 0:
         raise ValueError("the denominators sum to zero: there is no rate")
-    if clusters is None:
-        return num, den
-    if len(clusters) != len(num):
-        raise ValueError(f"{len(clusters)} cluster names for {len(num)} units")
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = [np.bincount(member, weights=values).astype(np.float64) for values in (num, den)]
-    return sums[0], sums[1]
+    member_N = _members(clusters, len(num))
+    num_C, den_C = (np.bincount(member_N, weights=values).astype(np.float64) for values in (num, den))
+    return num_C, den_C
+
+
+def _paired_draws(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    clusters: Sequence[str] | None,
+    samples: int,
+    seed: int,
+) -> tuple[float, Floats]:
+    """The difference of the two pooled ratios, and [B] that of each resample."""
+    first_num, first_den = _by_cluster(*first, clusters)
+    second_num, second_den = _by_cluster(*second, clusters)
+    if len(first_num) != len(second_num):
+        raise ValueError(f"the sides have {len(first_num)} and {len(second_num)} units: they are not paired")
+    draws = _resampled_ratios(first_num, first_den, samples, seed) - _resampled_ratios(
+        second_num, second_den, samples, seed
+    )
+    return _ratio(first_num, first_den) - _ratio(second_num, second_den), draws
 
 
 @lru_cache(maxsize=16)
 def _draw_counts(units: int, samples: int, seed: int) -> Floats:
-    """[B, N] how often each unit is drawn. Cached: cells with equally many prompts share their draws."""
+    """[B, N] how often each unit is drawn. Cached: cells with equally many documents share them."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(units, np.full(units, 1 / units), size=samples).astype(np.float64)
 

@@ -115,10 +115,10 @@ class MultiView:
         for prompt, continuation in self.validation:
             tokens_1S = torch.tensor([prompt.tokens], device=self.device)
             kept, _ = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
-            match, finite = replay.match_views(model, kept, continuation.tokens)
-            if not finite.all():
+            logits = replay.view_logits(model, kept, continuation.tokens)
+            if not all(replay.finite_views(logits)):
                 raise NotFinite(f"validation of {self.variant.name}: logits not finite")
-            for row, total in zip(match.tolist(), counts, strict=True):
+            for row, total in zip(replay.match_views(logits, continuation.tokens), counts, strict=True):
                 rounds = replay.rounds(
                     row,
                     self.config.train.validation_gamma,
@@ -126,7 +126,7 @@ class MultiView:
                     continuation.eos_at is not None,
                 )
                 total[0] += sum(accepted for _, accepted, _ in rounds)
-                total[1] += sum(proposed for proposed, _, _ in rounds)
+                total[1] += sum(proposed or 0 for proposed, _, _ in rounds)
         return {
             f"validation/acceptance_{'full' if budget == 'full' else f'b{budget}'}": accepted / proposed
             for budget, (accepted, proposed) in zip(budgets, counts, strict=True)

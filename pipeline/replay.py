@@ -1,9 +1,17 @@
-"""Exact acceptance of every γ from one forward pass of the drafter.
+"""Exact acceptance of every γ from one forward pass of the drafter, and its expectation when sampling.
 
 Greedy speculation is lossless: whatever the drafter proposes, the emitted tokens are the target's greedy
 continuation. A view is fixed when the prefix ends, and behind it the drafter only ever builds on emitted
 tokens. So one teacher-forced forward over the stored continuation says, for each token, whether the drafter
 would have proposed it (`match`), and the rounds of any γ follow by counting.
+
+Sampling is lossless in distribution. Along a continuation that the target sampled, a proposal for token y is
+accepted with probability min(1, q(y) ÷ p(y)) given that y is emitted: the drafter proposes y with q(y), it is
+accepted with min(1, p(y) ÷ q(y)), and y is emitted with p(y). These events are independent given the text, so
+that expected rounds and acceptance follow without drawing a proposal (`expect`). That is an estimate, over
+the texts that were sampled.
+
+Shape legend: R views, Q = M - 1 tokens after the first of a continuation of M, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,39 +19,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.drafting import GREEDY, DraftSource
 from pipeline.kv import PrefixView, ViewCache, read_continuation
+
+Number = int | float
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rounds of one continuation add up to. Position i is the (i+1)-th proposal of a round."""
+    """What the rounds of one continuation add up to. Position i is the (i+1)-th proposal of a round.
+
+    Estimates are not whole numbers; `num_proposed` is None where replay cannot know it.
+    """
 
     num_tokens: int
-    num_rounds: int
-    num_proposed: int
-    num_accepted: int
-    reached: tuple[int, ...]
-    kept: tuple[int, ...]
+    num_rounds: Number
+    num_proposed: Number | None
+    num_accepted: Number
+    reached: tuple[Number, ...]
+    kept: tuple[Number, ...]
 
 
 # Not inference mode: training validates with this, and weights that ZeRO-3 gathers meanwhile live on.
 @torch.no_grad()
-def match_views(
-    drafter: PreTrainedModel, views: Sequence[PrefixView], continuation: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Whether the drafter, behind each view, would propose each token of a greedy continuation.
+def view_logits(drafter: PreTrainedModel, views: Sequence[PrefixView], continuation: Sequence[int]) -> Tensor:
+    """Logits [R, Q, V] of the drafter behind each view, for every token of a continuation but the first.
 
     Args:
         views: R views with one row each, all cut at the same prefix length.
         continuation: [M] tokens, the first being the one that the prefill gives.
-
-    Returns:
-        On the CPU: booleans [R, M - 1], column t being for `continuation[t + 1]`, and [R] whether all logits
-        behind a view were finite; where they were not, its row means nothing.
     """
     device, prefix_tokens = drafter.device, views[0].prefix_tokens
     tokens_M = torch.tensor(continuation, device=device)
@@ -53,46 +62,158 @@ def match_views(
     cache = ViewCache([views[row] for row in order], capacity=inputs)
     positions_1Q = torch.arange(prefix_tokens, prefix_tokens + inputs, device=device).unsqueeze(0)
     logits_RQV = read_continuation(drafter, cache, tokens_M[:-1].expand(len(views), inputs), positions_1Q)
-    back = torch.tensor(order, device=device).argsort()
-    match_RQ = logits_RQV.argmax(-1) == tokens_M[1:]
-    finite_R = torch.isfinite(logits_RQV).flatten(1).all(1)
-    return match_RQ[back].cpu(), finite_R[back].cpu()
+    return logits_RQV[torch.tensor(order, device=device).argsort()]
 
 
-def rounds(match: Sequence[bool], gamma: int, limit: int, ends_with_eos: bool) -> list[tuple[int, int, int]]:
+def finite_views(logits_RQV: Tensor) -> list[bool]:
+    """Whether all logits behind a view are finite; where they are not, nothing of it means anything."""
+    return torch.isfinite(logits_RQV).flatten(1).all(1).tolist()
+
+
+def match_views(logits_RQV: Tensor, continuation: Sequence[int]) -> list[list[bool]]:
+    """[R][Q] whether the drafter would propose each token; column t is for `continuation[t + 1]`."""
+    following_Q = torch.tensor(continuation[1:], device=logits_RQV.device)
+    return (logits_RQV.argmax(-1) == following_Q).tolist()
+
+
+def confidences(logits_RQV: Tensor) -> list[list[float]]:
+    """[R][Q] the probability that the drafter gives its own greedy proposal."""
+    return logits_RQV.float().softmax(-1).amax(-1).tolist()
+
+
+def chances(
+    logits_RQV: Tensor, continuation: Sequence[int], log_probs: Sequence[float], temperature: float
+) -> np.ndarray:
+    """[R, Q] min(1, q ÷ p): the probability that a proposal was accepted, given the token that was emitted.
+
+    Args:
+        log_probs: [M] the target's log-probability, at `temperature`, of each token of its continuation.
+    """
+    following_Q = torch.tensor(continuation[1:], device=logits_RQV.device)
+    log_q_RQV = (logits_RQV.float() / temperature).log_softmax(-1)
+    log_q_RQ = log_q_RQV.gather(-1, following_Q.expand(len(logits_RQV), -1).unsqueeze(-1)).squeeze(-1)
+    log_p_Q = torch.tensor(log_probs[1:], device=logits_RQV.device)
+    return (log_q_RQ - log_p_Q).clamp_max(0).exp().double().cpu().numpy()
+
+
+def rounds(
+    match: Sequence[bool],
+    gamma: int,
+    limit: int,
+    ends_with_eos: bool,
+    stops: Sequence[bool] | None = None,
+) -> list[tuple[int | None, int, int]]:
     """(proposed, accepted, emitted) of each round, as decoding has them.
 
     Args:
         match: one boolean per token after the first of a continuation.
         limit: most tokens of a continuation, the first included; a round proposes at most what is left.
         ends_with_eos: the continuation ended by itself, so proposals behind its end do not count.
+        stops: whether drafting stops behind the proposal for each token, where it stops early. How many
+            proposals follow a wrong one is then unknown: `proposed` is None.
     """
-    result, start, total = [], 0, len(match)
+    result: list[tuple[int | None, int, int]] = []
+    start, total = 0, len(match)
     while start < total:
-        accepted = 0
-        while accepted < gamma and start + accepted < total and match[start + accepted]:
+        accepted, stopped = 0, False
+        while accepted < gamma and not stopped and start + accepted < total and match[start + accepted]:
+            stopped = stops is not None and stops[start + accepted]
             accepted += 1
+        fewest = most = gamma  # proposals, as far as known
+        if stops is not None and accepted < gamma:
+            at = start + accepted
+            fewest = accepted if stopped or at == total else accepted + 1
+            most = fewest if stopped or (at < total and stops[at]) else gamma
         emitted = min(accepted + 1, total - start)
-        proposed = min(gamma, limit - 1 - start)
+        cap = limit - 1 - start
         start += emitted
         if start == total and ends_with_eos:
-            proposed = min(proposed, emitted)
+            cap = min(cap, emitted)
+        proposed = min(fewest, cap) if min(fewest, cap) == min(most, cap) else None
         result.append((proposed, accepted, emitted))
     return result
 
 
-def count(rounds: Sequence[tuple[int, int, int]], gamma: int) -> Counts:
+def source_rounds(
+    source: DraftSource, continuation: Sequence[int], gamma: int, limit: int, ends_with_eos: bool
+) -> list[tuple[int | None, int, int]]:
+    """As `rounds`, of any source of one row: greedy decoding with the stored continuation as the target.
+
+    For sources whose proposals depend on where a round begins, such as prompt lookup.
+    """
+    result: list[tuple[int | None, int, int]] = []
+    known, unread = 1, list(continuation[:1])
+    while known < len(continuation):
+        step_B = torch.tensor([known - len(unread)])
+        offer = source.propose(GREEDY, gamma, torch.tensor([unread]), step_B)
+        length = gamma if offer.lengths is None else offer.lengths[0]
+        accepted = 0
+        for ours, theirs in zip(offer.tokens_BT[0, :length].tolist(), continuation[known:], strict=False):
+            if ours != theirs:
+                break
+            accepted += 1
+        emitted = min(accepted + 1, len(continuation) - known)
+        proposed = min(length, limit - known)
+        known += emitted
+        if known == len(continuation) and ends_with_eos:
+            proposed = min(proposed, emitted)
+        unread = list(continuation[known - 2 : known])
+        result.append((proposed, accepted, emitted))
+    return result
+
+
+def count(rounds: Sequence[tuple[int | None, int, int]], gamma: int) -> Counts:
     """Add up (proposed, accepted, emitted) rounds of at most `gamma` proposals."""
     reached, kept = [0] * gamma, [0] * gamma
     for proposed, accepted, _ in rounds:
-        for position in range(min(accepted + 1, proposed)):
+        for position in range(accepted + 1 if proposed is None else min(accepted + 1, proposed)):
             reached[position] += 1
             kept[position] += position < accepted
+    offered = [proposed for proposed, _, _ in rounds]
     return Counts(
         num_tokens=sum(emitted for _, _, emitted in rounds),
         num_rounds=len(rounds),
-        num_proposed=sum(proposed for proposed, _, _ in rounds),
+        num_proposed=None if None in offered else sum(number or 0 for number in offered),
         num_accepted=sum(accepted for _, accepted, _ in rounds),
         reached=tuple(reached),
         kept=tuple(kept),
     )
+
+
+def expect(chances_RQ: np.ndarray, gamma: int, limit: int, ends_with_eos: bool) -> list[Counts]:
+    """What the rounds of a sampled continuation are expected to add up to, behind each of R views.
+
+    `starts[:, s]` is the probability that a round begins at token s; a round passes it on to the tokens
+    behind its refusal, or behind its bonus token.
+    """
+    R, total = chances_RQ.shape
+    starts = np.zeros((R, total + gamma + 2))
+    starts[:, 0] = 1
+    proposed_R = np.zeros(R)
+    reached, kept = np.zeros((R, gamma)), np.zeros((R, gamma))
+    for start in range(total):
+        begun_R1 = starts[:, start : start + 1]
+        kept_RJ = begun_R1 * chances_RQ[:, start : start + gamma].cumprod(1)
+        reached_RJ = np.concatenate([begun_R1, kept_RJ[:, :-1]], 1)
+        J = kept_RJ.shape[1]
+        starts[:, start + 1 : start + 1 + J] += reached_RJ - kept_RJ
+        if gamma == J:
+            starts[:, start + gamma + 1] += kept_RJ[:, -1]
+        reached[:, :J] += reached_RJ
+        kept[:, :J] += kept_RJ
+        most = min(gamma, limit - 1 - start)
+        proposed_R += begun_R1[:, 0] * most
+        if ends_with_eos and start + J == total:  # what lies behind the end was not proposed
+            proposed_R -= reached_RJ[:, -1] * (most - min(most, J))
+    num_rounds_R = starts[:, :total].sum(1)
+    return [
+        Counts(
+            num_tokens=total,
+            num_rounds=float(num_rounds_R[row]),
+            num_proposed=float(proposed_R[row]),
+            num_accepted=float(kept[row].sum()),
+            reached=tuple(reached[row].tolist()),
+            kept=tuple(kept[row].tolist()),
+        )
+        for row in range(R)
+    ]

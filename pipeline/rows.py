@@ -6,6 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+# replay is exact, estimate the expectation over sampled continuations, measure has been decoded.
+Mode = Literal["replay", "estimate", "measure"]
+Count = int | float
+
 
 class Row(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,10 +30,11 @@ class Prompt(Row):
 
 
 class Continuation(Row):
-    """The target's own greedy continuation of a prompt (stage teach).
+    """The target's own continuation of a prompt: greedy, or sampled at `temperature` (stage teach).
 
     `tokens[0]` is what the prefill gives; `gaps[t]` is the target's top-1 minus top-2 logit when it chose
-    `tokens[t]`. It ends with EOS (`eos_at` is its index) or after `max_new_tokens`.
+    `tokens[t]`, and of a sampled one `log_probs[t]` its log-probability. It ends with EOS (`eos_at` is its
+    index) or after `max_new_tokens`.
     """
 
     prompt_id: str
@@ -44,6 +49,9 @@ class Continuation(Row):
     text: str
     repetition_rate: float
     correct: bool | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    log_probs: list[float] = []
 
 
 class Cell(Row):
@@ -69,6 +77,9 @@ class PromptRow(Cell):
     Where a greedy run is not `exact`, `divergence_gap` is the target's top-2 logit gap at the first token
     that differs, and `logit_noise` how much its logits up to there depend on reading tokens singly or at
     once: in half precision a gap below the noise explains the difference.
+    Of such a row the rounds from that token on are left out of all counts; `num_left_out` is their tokens.
+    An `estimate` has expected counts, not whole numbers. `num_proposed` is None where replay cannot know it:
+    where drafting stops early, what follows a wrong proposal.
     `prompts_together` were decoded at once, those with one `together_with`, the first's id; their time is
     divided evenly among their rows. `compile_s` is what compiling for a cell took, outside its times: 0
     where its shapes were compiled already.
@@ -76,17 +87,18 @@ class PromptRow(Cell):
     device while the cell decodes, with the caches of all measured cells of the prompt in it.
     """
 
-    mode: Literal["replay", "measure"]
+    mode: Mode
     prompt_id: str
     document_id: str
     prompts_together: int = 1
     together_with: str | None = None
     num_tokens: int
-    num_rounds: int
-    num_proposed: int
-    num_accepted: int
-    reached: list[int]
-    kept: list[int]
+    num_left_out: int = 0
+    num_rounds: Count
+    num_proposed: Count | None
+    num_accepted: Count
+    reached: list[Count]
+    kept: list[Count]
     repetition_rate: float
     looping: bool
     in_trained_range: bool
@@ -105,10 +117,43 @@ class PromptRow(Cell):
     text: str | None = None
 
 
+class StepTimes(Row):
+    """What decoding's steps take at one context, on prompts of random tokens that are in no data set.
+
+    Seconds, medians over interleaved runs: `draft_s` of one proposal of this source behind this budget,
+    `verify_s` by γ of verifying γ + 1 tokens, `round_s` of what a round takes beside both, `ar_s` of one
+    autoregressive token, all in. `kind` is "drafter", whichever variant, or the baseline.
+    """
+
+    context: str
+    prompt_tokens: int
+    kind: str
+    policy: str
+    budget: int | Literal["full"]
+    draft_s: float
+    verify_s: dict[int, float]
+    round_s: float
+    ar_s: float
+
+
+class PredictedRow(Cell):
+    """Decode speed of a cell as predicted from step times and replayed rounds; never measured.
+
+    The interval is over documents, of the rounds alone: the step times have errors of their own.
+    """
+
+    num_prompts: int
+    num_documents: int
+    decode_s: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
 class FailedCell(Cell):
     """A cell (or all cells of one prompt, where gamma is 0) that ended in an error."""
 
-    mode: Literal["replay", "measure"]
+    mode: Mode
     prompt_id: str
     error: str
 
@@ -116,13 +161,14 @@ class FailedCell(Cell):
 class CellRow(Cell):
     """One cell over all its prompts: pooled acceptance and, where measured, speed, with 95 % intervals."""
 
-    mode: Literal["replay", "measure"]
+    mode: Mode
     num_prompts: int
     num_documents: int
     num_looping: int
-    acceptance: float
-    acceptance_low: float
-    acceptance_high: float
+    num_left_out: int = 0
+    acceptance: float | None
+    acceptance_low: float | None
+    acceptance_high: float | None
     acceptance_not_looping: float | None
     mean_tokens_per_round: float
     conditional_acceptance: list[float]

@@ -104,6 +104,11 @@ class SlotCache:
             for turns, table in zip(self.turns, self.rotation(positions_1R), strict=True):
                 turns[row] = table[0]
 
+    def check_room(self, needed: int) -> None:
+        """Raises ValueError if so many continuation tokens do not fit."""
+        if self.room < needed:
+            raise ValueError(f"the cache has room for {self.room} continuation tokens, not {needed}")
+
     def place(self, step_B: Tensor, num_tokens: int) -> Place:
         """Q = `num_tokens` tokens of each row, the first of them being continuation token `step_B`."""
         steps_BQ = step_B.unsqueeze(1) + self.step_R[:num_tokens]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 from kernels import dispatch
 from pipeline.artifacts import read_rows, write_array, write_rows
 from pipeline.config import Config, Labels
-from pipeline.decoding import GREEDY, NotFinite, Sampler, fold, until_eos
+from pipeline.decoding import NotFinite, until_eos
+from pipeline.drafting import Chance, Sampler, fold
 from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
 from pipeline.models import ModelRef, load_model, stop_tokens
 from pipeline.rows import Continuation, Prompt
 
+GREEDILY = Chance(0.0, 0)
 POSITIONS = 1024  # positions whose logits are labelled at a time
 
 
@@ -43,9 +46,14 @@ class LabelTask:
 
 @dataclass(frozen=True)
 class ContinueTask:
-    """One prompts file → one continuations file of the same name."""
+    """One prompts file → one continuations file: greedy ones by the same name, sampled ones beside it."""
 
     prompts: Path
+    chance: Chance = GREEDILY
+
+    @property
+    def name(self) -> str:
+        return sampled_name(self.prompts.name, self.chance)
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,10 @@ class Teacher:
                 seeds = [fold(self.config.seed, task.shard, row) for row in batch]
                 sampler = Sampler.seeded(labels.on_policy_temperature, seeds, self.target.device)
                 prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(self.target.device)
-                written, _ = write_ahead(
+                written = write_ahead(
                     self.target, prefixes, data.sequence_tokens - start, frozenset(), sampler, self.never
                 )
-                rows[batch, start:] = np.array(written)
+                rows[batch, start:] = np.array(written.tokens)
             arrays = label_sequences(self.target, rows, labels)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
@@ -100,25 +108,27 @@ class Teacher:
         return TeachCounts(sequences=len(rows), on_policy=len(chosen))
 
     def continue_prompts(self, task: ContinueTask) -> TeachCounts:
-        output = self.output / "continuations" / task.prompts.name
+        output = self.output / "continuations" / task.name
         prompts = read_rows(task.prompts, Prompt)
         if not output.exists():
             rows = {
                 row.prompt_id: row
                 for batch in equal_length_batches(prompts, self.config.labels.batch_sequences)
-                for row in self.continuations(batch)
+                for row in self.continuations(batch, task.chance)
             }
             write_rows(output, [rows[prompt.prompt_id] for prompt in prompts])
         return TeachCounts(continuations=len(prompts))
 
-    def continuations(self, prompts: list[Prompt]) -> list[Continuation]:
-        """Greedy continuations of prompts of equal length and limit."""
+    def continuations(self, prompts: list[Prompt], chance: Chance = GREEDILY) -> list[Continuation]:
+        """Continuations of prompts of equal length and limit."""
         eos = stop_tokens(self.target)
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.target.device)
-        written, gaps = write_ahead(self.target, tokens_BS, prompts[0].max_new_tokens, eos, GREEDY)
+        sampler = chance.sampler([prompt.prompt_id for prompt in prompts], self.target.device)
+        written = write_ahead(self.target, tokens_BS, prompts[0].max_new_tokens, eos, sampler)
         rows = []
-        for prompt, row, row_gaps in zip(prompts, written, gaps, strict=True):
-            tokens = until_eos(row, eos)
+        for number, prompt in enumerate(prompts):
+            tokens = until_eos(written.tokens[number], eos)
+            gaps, log_probs = (values[number][: len(tokens)] for values in (written.gaps, written.log_probs))
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             rows.append(
                 Continuation(
@@ -129,16 +139,26 @@ class Teacher:
                     split=prompt.split,
                     prompt_tokens=len(prompt.tokens),
                     tokens=tokens,
-                    gaps=[round(gap, 6) for gap in row_gaps[: len(tokens)]],
+                    gaps=[round(gap, 6) for gap in gaps],
                     eos_at=len(tokens) - 1 if tokens[-1] in eos else None,
                     text=text,
                     repetition_rate=repetition_rate(tokens),
                     correct=all(answer in text for answer in prompt.answers)
                     if prompt.scoring == "contains"
                     else None,
+                    temperature=chance.temperature,
+                    seed=chance.seed,
+                    log_probs=[] if sampler.rule.greedy else log_probs,
                 )
             )
         return rows
+
+
+def sampled_name(prompts: str, chance: Chance) -> str:
+    """The continuations file of a prompts file."""
+    if chance.temperature == 0:
+        return prompts
+    return f"{Path(prompts).stem}-t{chance.temperature:g}-s{chance.seed}.jsonl"
 
 
 def is_on_policy(seed: int, index: int, fraction: float) -> bool:
@@ -188,6 +208,14 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
     return {name: np.concatenate(arrays) for name, arrays in batches.items() if arrays}
 
 
+class Written(NamedTuple):
+    """What the target wrote behind B prefixes: tokens, the top-2 logit gap of each, its log-probability."""
+
+    tokens: list[list[int]]
+    gaps: list[list[float]]
+    log_probs: list[list[float]]
+
+
 @torch.inference_mode()
 def write_ahead(
     target: PreTrainedModel,
@@ -196,11 +224,11 @@ def write_ahead(
     eos: frozenset[int],
     sampler: Sampler,
     never: Tensor | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Up to `count` tokens after each of B prefixes of equal length, and the top-2 logit gap of each.
+) -> Written:
+    """Up to `count` tokens after each of B prefixes of equal length.
 
     Rows go on to the same length; callers cut them at EOS. Stops early when every row has one. The tokens
-    in `never` are not written.
+    in `never` are not written. Log-probabilities are those at the sampler's temperature, 0 when greedy.
 
     Raises:
         NotFinite: if a logit is NaN or infinite.
@@ -211,6 +239,8 @@ def write_ahead(
     del views  # the cache has its own copy, and at 16K tokens one is enough
     tokens: list[Tensor] = []
     gaps: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    rule = sampler.rule
     ended_B = torch.zeros(B, dtype=torch.bool, device=tokens_BS.device)
     stops = torch.tensor(sorted(eos), device=tokens_BS.device)
     for step in range(count):
@@ -224,7 +254,13 @@ def write_ahead(
         top = logits_BV.float().topk(2, dim=-1).values
         gaps.append(top[:, 0] - top[:, 1])
         tokens.append(sampler.choose(logits_BV))
+        if rule.greedy:
+            log_probs.append(torch.zeros_like(gaps[-1]))
+        else:
+            log_p_BV = (logits_BV.float() / rule.temperature).log_softmax(-1)
+            log_probs.append(log_p_BV.gather(-1, tokens[-1].unsqueeze(1)).squeeze(1))
         ended_B |= torch.isin(tokens[-1], stops)
         if bool(ended_B.all()):
             break
-    return torch.stack(tokens, 1).tolist(), torch.stack(gaps, 1).tolist()
+    tokens_BT, gaps_BT, log_probs_BT = (torch.stack(values, 1) for values in (tokens, gaps, log_probs))
+    return Written(tokens_BT.tolist(), gaps_BT.tolist(), log_probs_BT.tolist())

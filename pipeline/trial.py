@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import replay
-from pipeline.cells import (
-    CELL_ERRORS,
-    Drafter,
-    DraftLength,
-    ViewCell,
-    make_cell,
-    make_failure,
-    make_row,
-    measured_lengths,
-    measured_views,
-)
+from pipeline.cells import CELL_ERRORS, Drafter, DraftLength, ViewCell, make_cell, make_failure, make_row
 from pipeline.config import Sweep
+from pipeline.decoding import Round
+from pipeline.drafting import Chance, DraftSource, LookupDrafts, ModelDrafts
 from pipeline.kv import PrefixView
 from pipeline.lean import DecodeModel
-from pipeline.measure import Bench, Chance, Timed, timed_prefill
+from pipeline.measure import Bench, Timed, timed_prefill
 from pipeline.rows import FailedCell, PromptRow
 
 Key = tuple[ViewCell, DraftLength]
 
 
+class Views:
+    """What a draft source holds of each prompt of a bench, view by view.
+
+    `prefill_s` is what reading the prompts took beside the target's own prefill: nothing for baselines.
+    """
+
+    def __init__(
+        self, bench: Bench, drafter: Drafter, model: DecodeModel | None, cells: Iterable[ViewCell]
+    ) -> None:
+        self.bench, self.model = bench, model
+        self.prefill_s = [0.0] * len(bench.prompts)
+        self.kept: dict[ViewCell, list[PrefixView]] = {cell: [] for cell in cells}
+        for row, prompt in enumerate(bench.prompts):
+            if model is None:
+                break
+            if drafter.baseline == "self_speculation":
+                views = [bench.own[row][cell.view] for cell in self.kept]
+            else:
+                wanted = [cell.view for cell in self.kept]
+                views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted)
+            for kept, view in zip(self.kept.values(), views, strict=True):
+                kept.append(view)
+
+    def source(self, cell: ViewCell, threshold: float = 0.0) -> DraftSource:
+        """The source behind one view, as it is at the end of the prompts."""
+        bench = self.bench
+        if self.model is None:
+            tokens = [prompt.tokens for prompt in bench.prompts]
+            return LookupDrafts(tokens, bench.room, bench.target.model.num_tokens, bench.device)
+        return ModelDrafts(bench.drafter(self.model, self.kept[cell]), threshold)
+
+    def kv_bytes(self, cell: ViewCell) -> list[int]:
+        """Of each prompt; prompt lookup has none."""
+        return [view.num_bytes for view in self.kept[cell]] or [0] * len(self.bench.prompts)
+
+
 @dataclass
 class Trial:
-    """A drafter, the bench that it is measured on, and the shapes that have run before."""
+    """A draft source, the bench that it is measured on, the cells to measure, and the shapes that ran before.
+
+    `model` is None for prompt lookup.
+    """
 
     sweep: Sweep
     bench: Bench
     drafter: Drafter
-    model: DecodeModel
+    model: DecodeModel | None
+    keys: list[Key]
     eos: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     warm: set[tuple[object, ...]]
@@ -45,18 +77,10 @@ class Trial:
 
         A cell that fails ends alone; what fails for all of them, such as AR, is raised.
         """
-        cells = measured_views(self.sweep)
-        self.views: dict[ViewCell, list[PrefixView]] = {cell: [] for cell in cells}
-        self.prefill_s = []
-        for prompt in self.bench.prompts:
-            kept, _, seconds = timed_prefill(self.model, prompt, [cell.view for cell in cells])
-            self.prefill_s.append(seconds)
-            for cell, view in zip(cells, kept, strict=True):
-                self.views[cell].append(view)
-        keys = [(cell, length) for cell in cells for length in measured_lengths(self.sweep)]
+        self.views = Views(self.bench, self.drafter, self.model, [cell for cell, _ in self.keys])
         for temperature in self.sweep.temperatures:
             for seed in self.sweep.seeds if temperature > 0 else self.sweep.seeds[:1]:
-                yield from self.rows_of(keys, Chance(temperature, seed))
+                yield from self.rows_of(self.keys, Chance(temperature, seed))
 
     def rows_of(self, keys: list[Key], chance: Chance) -> Iterator[PromptRow | FailedCell]:
         plain: list[Timed] = []
@@ -89,8 +113,8 @@ class Trial:
 
     def speculate(self, key: Key, chance: Chance) -> Timed:
         cell, length = key
-        side = self.bench.drafter(self.model, self.views[cell])
-        return self.bench.speculative(side, length.gamma, chance, self.eos, length.threshold)
+        source = self.views.source(cell, length.threshold)
+        return self.bench.speculative(source, length.gamma, chance, self.eos)
 
     def cell_rows(
         self,
@@ -102,13 +126,15 @@ class Trial:
     ) -> Iterator[PromptRow]:
         """One row a prompt; what the prompts shared, time and compilation, is divided among them."""
         bench, (cell, length) = self.bench, key
-        views = self.views[cell]
+        kv_bytes = self.views.kv_bytes(cell)
         share = 1 / len(bench.prompts)
-        for row, (prompt, view) in enumerate(zip(bench.prompts, views, strict=True)):
+        for row, prompt in enumerate(bench.prompts):
             ours, rounds = runs[0].tokens[row], runs[0].rounds[row]
             expected = plain[0].tokens[row]
             if len(expected) < 2:
                 continue  # the prefill's token ended the text: there is nothing to time
+            if chance.temperature == 0:
+                rounds = before_divergence(rounds, expected)
             counts = replay.count([(r.proposed, r.accepted, len(r.tokens)) for r in rounds], length.gamma)
             # Sampling draws other tokens than AR from the same distribution: only greedy compares.
             others = [run.tokens[row] for run in [*runs, *plain] if run.tokens[row] != expected]
@@ -122,18 +148,19 @@ class Trial:
                 prompt,
                 counts,
                 ours,
-                view,
+                kv_bytes[row],
                 self.sweep.looping_rate,
             )
             yield made.model_copy(
                 update={
+                    "num_left_out": len(ours) - 1 - counts.num_tokens,
                     "prompts_together": len(bench.prompts),
                     "together_with": bench.prompts[0].prompt_id,
                     "target_kv_bytes": bench.kv_bytes[row],
                     "exact": None if chance.temperature else not others,
                     "divergence_gap": gap,
                     "logit_noise": noise,
-                    "prefill_s": bench.prefill_s[row] + self.prefill_s[row],
+                    "prefill_s": bench.prefill_s[row] + self.views.prefill_s[row],
                     "ar_prefill_s": bench.prefill_s[row],
                     "decode_s": [run.seconds * share for run in runs],
                     "ar_decode_s": [run.seconds * share for run in plain],
@@ -143,3 +170,18 @@ class Trial:
                     "text": self.tokenizer.decode(ours, skip_special_tokens=True),
                 }
             )
+
+
+def before_divergence(rounds: Sequence[Round], expected: Sequence[int]) -> list[Round]:
+    """The rounds before the first token that autoregressive decoding does not have.
+
+    From there on the two texts differ, and with them what there is to accept.
+    """
+    same: list[Round] = []
+    at = 1
+    for one in rounds:
+        if list(one.tokens) != list(expected[at : at + len(one.tokens)]):
+            break
+        same.append(one)
+        at += len(one.tokens)
+    return same

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.decoding import GREEDY, Round, Sampler, autoregressive, speculate
+from pipeline.decoding import Round, autoregressive, speculate
+from pipeline.drafting import GREEDY, ModelDrafts, Sampler
 from pipeline.kv import FULL, PrefixView, View
 from pipeline.lean import decode_model
 from pipeline.slots import slots_for
@@ -74,7 +75,8 @@ def rounds_of(
     threshold: float = 0.0,
 ) -> list[list[Round]]:
     """The rounds of every row."""
-    steps = list(speculate(pair.target, pair.drafter, pair.firsts, gamma, limit, eos, sampler, threshold))
+    source = ModelDrafts(pair.drafter, threshold)
+    steps = list(speculate(pair.target, source, pair.firsts, gamma, limit, eos, sampler))
     rows = [[one for one in column if one is not None] for column in zip(*steps, strict=True)]
     return rows or [[] for _ in pair.firsts]
 

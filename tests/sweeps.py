@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from pipeline import replay
 from pipeline.artifacts import read_rows
-from pipeline.cells import Drafter, Mode
+from pipeline.cells import Drafter, configured_picks
 from pipeline.decoding import Round
-from pipeline.evaluate import Evaluator, SweepTask
+from pipeline.evaluate import Evaluator, MeasureTask, ReplayTask
 from pipeline.kv import view_of
 from pipeline.models import load_model
 from pipeline.rows import Continuation, Prompt, PromptRow
@@ -28,7 +28,7 @@ SWEEP: dict[str, Any] = {
     "sweep.policies": ["chunk_topk", "streaming"],
     "sweep.budgets": [16, 32, "full"],
     "sweep.gammas": [2, 5],
-    "sweep.measure": {"budgets": [16, "full"], "prompts": 2, "repeats": 2},
+    "sweep.measure": {"budgets": [16, "full"], "prompts": 2, "repeats": 2, "predict": False},
 }
 
 
@@ -51,14 +51,35 @@ class Bench:
         self, drafters: Sequence[str] = ("drafter",), changes: dict[str, Any] | None = None
     ) -> Evaluator:
         chosen = [Drafter(name, self.refs[name], 128) for name in drafters]
-        config = tiny_config(SWEEP | (changes or {}))
+        changes = SWEEP | (changes or {})
+        changes["sweep.measure"] = {"predict": False, **changes["sweep.measure"]}
+        config = tiny_config(changes)
         return Evaluator(config, self.refs["target"], chosen, self.prepare / "tokenizer", CPU)
 
-    def task(self, output: Path, mode: Mode, first: int = 0, last: int = PROMPTS) -> SweepTask:
+    def replay_task(self, output: Path, first: int = 0, last: int = PROMPTS) -> ReplayTask:
         continuations = self.teach / "continuations" / self.file.name
-        return SweepTask(
-            mode, self.file, continuations, first, last, output / "rows" / f"{mode}-{first}.jsonl"
-        )
+        return ReplayTask(self.file, (continuations,), first, last, output / "rows" / f"replay-{first}.jsonl")
+
+    def measure_task(
+        self, evaluator: Evaluator, output: Path, first: int = 0, last: int = PROMPTS
+    ) -> MeasureTask:
+        """Of the cells that the evaluator's config names."""
+        drafters = [one.drafter for one in evaluator.contenders]
+        picks = configured_picks(evaluator.sweep, drafters, self.prompts[0].context)
+        return MeasureTask(self.file, tuple(picks), first, last, output / "rows" / f"measure-{first}.jsonl")
+
+    def measured(
+        self,
+        output: Path,
+        drafters: Sequence[str] = ("drafter",),
+        changes: dict[str, Any] | None = None,
+        last: int = 2,
+    ) -> MeasureTask:
+        """Measure the first prompts; the task knows where its rows are."""
+        evaluator = self.evaluator(drafters, changes)
+        task = self.measure_task(evaluator, output, last=last)
+        evaluator(task)
+        return task
 
     def speculate(
         self, prompt: Prompt, read: Prompt, policy: str, budget: int | str, gamma: int

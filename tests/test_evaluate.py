@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.artifacts import read_rows, write_rows
-from pipeline.cells import Mode
+from pipeline.evaluate import Evaluator, MeasureTask, ReplayTask, failures_of
 from pipeline.models import ModelRef, load_model
-from pipeline.rows import FailedCell, PromptRow
+from pipeline.rows import FailedCell, Mode, PromptRow
 from tests.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
 from tests.tiny import VOCABULARY, save_model
 
@@ -30,7 +30,7 @@ def bench(
 
 @pytest.fixture(scope="module")
 def replayed(bench: Bench) -> list[PromptRow]:
-    task = bench.task(bench.folder / "replayed", "replay")
+    task = bench.replay_task(bench.folder / "replayed")
     assert bench.evaluator()(task)[1] == 0
     return read_rows(task.output, PromptRow)
 
@@ -76,7 +76,7 @@ def test_a_partner_of_the_same_document_is_passed_over(bench: Bench, tmp_path: P
         for number, prompt in enumerate(bench.prompts)
     ]
     write_rows(tmp_path / "prompts.jsonl", prompts)
-    task = replace(bench.task(tmp_path, "replay"), prompts=tmp_path / "prompts.jsonl")
+    task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
     bench.evaluator()(task)
     (row,) = (
         row
@@ -92,7 +92,7 @@ def test_without_a_partner_only_the_control_is_left_out(
 ) -> None:
     prompts = [prompt.model_copy(update={"document_id": "same"}) for prompt in bench.prompts]
     write_rows(tmp_path / "prompts.jsonl", prompts)
-    task = replace(bench.task(tmp_path, "replay"), prompts=tmp_path / "prompts.jsonl")
+    task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
     wanted = [row for row in replayed if row.control != "other_prompt"]
     assert bench.evaluator()(task) == (len(wanted), 0)
     assert [counts(row) for row in read_rows(task.output, PromptRow)] == [counts(row) for row in wanted]
@@ -103,7 +103,7 @@ def test_slices_of_the_prompts_give_the_same_rows(
 ) -> None:
     evaluator, rows = bench.evaluator(), []
     for first, last in ((2, 4), (0, 2)):
-        task = bench.task(tmp_path, "replay", first, last)
+        task = bench.replay_task(tmp_path, first, last)
         evaluator(task)
         rows += read_rows(task.output, PromptRow)
     assert sorted(map(key, rows), key=str) == sorted(map(key, replayed), key=str)
@@ -124,8 +124,9 @@ def test_the_trained_range_counts_prompt_and_continuation(
     bench: Bench, tmp_path: Path, trained: int, inside: bool
 ) -> None:
     evaluator = bench.evaluator()
-    evaluator.drafters = [(replace(d, trained_positions=trained), *pair) for d, *pair in evaluator.drafters]
-    task = bench.task(tmp_path, "replay", 0, 1)
+    for one in evaluator.contenders:
+        one.drafter = replace(one.drafter, trained_positions=trained)
+    task = bench.replay_task(tmp_path, 0, 1)
     evaluator(task)
     assert {row.in_trained_range for row in read_rows(task.output, PromptRow)} == {inside}
 
@@ -134,7 +135,7 @@ def test_a_continuation_that_ends_at_once_gives_no_rows(bench: Bench, tmp_path: 
     short = bench.continuations[0]
     cut = short.model_copy(update={"tokens": short.tokens[:1], "gaps": short.gaps[:1], "eos_at": 0})
     write_rows(tmp_path / "c.jsonl", [cut, *bench.continuations[1:]])
-    task = replace(bench.task(tmp_path, "replay", 0, 2), continuations=tmp_path / "c.jsonl")
+    task = replace(bench.replay_task(tmp_path, 0, 2), continuations=(tmp_path / "c.jsonl",))
     assert bench.evaluator()(task) == (2 * 7 * 2, 0)
     assert {row.prompt_id for row in read_rows(task.output, PromptRow)} == {bench.prompts[1].prompt_id}
 
@@ -154,18 +155,26 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
     bench: Bench, tmp_path: Path, mode: Mode, last: int
 ) -> None:
     names, changes = ["drafter", "poor"], {"sweep.measure": {"gammas": [2], "budgets": [16], "repeats": 1}}
-    whole = bench.task(tmp_path / "whole", mode, last=last)
-    rows, failed = bench.evaluator(names, changes)(whole)
-    assert rows > 0 and failed == 0 and not whole.failures.exists()
+
+    def task_of(evaluator: Evaluator, name: str) -> ReplayTask | MeasureTask:
+        if mode == "replay":
+            return bench.replay_task(tmp_path / name, last=last)
+        return bench.measure_task(evaluator, tmp_path / name, last=last)
+
+    sound = bench.evaluator(names, changes)
+    whole = task_of(sound, "whole")
+    rows, failed = sound(whole)
+    assert rows > 0 and failed == 0 and not failures_of(whole).exists()
 
     broken = without_norm(bench, tmp_path / "broken")
     evaluator = bench.evaluator(names, changes)
-    evaluator.drafters[0] = (evaluator.drafters[0][0], *evaluator.load(broken))
-    task = bench.task(tmp_path / "again", mode, last=last)
+    first = evaluator.contenders[0]
+    first.model, first.fast = evaluator.load(broken)
+    task = task_of(evaluator, "again")
     views = 2 * 7 if mode == "replay" else 2  # each of them is named
     assert evaluator(task) == (rows // 2, views * last)
     assert {row.drafter for row in read_rows(task.output, PromptRow)} == {"poor"}
-    failures = read_rows(task.failures, FailedCell)
+    failures = read_rows(failures_of(task), FailedCell)
     assert {row.prompt_id for row in failures} == {prompt.prompt_id for prompt in bench.prompts[:last]}
     assert len({(row.policy, row.budget, row.control) for row in failures}) == views
     for row in failures:
@@ -173,7 +182,7 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
         assert row.error.startswith("NotFinite:")
 
     assert bench.evaluator(names, changes)(task) == (rows, 0)
-    assert not task.failures.exists()
+    assert not failures_of(task).exists()
     ours, theirs = (
         [(key(row), counts(row), row.exact) for row in read_rows(one.output, PromptRow)]
         for one in (task, whole)
@@ -201,12 +210,12 @@ def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
     model.load_state_dict(state | {"lm_head.weight": embedding.clone()})
     model.model.embed_tokens.weight.data[late[0]] = float("nan")
     evaluator = bench.evaluator(["poor", "drafter"])
-    broken = evaluator.load(save_model(model, tmp_path / "late"))
-    evaluator.drafters[0] = (evaluator.drafters[0][0], *broken)
-    task = bench.task(tmp_path, "measure", last=2)
+    first = evaluator.contenders[0]
+    first.model, first.fast = evaluator.load(save_model(model, tmp_path / "late"))
+    task = bench.measure_task(evaluator, tmp_path, last=2)
     rows, failed = evaluator(task)
     assert failed >= 1 and rows == 16 + 8, "both prompts of one drafter, the first of the other"
-    assert [row.prompt_id for row in read_rows(task.failures, FailedCell)][-1] == prompt.prompt_id
+    assert [row.prompt_id for row in read_rows(failures_of(task), FailedCell)][-1] == prompt.prompt_id
     written = read_rows(task.output, PromptRow)
     assert all(row.exact for row in written)
     assert {row.drafter for row in written if row.prompt_id == prompt.prompt_id} == {"drafter"}
@@ -217,4 +226,4 @@ def test_rows_that_are_there_are_not_redone(
 ) -> None:
     evaluator = bench.evaluator()
     monkeypatch.setattr(evaluator, "replay", None)
-    assert evaluator(bench.task(bench.folder / "replayed", "replay")) == (len(replayed), 0)
+    assert evaluator(bench.replay_task(bench.folder / "replayed")) == (len(replayed), 0)

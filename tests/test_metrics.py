@@ -99,6 +99,75 @@ def test_paired_difference_matches_the_normal_approximation():
     assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.06)
 
 
+def seeded_counts(rng, seeds: int, units: int):
+    """Proposed and accepted tokens, [K, N], of drafters that differ by seed and of prompts of their own."""
+    proposed = rng.integers(20, 60, size=(seeds, units))
+    rate = np.clip(0.5 + rng.normal(0, 0.1, (seeds, 1)) + rng.normal(0, 0.1, units), 0.05, 0.95)
+    return rng.binomial(proposed, rate), proposed
+
+
+def test_one_training_seed_is_a_paired_difference():
+    rng = np.random.default_rng(8)
+    first, second = seeded_counts(rng, 1, 30), seeded_counts(rng, 1, 30)
+    clusters = [f"d{i // 3}" for i in range(30)]
+    seeded = metrics.seeded_difference(first, second, **SEEDED, clusters=clusters)
+    rows = [(num[0], den[0]) for num, den in (first, second)]
+    assert seeded == pytest.approx(metrics.paired_difference(*rows, **SEEDED, clusters=clusters))
+
+
+def test_seeded_difference_matches_a_loop_over_documents_and_seeds():
+    rng = np.random.default_rng(9)
+    first, second = seeded_counts(rng, 4, 24), seeded_counts(rng, 4, 24)
+    documents = [f"d{i % 8}" for i in range(24)]
+    interval = metrics.seeded_difference(first, second, samples=20_000, seed=3, clusters=documents)
+
+    def difference(seeds, units) -> float:
+        return float(
+            np.mean([
+                num[k, units].sum() / den[k, units].sum() - other[k, units].sum() / other_den[k, units].sum()
+                for k in seeds
+                for (num, den), (other, other_den) in [(first, second)]
+            ])
+        )  # fmt: skip
+
+    draws = []
+    for _ in range(4000):
+        drawn = rng.integers(8, size=8)
+        units = np.concatenate([np.arange(24)[np.arange(24) % 8 == d] for d in drawn])
+        draws.append(difference(rng.integers(4, size=4), units))
+    assert interval.mean == pytest.approx(difference(range(4), np.arange(24)))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert high - low > 0.05
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005))
+
+
+def test_seeded_difference_covers_the_true_difference():
+    """Seeds and documents that each matter, seeds in plenty: about 95 intervals in 100 hold the truth."""
+    rng = np.random.default_rng(10)
+    hits = 0
+    for trial in range(300):
+        gain = 0.06 + rng.normal(0, 0.03, (16, 1)) + rng.normal(0, 0.05, 40)
+        first, second = rng.binomial(100, 0.5 + gain), rng.binomial(100, 0.5, size=(16, 40))
+        proposed = np.full((16, 40), 100)
+        interval = metrics.seeded_difference((first, proposed), (second, proposed), samples=400, seed=trial)
+        hits += interval.low <= 0.06 <= interval.high
+    assert 0.90 <= hits / 300 <= 0.99
+
+
+def test_interval_over_three_seeds_is_their_range():
+    """Where nothing but the seeds matters it holds the truth unless all three err to one side: 1 - 2 / 2³."""
+    rng = np.random.default_rng(11)
+    proposed, hits = np.full((3, 5), 100), 0
+    for _ in range(400):
+        gains = rng.normal(5, 3, size=(3, 1)).repeat(5, axis=1)
+        interval = metrics.seeded_difference(
+            (40 + gains, proposed), (np.full((3, 5), 40), proposed), samples=2000, seed=1
+        )
+        assert (interval.low, interval.high) == pytest.approx((gains.min() / 100, gains.max() / 100))
+        hits += interval.low <= 0.05 <= interval.high
+    assert hits / 400 == pytest.approx(0.75, abs=0.06)
+
+
 def test_units_that_propose_nothing_do_not_break_a_resample():
     interval = metrics.bootstrap_interval([5, 0, 0], [10, 0, 0], **SEEDED)
     assert interval == (0.5, 0.5, 0.5)
@@ -113,12 +182,18 @@ def test_what_has_no_rate_is_refused():
         metrics.paired_difference(([1, 1], [2, 2]), ([1], [2]), **SEEDED)
     with pytest.raises(ValueError, match="1 cluster names for 2 units"):
         metrics.bootstrap_interval([1, 2], [3, 4], **SEEDED, clusters=["a"])
+    with pytest.raises(ValueError, match=r"\[K, N\]"):
+        metrics.seeded_difference(([[1, 1]], [[2, 2]]), ([[1], [1]], [[2], [2]]), **SEEDED)
+    with pytest.raises(ValueError, match=r"\[K, N\]"):
+        metrics.seeded_difference(([1], [2]), ([1], [2]), **SEEDED)
 
 
 def test_conditional_acceptance_pools_prompts_and_stops_where_no_round_came():
     rates = metrics.conditional_acceptance([[4, 3, 0], [6, 1, 0]], [[3, 0, 0], [1, 1, 0]])
     assert rates == pytest.approx([4 / 10, 1 / 4])
     assert metrics.conditional_acceptance([[0, 0]], [[0, 0]]) == []
+    # Expected counts are no whole numbers.
+    assert metrics.conditional_acceptance([[0.5, 0.25], [0.5, 0]], [[0.25, 0.2], [0, 0]]) == [0.25, 0.8]
 
 
 def test_speedup_is_pooled_over_prompts_and_repeats():
@@ -144,6 +219,19 @@ def test_speedup_resamples_tokens_with_the_seconds_they_took():
     """One prompt runs at 4 times AR's speed, the other at 2 times; lengths and AR speeds differ."""
     speed = metrics.speedup(([1000, 10], [[10.0], [1.0]]), ([900, 12], [[36.0], [2.4]]), **SEEDED)
     assert (speed.overall.low, speed.overall.high) == (pytest.approx(2.0), pytest.approx(4.0))
+
+
+def test_speedup_resamples_clusters_whole_and_their_repeats():
+    """Two documents of two prompts: 4 times AR's speed in one, twice in the other, alike within neither."""
+    own = [[2.0], [6.0], [12.0], [4.0]]
+    ar = [[16.0], [16.0], [16.0], [16.0]]
+    speed = metrics.speedup(([8] * 4, own), ([8] * 4, ar), **SEEDED, clusters=["a", "a", "b", "b"])
+    assert speed.overall == pytest.approx((64 / 24, 2.0, 4.0))
+    assert speed.worst_prompt == pytest.approx(16 / 12)
+    # One document whose second repeat ran at half the speed: repeats 1 and 2, or one of them twice.
+    own, ar = [[1.0, 2.0], [3.0, 6.0]], [[4.0, 4.0], [4.0, 4.0]]
+    speed = metrics.speedup(([8] * 2, own), ([8] * 2, ar), **SEEDED, clusters=["a", "a"])
+    assert speed.overall == pytest.approx((16 / 12, 8 / 8, 8 / 4))
 
 
 def test_speedup_interval_covers_the_true_ratio():

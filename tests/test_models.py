@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.config import Labels, PretrainedModel, ScratchModel
-from pipeline.decoding import Sampler
+from pipeline.drafting import Sampler
 from pipeline.errors import BadData
 from pipeline.kv import read_prefix, view_of
 from pipeline.models import (
@@ -28,7 +28,7 @@ from pipeline.models import (
     pick_device,
     stop_tokens,
 )
-from pipeline.replay import match_views
+from pipeline.replay import match_views, view_logits
 from pipeline.teacher import label_sequences
 from tests.pairs import make_pair, plain_tokens, rounds_of
 from tests.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
@@ -134,7 +134,7 @@ def test_a_padded_vocabulary_decodes_as_without_padding(
             (plain,) = plain_tokens(pair, 20, sampler=Sampler.seeded(temperature, [5]))
             (rounds,) = rounds_of(pair, 4, 20, sampler=Sampler.seeded(temperature, [5]))
             text += [plain, rounds]
-        text.append(match_views(small, [kept], text[0])[0].tolist())
+        text.append(match_views(view_logits(small, [kept], text[0]), text[0])[0])
         labels = label_sequences(large, TOKENS.numpy(), Labels(top_k=4))
         results.append((text, labels))
     (text, labels), (padded_text, padded_labels) = results

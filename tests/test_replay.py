@@ -29,9 +29,9 @@ def test_replay_is_decoding_round_by_round(
         views, _ = read_prefix(drafter, tokens, [(tokens.shape[1], view_of(*cell)) for cell in GRID])
         if len(plain) < 2:
             continue
-        matches, finite = replay.match_views(drafter, views, plain)
-        assert finite.all()
-        for pair, match in zip(pairs, matches.tolist(), strict=True):
+        logits = replay.view_logits(drafter, views, plain)
+        assert all(replay.finite_views(logits))
+        for pair, match in zip(pairs, replay.match_views(logits, plain), strict=True):
             for gamma in (1, 2, 3, 7, 40):
                 (decoded,) = rounds_of(pair, gamma, limit, eos)
                 decoded_rounds = [(one.proposed, one.accepted, len(one.tokens)) for one in decoded]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline import measure
 from pipeline.artifacts import read_rows
+from pipeline.evaluate import failures_of
 from pipeline.lean import decode_model
 from pipeline.rows import FailedCell, PromptRow
 from tests.sweeps import LENGTH, LIMIT, Bench, counts, key
@@ -30,15 +31,15 @@ def bench(
 
 @pytest.fixture(scope="module")
 def replayed(bench: Bench) -> list[PromptRow]:
-    task = bench.task(bench.folder / "replayed", "replay")
+    task = bench.replay_task(bench.folder / "replayed")
     assert bench.evaluator()(task)[1] == 0
     return read_rows(task.output, PromptRow)
 
 
 @pytest.fixture(scope="module")
 def measured(bench: Bench) -> list[PromptRow]:
-    task = bench.task(bench.folder / "measured", "measure", last=2)
-    assert bench.evaluator()(task)[1] == 0
+    task = bench.measured(bench.folder / "measured")
+    assert not failures_of(task).exists()
     return read_rows(task.output, PromptRow)
 
 
@@ -79,7 +80,7 @@ def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(measure.Bench, "autoregressive", counted)
     evaluator = bench.evaluator()
-    tasks = [bench.task(tmp_path, "measure", at, at + 1) for at in (0, 1)]
+    tasks = [bench.measure_task(evaluator, tmp_path, at, at + 1) for at in (0, 1)]
     for task in tasks:
         evaluator(task)
     first, second = (prompt.prompt_id for prompt in bench.prompts[:2])
@@ -88,8 +89,7 @@ def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch:
 
 
 def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_path: Path) -> None:
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(["target"])(task)
+    task = bench.measured(tmp_path, ["target"])
     full = [row for row in read_rows(task.output, PromptRow) if row.budget == "full"]
     assert full and all(row.num_accepted == row.num_proposed for row in full)
 
@@ -116,8 +116,7 @@ def test_compilation_is_in_no_time_and_is_recorded(bench: Bench, tmp_path: Path)
         "sweep.temperatures": [0.0, 0.7],
         "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 2},
     }
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(changes=changes)(task)
+    task = bench.measured(tmp_path, changes=changes)
     rows = read_rows(task.output, PromptRow)
     first = [row for row in rows if row.prompt_id == bench.prompts[0].prompt_id]
     compiled = [row.compile_s for row in first if row.compile_s]
@@ -131,8 +130,7 @@ def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: Bench, tmp_
     found = {}
     for together in (1, 3):
         measured = {"gammas": [2], "budgets": [16], "repeats": 2, "prompts_together": together}
-        task = bench.task(tmp_path / str(together), "measure", last=3)
-        bench.evaluator(changes={"sweep.measure": measured})(task)
+        task = bench.measured(tmp_path / str(together), changes={"sweep.measure": measured}, last=3)
         rows = read_rows(task.output, PromptRow)
         assert all(row.exact and row.prompts_together == together for row in rows)
         found[together] = [(key(row), counts(row), row.text, row.target_kv_bytes) for row in rows]
@@ -146,8 +144,7 @@ def test_thresholds_are_an_axis_of_the_measured_cells(bench: Bench, tmp_path: Pa
         "sweep.thresholds": [0.0, 0.6],
         "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 1},
     }
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(changes=changes)(task)
+    task = bench.measured(tmp_path, changes=changes)
     rows = {(row.prompt_id, row.threshold): row for row in read_rows(task.output, PromptRow)}
     assert len(rows) == 4 and all(row.exact for row in rows.values())
     for prompt in bench.prompts[:2]:
@@ -160,10 +157,9 @@ def test_what_does_not_fit_into_memory_fails_before_it_is_made(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "available_memory", lambda device: 100_000)
-    task = bench.task(tmp_path, "measure", last=2)
-    changes = {"sweep.measure": {"prompts_together": 2}}
-    assert bench.evaluator(changes=changes)(task) == (0, 2)
-    error = read_rows(task.failures, FailedCell)[0].error
+    task = bench.measured(tmp_path, changes={"sweep.measure": {"prompts_together": 2}})
+    assert read_rows(task.output, PromptRow) == []
+    error = read_rows(failures_of(task), FailedCell)[0].error
     assert error.startswith("NotEnoughMemory: decoding 2 prompt(s) of 64 kept entries with ")
     assert "lower sweep.measure.prompts_together, the contexts or data.max_new_tokens" in error
 
@@ -171,8 +167,7 @@ def test_what_does_not_fit_into_memory_fails_before_it_is_made(
 def test_only_the_named_drafters_are_measured(bench: Bench, tmp_path: Path) -> None:
     variants = [{"name": name, "steps": 0, "budgets": {16: 1.0}} for name in ("drafter", "poor")]
     changes = {"train.variants": variants, "sweep.measure": {"drafters": ["poor"], "gammas": [5]}}
-    task = bench.task(tmp_path, "measure", last=2)
-    bench.evaluator(["drafter", "poor"], changes)(task)
+    task = bench.measured(tmp_path, ["drafter", "poor"], changes)
     rows = read_rows(task.output, PromptRow)
     assert {(row.drafter, row.gamma) for row in rows} == {("poor", 5)}
     assert all(len(row.decode_s) == 3 and row.exact for row in rows)
@@ -183,8 +178,7 @@ def test_sampling_repeats_itself_and_claims_no_exactness(bench: Bench, tmp_path:
     changes["sweep.measure"] = {"budgets": [16], "gammas": [2], "repeats": 2}
     runs = []
     for name in ("one", "two"):
-        task = bench.task(tmp_path / name, "measure", last=2)
-        bench.evaluator(changes=changes)(task)
+        task = bench.measured(tmp_path / name, changes=changes)
         runs.append(read_rows(task.output, PromptRow))
     for row in runs[0]:
         assert (row.exact is None) == (row.temperature > 0)

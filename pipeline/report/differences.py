@@ -1,21 +1,32 @@
 """Paired differences of acceptance: drafter against drafter, and the real prefix against a control.
 
-Both sides are the same prompts, so what makes a prompt easy or hard cancels.
+Both sides are the same prompts, so what makes a prompt easy or hard cancels. A variant that was trained with
+several seeds is a family of drafters (`multi_view~42`, `multi_view~43`). Of two families the drafters of one
+seed are compared with each other, and all seeds together.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Literal
 
 from pipeline import metrics
-from pipeline.report.summary import Budget, ControlGap, Gain
-from pipeline.report.tables import Axes, CellKey, PromptRows, accepted_of_proposed
-from pipeline.rows import PromptRow
+from pipeline.config import family
+from pipeline.report.axes import Axes, CellKey, Cells
+from pipeline.report.summary import Budget, ControlGap, FamilyGain, Gain
+from pipeline.report.tables import accepted_of_proposed, documents
+from pipeline.rows import Count, PromptRow
 
-Cells = dict[CellKey, PromptRows]
-Pairs = list[tuple[PromptRow, PromptRow]]
+# What a gain is given over: all prompts, without looping prompts, and under the control `other_prompt`. What
+# is left of a gain when the context is another document's cannot come from using the context.
+OVER: tuple[tuple[str | None, Literal["all", "not_looping"]], ...] = (
+    (None, "all"),
+    (None, "not_looping"),
+    ("other_prompt", "all"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,35 +38,75 @@ class Resampling:
 def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
     """Every later drafter minus every earlier one, at the smallest budget and at the full cache.
 
-    Each is given over all prompts, without looping prompts, and under the control `other_prompt`: what is
-    left of a gain when the context is another document's cannot come from using the context.
+    Of two families, drafters of one training seed are compared; where they have no seed in common (such as a
+    variant that was trained once), the first of each.
     """
-    sides: tuple[tuple[str | None, Literal["all", "not_looping"]], ...] = (
-        (None, "all"),
-        (None, "not_looping"),
-        ("other_prompt", "all"),
-    )
-    budgets: list[Budget] = ["full"] if axes.smallest_budget is None else [axes.smallest_budget, "full"]
-    pairs = list(combinations(axes.drafters, 2))
+    families = _families(cells, axes)
+    pairs: list[tuple[str, str]] = []
+    for earlier, later in combinations(families.values(), 2):
+        common = [(earlier[seed], later[seed]) for seed in earlier if seed in later]
+        pairs += common or [(next(iter(earlier.values())), next(iter(later.values())))]
     found = []
     for place, (baseline, drafter), budget, (control, prompts) in product(
-        _places(cells), pairs, budgets, sides
+        _places(cells), pairs, _budgets(axes), OVER
     ):
         key = place._replace(drafter=drafter, budget=budget, control=control)
-        paired = _paired(cells, key, key._replace(drafter=baseline), prompts == "not_looping")
+        paired = _shared(cells, [key, key._replace(drafter=baseline)], prompts == "not_looping")
         if paired:
             found.append(
                 Gain(
                     **key._asdict(),
                     **_difference(paired, resampling)._asdict(),
-                    num_prompts=len(paired),
+                    **_counts(paired[0]),
                     baseline=baseline,
                     prompts=prompts,
                 )
             )
-    return sorted(
-        found, key=lambda g: (axes.order(g)[:4], axes.drafters.index(g.baseline), axes.order(g)[4:])
-    )
+    return sorted(found, key=lambda gain: _gain_order(gain, axes))
+
+
+def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[FamilyGain]:
+    """Every later family minus every earlier one that was trained with at least two of the same seeds.
+
+    Over the prompts that the drafters of all these seeds hold on both sides.
+    """
+    families = _families(cells, axes)
+    found = []
+    for place, (baseline, variant), budget, (control, prompts) in product(
+        _places(cells), combinations(families, 2), _budgets(axes), OVER
+    ):
+        key = place._replace(drafter=variant, budget=budget, control=control)
+        first, second = (
+            {seed: key._replace(drafter=drafter) for seed, drafter in families[name].items()}
+            for name in (variant, baseline)
+        )
+        seeds = [s for s in first if s in second and first[s] in cells and second[s] in cells]
+        if len(seeds) < 2:
+            continue
+        keys = [side[seed] for side in (first, second) for seed in seeds]
+        shared = _shared(cells, keys, prompts == "not_looping")
+        if not shared:
+            continue
+        sides = shared[: len(seeds)], shared[len(seeds) :]
+        difference = metrics.seeded_difference(
+            *(_stacked(side) for side in sides),
+            samples=resampling.samples,
+            seed=resampling.seed,
+            clusters=documents(shared[0]),
+        )
+        by_seed = [_difference(pair, resampling).mean for pair in zip(*sides, strict=True)]
+        found.append(
+            FamilyGain(
+                **key._asdict(),
+                **difference._asdict(),
+                **_counts(shared[0]),
+                baseline=baseline,
+                prompts=prompts,
+                num_seeds=len(seeds),
+                by_seed=by_seed,
+            )
+        )
+    return sorted(found, key=lambda gain: _gain_order(gain, axes))
 
 
 def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[ControlGap]:
@@ -67,17 +118,27 @@ def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[Contr
         budget: Budget | None = axes.smallest_budget if key.control == "no_prefix" else key.budget
         if budget is None:
             continue
-        paired = _paired(cells, key._replace(control=None, budget=budget), key, False)
+        paired = _shared(cells, [key._replace(control=None, budget=budget), key], False)
         if paired:
             found.append(
                 ControlGap(
                     **key._asdict(),
                     **_difference(paired, resampling)._asdict(),
-                    num_prompts=len(paired),
+                    **_counts(paired[0]),
                     real_budget=budget,
                 )
             )
     return sorted(found, key=axes.order)
+
+
+def _families(cells: Cells, axes: Axes) -> dict[str, dict[str, str]]:
+    """Variant → its training seeds, "" where it was trained once → the drafter, as the config lists them."""
+    swept = {key.drafter for key in cells}
+    families: dict[str, dict[str, str]] = defaultdict(dict)
+    for drafter in axes.drafters:
+        if drafter in swept:
+            families[family(drafter)][drafter.partition("~")[2]] = drafter
+    return families
 
 
 def _places(cells: Cells) -> list[CellKey]:
@@ -85,23 +146,53 @@ def _places(cells: Cells) -> list[CellKey]:
     return list({key._replace(drafter="", budget=0, control=None): None for key in cells})
 
 
-def _paired(cells: Cells, first: CellKey, second: CellKey, without_looping: bool) -> Pairs:
-    """Rows of the prompts that both cells hold and that propose something."""
-    first_rows, second_rows = cells.get(first, {}), cells.get(second, {})
+def _budgets(axes: Axes) -> list[Budget]:
+    return ["full"] if axes.smallest_budget is None else [axes.smallest_budget, "full"]
+
+
+def _gain_order(gain: Gain, axes: Axes) -> tuple[float | str, ...]:
+    order = axes.order(gain)
+    return (*order[:5], axes.drafter_order(gain.baseline), *order[5:])
+
+
+def _shared(cells: Cells, keys: Sequence[CellKey], without_looping: bool) -> list[list[PromptRow]]:
+    """Each cell's rows of the prompts that all of them hold and propose something in, in one order.
+
+    Empty where there is no such prompt.
+    """
+    sides = [cells.get(key, {}) for key in keys]
+    prompts = sorted(set.intersection(*(set(side) for side in sides)))
+    rows_by_prompt = [[side[prompt] for side in sides] for prompt in prompts]
     return [
-        (first_rows[prompt], second_rows[prompt])
-        for prompt in sorted(first_rows.keys() & second_rows.keys())
-        if first_rows[prompt].num_proposed
-        and second_rows[prompt].num_proposed
-        and not (without_looping and (first_rows[prompt].looping or second_rows[prompt].looping))
+        list(rows)
+        for rows in zip(
+            *(
+                rows
+                for rows in rows_by_prompt
+                if all(row.num_proposed for row in rows)
+                and not (without_looping and any(row.looping for row in rows))
+            ),
+            strict=True,
+        )
     ]
 
 
-def _difference(paired: Pairs, resampling: Resampling) -> metrics.Interval:
-    first, second = zip(*paired, strict=True)
+def _stacked(side: Iterable[Sequence[PromptRow]]) -> tuple[list[list[Count]], list[list[Count]]]:
+    """Accepted and proposed tokens, [K training seeds, N prompts] each."""
+    counts = [accepted_of_proposed(rows) for rows in side]
+    return [accepted for accepted, _ in counts], [proposed for _, proposed in counts]
+
+
+def _difference(paired: Sequence[Sequence[PromptRow]], resampling: Resampling) -> metrics.Interval:
+    first, second = paired
     return metrics.paired_difference(
         accepted_of_proposed(first),
         accepted_of_proposed(second),
         samples=resampling.samples,
         seed=resampling.seed,
+        clusters=documents(first),
     )
+
+
+def _counts(rows: Sequence[PromptRow]) -> dict[str, int]:
+    return {"num_prompts": len(rows), "num_documents": len(set(documents(rows)))}

@@ -21,8 +21,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from pipeline.artifacts import atomic_path
 from pipeline.metrics import Interval
+from pipeline.report.axes import Axes, budget_order, budget_text
 from pipeline.report.summary import Budget, Estimate
-from pipeline.report.tables import Axes, budget_order, budget_text
 from pipeline.rows import Cell, CellRow
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -129,7 +129,7 @@ def acceptance_by_budget(estimates: Sequence[Estimate], axes: Axes, policy: str)
     figure.supylabel(f"acceptance rate (γ = {axes.gamma}, {policy})", fontsize=10)
     controls = {e.control for e in chosen.values()}
     handles: list[Line2D | Patch] = [*_drafter_handles(chosen.values(), look)]
-    handles.append(Patch(color="#999999", alpha=0.3, label="95 % interval over prompts"))
+    handles.append(Patch(color="#999999", alpha=0.3, label="95 % interval over documents"))
     if "other_prompt" in controls:
         handles.append(Line2D([], [], color="#555555", ls="--", label="control: another document's KV"))
     if "no_prefix" in controls:

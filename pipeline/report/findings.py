@@ -9,21 +9,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pipeline.report.differences import Cells, Resampling, control_gaps, gains
-from pipeline.report.summary import ControlGap, Gain, Summary
+from pipeline.config import family
+from pipeline.report.advice import Predictions, recommendations, scores
+from pipeline.report.axes import Axes, Cells, budget_text
+from pipeline.report.differences import Resampling, control_gaps, family_gains, gains
+from pipeline.report.speed import ar_speeds
+from pipeline.report.summary import ControlGap, FamilyGain, Gain, Summary
 from pipeline.report.tables import (
-    Axes,
-    ar_speeds,
-    budget_text,
-    estimates,
+    acceptances,
+    group,
     lossless,
     replay_check,
     replayed_or_measured,
+    speedups,
 )
 from pipeline.rows import Cell, CellRow, FailedCell, PromptRow
 
-# Percentile intervals over fewer prompts than this are known to be too narrow.
-FEW_PROMPTS = 10
+NO_PREDICTIONS = Predictions()
+# Percentile intervals over fewer documents, or fewer training seeds, than this are known to be too narrow.
+FEW = 10
 
 
 def summarise(
@@ -33,6 +37,7 @@ def summarise(
     axes: Axes,
     samples: int,
     seed: int,
+    predictions: Predictions = NO_PREDICTIONS,
 ) -> Summary:
     """All of `summary.json` but `stages`, which belong to one run rather than to the results."""
     resampling = Resampling(samples, seed)
@@ -40,16 +45,24 @@ def summarise(
     summary = Summary(
         lossless=lossless(prompt_rows),
         replay_check=replay_check(prompt_rows),
-        acceptance=estimates(cells, "acceptance"),
-        speedup=estimates(cells, "speedup"),
+        acceptance=acceptances(cells),
+        speedup=speedups(cells, group(prompt_rows, "measure")),
         compile_s=sum(row.compile_s or 0.0 for row in prompt_rows),
         ar_tokens_per_s=ar_speeds(prompt_rows, axes, samples, seed),
         headline=gains(by_cell, axes, resampling),
+        families=family_gains(by_cell, axes, resampling),
         controls=control_gaps(by_cell, axes, resampling),
+        contexts=axes.contexts,
+        least_documents=axes.least_documents,
+        models=tuple(predictions.sizes),
+        prediction=tuple(scores(prompt_rows, predictions, axes)),
+        recommendations=tuple(recommendations(cells, predictions, axes, samples, seed)),
         findings=[],
     )
     texts = [
-        *gain_findings(summary.headline, axes),
+        *gain_findings(summary.families, axes),
+        *gain_findings(_of_single_seeds(summary), axes),
+        *recommendation_findings(summary),
         *speed_findings(summary, axes),
         *exactness_findings(summary),
         *doubt_findings(by_cell, cells, failed),
@@ -58,6 +71,16 @@ def summarise(
         *control_findings(summary.controls, axes),
     ]
     return summary.model_copy(update={"findings": texts})
+
+
+def _of_single_seeds(summary: Summary) -> list[Gain]:
+    """Gains that no finding over training seeds speaks for, which gives the figure of every seed."""
+    told = {(place_text(gain), gain.drafter, gain.baseline) for gain in summary.families}
+    return [
+        gain
+        for gain in summary.headline
+        if (place_text(gain), family(gain.drafter), family(gain.baseline)) not in told
+    ]
 
 
 def points(estimate: Gain | ControlGap) -> str:
@@ -71,41 +94,59 @@ def place_text(cell: Cell) -> str:
     return f"{cell.dataset}, {cell.context}, {cell.policy}{sampling}"
 
 
-def verdict(estimate: Gain | ControlGap) -> str:
+def verdict(estimate: Gain, axes: Axes) -> str:
+    """What follows a gain in a sentence: " (better)", or why it is not ranked."""
+    if few := axes.too_few(estimate.num_documents):
+        return f": {few}"
     if estimate.low > 0:
-        return "better"
-    return "worse" if estimate.high < 0 else "no difference shown"
+        return " (better)"
+    return " (worse)" if estimate.high < 0 else " (no difference shown)"
 
 
-def gain_findings(headline: Sequence[Gain], axes: Axes) -> list[str]:
-    """One text a pair of drafters and place: both budgets, then without looping and under the control."""
+def gain_findings(gains: Sequence[Gain], axes: Axes) -> list[str]:
+    """One text a pair of drafters or families and place: both budgets, without looping, under the control."""
     grouped: dict[tuple[str, str, str], list[Gain]] = defaultdict(list)
-    for gain in headline:
+    for gain in gains:
         if gain.gamma == axes.gamma:
             grouped[place_text(gain), gain.drafter, gain.baseline].append(gain)
     texts = []
-    for (place, drafter, baseline), group in grouped.items():
-        parts = []
-        for gain in group:
-            if gain.control is None and gain.prompts == "all":
-                parts.append(f"{points(gain)} at {budget_text(gain.budget)} ({verdict(gain)})")
+    for (place, drafter, baseline), found in grouped.items():
+        real = [gain for gain in found if gain.control is None and gain.prompts == "all"]
+        parts = [f"{points(gain)} at {budget_text(gain.budget)}{verdict(gain, axes)}" for gain in real]
         text = f"{place}, γ = {axes.gamma}: {drafter} against {baseline} accepts " + ", ".join(parts)
-        text += f", over {max(gain.num_prompts for gain in group)} prompts."
-        small = [gain for gain in group if gain.budget != "full"]
+        text += f", over {max(gain.num_prompts for gain in found)} prompts"
+        text += f" of {max(gain.num_documents for gain in found)} documents{_seeds_text(real)}."
+        small = [gain for gain in found if gain.budget != "full"]
         for gain in small:
             if gain.prompts == "not_looping":
                 text += f" Without looping prompts ({gain.num_prompts} left): {points(gain)}."
-        real = [gain for gain in small if gain.control is None and gain.prompts == "all"]
+        real = [gain for gain in real if gain.budget != "full"]
         other = [gain for gain in small if gain.control == "other_prompt"]
         if real and other:
             text += f" With another document's KV in place of the context: {points(other[0])}"
-            text += _explained(real[0], other[0])
+            text += _explained(real[0], other[0], axes)
         texts.append(text)
     return texts
 
 
-def _explained(real: Gain, control: Gain) -> str:
+def _seeds_text(gains: Sequence[Gain]) -> str:
+    """How many training seeds there are, and the gain of each."""
+    families = [gain for gain in gains if isinstance(gain, FamilyGain)]
+    if not families:
+        return ""
+    num_seeds = max(gain.num_seeds for gain in families)
+    by_seed = [
+        f"{', '.join(f'{100 * mean:+.1f}' for mean in gain.by_seed)} at {budget_text(gain.budget)}"
+        for gain in families
+    ]
+    rough = "; intervals that resample so few seeds are rough" if num_seeds < FEW else ""
+    return f" and {num_seeds} training seeds (by seed {'; '.join(by_seed)}{rough})"
+
+
+def _explained(real: Gain, control: Gain, axes: Axes) -> str:
     """How much of a shown gain is there without the context."""
+    if few := axes.too_few(min(real.num_documents, control.num_documents)):
+        return f": {few}."
     if real.low <= 0:
         return "."
     if control.low <= 0:
@@ -127,6 +168,10 @@ def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
     texts = []
     for (place, drafter, control), gaps in grouped.items():
         name = "another document's KV" if control == "other_prompt" else "no prefix at all"
+        if few := axes.too_few(min(gap.num_documents for gap in gaps)):
+            shown_gaps = " and ".join(f"{points(gap)} at {budget_text(gap.real_budget)}" for gap in gaps)
+            texts.append(f"{place}, γ = {axes.gamma}: {drafter} accepts {shown_gaps} over {name}: {few}.")
+            continue
         unused, used = (
             " and ".join(
                 f"{budget_text(gap.real_budget)} ({points(gap)} over {name})"
@@ -138,7 +183,8 @@ def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
         text = f"{place}, γ = {axes.gamma}: by {drafter}, the context is "
         if unused:
             text += (
-                f"not being used at {unused}, as far as {max(g.num_prompts for g in gaps)} prompts can tell"
+                f"not being used at {unused}, as far as {max(g.num_documents for g in gaps)} documents can "
+                "tell"
             )
         text += "; it is " if used and unused else ""
         text += f"used at {used}" if used else ""
@@ -147,7 +193,7 @@ def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
 
 
 def speed_findings(summary: Summary, axes: Axes) -> list[str]:
-    """The fastest measured cell of each place, or that none is faster than AR."""
+    """The fastest measured cell of each place, or that none is faster than AR; nothing over few documents."""
     texts = []
     for dataset in axes.datasets:
         for context in axes.contexts:
@@ -157,6 +203,13 @@ def speed_findings(summary: Summary, axes: Axes) -> list[str]:
             if not here:
                 continue
             best = max(here, key=lambda s: s.mean)
+            if few := axes.too_few(min(s.num_documents for s in here)):
+                least = min(s.mean for s in here)
+                texts.append(
+                    f"{dataset}, {context}: {len(here)} cells were measured, at {least:.2f}× to "
+                    f"{best.mean:.2f}× of autoregressive decode speed; {few}."
+                )
+                continue
             stops = f" stopping under {best.threshold:g}" if best.threshold else ""
             what = (
                 f"{best.drafter}, {best.policy}, {budget_text(best.budget)}, γ = {best.gamma}{stops} at "
@@ -172,6 +225,32 @@ def speed_findings(summary: Summary, axes: Axes) -> list[str]:
     return texts
 
 
+def recommendation_findings(summary: Summary) -> list[str]:
+    """What to deploy in each place, and how far predicted times are from measured ones."""
+    texts = []
+    for advice in summary.recommendations:
+        place, choice = f"{advice.dataset}, {advice.context}", advice.choice
+        if choice is None:
+            texts.append(f"{place}: {advice.why}.")
+            continue
+        again = "" if advice.rechecked is None else f"; measured again, {advice.rechecked:.2f}×"
+        texts.append(
+            f"{place}: deploy {choice.drafter}, {choice.policy}, {budget_text(choice.budget)}, "
+            f"γ = {choice.gamma}: {choice.speedup:.2f}× "
+            f"[{choice.speedup_low:.2f}, {choice.speedup_high:.2f}] ({choice.basis}{again})."
+        )
+    if summary.prediction:
+        worst = max(summary.prediction, key=lambda score: score.median_error)
+        texts.append(
+            f"Predicted decode times are off by {100 * worst.median_error:.0f} % in the median of the "
+            f"{worst.cells} measured cells of {worst.dataset}, {worst.context}, and by less elsewhere."
+            if len(summary.prediction) > 1
+            else f"Predicted decode times are off by {100 * worst.median_error:.0f} % in the median of "
+            f"{worst.cells} measured cells."
+        )
+    return texts
+
+
 def exactness_findings(summary: Summary) -> list[str]:
     texts = []
     compared, exact = summary.lossless.prompts, summary.lossless.exact
@@ -182,7 +261,8 @@ def exactness_findings(summary: Summary) -> list[str]:
         texts.append(
             f"{wrong} of {compared} greedy prompts differ from autoregressive decoding; "
             f"{summary.lossless.explained} "
-            "of them where the target's two best logits are closer than its logits' noise."
+            "of them where the target's two best logits are closer than its logits' noise. "
+            f"The {summary.lossless.left_out_tokens} tokens behind such places count towards no acceptance."
         )
     check = summary.replay_check
     if check.equal < check.rows:
@@ -222,11 +302,9 @@ def doubt_findings(cells: Cells, rows: Sequence[CellRow], failed: Sequence[Faile
     texts = []
     if failed:
         texts.append(f"{len(failed)} cells or prompts failed and are in no figure; see the list.")
-    few = sum(row.num_prompts < FEW_PROMPTS for row in rows)
+    few = sum(row.num_documents < FEW for row in rows)
     if few:
-        texts.append(
-            f"{few} of {len(rows)} cells have fewer than {FEW_PROMPTS} prompts: intervals are too narrow."
-        )
+        texts.append(f"{few} of {len(rows)} cells have fewer than {FEW} documents: intervals are too narrow.")
     empty = sum(not any(row.num_proposed for row in prompts.values()) for prompts in cells.values())
     if empty:
         texts.append(f"{empty} cells are left out: every continuation ended before a token was proposed.")

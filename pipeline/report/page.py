@@ -17,20 +17,24 @@ import jinja2
 import numpy as np
 
 from pipeline.config import Config, PretrainedModel, ScratchModel, Variant
+from pipeline.planner import by_place
+from pipeline.report.axes import Axes, budget_order
 from pipeline.report.summary import Estimate, Summary
-from pipeline.report.tables import Axes, budget_order
-from pipeline.rows import CellRow, Continuation, FailedCell
+from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow
 
 MOST_CELLS = 500
 MOST_FAILED = 100
+MOST_PREDICTED = 12  # of a place
 MOST_SAMPLE_CHARS = 1500
 # Sources that stand for a published data set: local files of the same form need not be that set.
 PUBLISHED = {"pg19": "PG-19", "longbench": "LongBench", "lwm": "NarrativeQA"}
 CAPTIONS = {
-    "acceptance_by_budget": "Acceptance against the drafter's budget. Bands are 95 % intervals over prompts.",
-    "speedup_by_context": "Decode speedup against context length. Bars are 95 % intervals.",
-    "speedup_by_gamma": "Decode speedup against γ. Bars are 95 % intervals.",
-    "speedup_by_memory": "Decode speedup against the drafter's KV memory; the target's for comparison.",
+    "acceptance_by_budget": "Acceptance against the drafter's budget. Bands are 95 % intervals over "
+    "documents.",
+    "speedup_by_context": "Decode speedup against context length. Bars are 95 % intervals over documents.",
+    "speedup_by_gamma": "Decode speedup against γ. Bars are 95 % intervals over documents.",
+    "speedup_by_memory": "Decode speedup against the drafter's KV memory; the target's for comparison. Bars "
+    "are 95 % intervals over documents.",
 }
 
 
@@ -41,6 +45,7 @@ class PageInputs:
     config: Config
     summary: Summary
     cells: Sequence[CellRow]
+    predicted: Sequence[PredictedRow]
     failed: Sequence[FailedCell]
     continuations: Sequence[Continuation]
     figures: dict[str, str]  # name → "" or why it was not drawn
@@ -71,7 +76,7 @@ class Sample:
 def render(inputs: PageInputs) -> str:
     """The page as HTML text."""
     config, axes = inputs.config, Axes.of(inputs.config)
-    gains = inputs.summary.headline
+    gains, families = inputs.summary.headline, inputs.summary.families
     return _template().render(
         name=config.name,
         axes=axes,
@@ -82,8 +87,12 @@ def render(inputs: PageInputs) -> str:
         summary=inputs.summary,
         gains=[gain for gain in gains if gain.gamma == axes.gamma],
         other_gains=[gain for gain in gains if gain.gamma != axes.gamma],
+        families=[gain for gain in families if gain.gamma == axes.gamma],
+        other_families=[gain for gain in families if gain.gamma != axes.gamma],
         controls=[gap for gap in inputs.summary.controls if gap.gamma == axes.gamma],
-        matrices=_matrices(inputs.summary.acceptance, axes),
+        matrices=_matrices(inputs.summary.acceptance, inputs.cells, axes),
+        predicted=_fastest(inputs.predicted),
+        num_predicted=len(inputs.predicted),
         measured=[cell for cell in inputs.cells if cell.speedup is not None][:MOST_CELLS],
         cells=inputs.cells[:MOST_CELLS],
         sampled=any(cell.temperature > 0 for cell in inputs.cells),
@@ -110,6 +119,10 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {"percent": percent, "signed": signed, "times": times, "size": size}
     return environment.get_template("page.html.j2")
+
+
+def _fastest(predicted: Sequence[PredictedRow]) -> list[PredictedRow]:
+    return [row for here in by_place(predicted).values() for row in here[:MOST_PREDICTED]]
 
 
 def percent(share: float) -> str:
@@ -185,7 +198,8 @@ def _sources(prepare: dict[str, Any]) -> list[tuple[str, str, str]]:
     return sources
 
 
-def _matrices(acceptance: Sequence[Estimate], axes: Axes) -> list[Matrix]:
+def _matrices(acceptance: Sequence[Estimate], cells: Sequence[CellRow], axes: Axes) -> list[Matrix]:
+    estimated = {(c.dataset, c.context, c.temperature) for c in cells if c.mode == "estimate"}
     places: dict[tuple[str, str, str, float, int], list[Estimate]] = {}
     for e in acceptance:
         if e.gamma == axes.gamma:
@@ -199,6 +213,8 @@ def _matrices(acceptance: Sequence[Estimate], axes: Axes) -> list[Matrix]:
             lines.setdefault(label, [None] * len(budgets))[budgets.index(e.budget)] = e
         sampling = f", temperature {temperature:g}, seed {seed}" if temperature else ""
         title = f"{dataset}, {context}, {policy}{sampling}"
+        if temperature and (dataset, context, temperature) in estimated:
+            title += " (expected over sampled texts: an estimate)"
         matrices.append(Matrix(title, [str(budget) for budget in budgets], list(lines.items())))
     return matrices
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
+from pipeline.recommend import ModelSize, Recommendation
 from pipeline.rows import Cell, Row
 
 Budget = int | Literal["full"]
 
 
 class Estimate(Cell):
-    """One cell's acceptance or speedup with its 95 % interval."""
+    """One cell's acceptance or speedup with its 95 % interval.
+
+    `num_documents` is how many units the interval resamples. Of a speedup, documents whose prompts were
+    decoded together count as one: they share a clock.
+    """
 
     mean: float
     low: float
     high: float
     num_prompts: int
+    num_documents: int
 
 
 class Gain(Estimate):
@@ -23,6 +31,17 @@ class Gain(Estimate):
 
     baseline: str
     prompts: Literal["all", "not_looping"]
+
+
+class FamilyGain(Gain):
+    """A gain of one variant over another, both trained with the same seeds: the mean over these seeds.
+
+    `drafter` and `baseline` name variants; `by_seed` has each training seed's gain, as the config lists them.
+    The interval resamples documents and training seeds.
+    """
+
+    num_seeds: int
+    by_seed: list[float]
 
 
 class ControlGap(Estimate):
@@ -35,7 +54,10 @@ class ControlGap(Estimate):
 
 
 class ArSpeed(Row):
-    """Tokens per second of autoregressive decoding, pooled over all measured cells of a place."""
+    """Tokens per second of autoregressive decoding, pooled over all measured cells of a place.
+
+    `num_documents` as in `Estimate`: those whose prompts were decoded together count as one.
+    """
 
     dataset: str
     context: str
@@ -44,17 +66,20 @@ class ArSpeed(Row):
     low: float
     high: float
     num_prompts: int
+    num_documents: int
 
 
 class Lossless(Row):
     """Greedy prompts of measured cells, and those that equal AR token for token in all of them.
 
     `explained` of the others part only where the target's two best logits are closer than its logits' noise.
+    What they emit from there on, `left_out_tokens` over all cells, counts towards no acceptance.
     """
 
     prompts: int
     exact: int
     explained: int
+    left_out_tokens: int
 
 
 class ReplayCheck(Row):
@@ -62,6 +87,16 @@ class ReplayCheck(Row):
 
     rows: int
     equal: int
+
+
+class PredictionScore(Row):
+    """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|."""
+
+    dataset: str
+    context: str
+    cells: int
+    median_error: float
+    worst_error: float
 
 
 class Stage(Row):
@@ -73,7 +108,7 @@ class Stage(Row):
 
 
 class Summary(Row):
-    """`summary.json`. All acceptance figures are shares, intervals are 95 % over prompts.
+    """`summary.json`. All acceptance figures are shares, intervals are 95 % over documents.
 
     `compile_s` is what compiling for the measured cells took, outside all timings.
     """
@@ -86,5 +121,11 @@ class Summary(Row):
     compile_s: float
     ar_tokens_per_s: list[ArSpeed]
     headline: list[Gain]
+    families: list[FamilyGain]
     controls: list[ControlGap]
+    contexts: dict[str, int] = Field(default={}, description="context → prompt tokens")
+    least_documents: int = 2
+    models: tuple[ModelSize, ...] = ()
+    prediction: tuple[PredictionScore, ...] = ()
+    recommendations: tuple[Recommendation, ...] = ()
     findings: list[str]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.artifacts import Artifact, open_artifact, write_rows
 from pipeline.config import Config
-from pipeline.report.tables import Axes
+from pipeline.report.axes import Axes
 from pipeline.rows import Continuation, FailedCell, PromptRow
 from tests.configs import MINIMAL
 
@@ -18,11 +18,12 @@ AXES = Axes(
     gamma=4,
     smallest_budget=16,
     trained_without_prefix=(),
+    least_documents=5,
 )
 
 
 def row(
-    drafter: str = "full_only", prompt: int = 0, accepted: int = 5, proposed: int = 10, **changes: Any
+    drafter: str = "full_only", prompt: int = 0, accepted: int = 5, proposed: int | None = 10, **changes: Any
 ) -> PromptRow:
     """A replayed prompt of γ = 4 at B = 16 whose rounds all get one position far."""
     values: dict[str, Any] = {

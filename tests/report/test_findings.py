@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from pipeline.report.findings import summarise
 from pipeline.report.summary import Summary
 from pipeline.report.tables import cell_rows
 from pipeline.rows import FailedCell
-from tests.report.made import AXES, row, sweep_rows
+from tests.report.made import AXES, measured, row, sweep_rows
 
 KEYS = {
     "drafter",
@@ -45,12 +47,16 @@ def test_summary_holds_what_other_programs_ask_for(summary):
         "compile_s",
         "ar_tokens_per_s",
         "headline",
+        "families",
         "findings",
     }
-    assert plain["lossless"] == {"prompts": 2, "exact": 2, "explained": 0}
+    assert plain["lossless"] == {"prompts": 2, "exact": 2, "explained": 0, "left_out_tokens": 0}
     assert plain["replay_check"] == {"rows": 8, "equal": 8}
     for name in ("acceptance", "speedup"):
-        assert all(set(line) == KEYS | {"mean", "low", "high", "num_prompts"} for line in plain[name])
+        assert all(
+            set(line) == KEYS | {"mean", "low", "high", "num_prompts", "num_documents"}
+            for line in plain[name]
+        )
     assert {line["budget"] for line in plain["acceptance"]} == {16, "full"}
     assert {line["control"] for line in plain["acceptance"]} == {None, "other_prompt"}
     assert Summary.model_validate(plain) == summary
@@ -68,7 +74,7 @@ def test_gain_at_the_smallest_budget_and_at_the_full_cache(summary):
 
 def test_gain_without_looping_prompts_and_under_the_control(summary):
     varied = gain(summary, budget=16, gamma=4, control=None, prompts="not_looping")
-    assert (varied.mean, varied.num_prompts) == (pytest.approx(0.20), 10)
+    assert (varied.mean, varied.num_prompts, varied.num_documents) == (pytest.approx(0.20), 10, 5)
     control = gain(summary, budget=16, gamma=4, control="other_prompt")
     assert control.mean == pytest.approx(-0.10 * 10 / 12)
 
@@ -96,7 +102,7 @@ def test_findings_say_what_the_figures_say(summary):
         "by full_only, the context is not being used at B = 16 (+0.0 points [+0.0, +0.0] over another" in text
     )
     assert "by multi_view, the context is used at B = 16 (+25.0 points" in text
-    assert "the fastest of 4 measured cells is" in text and "at 1.50× [1.50, 1.50]" in text
+    assert "over 12 prompts of 6 documents." in text
     assert "All 2 greedy prompts equal" in text
     assert "code 64 2 of 12" in text
     assert "trained on" not in text and "failed" not in text and "Replay" not in text
@@ -113,6 +119,58 @@ def test_share_of_a_gain_that_the_control_keeps():
     assert "75 % of the gain is there without the context" in "\n".join(summary_of(rows).findings)
 
 
+def test_too_few_documents_are_not_ranked():
+    """6 documents, of which 1 is measured: figures, but no verdicts below a limit."""
+    rows, ranked = sweep_rows(), ("better", "worse", "fastest", "% of the gain", "is used", "not being used")
+    strict = "\n".join(summary_of(rows, axes=replace(AXES, least_documents=7)).findings)
+    assert not any(word in strict for word in ranked)
+    assert (
+        "accepts +16.7 points" in strict
+        and "at B = 16: too few documents to rank (6 of at least 7)" in strict
+        and "4 cells were measured, at 1.50× to 1.50×" in strict
+        and "+25.0 points" in strict
+    )
+    default = "\n".join(summary_of(rows).findings)
+    assert "(better)" in default and "is used" in default
+    assert "too few documents to rank (1 of at least 5)" in default and "fastest" not in default
+    lax = "\n".join(summary_of(rows, axes=replace(AXES, least_documents=1)).findings)
+    assert "the fastest of 4 measured cells is" in lax and "at 1.50× [1.50, 1.50]" in lax
+    assert "too few" not in lax
+
+
+def test_documents_decoded_together_count_once():
+    rows = [measured(prompt=2 * p, together_with="p0", prompts_together=6) for p in range(6)]
+    found = summary_of(rows)
+    (speed,), (ar,), (acceptance,) = found.speedup, found.ar_tokens_per_s, found.acceptance
+    assert (speed.num_prompts, speed.num_documents, ar.num_documents) == (6, 1, 1)
+    assert acceptance.num_documents == 6
+    assert "too few documents to rank (1 of at least 5)" in "\n".join(found.findings)
+
+
+def test_family_finding_speaks_for_its_drafters():
+    """Two training seeds: +20 and +10 points, of which another document's KV leaves 12 and 3."""
+    accepted = {
+        "a~1": (40, 40), "a~2": (45, 45), "b~1": (60, 52), "b~2": (55, 48), "once": (30, 30),
+    }  # fmt: skip
+    rows = [
+        row(drafter, prompt, kept, 100, control=control)
+        for drafter, both in accepted.items()
+        for control, kept in zip((None, "other_prompt"), both, strict=True)
+        for prompt in range(20)
+    ]
+    found = summary_of(rows, axes=replace(AXES, drafters=tuple(accepted)))
+    text = found.findings[0]
+    assert "b against a accepts +15.0 points [+10.0, +20.0] at B = 16 (better)" in text
+    assert (
+        "over 20 prompts of 10 documents and 2 training seeds (by seed +20.0, +10.0 at B = 16; "
+        "intervals that resample so few seeds are rough)."
+    ) in text
+    assert "With another document's KV in place of the context: +7.5 points [+3.0, +12.0]" in text
+    assert "50 % of the gain is there without the context" in text
+    told = [text.split(" accepts ")[0].split(": ")[1] for text in found.findings if " accepts " in text]
+    assert told == ["b against a", "once against a~1", "once against b~1"]
+
+
 def test_no_prefix_counts_only_for_a_drafter_trained_so():
     rows = [row(prompt=p, accepted=50, proposed=100) for p in range(12)]
     rows += [row(prompt=p, accepted=20, proposed=100, budget=0, control="no_prefix") for p in range(12)]
@@ -120,7 +178,7 @@ def test_no_prefix_counts_only_for_a_drafter_trained_so():
     (gap,) = found.controls
     assert (gap.mean, gap.budget, gap.real_budget) == (pytest.approx(0.3), 0, 16)
     assert not any("no prefix" in text for text in found.findings)
-    trained = AXES.__class__(**{**AXES.__dict__, "trained_without_prefix": ("full_only",)})
+    trained = replace(AXES, trained_without_prefix=("full_only",))
     assert any(
         "the context is used at B = 16 (+30.0 points [+30.0, +30.0] over no prefix" in text
         for text in summary_of(rows, axes=trained).findings
@@ -136,7 +194,7 @@ def test_doubts_are_told():
     text = "\n".join(summary_of([row(in_trained_range=False), empty], [failed]).findings)
     assert "1 cells or prompts failed" in text
     assert "At 64, outside the positions that they were trained on: full_only." in text
-    assert "1 of 1 cells have fewer than 10 prompts" in text
+    assert "1 of 1 cells have fewer than 10 documents" in text
     assert "1 cells are left out" in text
 
 

@@ -11,6 +11,7 @@ from pipeline.artifacts import read_rows
 from pipeline.report.page import size
 from pipeline.report.summary import Stage
 from pipeline.rows import CellRow, FailedCell
+from tests.configs import MINIMAL
 from tests.report.made import artifacts, config, row, sweep_rows
 
 PREPARE = Stage(name="prepare", seconds=12.0, cached=False)
@@ -45,7 +46,8 @@ def made(tmp_path_factory) -> Path:
 
 def test_report_folder_is_complete(made):
     assert {file.name for file in made.iterdir()} == {
-        "report.html", "summary.json", "cells.jsonl", "analysis.json", "figures", "manifest.json",
+        "report.html", "summary.json", "cells.jsonl", "predicted.jsonl", "analysis.json", "figures",
+        "manifest.json",
     }  # fmt: skip
     assert len(read_rows(made / "cells.jsonl", CellRow)) == 20
 
@@ -84,6 +86,39 @@ def test_page_tells_what_is_missing_and_why(made):
     assert "Not drawn: Wall clock was measured at one γ only (4)." in text
     assert "incomplete: the rows so far are shown" in text
     assert "1 failed" in text
+
+
+def test_page_leads_with_the_families_of_training_seeds(tmp_path):
+    """Two variants of two seeds: +20 and +10 points at each γ."""
+    rows = [
+        row(drafter, prompt, kept, 100, gamma=gamma)
+        for drafter, kept in {"a~1": 40, "a~2": 45, "b~1": 60, "b~2": 55}.items()
+        for gamma in (2, 4)
+        for prompt in range(12)
+    ]
+    variants = [{"name": name, "sparse_weight": 0, "seeds": [1, 2]} for name in "ab"]
+    seeded = config(tmp_path, train={**MINIMAL["train"], "variants": variants})
+    made = report(seeded, ReportInputs(*artifacts(tmp_path, rows, []), stages=[])).path
+    text = (made / "report.html").read_text(encoding="utf-8")
+    over, single = text.index("<h3>Over training seeds</h3>"), text.index("<h3>Single drafters</h3>")
+    assert text.index("<h2>Drafter against drafter</h2>") < over < single < text.index("<h2>Controls</h2>")
+    table = re.sub(r"<[^>]+>", " ", text[over:single])
+    line = "b a code 64 chunk_topk 4 16 all prompts +15.0 [+10.0, +20.0] 2 +20.0, +10.0 12 6"
+    assert line in " ".join(table.split())
+    assert "The same at other γ (2 rows)" in table
+
+
+def test_page_without_training_seeds_does_not_speak_of_them(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Over training seeds</h3>" not in text and "Single drafters" not in text
+
+
+def test_controls_of_too_few_documents_are_not_judged(tmp_path):
+    rows = [r for r in sweep_rows() if r.document_id in ("d0", "d1")]
+    made = report(config(tmp_path), ReportInputs(*artifacts(tmp_path, rows, []), stages=[])).path
+    text = (made / "report.html").read_text(encoding="utf-8")
+    assert "too few documents to rank (2 of at least 5)" in text
+    assert "context used" not in text and "context not used" not in text
 
 
 def test_samples_go_from_the_least_to_the_most_repetitive(made):

@@ -2,7 +2,7 @@ import pytest
 
 from pipeline.errors import BadData
 from pipeline.report import tables
-from pipeline.report.tables import Axes, CellKey
+from pipeline.report.axes import Axes, CellKey
 from pipeline.rows import Cell, CellRow
 from tests.report.made import AXES, config, measured, row, sweep_rows
 
@@ -25,6 +25,10 @@ def test_cell_key_has_the_fields_of_a_cell():
 def test_axes_come_from_the_config(tmp_path):
     axes = Axes.of(config(tmp_path))
     assert axes == AXES
+
+
+def test_least_documents_come_from_the_config(tmp_path):
+    assert Axes.of(config(tmp_path, report={"least_documents": 8})).least_documents == 8
 
 
 def test_headline_gamma_is_the_swept_one_nearest_to_the_validation_curve(tmp_path):
@@ -84,6 +88,19 @@ def test_cell_that_proposed_nothing_is_left_out():
     assert tables.cell_rows([empty], AXES, **SEEDED) == []
 
 
+def test_cell_whose_proposals_are_unknown_has_no_acceptance():
+    """Replay with a threshold: accepted tokens and rounds are known, refused proposals are not."""
+    unknown = row(accepted=6, proposed=None, threshold=0.4)
+    cell = only([unknown, row(prompt=1, accepted=6, proposed=12, threshold=0.4)])
+    assert (cell.acceptance, cell.acceptance_low, cell.acceptance_high) == (None, None, None)
+    assert cell.acceptance_not_looping is None
+    assert cell.mean_tokens_per_round == pytest.approx(24 / 12)
+    assert tables.acceptances([cell]) == []
+    decoded = measured(accepted=6, proposed=9, threshold=0.4)
+    assert tables.replay_check([unknown, decoded]).equal == 1
+    assert tables.replay_check([unknown, decoded.model_copy(update={"num_accepted": 5})]).equal == 0
+
+
 def test_prompt_twice_in_a_cell_is_refused():
     with pytest.raises(BadData, match=r"'p0' twice .*full_only"):
         tables.cell_rows([row(), row()], AXES, **SEEDED)
@@ -111,23 +128,23 @@ def test_cells_come_in_the_order_of_the_config():
 
 def test_acceptance_prefers_the_replay_and_speedup_takes_measured_cells():
     cells = tables.cell_rows(sweep_rows(), AXES, **SEEDED)
-    acceptance = tables.estimates(cells, "acceptance")
-    assert len(acceptance) == 16 and {e.num_prompts for e in acceptance} == {12}
-    speedup = tables.estimates(cells, "speedup")
-    assert len(speedup) == 4 and {e.num_prompts for e in speedup} == {2}
+    acceptance = tables.acceptances(cells)
+    assert len(acceptance) == 16
+    assert {(e.num_prompts, e.num_documents) for e in acceptance} == {(12, 6)}
+    speedup = tables.speedups(cells, tables.group(sweep_rows(), "measure"))
+    assert len(speedup) == 4
+    assert {(e.num_prompts, e.num_documents) for e in speedup} == {(2, 1)}
     assert all(e.mean == pytest.approx(1.5) for e in speedup)
 
 
-def test_ar_speed_pools_all_runs_of_a_place():
-    rows = [
-        measured(prompt=0, gamma=2),
-        measured(prompt=0, gamma=4),
-        measured(prompt=1, ar_num_tokens=60, ar_decode_s=[7.0, 8.0]),
-        row(prompt=2),
-    ]
-    (speed,) = tables.ar_speeds(rows, AXES, **SEEDED)
-    assert speed.mean == pytest.approx((4 * 12 + 2 * 60) / (4 * 3.0 + 15.0))
-    assert (speed.dataset, speed.context, speed.num_prompts) == ("code", "64", 2)
+def test_acceptance_interval_resamples_documents():
+    """Two documents, each of one easy and one hard prompt: every resample has the same rate."""
+    rows = [row(prompt=p, accepted=9 if p % 2 else 1, proposed=10) for p in range(4)]
+    alike = only(rows)
+    assert (alike.acceptance_low, alike.acceptance, alike.acceptance_high) == pytest.approx((0.5, 0.5, 0.5))
+    # The same prompts, the easy ones in one document: a resample has both documents, or one of them twice.
+    apart = only([r.model_copy(update={"document_id": f"d{p % 2}"}) for p, r in enumerate(rows)])
+    assert (apart.acceptance_low, apart.acceptance_high) == pytest.approx((0.1, 0.9))
 
 
 def test_lossless_counts_prompts_that_are_exact_in_every_cell():

@@ -1,0 +1,128 @@
+"""Single steps of decoding, timed: what predictions of speed are made of.
+
+The prompts are random tokens, which are in no data set: what a step takes depends on shapes, not on text. The
+steps are timed inside real rounds, where models and caches compete for the processor as they will.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.cells import Drafter, ViewCell, view_cells
+from pipeline.config import Sweep
+from pipeline.decoding import speculate
+from pipeline.drafting import Chance
+from pipeline.lean import DecodeModel
+from pipeline.measure import Bench, Sides, clock
+from pipeline.rows import Prompt, StepTimes
+from pipeline.trial import Views
+
+MOST_GAMMAS = 4  # of the sweep's; verification at those between is interpolated
+REPEATS = 5
+NEVER: frozenset[int] = frozenset()
+GREEDILY = Chance(0.0, 0)
+
+
+class Watched:
+    """Anything with a method whose seconds are added up."""
+
+    def __init__(self, inner: Any, method: str, device: torch.device) -> None:
+        self.inner, self.device, self.seconds = inner, device, 0.0
+        setattr(self, method, self.timed(getattr(inner, method)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            began = clock(self.device)
+            result = call(*arguments)
+            self.seconds += clock(self.device) - began
+            return result
+
+        return run
+
+
+def step_times(
+    sweep: Sweep,
+    sides: Sides,
+    target: DecodeModel,
+    drafter: Drafter,
+    model: DecodeModel | None,
+    prompt: Prompt,
+) -> list[StepTimes]:
+    """One row for each view of a draft source; its runs are interleaved with autoregressive ones."""
+    cells = [cell for cell in view_cells(sweep, drafter) if not cell.control]
+    if drafter.baseline is None:  # another policy keeps other entries, and as many
+        cells = [cell for cell in cells if cell.policy == sweep.policies[0]]
+    gammas = spread(sweep.gammas_of(prompt.context))
+    own = [cell.view for cell in cells] if drafter.baseline == "self_speculation" else []
+    bench = Bench(sides, target, [prompt], max(sweep.gammas), own)
+    views = Views(bench, drafter, model, cells)
+    drafts: dict[ViewCell, list[float]] = defaultdict(list)
+    verifies: dict[tuple[ViewCell, int], list[float]] = defaultdict(list)
+    others: dict[ViewCell, list[float]] = defaultdict(list)
+    plain: list[float] = []
+    for repeat in range(REPEATS + 1):
+        run = bench.autoregressive(GREEDILY, NEVER)
+        if repeat:  # the first of each shape is slow
+            plain.append(run.seconds / (len(run.tokens[0]) - 1))
+        for cell in cells:
+            for gamma in gammas:
+                draft_s, verify_s, round_s = one_run(bench, views, cell, gamma)
+                if repeat:
+                    drafts[cell].append(draft_s / gamma)
+                    verifies[cell, gamma].append(verify_s)
+                    others[cell].append(round_s)
+    return [
+        StepTimes(
+            context=prompt.context,
+            prompt_tokens=len(prompt.tokens),
+            kind=drafter.baseline or "drafter",
+            policy=cell.policy,
+            budget=cell.budget,
+            draft_s=median(drafts[cell]),
+            verify_s={gamma: median(verifies[cell, gamma]) for gamma in gammas},
+            round_s=median(others[cell]),
+            ar_s=median(plain),
+        )
+        for cell in cells
+    ]
+
+
+def one_run(bench: Bench, views: Views, cell: ViewCell, gamma: int) -> tuple[float, float, float]:
+    """Seconds a round of drafting, of verifying, and of all the rest."""
+    source = Watched(views.source(cell), "propose", bench.device)
+    target: Any = Watched(bench.target, "verify", bench.device)
+    firsts, sampler = bench.start(GREEDILY)
+    began = clock(bench.device)
+    count = len(list(speculate(target, source, firsts, gamma, bench.limit, NEVER, sampler)))
+    seconds = clock(bench.device) - began
+    rest = seconds - source.seconds - target.seconds
+    return source.seconds / count, target.seconds / count, rest / count
+
+
+def random_prompt(context: str, prompt_tokens: int, num_tokens: int, max_new_tokens: int) -> Prompt:
+    draw = random.Random(f"{context}/{prompt_tokens}")
+    return Prompt(
+        prompt_id=f"calibration/{context}",
+        document_id="random tokens",
+        dataset="calibration",
+        context=context,
+        split="test",
+        tokens=[draw.randrange(num_tokens) for _ in range(prompt_tokens)],
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def spread(gammas: Sequence[int]) -> list[int]:
+    """The smallest, the largest and some between."""
+    places = np.linspace(0, len(gammas) - 1, min(MOST_GAMMAS, len(gammas))).round().astype(int)
+    return [sorted(gammas)[place] for place in places.tolist()]

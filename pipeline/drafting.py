@@ -1,0 +1,199 @@
+"""Draft sources: where the proposals of a round come from. Another source is another small class.
+
+`speculate` asks a source for the proposals of one round, and tells it what the last round ended with: the
+tokens that it has not read yet, the first being continuation token `step_B`. Everything before them was
+accepted, everything it proposed beyond them was not. What a source has read it keeps by position, so that a
+rejected token is overwritten, never taken back.
+
+Shape legend: B rows, one a prompt; Q tokens not read yet; T proposals of a round; S tokens held; V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.steps import Rule, Side
+
+LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
+
+
+def fold(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class Sampler:
+    """A rule, and the random numbers of each row when it samples."""
+
+    rule: Rule
+    generators: tuple[torch.Generator, ...] = ()
+
+    @classmethod
+    def seeded(cls, temperature: float, seeds: Sequence[int], device: torch.device | str = "cpu") -> Sampler:
+        """One seed for each row; what a row draws does not depend on the others."""
+        if temperature == 0:
+            return GREEDY
+        return cls(Rule(temperature), tuple(torch.Generator(device).manual_seed(seed) for seed in seeds))
+
+    def uniforms(self, count: int, by_row: bool = True) -> Tensor | None:
+        """The next numbers in [0, 1) of each row, [B, count] or [count, B]; greedy decoding needs none."""
+        if not self.generators:
+            return None
+        rows = [torch.rand(count, generator=g, device=g.device) for g in self.generators]
+        return torch.stack(rows, 0 if by_row else 1)
+
+    def choose(self, logits_BV: Tensor) -> Tensor:
+        """One token per row, [B]."""
+        uniforms_B1 = self.uniforms(1)
+        return self.rule.choose(logits_BV, None if uniforms_B1 is None else uniforms_B1[:, 0])[0]
+
+
+GREEDY = Sampler(Rule())
+
+
+@dataclass(frozen=True)
+class Chance:
+    """How a run samples. Runs of one prompt and chance draw the same numbers, other prompts draw others."""
+
+    temperature: float
+    seed: int
+
+    def sampler(self, prompt_ids: Sequence[str], device: torch.device | str = "cpu") -> Sampler:
+        """One row for each prompt."""
+        seeds = [fold(self.seed, zlib.crc32(prompt_id.encode())) for prompt_id in prompt_ids]
+        return Sampler.seeded(self.temperature, seeds, device)
+
+
+class Proposals(NamedTuple):
+    """One round's: tokens [B, T], their best logits [B, T] (not finite where a model failed), when sampling
+    the probabilities [B, T, V] that they were drawn from, and how many of each row count (None: all T)."""
+
+    tokens_BT: Tensor
+    best_BT: Tensor
+    probabilities_BTV: Tensor | None
+    lengths: list[int] | None = None
+
+
+class DraftSource(Protocol):
+    """What speculation asks of a source."""
+
+    name: str
+
+    def check_room(self, needed: int) -> None:
+        """Raises ValueError if the source cannot hold so many continuation tokens."""
+        ...
+
+    def propose(self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor) -> Proposals:
+        """At most γ proposals behind the tokens `unread_BQ`, the first being continuation token `step_B`."""
+        ...
+
+
+class ModelDrafts:
+    """A model behind its view: the trained drafter, or the target itself behind a sparse view.
+
+    Args:
+        threshold: stop drafting behind a proposal that the model gives less probability than this. The
+            proposal itself is still verified: dropping it would favour the likely ones. Above 0 the host asks
+            after every proposal.
+    """
+
+    def __init__(self, side: Side, threshold: float = 0.0) -> None:
+        self.side, self.threshold, self.name = side, threshold, side.model.name
+
+    def check_room(self, needed: int) -> None:
+        self.side.cache.check_room(needed)
+
+    def propose(self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor) -> Proposals:
+        uniforms_TB = sampler.uniforms(gamma, by_row=False)
+        if self.threshold > 0:
+            return self.propose_until(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB)
+        return Proposals(*self.side.draft(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB))
+
+    def propose_until(
+        self, rule: Rule, gamma: int, tokens_BQ: Tensor, step_B: Tensor, uniforms_TB: Tensor | None
+    ) -> Proposals:
+        """Draft until every row has come to a proposal of less confidence than the threshold, or to γ."""
+        tokens: list[Tensor] = []
+        bests: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        lengths = [0] * tokens_BQ.shape[0]
+        drafting = [True] * len(lengths)
+        while any(drafting):
+            uniform_B = None if uniforms_TB is None else uniforms_TB[len(tokens)]
+            tokens_BQ, step_B, best_B, q_BV, confidence_B = self.side.propose_surely(
+                rule, tokens_BQ, step_B, uniform_B
+            )
+            tokens.append(tokens_BQ)
+            bests.append(best_B)
+            probabilities += [] if q_BV is None else [q_BV]
+            for row, confidence in enumerate(confidence_B.tolist()):
+                lengths[row] += drafting[row]
+                drafting[row] = drafting[row] and len(tokens) < gamma and not confidence < self.threshold
+        padding = padded(len(tokens), gamma) - len(tokens)
+        tokens += tokens[-1:] * padding
+        bests += bests[-1:] * padding
+        probabilities += probabilities[-1:] * padding
+        q_BTV = torch.stack(probabilities, 1) if probabilities else None
+        return Proposals(torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths)
+
+
+class LookupDrafts:
+    """Prompt lookup: propose what followed the last tokens where they stood before, in prompt or text.
+
+    The longest match of at most `LONGEST_MATCH` tokens counts, among equals the latest. It costs no model;
+    where nothing matches, a row proposes nothing.
+    """
+
+    name = "prompt_lookup"
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], room: int, num_tokens: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.room, self.num_tokens = room, num_tokens
+        longest = max(len(prompt) for prompt in prompts)
+        self.held_BS = torch.zeros(len(prompts), longest + room, dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            self.held_BS[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        self.prefix_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.place_S = torch.arange(longest + room, device=device)
+
+    def check_room(self, needed: int) -> None:
+        if self.room < needed:
+            raise ValueError(f"prompt lookup has room for {self.room} continuation tokens, not {needed}")
+
+    def propose(self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor) -> Proposals:
+        first_B1 = (self.prefix_B + step_B).unsqueeze(1)
+        self.held_BS.scatter_(1, first_B1 + self.place_S[: unread_BQ.shape[1]], unread_BQ)
+        end_B1 = first_B1 + unread_BQ.shape[1]  # tokens known
+        alike_BS = self.place_S < end_B1 - 1
+        matched_BS = torch.zeros_like(self.held_BS)
+        for back in range(LONGEST_MATCH):
+            last_B1 = self.held_BS.gather(1, (end_B1 - 1 - back).clamp_min(0))
+            there_BS = self.held_BS.roll(back, 1) == last_B1
+            alike_BS = alike_BS & there_BS & (self.place_S >= back)
+            matched_BS += alike_BS
+        best_B1 = (matched_BS * len(self.place_S) + self.place_S).argmax(1, keepdim=True)
+        found_B1 = matched_BS.gather(1, best_B1) > 0
+        places_BT = best_B1 + 1 + self.place_S[:gamma]
+        lengths = ((places_BT < end_B1) & found_B1).sum(1).tolist()
+        count = padded(max(lengths), gamma)
+        tokens_BT = self.held_BS.gather(1, torch.minimum(places_BT, end_B1 - 1)[:, :count])
+        # Those that are accepted are part of the text from now on; what follows them is overwritten.
+        self.held_BS.scatter_(1, end_B1 + self.place_S[:count], tokens_BT)
+        sure_BTV = None if sampler.rule.greedy else F.one_hot(tokens_BT, self.num_tokens).float()
+        return Proposals(tokens_BT, torch.zeros_like(tokens_BT, dtype=torch.float), sure_BTV, lengths)
+
+
+def padded(count: int, gamma: int) -> int:
+    """The next power of two, within 1 and γ: verification then has few shapes."""
+    return min(gamma, 1 << (max(count, 1) - 1).bit_length())

@@ -1,0 +1,89 @@
+"""What names a cell of the report, in which order cells come, and which of them the report leads with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.config import Config, family
+from pipeline.report.summary import Budget
+from pipeline.rows import Cell, PromptRow
+
+
+class CellKey(NamedTuple):
+    """The fields of `Cell`, as something cheap to hash and to vary."""
+
+    drafter: str
+    dataset: str
+    context: str
+    policy: str
+    budget: Budget
+    control: str | None
+    gamma: int
+    threshold: float
+    temperature: float
+    seed: int
+
+    @staticmethod
+    def of(row: Cell) -> CellKey:
+        return CellKey(
+            row.drafter, row.dataset, row.context, row.policy, row.budget,
+            row.control, row.gamma, row.threshold, row.temperature, row.seed,
+        )  # fmt: skip
+
+
+PromptRows = dict[str, PromptRow]  # one cell's rows by prompt_id
+Cells = dict[CellKey, PromptRows]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the config says about the sweep's axes: their order, and the points that the report leads with."""
+
+    drafters: tuple[str, ...]
+    datasets: tuple[str, ...]
+    contexts: dict[str, int]  # name → prompt tokens
+    gamma: int  # the γ of figures and findings that show one
+    smallest_budget: int | None  # above 0; None where only the full cache is swept
+    trained_without_prefix: tuple[str, ...]  # drafters that saw B = 0 in training
+    least_documents: int  # over fewer, the report gives figures but no verdicts
+
+    @staticmethod
+    def of(config: Config) -> Axes:
+        wanted = config.train.validation_gamma
+        return Axes(
+            drafters=(*(v.name for v in config.train.drafters), *config.sweep.baselines),
+            datasets=tuple(s.name for s in config.data.sources if "test" in s.use),
+            contexts={c.name: c.tokens for c in config.data.contexts},
+            gamma=min(config.sweep.gammas, key=lambda gamma: (abs(gamma - wanted), gamma)),
+            smallest_budget=min((b for b in config.sweep.budgets if b != "full" and b > 0), default=None),
+            trained_without_prefix=tuple(v.name for v in config.train.drafters if 0 in v.budgets),
+            least_documents=config.report.least_documents,
+        )
+
+    def order(self, cell: Cell) -> tuple[float | str, ...]:
+        """Sort key: data set, context, policy and drafter as the config lists them, budgets ascending."""
+        return (
+            self.datasets.index(cell.dataset), self.contexts[cell.context], cell.context, cell.policy,
+            self.drafter_order(cell.drafter), cell.temperature, cell.seed, cell.control or "",
+            budget_order(cell.budget), cell.gamma, cell.threshold,
+        )  # fmt: skip
+
+    def drafter_order(self, name: str) -> int:
+        """Where the config lists a drafter, or a family's first one."""
+        return next(i for i, drafter in enumerate(self.drafters) if name in (drafter, family(drafter)))
+
+    def too_few(self, documents: int) -> str:
+        """Why nothing is ranked over so few documents; "" where they are enough."""
+        if documents >= self.least_documents:
+            return ""
+        return f"too few documents to rank ({documents} of at least {self.least_documents})"
+
+
+def budget_order(budget: Budget) -> float:
+    return math.inf if budget == "full" else budget
+
+
+def budget_text(budget: Budget) -> str:
+    return "the full cache" if budget == "full" else f"B = {budget}"
