@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.decoding import Round, autoregressive, speculate
-from pipeline.drafting import GREEDY, ModelDrafts, Sampler
+from pipeline.drafting import GREEDY, DraftSource, ModelDrafts, Sampler
 from pipeline.kv import FULL, PrefixView, View
 from pipeline.lean import decode_model
 from pipeline.slots import slots_for
@@ -73,9 +73,10 @@ def rounds_of(
     eos: frozenset[int] = NEVER,
     sampler: Sampler = GREEDY,
     threshold: float = 0.0,
+    source: DraftSource | None = None,
 ) -> list[list[Round]]:
-    """The rounds of every row."""
-    source = ModelDrafts(pair.drafter, threshold)
+    """The rounds of every row; proposals come from the pair's drafter unless there is another source."""
+    source = source or ModelDrafts(pair.drafter, threshold)
     steps = list(speculate(pair.target, source, pair.firsts, gamma, limit, eos, sampler))
     rows = [[one for one in column if one is not None] for column in zip(*steps, strict=True)]
     return rows or [[] for _ in pair.firsts]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from pipeline import replay
+from pipeline.drafting import Chance
 from pipeline.kv import read_prefix, view_of
+from pipeline.teacher import write_ahead
 from tests.conftest import random_tokens
 from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of
 
+POLICIES = ("chunk_topk", "streaming", "snapkv")
 GRID = [("chunk_topk", 16), ("chunk_topk", 32), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full")]
 
 
@@ -40,6 +45,28 @@ def test_replay_is_decoding_round_by_round(
     assert checked >= 90
 
 
+def test_the_whole_grid_is_decoding_round_by_round(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
+    """3 policies × 4 budgets × 6 γ × 16 prompts of different lengths, fp32: every round of every cell."""
+    limit, checked = 21, 0
+    prompts = [random_tokens(1, 52 + seed, 100 + seed) for seed in range(16)]
+    views = [view_of(policy, budget) for policy in POLICIES for budget in (16, 24, 32, 48)]
+    kept = [read_prefix(drafter, p, [(p.shape[1], view) for view in views])[0] for p in prompts]
+    texts = plain_tokens(make_pair(target, drafter, prompts, views[0], limit), limit)
+    matches = [
+        replay.match_views(replay.view_logits(drafter, own, text), text)
+        for own, text in zip(kept, texts, strict=True)
+    ]
+    for number, view in enumerate(views):
+        pair = make_pair(target, drafter, prompts, view, limit + 12)
+        for gamma in (1, 2, 3, 5, 8, 12):
+            decoded = rounds_of(pair, gamma, limit)
+            for row, rounds in enumerate(decoded):
+                found = [(one.proposed, one.accepted, len(one.tokens)) for one in rounds]
+                assert replay.rounds(matches[row][number], gamma, limit, False) == found
+                checked += len(found)
+    assert checked > 3 * 4 * 6 * 16 * 2
+
+
 def test_rounds_by_hand() -> None:
     yes, no = True, False
     match = [yes, yes, no, yes, no, no, yes, yes, yes]
@@ -68,3 +95,122 @@ def test_accepted_is_the_sum_over_positions() -> None:
         assert sum(counts.kept) == counts.num_accepted
         assert counts.reached[0] == counts.num_rounds
         assert counts.num_tokens == 60
+
+
+# ── stopping early, and sampling ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_what_replay_knows_of_stopping_early_is_what_decoding_does(
+    target: PreTrainedModel, drafter: PreTrainedModel, threshold: float, ends: bool
+) -> None:
+    """Accepted and emitted tokens of every round; proposed ones where replay claims to know them."""
+    limit, known = 29, 0
+    for seed in range(4):
+        tokens = random_tokens(1, 41 + 3 * seed, seed)
+        for cell in GRID[:4]:
+            pair = make_pair(target, drafter, [tokens], view_of(*cell), limit + 9)
+            (plain,), eos = plain_tokens(pair, limit), NEVER
+            if ends:
+                eos = frozenset({plain[11 + 4 * seed]})
+                plain = plain[: next(i for i, token in enumerate(plain) if token in eos) + 1]
+            (view,), _ = read_prefix(drafter, tokens, [(tokens.shape[1], view_of(*cell))])
+            if len(plain) < 2:
+                continue
+            logits = replay.view_logits(drafter, [view], plain)
+            (match,), (sure,) = replay.match_views(logits, plain), replay.confidences(logits)
+            for gamma in (1, 3, 9):
+                (decoded,) = rounds_of(pair, gamma, limit, eos, threshold=threshold)
+                stops = [confidence < threshold for confidence in sure]
+                replayed = replay.rounds(match, gamma, limit, ends, stops)
+                assert [one[1:] for one in replayed] == [(one.accepted, len(one.tokens)) for one in decoded]
+                for (proposed, _, _), one in zip(replayed, decoded, strict=True):
+                    known += proposed is not None
+                    assert proposed in (None, one.proposed)
+    assert known > 100
+
+
+def test_a_cell_with_an_unknown_round_has_no_proposed_count() -> None:
+    assert replay.count([(2, 2, 3), (None, 1, 2)], 4).num_proposed is None
+    assert replay.count([(2, 2, 3), (None, 1, 2)], 4).reached == (2, 2, 0, 0)
+
+
+def expected_by_recursion(chances: list[float], gamma: int, limit: int, ends: bool) -> tuple[float, ...]:
+    """Rounds, proposed, accepted from token 0 on, by summing over how the first round ends."""
+    total = len(chances)
+
+    def behind(start: int) -> tuple[float, ...]:
+        if start >= total:
+            return (0.0, 0.0, 0.0)
+        sums, alive = [0.0, 0.0, 0.0], 1.0
+        outcomes = []
+        span = min(gamma, total - start)
+        for accepted in range(span):
+            outcomes.append((alive * (1 - chances[start + accepted]), accepted))
+            alive *= chances[start + accepted]
+        outcomes.append((alive, span))
+        for chance, accepted in outcomes:
+            emitted = min(accepted + 1, total - start)
+            proposed = min(gamma, limit - 1 - start)
+            if ends and start + emitted == total:
+                proposed = min(proposed, emitted)
+            rest = behind(start + emitted)
+            for i, own in enumerate((1.0, proposed, accepted)):
+                sums[i] += chance * (own + rest[i])
+        return tuple(sums)
+
+    return behind(0)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_expected_counts_are_a_sum_over_all_outcomes(ends: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    chances = torch.rand(3, 9, generator=generator).double().numpy()
+    for gamma in (1, 2, 4, 12):
+        for row, counts in zip(chances, replay.expect(chances, gamma, 10, ends), strict=True):
+            found = counts.num_rounds, counts.num_proposed, counts.num_accepted
+            assert found == pytest.approx(expected_by_recursion(row.tolist(), gamma, 10, ends))
+            assert counts.num_tokens == 9 and sum(counts.kept) == pytest.approx(counts.num_accepted)
+
+
+def test_certain_chances_are_the_greedy_replay() -> None:
+    match = [True, True, False, True, False, False, True, True, True]
+    for gamma in (1, 2, 4, 9):
+        for ends in (False, True):
+            exact = replay.count(replay.rounds(match, gamma, 10, ends), gamma)
+            (expected,) = replay.expect(np.array([match], dtype=float), gamma, 10, ends)
+            assert expected == exact
+
+
+@torch.no_grad()
+def test_the_estimate_is_what_sampling_gives_on_average(
+    target: PreTrainedModel, drafter: PreTrainedModel
+) -> None:
+    """Texts that the target samples, against speculation that samples for itself: means within 4 standard
+    errors, and a small error to begin with."""
+    tokens, temperature, gamma, limit, runs = random_tokens(1, 30, 1), 1.5, 3, 9, 400
+    view = view_of("streaming", 16)
+    pair = make_pair(target, drafter, [tokens], view, limit + gamma)
+    (kept,), _ = read_prefix(drafter, tokens, [(tokens.shape[1], view)])
+    estimated, sampled = [], []
+    for seed in range(runs):
+        written = write_ahead(target, tokens, limit, NEVER, Chance(temperature, seed).sampler(["p"]))
+        (text,), (log_probs,) = written.tokens, written.log_probs
+        logits = replay.view_logits(drafter, [kept], text)
+        chances = replay.chances(logits, text, log_probs, temperature)
+        (counts,) = replay.expect(chances, gamma, limit, False)
+        estimated.append((counts.num_rounds, counts.num_accepted))
+        sampler = Chance(temperature, 10_000 + seed).sampler(["p"])
+        pair.firsts[:] = sampler.choose(first_logits(target, tokens)).tolist()
+        (rounds,) = rounds_of(pair, gamma, limit, sampler=sampler)
+        sampled.append((len(rounds), sum(one.accepted for one in rounds)))
+    ours, theirs = np.array(estimated, dtype=float), np.array(sampled, dtype=float)
+    error = np.sqrt((ours.var(0) + theirs.var(0)) / runs)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error).all()
+    assert (error < 0.05 * theirs.mean(0)).all()
+    assert (ours.std(0) < theirs.std(0)).all(), "what is summed over need not be drawn"
+
+
+def first_logits(target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    return read_prefix(target, tokens, [])[1]

@@ -1,0 +1,166 @@
+"""Predicted times against sums by hand, what is measured for them, and what is recommended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline import planner
+from pipeline.cells import DraftLength, Pick, ViewCell
+from pipeline.config import Config, Plane
+from pipeline.planner import Place
+from pipeline.recommend import Choice, ModelSize, Needs, choices, recommend
+from pipeline.report.tables import cell_rows
+from pipeline.rows import PredictedRow, PromptRow, StepTimes
+from tests.configs import MINIMAL
+from tests.report.made import AXES, measured, row
+
+PLACE = Place("code", "64")
+
+
+def steps(budget: int | str, draft_s: float, kind: str = "drafter", policy: str = "chunk_topk") -> StepTimes:
+    """Verifying takes 30 ms at γ = 2 and 50 ms at γ = 6, the rest of a round 1 ms, an AR token 20 ms."""
+    return StepTimes(
+        context="64", prompt_tokens=64, kind=kind, policy=policy, budget=budget, draft_s=draft_s,
+        verify_s={2: 0.03, 6: 0.05}, round_s=0.001, ar_s=0.02,
+    )  # fmt: skip
+
+
+TIMES = [steps(16, 0.002), steps("full", 0.004), steps(16, 0.01, "self_speculation", "snapkv")]
+
+
+def test_predicted_seconds_are_the_formula() -> None:
+    rows = [row(prompt=n, num_rounds=5 + n, num_tokens=12, gamma=4, budget=16) for n in range(4)]
+    (predicted,) = planner.predict(rows, TIMES, samples=200, seed=0)
+    # Of γ = 4 verification lies halfway between the two that were timed.
+    seconds = [(5 + n) * (4 * 0.002 + 0.04 + 0.001) for n in range(4)]
+    assert predicted.decode_s == pytest.approx(sum(seconds) / 4)
+    assert predicted.speedup == pytest.approx(4 * 12 * 0.02 / sum(seconds))
+    assert predicted.speedup_low < predicted.speedup < predicted.speedup_high
+    assert (predicted.num_prompts, predicted.num_documents) == (4, 2)
+
+
+def test_only_exact_greedy_cells_are_predicted() -> None:
+    rows = [
+        row(),
+        row(control="other_prompt"),
+        row(mode="estimate", temperature=1.0),
+        row(threshold=0.5, num_proposed=None),
+        row(budget=32),  # no step of it was timed
+        row("self_speculation", policy="snapkv"),
+        row("self_speculation", policy="streaming"),
+        measured(),
+    ]
+    found = planner.predict(rows, TIMES, samples=100, seed=0)
+    assert {(p.drafter, p.policy, p.budget) for p in found} == {
+        ("full_only", "chunk_topk", 16),
+        ("self_speculation", "snapkv", 16),
+    }
+
+
+def test_the_score_compares_cells_on_the_prompts_that_were_measured() -> None:
+    replayed = [row(prompt=n, num_rounds=10) for n in range(3)]
+    predicted_s = 10 * (4 * 0.002 + 0.04 + 0.001)
+    timed = [measured(prompt=n, decode_s=[predicted_s / f] * 2) for n, f in ((0, 1.1), (1, 1.1))]
+    score = planner.score([*replayed, *timed], TIMES)
+    assert score is not None and score.cells == 1
+    assert score.median_error == score.worst_error == pytest.approx(0.1)
+    assert planner.score(replayed, TIMES) is None
+
+
+def predicted(drafter: str, budget: int | str, gamma: int, speedup: float, **changes: Any) -> PredictedRow:
+    values: dict[str, Any] = {
+        "drafter": drafter, "dataset": "code", "context": "64", "policy": "chunk_topk", "budget": budget,
+        "control": None, "gamma": gamma, "temperature": 0.0, "seed": 0, "num_prompts": 12,
+        "num_documents": 6, "decode_s": 1.0, "speedup": speedup, "speedup_low": speedup - 0.2,
+        "speedup_high": speedup + 0.2,
+    }  # fmt: skip
+    return PredictedRow(**{**values, **changes})
+
+
+def test_the_fastest_the_baselines_and_the_corners_are_worth_measuring() -> None:
+    plane = [
+        predicted("multi_view", budget, gamma, speed)
+        for budget, speeds in ((16, (1.0, 1.5, 1.4)), (32, (1.1, 1.3, 1.2)), ("full", (0.8, 0.9, 0.7)))
+        for gamma, speed in zip((2, 4, 8), speeds, strict=True)
+    ]
+    others = [
+        predicted("full_only", 16, 4, 1.45),
+        predicted("prompt_lookup", 0, 4, 0.6, policy="none"),
+        predicted("prompt_lookup", 0, 8, 0.5, policy="none"),
+    ]
+    (here,) = planner.by_place([*plane, *others]).values()
+    found = {(c.drafter, c.budget, c.gamma) for c in planner.worth_measuring(here)}
+    assert found == {
+        ("multi_view", 16, 4), ("full_only", 16, 4), ("multi_view", 16, 8),  # the three fastest
+        ("prompt_lookup", 0, 4),
+        ("multi_view", 16, 2), ("multi_view", "full", 2), ("multi_view", "full", 8),  # corners
+    }  # fmt: skip
+
+
+def test_the_plane_is_every_budget_and_gamma_of_one_place() -> None:
+    config = Config.model_validate(MINIMAL).sweep
+    plane = Plane(drafter="multi_view", dataset="code", context="64")
+    sweep = config.model_copy(update={"measure": config.measure.model_copy(update={"plane": plane})})
+    picks = planner.plane_picks(sweep, PLACE, ["full_only", "multi_view~1", "multi_view~2"])
+    assert picks == [
+        Pick("multi_view~1", ViewCell("chunk_topk", budget, None), DraftLength(gamma))
+        for budget in (16, 32, "full")
+        for gamma in (2, 4)
+    ]
+    assert planner.plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []
+
+
+# ── recommendation ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_predictions_are_scaled_by_what_measuring_found() -> None:
+    """Measured at half of what was predicted, so that an unmeasured cell is expected at half as well; a cell
+    that was measured over too few documents is ranked by its prediction."""
+    rows: list[PromptRow] = [row(prompt=n, budget=b) for n in range(12) for b in (16, 32, "full")]
+    rows += [measured(prompt=n, budget=16) for n in range(12)]  # 6 documents, 1.5 times the speed of AR
+    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(4)]  # 2 documents
+    forecasts = [predicted("full_only", 16, 4, 3.0), predicted("full_only", 32, 4, 3.2)]
+    forecasts.append(predicted("full_only", "full", 4, 4.0))
+    here = choices(cell_rows(rows, AXES, 100, 0), forecasts, least_documents=5)[PLACE]
+    found = {c.budget: (c.basis, pytest.approx(c.speedup)) for c in here}
+    assert found == {"full": ("predicted", 2.0), 32: ("predicted", 1.6), 16: ("measured", 1.5)}
+    assert [c.budget for c in here] == ["full", 32, 16]
+
+
+def choice(speedup: float, low: float, **changes: Any) -> Choice:
+    values: dict[str, Any] = {
+        **predicted("multi_view", 16, 4, speedup).model_dump(include=set(PredictedRow.model_fields)),
+        "basis": "measured", "speedup_low": low, "acceptance": 0.5, "drafter_kv_bytes": 1000,
+    }  # fmt: skip
+    values |= changes
+    return Choice(**{name: values[name] for name in Choice.model_fields})
+
+
+def test_the_fastest_that_is_allowed_is_recommended() -> None:
+    here = [choice(2.0, 1.5, budget=64, drafter_kv_bytes=4000, acceptance=0.3), choice(1.8, 1.4)]
+    sizes = {"target": ModelSize(name="target", weight_bytes=10_000, kv_bytes_per_token=100)}
+    sizes["multi_view"] = ModelSize(name="multi_view", weight_bytes=500, kv_bytes_per_token=20)
+    free = recommend(PLACE, here, 5)
+    assert free.choice == here[0] and free.runner_up == here[1]
+    # Weights 10,500, and per prompt 64 × 100 of the target beside 4,000 or 1,000 of the drafter.
+    for memory, best in ((10_500 + 2 * 10_400, here[0]), (10_500 + 2 * 10_399, here[1])):
+        needs = Needs(64, memory_bytes=memory, concurrency=2)
+        assert recommend(PLACE, here, 5, needs, sizes).choice == best
+    assert recommend(PLACE, here, 5, Needs(64, min_acceptance=0.4), sizes).choice == here[1]
+    nothing = recommend(PLACE, here, 5, Needs(64, memory_bytes=100), sizes)
+    assert nothing.choice is None and nothing.why.endswith("every cell is out for memory")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"low": 0.99}, "do not speculate here: the best cell is at 1.20×"),
+        ({"low": 1.1, "num_documents": 4}, "too few documents to rank (4 of at least 5)"),
+    ],
+)
+def test_what_is_not_shown_to_be_faster_is_not_recommended(changes: dict[str, Any], why: str) -> None:
+    advice = recommend(PLACE, [choice(1.2, **changes)], 5)
+    assert advice.choice is None and advice.runner_up is not None and advice.why.startswith(why)
+    assert recommend(PLACE, [], 5).choice is None
