@@ -22,7 +22,7 @@ from pipeline.artifacts import read_rows
 from pipeline.config import Config
 from pipeline.errors import Incomplete
 from pipeline.models import ModelRef
-from pipeline.report.summary import Stage
+from pipeline.report.summary import Stage, Summary
 from pipeline.rows import CellRow
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
         tracker.log_sweep(sweep_run, reported.fingerprint, read_rows(reported.path / CELLS, CellRow))
         tracker.log_files(run_id, [reported.path / name for name in (PAGE, SUMMARY, CELLS)])
         tracker.log_folder(run_id, reported.path / FIGURES, "figures")
+        summary = Summary.model_validate_json((reported.path / SUMMARY).read_text(encoding="utf-8"))
+        tracker.log_advice(run_id, summary.recommendations)
     check_complete(failures, swept.path)
     return reported.path / SUMMARY
 

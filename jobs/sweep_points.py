@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.report.tables import MODES
 from pipeline.rows import CellRow
 
 AXES = ("drafter", "dataset", "context", "policy", "budget", "control", "threshold", "temperature", "seed")
@@ -35,7 +36,7 @@ def point_name(row: CellRow) -> str:
 def point_metrics(cells: Sequence[CellRow]) -> list[tuple[str, float, int]]:
     """(name, value, γ) of one sweep point. Replayed acceptance goes before measured: it has more prompts."""
     points: dict[tuple[str, int], float] = {}
-    for row in sorted(cells, key=lambda row: row.mode == "replay"):
+    for row in sorted(cells, key=lambda row: MODES.index(row.mode)):
         values = {
             "accept/rate": row.acceptance,
             "accept/rate_low": row.acceptance_low,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
+    from pipeline.recommend import Recommendation
+
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
@@ -184,6 +186,18 @@ class Tracker:
         )
         self.cell_runs = [present[key] for key in ranked]
 
+    def log_advice(self, run_id: str, advice: Iterable[Recommendation]) -> None:
+        """What to deploy in each place: a tag in words, and where there is a choice its expected speedup."""
+        for one in advice:
+            place = f"{one.dataset}.{one.context}"
+            text = one.why
+            if one.choice:
+                cell = one.choice
+                text = f"{cell.drafter} {cell.policy} B={cell.budget} γ={cell.gamma} ({cell.basis})"
+                self.client.log_metric(run_id, f"recommend/speedup.{place}", cell.speedup)
+                self.client.log_metric(run_id, f"recommend/speedup_low.{place}", cell.speedup_low)
+            self.client.set_tag(run_id, f"recommend.{place}", text)
+
     def log_files(self, run_id: str, paths: Iterable[Path]) -> None:
         """Files as artifacts of a run."""
         for path in paths:
@@ -280,6 +294,9 @@ class NullTracker(Tracker):
         yield
 
     def log_sweep(self, stage_run: str, sweep_id: str, rows: Iterable[CellRow]) -> None:
+        return None
+
+    def log_advice(self, run_id: str, advice: Iterable[Recommendation]) -> None:
         return None
 
     def log_files(self, run_id: str, paths: Iterable[Path]) -> None:

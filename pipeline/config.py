@@ -382,6 +382,7 @@ class Measure(Group):
     drafters: tuple[str, ...] = ()
     budgets: tuple[int | Literal["full"], ...] = ()
     gammas: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = ()
     prompts: int = Field(4, ge=1, description="prompts per data set and context")
     prompts_together: int = Field(
         1, ge=1, le=256, description="prompts decoded at once, each with its own acceptance"
@@ -468,7 +469,7 @@ class Sweep(Group):
             twice = [value for value in values if values.count(value) > 1]
             if twice:
                 raise ValueError(f"{field} lists {twice[0]} twice")
-        for field in ("budgets", "gammas"):
+        for field in ("budgets", "gammas", "temperatures"):
             extra = set(getattr(self.measure, field)) - set(getattr(self, field))
             if extra:
                 raise ValueError(f"measure.{field} names {sorted(map(str, extra))}, which {field} lacks")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import replay
-from pipeline.cells import CELL_ERRORS, Drafter, DraftLength, ViewCell, make_cell, make_failure, make_row
+from pipeline.cells import CELL_ERRORS, Drafter, DraftLength, ViewCell, chosen, make_cell, make_failure, make_row
 from pipeline.config import Sweep
 from pipeline.decoding import Round
 from pipeline.drafting import Chance, DraftSource, LookupDrafts, ModelDrafts
@@ -79,6 +79,8 @@ class Trial:
         """
         self.views = Views(self.bench, self.drafter, self.model, [cell for cell, _ in self.keys])
         for temperature in self.sweep.temperatures:
+            if not chosen(temperature, self.sweep.measure.temperatures):
+                continue
             for seed in self.sweep.seeds if temperature > 0 else self.sweep.seeds[:1]:
                 yield from self.rows_of(self.keys, Chance(temperature, seed))
 

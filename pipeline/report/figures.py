@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from pipeline.artifacts import atomic_path
+from pipeline.config import family
 from pipeline.metrics import Interval
 from pipeline.report.axes import Axes, budget_order, budget_text
 from pipeline.report.summary import Budget, Estimate
@@ -69,10 +70,12 @@ def draw_all(
 ) -> dict[str, str]:
     """Write the PNGs into `folder`. Returns each figure's name → "" where drawn, else why it is not.
 
-    With several temperatures or seeds, figures show the lowest temperature and its first seed.
+    With several temperatures or seeds, figures show the lowest temperature and its first seed, and of a
+    variant that was trained with several seeds the first drafter.
     """
     sampling = min(((e.temperature, e.seed) for e in acceptance), default=(0.0, 0))
-    shown = [e for e in acceptance if (e.temperature, e.seed) == sampling]
+    firsts = {family(drafter): drafter for drafter in reversed(axes.drafters)}.values()
+    shown = [e for e in acceptance if (e.temperature, e.seed) == sampling and e.drafter in firsts]
     measured = [
         c
         for c in cells
