@@ -71,11 +71,12 @@ def sweep(
     run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
     if config.sweep.mode != "measure":
         run.replay()
-    if config.sweep.predicts:
+    # What predictions point at is decided once, so only from whole rows.
+    if config.sweep.predicts and not run.failures:
         run.calibrate()
     if config.sweep.mode != "replay":
         run.measure()
-    if config.sweep.predicts:
+    if config.sweep.predicts and not run.failures:
         run.recheck()
     if run.failures:
         log.error("sweep: %d failed; see %s", run.failures, artifact.path / "failed")
@@ -145,7 +146,8 @@ class Phases:
 
     def measure(self) -> None:
         """What the config names, what predictions point at, and the plane that scores them."""
-        extra = read_rows(self.folder / PICKS, Cell) if self.sweep.predicts else []
+        picked = self.folder / PICKS
+        extra = read_rows(picked, Cell) if picked.exists() else []
         names = [drafter.name for drafter in self.drafters]
         picks = {}
         for file, place in self.places():
@@ -153,7 +155,7 @@ class Phases:
             here += [planner.pick_of(cell) for cell in extra if (cell.dataset, cell.context) == place]
             here += planner.plane_picks(self.sweep, place, names)
             picks[file] = tuple(dict.fromkeys(here))
-        self.run(self.measure_tasks(picks, ROWS), "measure")
+        self.run(self.measure_tasks(picks, "measure", ROWS), "measure")
 
     def recheck(self) -> None:
         """Measure the recommended and the best measured cell of each place once more, side by side."""
@@ -168,21 +170,21 @@ class Phases:
             advice = recommend(place, here, least)
             again += [choice for choice in (advice.choice,) if choice is not None]
             picks[file] = tuple(dict.fromkeys(planner.pick_of(choice) for choice in again))
-        self.run(self.measure_tasks(picks, RECHECKED), "recheck")
+        self.run(self.measure_tasks(picks, "recheck", RECHECKED), "recheck")
 
     def places(self) -> list[tuple[Path, Place]]:
         """Prompts files with the data set and context that they are of."""
         firsts = [(file, read_rows(file, Prompt)[0]) for file in self.files]
         return [(file, Place(prompt.dataset, prompt.context)) for file, prompt in firsts]
 
-    def measure_tasks(self, picks: dict[Path, tuple[Pick, ...]], folder: str) -> list[MeasureTask]:
+    def measure_tasks(self, picks: dict[Path, tuple[Pick, ...]], what: str, folder: str) -> list[MeasureTask]:
         """The first prompts of every file, those decoded together a task."""
         measure, tasks = self.sweep.measure, []
         for file, here in picks.items():
             count = min(len(read_rows(file, Prompt)), measure.prompts)
             for first in range(0, count if here else 0, measure.prompts_together):
                 last = min(first + measure.prompts_together, count)
-                output = self.output("measure", file, first, folder)
+                output = self.output(what, file, first, folder)
                 tasks.append(MeasureTask(file, here, first, last, output))
         return tasks
 

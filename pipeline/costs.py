@@ -1,18 +1,17 @@
-"""What a config will cost before anything runs: sizes, memory, arithmetic. Formulas only, nothing is loaded.
+"""Shapes of models, and the memory of pretraining, teaching and training by formula. Nothing is loaded.
 
-Every size is in bytes and every amount of work in FLOPs (a multiply-add is two). The letters are those of the
-models: N parameters, C hidden width, A query heads × head width, K key/value heads × head width, I MLP width,
-V vocabulary. Memory is that of one process at its peak. What is estimated is estimated upwards: prefixes are
-as long as they can be, views as many.
+Sizes are in bytes, and memory is that of one process at its peak. What is estimated is estimated upwards:
+prefixes are as long as they can be, views as many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kernels.distill_loss import SCRATCH_BYTES
 from pipeline.config import Config, ScratchModel, Variant
+from pipeline.teacher import POSITIONS
 
 FP32 = 4
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,11 +21,7 @@ HEAP_LIMIT, HEAP_FACTOR = 32 * 2**20, 1.8
 # On a CPU oneDNN compiles bfloat16 products anew for every number of tokens, and keeps 1024 of them.
 # Measured on drafters of 64 channels: 6 MiB a prefix length over 240 lengths; none in fp32.
 LENGTH_BYTES, MOST_LENGTHS = 6 * 2**20, 256
-LABEL_POSITIONS = 1024  # `pipeline.teacher.POSITIONS`: positions whose logits are labelled at a time
 LOSS_COPIES = 3  # of fp32 logits: log-softmax and, in backward, the gradients before and behind it
-LOGIT_COPIES = 4  # `pipeline.measure.LOGIT_COPIES`: of a round's logits
-LOSS_SCRATCH = 256 * 2**20  # `kernels.distill_loss.SCRATCH_BYTES`
-ROUND_SLOTS = 64  # `pipeline.slots.ROUND_SLOTS`
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
 
@@ -63,7 +58,7 @@ class Shape:
         return itemsize * (2 * self.hidden + widest)
 
     def forward_flops(self, tokens: float, attended: float) -> float:
-        """2 N for every token, and 4 A for every pair of a token and one of those that it attends to."""
+        """2 a parameter for every token, and 4 a query channel for every pair of tokens that meet."""
         return tokens * (2 * self.parameters + 4 * self.layers * self.query * attended)
 
 
@@ -136,10 +131,10 @@ class Sharding:
     def state_bytes(self, parameters: int, device: Device) -> tuple[int, int, int]:
         """Weights, gradients and optimizer state of one worker that trains with AdamW in fp32.
 
-        Weights and gradients take 4 N, AdamW's two moments 8 N. From stage 1 on each worker has moments of
-        its N / workers, with a master copy of them and their gradient; stage 2 also drops other workers'
-        gradients, stage 3 their weights, up to what is gathered for use. Gradients travel through a bucket,
-        of which a CPU touches what is filled only.
+        Weights and gradients take 4 B a parameter, AdamW's two moments 8 B. From stage 1 on each worker has
+        moments of its share, with a master copy of them and their gradient; stage 2 also drops other
+        workers' gradients, stage 3 their weights, up to what is gathered for use. Gradients travel through a
+        bucket, of which a CPU touches what is filled only.
         """
         whole, part = FP32 * parameters, FP32 * parameters // self.workers
         if not self.stage:
@@ -167,15 +162,13 @@ def pretrain_memory(config: Config, role: str, shape: Shape, sharding: Sharding,
     assert isinstance(spec, ScratchModel)
     length = spec.pretrain.sequence_tokens or config.data.sequence_tokens
     tokens = config.train.micro_batch_sequences * length
-    activations, logits = training_step(shape, tokens, tokens, config.train.dtype == "bfloat16", device)
+    activations, logits = training_step(shape, tokens, config.train.dtype == "bfloat16", device)
     state = sharding.state_bytes(shape.parameters, device)
     return Memory(f"pretrain {role}", device.base_bytes, *state, activations, logits)
 
 
-def training_step(
-    shape: Shape, tokens: int, logit_tokens: int, bfloat16: bool, device: Device
-) -> tuple[int, int]:
-    """Activations of a forward and backward pass, and the logits of so many of its tokens.
+def training_step(shape: Shape, tokens: int, bfloat16: bool, device: Device) -> tuple[int, int]:
+    """Activations and logits of a forward and backward pass.
 
     One layer at a time also has its gradients: two of the MLP's width, two of the model's.
     """
@@ -183,7 +176,7 @@ def training_step(
     mlp = shape.layers * 4 * wide // (2 if bfloat16 else 1)
     rest = shape.layers * tokens * shape.training_bytes(bfloat16) - mlp
     activations = device.held(mlp + 2 * wide, wide) + device.held(rest + 2 * narrow, narrow)
-    one = FP32 * logit_tokens * shape.vocab
+    one = FP32 * tokens * shape.vocab
     return activations, device.held(LOSS_COPIES * one + (one // 2 if bfloat16 else 0), one)
 
 
@@ -211,11 +204,9 @@ def train_memory(
     views = shape.kv_bytes(micro * (sum(kept) + (starts[0] if full else 0)))
     # Under autocast attention reads, and keeps for backward, a bfloat16 copy of the cache.
     behind_bytes = views + cache + (cache // 2 if bfloat16 else 0) + 2 * cache // shape.layers
-    one = FP32 * tokens * shape.vocab
-    beyond = one > train.max_logits_mib * 2**20 and sharding.stage != 3
-    activations, logits = training_step(shape, tokens, tokens, bfloat16, device)
-    if beyond:
-        logits = min(logits, LOSS_SCRATCH)
+    activations, logits = training_step(shape, tokens, bfloat16, device)
+    if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
+        logits = min(logits, SCRATCH_BYTES)
     reading = micro * starts[0] * shape.reading_bytes(FP32)
     lengths = min(steps * train.batch_sequences // micro, length - train.min_prefix_tokens, MOST_LENGTHS)
     compiled = LENGTH_BYTES * lengths if bfloat16 and device.kind == "cpu" else 0
@@ -229,148 +220,29 @@ def train_memory(
     )
 
 
-def teach_memory(config: Config, shape: Shape, label_batch: int, prompt_batch: int, device: Device) -> Memory:
-    """The larger of labelling `label_batch` sequences and continuing `prompt_batch` of the longest prompts.
+def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> Memory:
+    """The larger of labelling a batch of sequences and continuing a batch of the longest of a file's prompts.
 
     Labelling makes the logits of all positions, and of a slice of them the copies that labels need.
     Continuing holds the prefix KV twice while its cache is filled.
     """
     data, labels, size = config.data, config.labels, ITEMSIZE[config.target.dtype]
-    length, wide = data.sequence_tokens, size * shape.intermediate
-    logits = label_batch * length * shape.vocab * size
+    batch, length, wide = labels.batch_sequences, data.sequence_tokens, size * shape.intermediate
+    logits = batch * length * shape.vocab * size
     per_logit = 2 * FP32 if labels.top_k else size + 1
-    copies = label_batch * min(length, LABEL_POSITIONS) * shape.vocab * per_logit
-    reading = device.held(label_batch * length * shape.reading_bytes(size), label_batch * length * wide)
+    copies = batch * min(length, POSITIONS) * shape.vocab * per_logit
+    reading = device.held(batch * length * shape.reading_bytes(size), batch * length * wide)
     made = device.held(logits, logits) + device.held(copies, copies // 2)
     start = (device.base_bytes, shape.parameters * size)
     peaks = [Memory("teach", *start, activations=reading), Memory("teach", *start, logits=made)]
 
-    writing = [(prompt_batch, max(c.tokens for c in data.contexts), data.max_new_tokens)]
+    writing = [(min(batch, prompts), max(c.tokens for c in data.contexts), data.max_new_tokens)]
     if labels.on_policy_fraction:
         count = config.train.windows * config.train.window_tokens
-        writing.append((label_batch, length - count, count))
-    for batch, prefix, count in writing:
-        cache = shape.kv_bytes(batch * (prefix + count), size)
-        beside = max(cache, batch * prefix * shape.reading_bytes(size))
-        alive = shape.kv_bytes(batch * prefix, size) + beside
-        peaks.append(Memory("teach", *start, kv=device.held(alive, batch * prefix * shape.kv * size)))
+        writing.append((batch, length - count, count))
+    for rows, prefix, count in writing:
+        cache = shape.kv_bytes(rows * (prefix + count), size)
+        beside = max(cache, rows * prefix * shape.reading_bytes(size))
+        alive = shape.kv_bytes(rows * prefix, size) + beside
+        peaks.append(Memory("teach", *start, kv=device.held(alive, rows * prefix * shape.kv * size)))
     return max(peaks, key=lambda peak: peak.each)
-
-
-def sweep_memory(
-    config: Config,
-    target: Shape,
-    drafter: Shape,
-    drafters: int,
-    measured: int,
-    cells: Sequence[int | str],
-    timed: Sequence[int | str],
-    device: Device,
-) -> Memory:
-    """The larger of replaying a prompt and measuring the prompts that are decoded together.
-
-    Args:
-        drafters, measured: drafters that are loaded, and those of them that are timed.
-        cells: budgets of the replayed views, controls included.
-        timed: budgets of the measured views.
-    """
-    sweep, data = config.sweep, config.data
-    prefix, count = max(c.tokens for c in data.contexts), data.max_new_tokens
-    size, target_size = ITEMSIZE[config.drafter.dtype], ITEMSIZE[config.target.dtype]
-
-    def kept(budgets: Sequence[int | str]) -> list[int]:
-        return [prefix if budget == "full" else min(int(budget), prefix) for budget in budgets]
-
-    def reading(shape: Shape, itemsize: int) -> int:
-        layer = prefix * (shape.hidden + 2 * shape.kv) * itemsize
-        alive = layer + min(prefix, config.decode.prefill_chunk) * shape.reading_bytes(itemsize)
-        return device.held(alive, prefix * max(shape.hidden, 2 * shape.kv) * itemsize)
-
-    remembered = 2 if "other_prompt" in sweep.controls else 1
-    entries = remembered * sum(kept(list(dict.fromkeys(cells)))) + sum(kept(cells)) + count * len(cells)
-    one = len(cells) * count * drafter.vocab * size
-    weights = drafters * drafter.parameters * size
-    base = device.base_bytes
-    replay = Memory(
-        "sweep", base, weights,
-        activations=max(reading(drafter, size), len(cells) * count * drafter.reading_bytes(size)),
-        logits=device.held(2 * one, one),
-        kv=device.held(drafter.kv_bytes(entries, size), prefix * drafter.kv * size),
-    )  # fmt: skip
-    if sweep.mode == "replay":
-        return replay
-    together, room = sweep.measure.prompts_together, count + max(sweep.gammas)
-    slots = -(-prefix // ROUND_SLOTS) * ROUND_SLOTS + room
-    caches = sum(entry + room for entry in set(kept(timed)))
-    measure = Memory(
-        "sweep", base, weights + target.parameters * target_size,
-        activations=max(reading(target, target_size), reading(drafter, size)),
-        logits=LOGIT_COPIES * FP32 * together * (max(sweep.gammas) + 1) * target.vocab,
-        kv=target.kv_bytes(together * slots + prefix, target_size)
-        + drafter.kv_bytes(together * (measured * caches + sum(set(kept(timed)))), size),
-    )  # fmt: skip
-    return measure if measure.each > replay.each or sweep.mode == "measure" else replay
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of a stage by the model that does them, forward alone or with backward (three times as many)."""
-
-    stage: str
-    role: str
-    training: bool
-    flops: float
-
-
-def work(
-    config: Config,
-    target: Shape,
-    drafter: Shape,
-    labelled: int,
-    prompts: dict[str, int],
-    samples: int,
-    replayed: int,
-    views: int,
-) -> list[Work]:
-    """All work up to replay. Timed decoding is not in it: it waits for memory rather than for arithmetic.
-
-    Args:
-        labelled: sequences that the target labels.
-        prompts: test prompts by the name of their context, over all data sets.
-        samples: how often the target continues a prompt by sampling, besides its greedy continuation.
-        replayed, views: drafters that are replayed, and the views of all of them, once a text.
-    """
-    data, train, length = config.data, config.train, config.data.sequence_tokens
-    done: list[Work] = []
-    for role, spec, shape in (("target", config.target, target), ("drafter", config.drafter, drafter)):
-        if isinstance(spec, ScratchModel):
-            pretrain = spec.pretrain
-            piece = pretrain.sequence_tokens or length
-            tokens = pretrain.steps * pretrain.batch_sequences * piece
-            done.append(Work(f"pretrain {role}", role, True, 3 * shape.forward_flops(tokens, piece / 2)))
-    texts = [(c.tokens, prompts[c.name]) for c in data.contexts]
-    reading = target.forward_flops(labelled * length * (1 + config.labels.on_policy_fraction), length / 2)
-    for tokens, number in texts:
-        read = number * (1 + samples) * (tokens + data.max_new_tokens)
-        reading += target.forward_flops(read, tokens / 2)
-    done.append(Work("teach", "target", False, reading))
-
-    for variant in train.drafters:
-        steps = train.steps if variant.steps is None else variant.steps
-        if not steps:
-            continue
-        sequences = steps * train.batch_sequences
-        window_tokens = sequences * train.windows * train.window_tokens
-        attended = [length / 2] if variant.full_weight else []
-        if variant.sparse_weight:
-            attended += [float(max(variant.budgets))] * min(variant.num_views, len(variant.budgets))
-        windows = sum(3 * drafter.forward_flops(window_tokens, entries) for entries in attended)
-        prefill = drafter.forward_flops(sequences * length, length / 2)
-        done.append(Work("train", "drafter", False, prefill))
-        done.append(Work("train", "drafter", True, windows))
-    once = config.sweep.mode != "measure"
-    for tokens, number in texts:
-        each = drafter.forward_flops(replayed * tokens, tokens / 2)
-        each += drafter.forward_flops(views * data.max_new_tokens, tokens / 2)
-        done.append(Work("sweep (replay)", "drafter", False, once * number * each))
-    return done

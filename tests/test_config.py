@@ -130,7 +130,10 @@ def test_bad_override(minimal: Path, override: str, parts: list[str]) -> None:
         ("batch_size=3", ["batch_size is no field", "labels.batch_sequences or train.batch_sequences?"]),
         ("train.top_k=3", ["train.top_k is no field", "did you mean labels.top_k?"]),
         ("trian.steps=3", ["trian is no field", "did you mean train?"]),
-        ("report.zzz=3", ["report.zzz is no field", "the fields of report are bootstrap_samples, samples"]),
+        (
+            "report.zzz=3",
+            ["report.zzz is no field", "the fields of report are least_documents, bootstrap_samples"],
+        ),
         ("train.variants.multi_view.budgets={}", ["train.variants.multi_view: sparse_weight > 0 needs"]),
         (
             "train.variants.multi_view.budgets.x=1",

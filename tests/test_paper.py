@@ -1,4 +1,7 @@
-"""`conf/paper.yaml`: its facts, and a run at a sixteenth of its lengths with tiny models of its kinds."""
+"""`conf/paper.yaml` and the experiments in `conf/paper/`: their facts, and a run with tiny models.
+
+The run is at a sixteenth of the paper's lengths, with models of its kinds.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from jobs.pipeline import completed, run_pipeline
 from pipeline.artifacts import read_rows
+from pipeline.cells import Drafter, configured_picks
 from pipeline.config import Config
 from pipeline.config_files import load_config
 from pipeline.data.lwm import PAPER_ROWS
@@ -102,6 +106,57 @@ def test_facts_of_data_variants_and_sweep() -> None:
         assert {variants[name].full_loss, variants[name].sparse_loss} == {"cross_entropy"}
     assert {256, 512, 1024, 2048} <= set(config.sweep.budgets)
     assert config.sweep.gammas[0] == 5 and {30, 40, 60} <= set(config.sweep.gammas)
+
+
+# ── its experiments, conf/paper/ ──────────────────────────────────────────────────────────────────
+
+GRID = {"4K": tuple(range(5, 61, 5)), "8K": tuple(range(5, 31, 5)), "16K": tuple(range(5, 41, 5))}
+AT_5 = dict.fromkeys(GRID, (5,))
+ABLATIONS = ["full_only", "single_budget", "multi_view", "multi_view_lambda_1"]
+# name → variants, budgets, γ by context, and the variants of which every cell is timed
+EXPERIMENTS: dict[str, tuple[list[str], tuple[int | str, ...], dict[str, tuple[int, ...]], set[str]]] = {
+    "table-1": (
+        ["untrained", "full_only", "multi_view"],
+        (256, 512, 1024, 2048, "full"),
+        GRID,
+        {"multi_view"},
+    ),
+    "table-2": (["untrained", "multi_view"], (2048, "full"), AT_5, {"untrained", "multi_view"}),
+    "table-3": (ABLATIONS, (256, 512, 1024, 2048, "full"), AT_5, {"multi_view"}),
+    "figure-3": (["multi_view"], (2048,), GRID | {"4K": (*GRID["4K"], 65)}, {"multi_view"}),
+}
+
+
+def test_every_experiment_is_tested() -> None:
+    assert {file.stem for file in (PAPER.parent / "paper").glob("*.yaml")} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_sweep_the_papers_grid(name: str) -> None:
+    config = load_config(PAPER.parent / "paper" / f"{name}.yaml")
+    variants, budgets, gammas, timed = EXPERIMENTS[name]
+    assert config.name == f"paper-{name}" and [v.name for v in config.train.variants] == variants
+    assert (config.sweep.mode, config.sweep.budgets) == ("both", budgets)
+    assert {c.name: config.sweep.gammas_of(c.name) for c in config.data.contexts} == gammas
+    assert config.sweep.controls == ("other_prompt",)
+    drafters = [Drafter(v.name, None, 0) for v in config.train.drafters]
+    for context, here in gammas.items():
+        picks = {
+            (pick.drafter, pick.cell.budget, pick.length.gamma)
+            for pick in configured_picks(config.sweep, drafters, context)
+        }
+        assert picks == {(d, budget, gamma) for d in timed for budget in budgets for gamma in here}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_share_data_labels_and_drafters_with_the_paper_config(name: str) -> None:
+    """Equal settings, equal fingerprints: what one of them has made, the others find."""
+    config, paper = load_config(PAPER.parent / "paper" / f"{name}.yaml"), load_config(PAPER)
+    for group in ("seed", "storage", "data", "target", "drafter", "labels"):
+        assert getattr(config, group) == getattr(paper, group)
+    assert config.train.model_copy(update={"variants": ()}) == paper.train.model_copy(update={"variants": ()})
+    variants = {v.name: v for v in paper.train.variants}
+    assert all(variant == variants[variant.name] for variant in config.train.variants)
 
 
 # ── that it runs ──────────────────────────────────────────────────────────────────────────────────

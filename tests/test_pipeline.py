@@ -22,7 +22,7 @@ from pipeline.artifacts import MANIFEST, read_rows
 from pipeline.config import Config
 from pipeline.decoding import NotFinite
 from pipeline.errors import BadData, Incomplete
-from pipeline.evaluate import Evaluator
+from pipeline.prompt_replay import PromptReplay
 from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
 from tests.configs import MINIMAL
 from tests.data.conftest import story
@@ -49,6 +49,7 @@ def toy_config(
         rates = {"learning_rate": 0.02, "warmup_steps": 10}
         values[role]["pretrain"] = {"steps": steps, "batch_sequences": 4, **rates}
     measure = {"drafters": ["multi_view"], "budgets": [16], "gammas": [2], "prompts": 2, "repeats": 1}
+    measure["predict"] = False
     values["sweep"] |= {"mode": "both", "measure": measure}
     values["report"] = {"bootstrap_samples": 100}
     if change:
@@ -105,7 +106,7 @@ def test_the_summary_holds_what_other_programs_read(finished: Path) -> None:
     stages = ["prepare", "pretrain", "teach", "train", "sweep", "report"]
     assert [stage["name"] for stage in summary["stages"]] == stages
     assert all(set(stage) == {"name", "seconds", "cached"} for stage in summary["stages"])
-    assert summary["lossless"] == {"prompts": 2, "exact": 2, "explained": 0}
+    assert summary["lossless"] == {"prompts": 2, "exact": 2, "explained": 0, "left_out_tokens": 0}
     assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] == 2
     fields = {
         "drafter", "dataset", "context", "policy", "budget", "control", "gamma", "temperature", "seed",
@@ -294,15 +295,15 @@ def test_mlflow_mirrors_a_run_and_what_a_rerun_adds(
     for stage in ("drafter-multi_view", "sweep", "report"):
         shutil.rmtree(artifact(storage, stage))
     config = toy_config(corpus, storage, lambda v: v.update(tracking={"experiment": "toy"}))
-    whole = Evaluator.replay_prompt
+    whole = PromptReplay.rows
 
-    def broken(self: Evaluator, drafter: Any, model: Any, prompt: Any, *rest: Any) -> Any:
+    def broken(self: PromptReplay, prompt: Any, *rest: Any) -> Any:
         if prompt.prompt_id.endswith("0003"):
             raise NotFinite("one prompt fails")
-        return whole(self, drafter, model, prompt, *rest)
+        return whole(self, prompt, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Incomplete):
-        patch.setattr(Evaluator, "replay_prompt", broken)
+        patch.setattr(PromptReplay, "rows", broken)
         run_pipeline(config)
     summary = run_pipeline(config)
 

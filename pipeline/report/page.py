@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.config import Config, PretrainedModel, ScratchModel, Variant
 from pipeline.planner import by_place
 from pipeline.report.axes import Axes, budget_order
+from pipeline.report.published import CAVEAT, published_beside
 from pipeline.report.summary import Estimate, Summary
 from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow
 
@@ -105,6 +106,8 @@ def render(inputs: PageInputs) -> str:
         samples=_samples(inputs.continuations, config),
         looping_rate=config.sweep.looping_rate,
         measurement=_measurement(inputs),
+        beside=published_beside(config, inputs.cells),
+        caveat=CAVEAT,
     )
 
 

@@ -119,8 +119,10 @@ def _most(values: Iterable[int | None]) -> int | None:
 def acceptances(cells: Sequence[CellRow]) -> list[Estimate]:
     """Acceptance of every cell: replayed or estimated where it was, else measured."""
     chosen: dict[CellKey, CellRow] = {}
-    for mode in MODES:
-        chosen |= {CellKey.of(cell): cell for cell in cells if cell.mode == mode and not cell.threshold}
+    for cell in cells:
+        present = chosen.get(CellKey.of(cell))
+        if not cell.threshold and (not present or MODES.index(present.mode) < MODES.index(cell.mode)):
+            chosen[CellKey.of(cell)] = cell
     return [
         Estimate(
             **key._asdict(),

@@ -1,0 +1,259 @@
+"""The paper's whole grid by replay, against measuring every cell of it.
+
+The grid is that of `conf/paper/table-1.yaml`, with its three drafters; the models are tiny and random, the
+prompts random tokens. Both sides are given the same prefills, one of each model for a prompt. Measuring is
+timed on a random sample of cells × prompts, one run each, and extrapolated.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from benchmarks.rows import Row, row
+from pipeline.artifacts import read_all, write_rows
+from pipeline.calibrate import GREEDILY, NEVER, Watched
+from pipeline.cells import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
+from pipeline.config import Config, Pretrain, ScratchModel
+from pipeline.config_files import load_config
+from pipeline.evaluate import Evaluator, ReplayTask
+from pipeline.measure import Bench
+from pipeline.metrics import bootstrap_interval
+from pipeline.models import ModelRef, build_scratch, export_model
+from pipeline.rows import Prompt, PromptRow
+from pipeline.teacher import ContinueTask, Teacher
+from pipeline.trial import Views
+
+CONFIG = Path(__file__).resolve().parent.parent / "conf" / "paper" / "table-1.yaml"
+# The paper has neither a control nor the full cache.
+OVERRIDES = (
+    "sweep.controls=[]", "sweep.budgets=[256, 512, 1024, 2048]", "labels.batch_sequences=10",
+    "run.executor=inline", "run.device=cpu", "run.gpus_per_task=0",
+)  # fmt: skip
+VOCABULARY = 512
+SHAPE = ScratchModel(
+    kind="scratch", layers=1, hidden=32, heads=1, kv_heads=1, intermediate=64, max_positions=32_768,
+    pretrain=Pretrain(steps=0),
+)  # fmt: skip
+SHARPNESS = 8.0  # scales random weights, so that what a model says depends on what it reads
+NOISE = 0.1  # of a drafter's weights beside the target's, in standard deviations of each tensor
+SAMPLED = 60
+CPU = torch.device("cpu")
+
+
+class Work(NamedTuple):
+    """One cell on one prompt."""
+
+    prompt: Prompt
+    drafter: int
+    cell: ViewCell
+    length: DraftLength
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The whole grid by replay: its rows, seconds in all and of the prefills in it, and the target's prefills."""
+
+    rows: list[PromptRow]
+    seconds: float
+    prefill_s: float
+    target_prefills: int
+
+
+class Prefills:
+    """Counts and times a model's passes over whole prompts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.prompts, self.seconds, self.began = 0, 0.0, 0.0
+        model.register_forward_pre_hook(self.begin)
+        model.register_forward_hook(self.end, with_kwargs=True)
+
+    def begin(self, model: nn.Module, given: Any) -> None:
+        self.began = time.perf_counter()
+
+    def end(self, model: nn.Module, given: Any, named: dict[str, Any], output: Any) -> None:
+        rows, tokens = named["input_ids"].shape
+        if tokens > 1:
+            self.prompts += rows
+            self.seconds += time.perf_counter() - self.began
+
+
+class Grid:
+    """Models, tokenizer and prompts of a config's sweep, on disk."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.tokenizer = word_tokenizer()
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        target = random_model(self.tokenizer)
+        self.target = self.save(target, "target")
+        names = [variant.name for variant in config.train.drafters]
+        refs = [self.save(noisy(target, seed), name) for seed, name in enumerate(names)]
+        self.drafters = [
+            Drafter(name, ref, SHAPE.max_positions) for name, ref in zip(names, refs, strict=True)
+        ]
+        self.prompts = {file: prompts for file, prompts in self.random_prompts()}
+        for file, prompts in self.prompts.items():
+            write_rows(file, prompts)
+
+    def save(self, model: PreTrainedModel, name: str) -> ModelRef:
+        export_model(model, self.tokenizer, self.folder / name)
+        return ModelRef(str(self.folder / name))
+
+    def random_prompts(self) -> list[tuple[Path, list[Prompt]]]:
+        """A file for each data set and context."""
+        data, draw, files = self.config.data, random.Random(0), []
+        for source in data.sources:
+            for context in data.contexts:
+                name = f"{source.name}-{context.name}"
+                prompts = [
+                    Prompt(
+                        prompt_id=f"{name}-{number}",
+                        document_id=f"{name}-{number}",
+                        dataset=source.name,
+                        context=context.name,
+                        split="test",
+                        tokens=draw.choices(range(1, VOCABULARY), k=context.tokens),
+                        max_new_tokens=data.max_new_tokens,
+                    )
+                    for number in range(data.prompts)
+                ]
+                files.append((self.folder / "prompts" / f"test-{name}.jsonl", prompts))
+        return files
+
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.config, self.target, self.drafters, self.folder / "tokenizer", CPU)
+
+    def work(self) -> list[Work]:
+        """Every cell on every prompt."""
+        sweep = self.config.sweep
+        return [
+            Work(prompt, number, cell, length)
+            for prompts in self.prompts.values()
+            for prompt in prompts
+            for number, drafter in enumerate(self.drafters)
+            for cell in view_cells(sweep, drafter)
+            for length in draft_lengths(sweep, prompt.context, drafter)
+        ]
+
+    def replay(self) -> Replayed:
+        """The stages teach (without labels) and sweep, from files to files."""
+        began = time.perf_counter()
+        teacher = Teacher(self.config, self.target, self.folder / "tokenizer", self.folder, CPU)
+        read = Prefills(teacher.target)
+        evaluator = self.evaluator()
+        drafts = []
+        for one in evaluator.contenders:
+            watched: Any = Watched(one.fast, "prefill", CPU)
+            one.fast = watched
+            drafts.append(watched)
+        for file, prompts in self.prompts.items():
+            teacher(ContinueTask(file))
+            text = self.folder / "continuations" / file.name
+            evaluator(ReplayTask(file, (text,), 0, len(prompts), self.folder / "rows" / file.name))
+        seconds = time.perf_counter() - began
+        assert "target" not in vars(evaluator), "replay loaded the target"
+        rows = read_all(self.folder / "rows", PromptRow)
+        return Replayed(rows, seconds, read.seconds + sum(one.seconds for one in drafts), read.prompts)
+
+    def measure(self, sample: Sequence[Work]) -> tuple[list[float], list[int]]:
+        """Decode seconds, and accepted proposals, of each of these, with the prefills not counted."""
+        evaluator = self.evaluator()
+        seconds, accepted = [], []
+        for work in [sample[0], *sample]:  # the first run is slow, and thrown away
+            one = evaluator.contenders[work.drafter]
+            bench = Bench(
+                evaluator.sides, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas)
+            )
+            source = Views(bench, one.drafter, one.fast, [work.cell]).source(work.cell)
+            run = bench.speculative(source, work.length.gamma, GREEDILY, NEVER)
+            seconds.append(run.seconds)
+            accepted.append(sum(one.accepted for one in run.rounds[0]))
+        return seconds[1:], accepted[1:]
+
+
+def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row]:
+    """Seconds of the replayed grid, how much longer measuring takes, and the target's prefills."""
+    config = load_config(CONFIG, [*OVERRIDES, *overrides])
+    with tempfile.TemporaryDirectory() as folder:
+        grid = Grid(config, Path(folder))
+        replayed = grid.replay()
+        prompts, work = sum(map(len, grid.prompts.values())), grid.work()
+        assert len(replayed.rows) == len(work), "replay left cells out"
+        assert replayed.target_prefills == prompts, "a prompt was prefilled more than once"
+        sample = random.Random(0).sample(work, sampled)
+        sample.sort(key=lambda one: len(one.prompt.tokens))  # equal shapes side by side
+        seconds, accepted = grid.measure(sample)
+    known = {(r.prompt_id, r.drafter, r.budget, r.gamma): r.num_accepted for r in replayed.rows}
+    equal = sum(
+        count == known[one.prompt.prompt_id, grid.drafters[one.drafter].name, one.cell.budget, one.length.gamma]
+        for one, count in zip(sample, accepted, strict=True)
+    )
+    rate = sum(r.num_accepted for r in replayed.rows) / sum(r.num_proposed or 0 for r in replayed.rows)
+    mean = bootstrap_interval(seconds, [1] * sampled, samples=2000, seed=0)
+    value, low, high = (
+        (replayed.prefill_s + each * len(work)) / replayed.seconds for each in (mean.mean, mean.low, mean.high)
+    )
+    measuring = row(
+        "measuring every cell, prefills shared ÷ replay",
+        [value],
+        100,
+        note=f"extrapolated from {sampled} random ones of {len(work)} cells × prompts, {mean.mean:.2f} s each; "
+        f"{equal} of {sampled} accept what replay says; {rate:.0%} of all proposals are accepted",
+    )
+    return [
+        row(
+            f"the paper's grid × {len(grid.drafters)} drafters × {config.data.prompts} prompts by replay",
+            [replayed.seconds],
+            600,
+            at_most=True,
+            unit=" s",
+            note=f"tiny models; {len(work) // config.data.prompts} cells; prefills {replayed.prefill_s:.0f} s of it",
+        ),
+        replace(measuring, low=low, high=high),
+        row(
+            "target prefills of the replayed grid ÷ prompts",
+            [replayed.target_prefills / prompts],
+            1,
+            at_most=True,
+            unit="",
+            note=f"asserted; {prompts} prompts",
+        ),
+    ]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token, and none that ends a text: every continuation has its full length."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+
+
+def random_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    model = build_scratch(SHAPE, tokenizer, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(SHARPNESS)
+    return model
+
+
+def noisy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A drafter that agrees with the target often, not always."""
+    drafter = type(model)(model.config)
+    drafter.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(NOISE * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return drafter

@@ -1,0 +1,157 @@
+"""The paper's experiments at the scale of two cores: run every config, then write tables, figures and checks.
+
+    python -m benchmarks.study --storage runs --output docs/results/paper-small
+
+What is complete in the storage is reused, so that a second call only writes. Every figure comes from the
+reports of the runs; nothing is typed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import study_tables as tables
+from jobs.pipeline import run_pipeline
+from pipeline.artifacts import read_all, read_rows, write_json, write_text
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.report.summary import FamilyGain, Summary
+from pipeline.rows import CellRow, PredictedRow, PromptRow
+
+CONFIGS = ("table-1", "table-2", "table-3", "figure-3", "ablations", "on-policy", "adaptive")
+FOLDER = "conf/paper-small"
+FIGURES = {
+    "table-1": "acceptance_by_budget_chunk_topk",
+    "table-2": "speedup_by_context",
+    "figure-3": "speedup_by_gamma",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One finished run: its config, its report, and the rows of its sweep."""
+
+    config: Config
+    report: Path
+    summary: Summary
+    cells: list[CellRow]
+    predicted: list[PredictedRow]
+    rows: list[PromptRow]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/paper-small"))
+    parser.add_argument(
+        "--grid", type=Path, help="bench.json with the rows of `python -m benchmarks --only grid`"
+    )
+    parser.add_argument("overrides", nargs="*", help="fields of every config, such as run.executor=inline")
+    given = parser.parse_args()
+    studies = {name: study(name, given.storage, given.overrides) for name in CONFIGS}
+    checks = [*own_checks(studies["table-1"]), *bench_checks(given.grid)]
+    given.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in FIGURES.items():
+        shutil.copyfile(studies[name].report / "figures" / f"{figure}.png", given.output / f"{name}.png")
+    write_text(given.output / "README.md", tables.page(studies, checks))
+    summary = studies["table-1"].summary.model_dump(mode="json")
+    write_json(given.output / "summary.json", {**summary, "checks": checks})
+    print(given.output)
+
+
+def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
+    config = load_config(Path(FOLDER) / f"{name}.yaml", [*overrides, f"storage={json.dumps(storage)}"])
+    report = run_pipeline(config).parent
+    summary = Summary.model_validate_json((report / "summary.json").read_text(encoding="utf-8"))
+    sweep = Path(storage) / f"sweep-{json.loads((report / 'manifest.json').read_text())['inputs']['sweep']}"
+    predicted = report / "predicted.jsonl"
+    return Study(
+        config,
+        report,
+        summary,
+        read_rows(report / "cells.jsonl", CellRow),
+        read_rows(predicted, PredictedRow),
+        read_all(sweep / "rows", PromptRow),
+    )
+
+
+# ── checks ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(row: str, value: float | None, target: str, met: bool | None, note: str = "") -> dict[str, object]:
+    return {"row": row, "value": value, "target": target, "met": met, "note": note}
+
+
+def own_checks(grid: Study) -> Iterator[dict[str, object]]:
+    """What the run of the whole grid shows by itself."""
+    summary = grid.summary
+    replayed = summary.replay_check
+    yield check(
+        "replay = decoding, prompt rows that were both replayed and measured",
+        replayed.equal / replayed.rows,
+        "1",
+        replayed.equal == replayed.rows,
+        f"{replayed.equal} of {replayed.rows}; round by round on tiny models: tests/test_replay.py",
+    )
+    plane = grid.config.sweep.measure.plane
+    assert plane is not None
+    for score in summary.prediction:
+        if (score.dataset, score.context) == (plane.dataset, plane.context):
+            yield check(
+                f"prediction error of decode time, median, {score.dataset} {score.context}",
+                score.median_error,
+                "at most 0.10",
+                score.median_error <= 0.10,
+                f"{score.cells} cells, the worst {score.worst_error:.2f}",
+            )
+    for advice in summary.recommendations:
+        ratio = None
+        if advice.rechecked is not None and advice.best_rechecked is not None:
+            ratio = advice.rechecked / advice.best_rechecked
+        yield check(
+            f"recommended ÷ best measured speed on fresh repeats, {advice.dataset} {advice.context}",
+            ratio,
+            "at least 0.95",
+            None if ratio is None else ratio >= 0.95,
+            advice.why if advice.choice is None else "",
+        )
+    for gain in headline(summary.families):
+        other = tables.same(summary.families, gain, control="other_prompt")
+        share = f", {100 * min(other.mean / gain.mean, 1):.0f} % of it under other_prompt" if other else ""
+        yield check(
+            f"multi_view − full_only at B = {gain.budget}, {gain.dataset} {gain.context}, "
+            f"{'greedy' if gain.temperature == 0 else f'temperature {gain.temperature:g}'}: lower bound",
+            gain.low,
+            "above 0",
+            gain.low > 0,
+            f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]{share}",
+        )
+
+
+def headline(families: Sequence[FamilyGain]) -> list[FamilyGain]:
+    """`multi_view` against `full_only` behind the smallest budget, over all prompts."""
+    return [
+        gain
+        for gain in families
+        if (gain.drafter, gain.baseline, gain.control, gain.prompts)
+        == ("multi_view", "full_only", None, "all")
+        and gain.budget != "full"
+        and gain.gamma == tables.GAMMA
+    ]
+
+
+def bench_checks(file: Path | None) -> Iterator[dict[str, object]]:
+    """The rows of the grid's benchmark, if they were given."""
+    for row in json.loads(file.read_text(encoding="utf-8")) if file else []:
+        if row["target"] is not None and row["value"] is not None:
+            sign = "at most" if row["at_most"] else "at least"
+            yield check(row["row"], row["value"], f"{sign} {row['target']:g}", row["met"], row["note"])
+
+
+if __name__ == "__main__":
+    main()

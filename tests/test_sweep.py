@@ -1,0 +1,191 @@
+"""The whole sweep on toy models: replay, calibration, prediction, measuring, and measuring again."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.pipeline import run_pipeline
+from jobs.recommend import advise
+from pipeline.artifacts import read_all, read_rows
+from pipeline.config import Config
+from pipeline.errors import BadData
+from pipeline.evaluate import Evaluator, MeasureTask
+from pipeline.planner import cell_of
+from pipeline.report.summary import Summary
+from pipeline.rows import Cell, PredictedRow, PromptRow, StepTimes
+from tests.configs import MINIMAL
+from tests.data.conftest import story
+
+PROMPTS, MEASURED, REPEATS = 12, 6, 2
+BASELINES = ("self_speculation", "prompt_lookup")
+
+
+def predicting(corpus: Path, storage: Path) -> Config:
+    """Two training seeds, baselines, two contexts of which one has a smaller largest γ, two temperatures."""
+    values: dict[str, Any] = copy.deepcopy(MINIMAL)
+    source = {"kind": "text", "name": "tales", "files": ["*.txt"], "validation_fraction": 0.1}
+    values["storage"] = str(storage)
+    values["data"] |= {
+        "root": str(corpus), "sources": [{**source, "test_fraction": 0.3}], "prompts": PROMPTS,
+        "prompts_per_document": 2, "max_sequences": 40,
+        "contexts": [{"name": "48", "tokens": 48}, {"name": "64", "tokens": 64}],
+    }  # fmt: skip
+    values["train"]["variants"] = [
+        {"name": "full_only", "sparse_weight": 0, "seeds": [1, 2]},
+        {"name": "multi_view", "budgets": {16: 0.6, 32: 0.4}, "seeds": [1, 2]},
+    ]
+    for role in ("target", "drafter"):
+        values[role]["pretrain"] = {"steps": 60, "batch_sequences": 4, "learning_rate": 0.02}
+    values["sweep"] |= {
+        "mode": "both", "baselines": list(BASELINES), "max_gammas": {"48": 2}, "temperatures": [0.0, 1.0],
+        "measure": {
+            "drafters": ["multi_view~1"], "budgets": [16], "gammas": [2], "temperatures": [0.0],
+            "prompts": MEASURED, "repeats": REPEATS,
+            "plane": {"drafter": "full_only", "dataset": "tales", "context": "64"},
+        },
+    }  # fmt: skip
+    values["report"] = {"bootstrap_samples": 100}
+    return Config.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    corpus = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        (corpus / f"tale{number:02d}.txt").write_text(story(number))
+    return predicting(corpus, tmp_path_factory.mktemp("storage"))
+
+
+@pytest.fixture(scope="module")
+def report(config: Config) -> Path:
+    return run_pipeline(config).parent
+
+
+@pytest.fixture(scope="module")
+def swept(report: Path) -> Path:
+    (folder,) = report.parent.glob("sweep-*")
+    return folder
+
+
+def summary_of(report: Path) -> Summary:
+    return Summary.model_validate_json((report / "summary.json").read_text())
+
+
+def test_every_source_is_replayed_and_estimated(swept: Path) -> None:
+    rows = [row for row in read_all(swept / "rows", PromptRow) if row.mode != "measure"]
+    assert {row.mode for row in rows if row.temperature == 0} == {"replay"}
+    assert {row.mode for row in rows if row.temperature == 1} == {"estimate"}
+    trained = {f"{variant}~{seed}" for variant in ("full_only", "multi_view") for seed in (1, 2)}
+    assert {row.drafter for row in rows} == trained | {*BASELINES}
+    assert {row.gamma for row in rows if row.context == "48"} == {2}
+    assert {row.gamma for row in rows if row.context == "64"} == {2, 4}
+    views = {
+        drafter: {(row.policy, row.budget) for row in rows if row.drafter == drafter} for drafter in BASELINES
+    }
+    assert views["prompt_lookup"] == {("none", 0)}
+    assert views["self_speculation"] == {(p, b) for p in ("streaming", "snapkv") for b in (16, 32)}
+
+
+def test_estimates_are_of_the_size_of_what_sampling_gives(swept: Path) -> None:
+    """Expected counts over one sampled text a prompt lie within what counts can be."""
+    for row in read_all(swept / "rows", PromptRow):
+        if row.mode == "estimate":
+            assert row.num_proposed is not None and 0 <= row.num_accepted <= row.num_proposed
+            assert row.num_tokens / (row.gamma + 1) <= row.num_rounds + 1e-9 <= row.num_tokens + 1e-6
+
+
+def test_all_that_is_measured_is_exact_and_replay_knew_it(swept: Path) -> None:
+    rows = read_all(swept / "rows", PromptRow)
+    replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
+    measured = [row for row in rows if row.mode == "measure"]
+    assert {row.drafter for row in measured} >= {"multi_view~1", *BASELINES}
+    for row in measured:
+        same = replayed[cell_of(row), row.prompt_id]
+        assert row.exact and row.num_left_out == 0 and len(row.decode_s) == REPEATS
+        assert (row.num_rounds, row.num_accepted) == (same.num_rounds, same.num_accepted)
+        assert (row.num_proposed, row.reached) == (same.num_proposed, same.reached)
+    # The plane: every budget and γ of the first seed of full_only, at 64.
+    plane = {
+        (row.budget, row.gamma) for row in measured if (row.drafter, row.context) == ("full_only~1", "64")
+    }
+    assert plane == {(budget, gamma) for budget in (16, 32, "full") for gamma in (2, 4)}
+
+
+def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, swept: Path) -> None:
+    predicted = read_rows(report / "predicted.jsonl", PredictedRow)
+    rows = read_all(swept / "rows", PromptRow)
+    wanted = {cell_of(row) for row in rows if row.mode == "replay" and row.control is None}
+    assert {cell_of(row) for row in predicted} == wanted
+    times = read_all(swept / "steps", StepTimes)
+    assert {time.context for time in times} == {"48", "64"}
+    assert {time.kind for time in times} == {"drafter", *BASELINES}
+    assert all(min(t.draft_s, t.ar_s, *t.verify_s.values()) > 0 for t in times)
+    scored = summary_of(report).prediction
+    assert [score.cells for score in scored if score.context == "64"] >= [6]
+
+
+def test_recommended_and_fastest_are_measured_again(report: Path, swept: Path) -> None:
+    again = {cell_of(row) for row in read_all(swept / "rechecked", PromptRow)}
+    for advice in summary_of(report).recommendations:
+        if advice.choice is not None:
+            assert Cell(**advice.choice.model_dump(include=set(Cell.model_fields))) in again
+            assert advice.rechecked is not None and advice.best_rechecked is not None
+    assert again and "What to deploy" in (report / "report.html").read_text()
+
+
+# ── budgetdraft recommend ─────────────────────────────────────────────────────────────────────────
+
+
+def test_recommend_reads_a_report(report: Path) -> None:
+    text = "\n".join(advise(report / "summary.json", 60, None, 1.0, 4, None))
+    assert text.startswith("tales, 64:") and "Memory is that of 4 prompts at once" in text
+    small = "\n".join(advise(report, 40, "tales", 1e-6, 1, None))
+    assert small.endswith("do not speculate here: every cell is out for memory")
+    never = "\n".join(advise(report, 40, None, None, 1, 1.0))
+    assert "acceptance" in never or "deploy" in never
+
+
+@pytest.mark.parametrize(
+    ("context", "dataset", "part"),
+    [
+        (500, None, "--context 500 is beyond the contexts of these results: 48 = 48 tokens, 64 = 64 tokens"),
+        (64, "poems", "no measured or predicted speed at 64 for data set 'poems'; there is tales"),
+    ],
+)
+def test_recommend_says_what_is_missing(report: Path, context: int, dataset: str | None, part: str) -> None:
+    with pytest.raises(BadData, match="") as caught:
+        list(advise(report, context, dataset, None, 1, None))
+    assert part in str(caught.value)
+    with pytest.raises(BadData, match=r"holds no summary\.json"):
+        list(advise(report.parent, 64, None, None, 1, None))
+
+
+# ── resuming ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sweep_that_broke_off_goes_on_with_what_it_had_picked(
+    config: Config, report: Path, swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this file, as it changes the storage. Predictions and picks stay, timed files stay, only what is missing is measured."""
+    kept = {file: file.read_bytes() for file in swept.rglob("*.jsonl")}
+    lost = sorted((swept / "rows").glob("measure-*"))[:1]
+    for file in [*lost, swept / "manifest.json"]:
+        file.unlink()
+    shutil.rmtree(report)
+    tasks: list[object] = []
+    whole = Evaluator.measure
+
+    def watched(self: Evaluator, task: MeasureTask) -> object:
+        tasks.append(task.output)
+        return whole(self, task)
+
+    monkeypatch.setattr(Evaluator, "measure", watched)
+    run_pipeline(config)
+    assert tasks == lost
+    changed = [file for file, content in kept.items() if file.read_bytes() != content]
+    assert changed == lost
