@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.rows import Row, gpu_name, table, write
 
-GROUPS = ("decoding", "training", "memory", "gpu")
+GROUPS = ("decoding", "training", "memory", "grid", "gpu")
 
 
 def main() -> int:
@@ -53,6 +53,11 @@ def main() -> int:
         from benchmarks.memory import memory_row
 
         rows.append(memory_row())
+    if "grid" in groups:
+        from benchmarks.grid import grid_rows
+
+        print("the paper's grid", flush=True)
+        rows += grid_rows()
     write(rows, given.output)
     print(f"\n{table(rows)}\n\n{given.output.resolve()}")
     return 0

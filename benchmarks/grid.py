@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +46,12 @@ SHAPE = ScratchModel(
     kind="scratch", layers=1, hidden=32, heads=1, kv_heads=1, intermediate=64, max_positions=32_768,
     pretrain=Pretrain(steps=0),
 )  # fmt: skip
-SHARPNESS = 8.0  # scales random weights, so that what a model says depends on what it reads
-NOISE = 0.1  # of a drafter's weights beside the target's, in standard deviations of each tensor
-SAMPLED = 60
+# One layer: decoding a cell then takes longer than reading its prompt, as it does with models of real size.
+# Random weights are scaled, and a drafter's differ from the target's by noise in standard deviations of each
+# tensor, so that acceptance at γ = 5 lies about where the paper's does: between half and nearly all.
+SHARPNESS = 4.0
+NOISE = 0.05
+SAMPLED = 60  # cells × prompts that are decoded
 CPU = torch.device("cpu")
 
 
@@ -62,7 +66,10 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Replayed:
-    """The whole grid by replay: its rows, seconds in all and of the prefills in it, and the target's prefills."""
+    """The whole grid by replay: its rows, its seconds and those of prefills among them.
+
+    `target_prefills` are the prompts that the target has read.
+    """
 
     rows: list[PromptRow]
     seconds: float
@@ -102,7 +109,7 @@ class Grid:
         self.drafters = [
             Drafter(name, ref, SHAPE.max_positions) for name, ref in zip(names, refs, strict=True)
         ]
-        self.prompts = {file: prompts for file, prompts in self.random_prompts()}
+        self.prompts = self.random_prompts()
         for file, prompts in self.prompts.items():
             write_rows(file, prompts)
 
@@ -110,25 +117,23 @@ class Grid:
         export_model(model, self.tokenizer, self.folder / name)
         return ModelRef(str(self.folder / name))
 
-    def random_prompts(self) -> list[tuple[Path, list[Prompt]]]:
-        """A file for each data set and context."""
-        data, draw, files = self.config.data, random.Random(0), []
-        for source in data.sources:
-            for context in data.contexts:
-                name = f"{source.name}-{context.name}"
-                prompts = [
-                    Prompt(
-                        prompt_id=f"{name}-{number}",
-                        document_id=f"{name}-{number}",
-                        dataset=source.name,
-                        context=context.name,
-                        split="test",
-                        tokens=draw.choices(range(1, VOCABULARY), k=context.tokens),
-                        max_new_tokens=data.max_new_tokens,
-                    )
-                    for number in range(data.prompts)
-                ]
-                files.append((self.folder / "prompts" / f"test-{name}.jsonl", prompts))
+    def random_prompts(self) -> dict[Path, list[Prompt]]:
+        """Of each data set and context, and the file where they are to be."""
+        data, draw, files = self.config.data, random.Random(0), {}
+        for source, context in product(data.sources, data.contexts):
+            name = f"{source.name}-{context.name}"
+            files[self.folder / "prompts" / f"test-{name}.jsonl"] = [
+                Prompt(
+                    prompt_id=f"{name}-{number}",
+                    document_id=f"{name}-{number}",
+                    dataset=source.name,
+                    context=context.name,
+                    split="test",
+                    tokens=draw.choices(range(VOCABULARY), k=context.tokens),
+                    max_new_tokens=data.max_new_tokens,
+                )
+                for number in range(data.prompts)
+            ]
         return files
 
     def evaluator(self) -> Evaluator:
@@ -172,9 +177,7 @@ class Grid:
         seconds, accepted = [], []
         for work in [sample[0], *sample]:  # the first run is slow, and thrown away
             one = evaluator.contenders[work.drafter]
-            bench = Bench(
-                evaluator.sides, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas)
-            )
+            bench = Bench(evaluator.sides, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas))
             source = Views(bench, one.drafter, one.fast, [work.cell]).source(work.cell)
             run = bench.speculative(source, work.length.gamma, GREEDILY, NEVER)
             seconds.append(run.seconds)
@@ -183,33 +186,41 @@ class Grid:
 
 
 def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row]:
-    """Seconds of the replayed grid, how much longer measuring takes, and the target's prefills."""
+    """Seconds of the replayed grid, how much longer measuring takes, and the target's prefills.
+
+    Args:
+        sampled: cells × prompts that are decoded, for the extrapolation.
+        overrides: of the config, after those of this file.
+    """
     config = load_config(CONFIG, [*OVERRIDES, *overrides])
     with tempfile.TemporaryDirectory() as folder:
         grid = Grid(config, Path(folder))
-        replayed = grid.replay()
-        prompts, work = sum(map(len, grid.prompts.values())), grid.work()
+        replayed, work = grid.replay(), grid.work()
+        prompts = sum(len(here) for here in grid.prompts.values())
         assert len(replayed.rows) == len(work), "replay left cells out"
-        assert replayed.target_prefills == prompts, "a prompt was prefilled more than once"
+        assert replayed.target_prefills == prompts, "replay did not prefill every prompt exactly once"
         sample = random.Random(0).sample(work, sampled)
         sample.sort(key=lambda one: len(one.prompt.tokens))  # equal shapes side by side
         seconds, accepted = grid.measure(sample)
     known = {(r.prompt_id, r.drafter, r.budget, r.gamma): r.num_accepted for r in replayed.rows}
-    equal = sum(
-        count == known[one.prompt.prompt_id, grid.drafters[one.drafter].name, one.cell.budget, one.length.gamma]
-        for one, count in zip(sample, accepted, strict=True)
-    )
+    equal = 0
+    for one, count in zip(sample, accepted, strict=True):
+        drafter = grid.drafters[one.drafter].name
+        equal += count == known[one.prompt.prompt_id, drafter, one.cell.budget, one.length.gamma]
     rate = sum(r.num_accepted for r in replayed.rows) / sum(r.num_proposed or 0 for r in replayed.rows)
     mean = bootstrap_interval(seconds, [1] * sampled, samples=2000, seed=0)
-    value, low, high = (
-        (replayed.prefill_s + each * len(work)) / replayed.seconds for each in (mean.mean, mean.low, mean.high)
+    ratio, low, high = (
+        (replayed.prefill_s + each * len(work)) / replayed.seconds
+        for each in (mean.mean, mean.low, mean.high)
     )
+    size = f"{len(work) // config.data.prompts} cells, {len(work)} cells × prompts"
+    basis = f"extrapolated from {sampled} random cells × prompts, {mean.mean:.2f} s each"
+    check = f"{equal} of them accept what replay says"
     measuring = row(
         "measuring every cell, prefills shared ÷ replay",
-        [value],
+        [ratio],
         100,
-        note=f"extrapolated from {sampled} random ones of {len(work)} cells × prompts, {mean.mean:.2f} s each; "
-        f"{equal} of {sampled} accept what replay says; {rate:.0%} of all proposals are accepted",
+        note=f"{basis}; {check}; {rate:.0%} of all proposals are accepted",
     )
     return [
         row(
@@ -218,7 +229,7 @@ def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row
             600,
             at_most=True,
             unit=" s",
-            note=f"tiny models; {len(work) // config.data.prompts} cells; prefills {replayed.prefill_s:.0f} s of it",
+            note=f"tiny models; {size}; {replayed.prefill_s:.0f} s are prefills",
         ),
         replace(measuring, low=low, high=high),
         row(

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from benchmarks.study import Study
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
+COMMAND = (
+    "python -m benchmarks.study --storage runs --output docs/results/paper-small --grid grid.json "
+    "run.executor=inline"
+)
 CHANGES = {
     "full_only": "L_A only, no sparse branch (Table 3)",
     "lambda_1": "λ = 1 instead of 0.5 (Table 3)",
@@ -58,22 +62,26 @@ def introduction(config: Config) -> str:
     versions = ", ".join(
         f"{k} {v}" for k, v in made["versions"].items() if v and k in ("torch", "transformers")
     )
+    models = (
+        f"a target of {target.layers} layers × {target.hidden} that was pretrained here for "
+        f"{target.pretrain.steps} steps, and one-layer drafters of width {drafter.hidden}, distilled for "
+        f"{config.train.steps} steps each"
+    )
     return f"""# The paper's experiments on two CPU cores
 
-Real text (public-domain novels in PG-19's schema, QMSum meetings in LongBench's, stories in NarrativeQA's),
-toy models: a target of {target.layers} layers × {target.hidden} that was pretrained here for {target.pretrain.steps} \
-steps, and one-layer drafters of width {drafter.hidden}, distilled for {config.train.steps} steps each. The data \
-are samples, not the official sets, and no figure here is a PG-19, LongBench or NarrativeQA figure. The target \
-is a weak language model: of its greedy texts many loop, which is why everything is also given at temperature \
-1. What can be learned here is whether and how the method works, not what it is worth on large models.
+Real text (public-domain novels in PG-19's schema, QMSum meetings in LongBench's, stories in NarrativeQA's) and
+toy models: {models}.
+The data are samples, not the official sets, and no figure here is a PG-19, LongBench or NarrativeQA figure. The
+target is a weak language model: of its greedy texts many loop, which is why everything is also given at
+temperature 1. What can be learned here is whether and how the method works, not what it is worth on large models.
 
 - Machine: {made["platform"]}, {made["cpus"]} CPUs, no GPU; Python {made["python"]}, {versions}
-- Commands: `python -m benchmarks.study --storage runs --output docs/results/paper-small run.executor=inline`, \
-which runs the configs of `conf/paper-small/` one after another (`budgetdraft run conf/paper-small/table-1.yaml` \
-and so on) and writes this page and its figures from their reports
-- Intervals are 95 % over documents, of differences between families over documents and training seeds
-- *Predicted* speeds come from step times and replayed rounds, *measured* ones from the clock; they never share \
-a column. At temperature 1 acceptance is an estimate: the expectation over texts that the target sampled"""
+- Command: `{COMMAND}`. It runs the configs of
+  `conf/paper-small/` one after another (`budgetdraft run conf/paper-small/table-1.yaml` and so on) and writes
+  this page, its figures and `summary.json` from their reports
+- Intervals are 95 % over documents; of differences between families over documents and training seeds
+- *Predicted* speeds come from step times and replayed rounds, *measured* ones from the clock; they never share
+  a column. At temperature 1 acceptance is an estimate: the expectation over texts that the target sampled"""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

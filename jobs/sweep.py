@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from jobs.executor import Executor
+from jobs.teach import sampled_chances
 from jobs.train import drafter_ref, model_identity, target_ref
 from pipeline import planner
 from pipeline.artifacts import Artifact, open_artifact, read_all, read_rows, write_rows
@@ -21,6 +22,7 @@ from pipeline.recommend import choices, recommend
 from pipeline.report.axes import Axes
 from pipeline.report.tables import cell_rows
 from pipeline.rows import Cell, PredictedRow, Prompt, PromptRow, StepTimes
+from pipeline.teacher import sampled_name
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,8 @@ class Phases:
         drafters: list[Drafter],
     ) -> None:
         self.config, self.sweep, self.executor, self.folder = config, config.sweep, executor, artifact.path
-        self.texts = [teach.path / "continuations"] + ([sample.path / "continuations"] if sample else [])
+        self.greedy = teach.path / "continuations"
+        self.sampled = sample.path / "continuations" if sample else None
         self.files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
         self.drafters, self.rows, self.failures = drafters, 0, 0
         self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
@@ -113,15 +116,14 @@ class Phases:
     def replay(self) -> None:
         tasks = []
         for file in self.files:
-            texts = tuple(
-                text for folder in self.texts for text in sorted(folder.glob(f"{file.stem}*.jsonl"))
-            )
-            if 0.0 not in self.sweep.temperatures:
-                texts = tuple(text for text in texts if text.name != file.name)
+            texts = [self.greedy / file.name] if 0.0 in self.sweep.temperatures else []
+            if self.sampled:
+                names = [sampled_name(file.name, chance) for chance in sampled_chances(self.config)]
+                texts += [self.sampled / name for name in names]
             count = len(read_rows(file, Prompt))
             for first in range(0, count, PROMPTS_PER_TASK):
                 last = min(first + PROMPTS_PER_TASK, count)
-                tasks.append(ReplayTask(file, texts, first, last, self.output("replay", file, first)))
+                tasks.append(ReplayTask(file, tuple(texts), first, last, self.output("replay", file, first)))
         self.run(tasks, "replay", self.sweep.num_evaluators)
 
     def calibrate(self) -> None:

@@ -66,7 +66,7 @@ def sample(
 
     Apart from the labels, so that other temperatures do not train anew.
     """
-    chances = [Chance(t, seed) for t in config.sweep.temperatures if t > 0 for seed in config.sweep.seeds]
+    chances = sampled_chances(config)
     if not chances:
         return None
     inputs = {
@@ -87,6 +87,12 @@ def sample(
     written = sum(d.continuations for _, d in executor.map_actors(factory, tasks, "sample", workers))
     artifact.finish(inputs, {"continuations": written}, time.perf_counter() - began)
     return artifact
+
+
+def sampled_chances(config: Config) -> list[Chance]:
+    """The temperatures above 0 of the sweep, with every seed."""
+    sweep = config.sweep
+    return [Chance(t, seed) for t in sweep.temperatures if t > 0 for seed in sweep.seeds]
 
 
 def make_teacher(config: Config, target: object, tokenizer: Path, output: Path) -> Teacher:

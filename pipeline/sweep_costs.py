@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from pipeline.cells import Drafter, Pick, ViewCell, chosen_drafter, configured_picks, draft_lengths, view_cells
+from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks, draft_lengths, view_cells
 from pipeline.config import Config, Sweep
 from pipeline.costs import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.kv import View
@@ -89,36 +89,77 @@ def picks_of(config: Config, place: Place) -> list[Pick]:
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -> Memory:
-    """Every model is loaded; the draft source that takes most replays a prompt behind all its views at once.
+class Loaded(NamedTuple):
+    """A model as the sweep loads it."""
 
-    Views are held of two prompts, and once more in the cache. The continuation's logits are copied while they
-    are put in order; sampled texts and thresholds then need probabilities in fp32.
+    shape: Shape
+    itemsize: int
+
+    @property
+    def weights(self) -> int:
+        return self.shape.parameters * self.itemsize
+
+    def kv(self, tokens: int) -> int:
+        return self.shape.kv_bytes(tokens, self.itemsize)
+
+    def prefill(self, prefix: int, chunk: int, device: Device) -> int:
+        """The hidden states and the KV of one layer, and the activations of a chunk."""
+        shape, size = self.shape, self.itemsize
+        layer = prefix * (shape.hidden + 2 * shape.kv) * size
+        alive = layer + min(prefix, chunk) * shape.reading_bytes(size)
+        return device.held(alive, prefix * max(shape.hidden, 2 * shape.kv) * size)
+
+
+def loaded(config: Config, shapes: Mapping[str, Shape]) -> dict[str, Loaded]:
+    dtypes = {"target": config.target.dtype, "drafter": config.drafter.dtype}
+    return {role: Loaded(shape, ITEMSIZE[dtypes[role]]) for role, shape in shapes.items()}
+
+
+def longest(config: Config) -> int:
+    return max(context.tokens for context in config.data.contexts)
+
+
+def kept(view: View, prefix: int) -> int:
+    return prefix if view.budget is None else min(view.budget, prefix)
+
+
+def slots(view: View, prefix: int) -> int:
+    """As `pipeline.measure.Bench.drafter` allocates them for a prefix."""
+    return slots_for(prefix) if view.budget is None else view.budget
+
+
+def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -> Memory:
+    """All draft sources are loaded; the one that takes most replays a prompt behind all its views at once.
+
+    Views are held of two prompts, and those of one once more in the cache. The continuation's logits are
+    copied when they are put in order; sampled texts and thresholds then need probabilities in fp32.
     """
     sweep, prefix, count = config.sweep, longest(config), config.data.max_new_tokens
-    sampled = sum(texts(sweep, sweep.temperatures)[1:]) > 0
-    weights = sum(weight_bytes(config, role, shape, measuring=False) for role, shape in shapes.items())
+    models, sources = loaded(config, shapes), draft_sources(config)
+    roles = [role_of(source) for source in sources]
+    weights = (
+        roles.count("drafter") * models["drafter"].weights + roles.count("target") * models["target"].weights
+    )
+    in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
-    for source in draft_sources(config):
-        role = role_of(source)
+    for role, source in zip(roles, sources, strict=True):
         if role is None:
             continue
-        shape, size, cells = shapes[role], itemsize(config, role), view_cells(sweep, source)
-        kept = {cell.view: min(capacity(cell.view, prefix), prefix) for cell in cells}
-        entries = REMEMBERED * sum(kept.values()) + sum(kept[cell.view] + count for cell in cells)
-        logits = len(cells) * count * shape.vocab
-        copies = 2 * logits * size
-        if sampled or any(sweep.thresholds):
-            copies = max(copies, logits * (size + 2 * FP32))
-        continuing = len(cells) * count * shape.reading_bytes(size)
+        model, views = models[role], [cell.view for cell in view_cells(sweep, source)]
+        shape, size, tokens = model.shape, model.itemsize, len(views) * count
+        held = REMEMBERED * sum(kept(view, prefix) for view in set(views))
+        cached = sum(kept(view, prefix) for view in views) + tokens
+        logits = tokens * shape.vocab
+        copies = logits * max(2 * size, size + 2 * FP32 * in_fp32)
+        prefill = model.prefill(prefix, config.decode.prefill_chunk, device)
         peaks.append(
             Memory(
                 "sweep replay",
                 device.base_bytes,
                 weights,
-                activations=max(reading(config, shape, size, device), continuing),
+                activations=max(prefill, tokens * shape.reading_bytes(size)),
                 logits=device.held(copies, logits * size),
-                kv=device.held(shape.kv_bytes(entries, size), prefix * shape.kv * size),
+                kv=device.held(model.kv(held + cached), prefix * shape.kv * size),
             )
         )
     return max(peaks, key=lambda peak: peak.each)
@@ -127,32 +168,43 @@ def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -
 def measure_memory(
     config: Config, shapes: Mapping[str, Shape], places: Iterable[Place], device: Device
 ) -> Memory:
-    """Every model is loaded, with a static cache for each of its timed budgets; calibration has no more.
+    """All models are loaded, with a static cache for every timed budget of each; calibrating has no more.
 
-    Beside the caches there are the views that they are loaded from: of the target's prefill one prompt's
-    full view and all sparse ones of self-speculation, and those of the drafter whose turn it is.
+    Beside the caches are the views that they are loaded from: the target's full view of one prompt, all its
+    sparse ones where it speculates for itself, and those of the drafter whose turn it is.
     """
     sweep, prefix = config.sweep, longest(config)
+    models, sources = loaded(config, shapes), draft_sources(config)
+    target, drafter = models["target"], models["drafter"]
     room = config.data.max_new_tokens + max(sweep.gammas)
-    caches, views = {"target": capacity(None, prefix) + room, "drafter": 0}, {"target": 0, "drafter": 0}
-    timed = timed_views(config, places)
-    for source in draft_sources(config):
-        role, own = role_of(source), timed.get(source.name, set())
-        if role is None:
-            continue
-        caches[role] += sum(slots + room for slots in {capacity(view, prefix) for view in own})
-        views[role] = max(views[role], sum(min(capacity(view, prefix), prefix) for view in own))
+    cached, held = {"target": slots_for(prefix) + room, "drafter": 0}, {"target": 0, "drafter": 0}
+    timed = timed_views(config, sources, places)
+    for source in sources:
+        role, views = role_of(source), timed[source.name]
+        if role is not None:
+            cached[role] += sum(each + room for each in {slots(view, prefix) for view in views})
+            held[role] = max(held[role], sum(kept(view, prefix) for view in views))
     together = min(sweep.measure.prompts_together, sweep.measure.prompts)
-    sizes = {role: itemsize(config, role) for role in shapes}
-    kv = {
-        role: shape.kv_bytes(together * (caches[role] + views[role]), sizes[role])
-        for role, shape in shapes.items()
-    }
+    kv = sum(model.kv(together * (cached[role] + held[role])) for role, model in models.items())
+    drafters = sum(role_of(source) == "drafter" for source in sources)
+    chunk = config.decode.prefill_chunk
     return Memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
-        sum(weight_bytes(config, role, shape, measuring=True) for role, shape in shapes.items()),
-        activations=max(reading(config, shape, sizes[role], device) for role, shape in shapes.items()),
-        logits=LOGIT_COPIES * FP32 * together * room * shapes["target"].vocab,
-        kv=sum(kv.values()) + shapes["target"].kv_bytes(prefix, sizes["target"]),
+        target.weights + drafters * drafter.weights,
+        activations=max(model.prefill(prefix, chunk, device) for model in models.values()),
+        logits=LOGIT_COPIES * FP32 * together * room * target.shape.vocab,
+        kv=kv + target.kv(prefix),
     )
+
+
+def timed_views(config: Config, sources: Iterable[Drafter], places: Iterable[Place]) -> dict[str, set[View]]:
+    """The views of each draft source that are timed; predictions may point at any."""
+    if config.sweep.predicts:
+        cells = {source.name: view_cells(config.sweep, source) for source in sources}
+        return {name: {cell.view for cell in own if not cell.control} for name, own in cells.items()}
+    timed: dict[str, set[View]] = {source.name: set() for source in sources}
+    for place in places:
+        for pick in picks_of(config, place):
+            timed[pick.drafter].add(pick.cell.view)
+    return timed

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks import gpu
 from benchmarks.baselines import huggingface
 from benchmarks.decoding import check
+from benchmarks.grid import grid_rows
 from benchmarks.memory import memory_row
 from benchmarks.pairs import Ours, Pair
 from benchmarks.rows import interleaved, median, row, table, write
@@ -110,6 +111,18 @@ def test_the_paper_style_step_updates_as_ours_does(target: PreTrainedModel, draf
 
 def test_the_largest_tensor_of_distill_loss_is_found() -> None:
     assert memory_row(positions=512, vocabulary=40_000).met
+
+
+def test_the_grid_is_replayed_with_one_prefill_a_prompt() -> None:
+    """The paper's budgets, drafters and γ at a sixteenth of its lengths; every sampled cell agrees."""
+    contexts = "data.contexts=[{name: 4K, tokens: 320}, {name: 8K, tokens: 512}, {name: 16K, tokens: 1024}]"
+    small = ("sweep.budgets=[16, 32, 64, 128]", "data.max_new_tokens=24", "data.prompts=2")
+    seconds, ratio, prefills = grid_rows(6, [contexts, *small])
+    assert seconds.row == "the paper's grid × 3 drafters × 2 prompts by replay" and seconds.met
+    assert "936 cells, 1872 cells × prompts" in seconds.note
+    assert "from 6 random" in ratio.note and "6 of them accept what replay says" in ratio.note
+    assert ratio.value and ratio.low and ratio.high and 0 < ratio.low <= ratio.value <= ratio.high
+    assert prefills.value == 1 and prefills.met and "18 prompts" in prefills.note
 
 
 def test_gpu_rows_at_toy_size_on_any_device() -> None:

@@ -15,6 +15,7 @@ from jobs.teach import label_bytes, label_tasks
 from pipeline.artifacts import Artifact, read_rows
 from pipeline.config import Config
 from pipeline.decoding import NotFinite
+from pipeline.drafting import Chance
 from pipeline.models import ModelRef
 from pipeline.rows import Continuation, Prompt
 from pipeline.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
@@ -194,6 +195,35 @@ def test_continuations_are_greedy_generation_with_its_gaps(
         assert (row.document_id, row.dataset, row.context, row.split) == (
             prompt.document_id, prompt.dataset, prompt.context, prompt.split,
         )  # fmt: skip
+
+
+def test_sampled_continuations_carry_the_targets_log_probabilities(
+    prepare: Path, saved: ModelRef, plain: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Beside the greedy ones, by temperature and seed; repeated, they are the same."""
+    (file,) = (prepare / "prompts").glob("test-*.jsonl")
+    chances = [Chance(0.7, 3), Chance(0.7, 4), Chance(0.0, 0)]
+    texts = {}
+    for folder in ("one", "two"):
+        teacher = make_teacher(prepare, saved, tmp_path / folder, tiny_config())
+        for chance in chances:
+            teacher(ContinueTask(file, chance))
+    for chance, name in zip(chances, ("-t0.7-s3", "-t0.7-s4", ""), strict=True):
+        files = [tmp_path / f / "continuations" / f"{file.stem}{name}.jsonl" for f in ("one", "two")]
+        first, again = (read_rows(one, Continuation) for one in files)
+        assert first == again
+        texts[chance] = [tuple(row.tokens) for row in first]
+        for prompt, row in zip(read_rows(file, Prompt), first, strict=True):
+            assert (row.temperature, row.seed) == (chance.temperature, chance.seed)
+            if chance.temperature == 0:
+                assert row.log_probs == []
+                continue
+            with torch.no_grad():
+                logits = plain(input_ids=torch.tensor([prompt.tokens + row.tokens])).logits[0]
+            own = (logits[len(prompt.tokens) - 1 : -1] / chance.temperature).log_softmax(-1)
+            expected = own.gather(1, torch.tensor(row.tokens).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(row.log_probs), expected, atol=2e-3, rtol=1e-3)
+    assert texts[chances[0]] != texts[chances[1]] != texts[chances[2]]
 
 
 def test_continuations_end_with_eos(

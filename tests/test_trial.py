@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from pipeline import measure
 from pipeline.artifacts import read_rows
+from pipeline.decoding import Round
 from pipeline.evaluate import failures_of
 from pipeline.lean import decode_model
 from pipeline.rows import FailedCell, PromptRow
+from pipeline.trial import before_divergence
 from tests.sweeps import LENGTH, LIMIT, Bench, counts, key
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
@@ -106,6 +108,39 @@ def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
     assert gap == pytest.approx(float(best[0] - best[1]), abs=1e-3)
     assert gap == pytest.approx(bench.continuations[0].gaps[7], abs=1e-3)
     assert 0 <= noise < 1e-3 < gap
+
+
+def test_rounds_behind_a_divergence_are_left_out() -> None:
+    """Autoregressive decoding gives 1 2 3 4 5 6 7 8; the third round differs in its second token."""
+    expected = [1, 2, 3, 4, 5, 6, 7, 8]
+    rounds = [Round((2, 3), 2, 1), Round((4,), 2, 0), Round((5, 9), 2, 1), Round((7, 8), 2, 1)]
+    assert before_divergence(rounds, expected) == rounds[:2]
+    same = [*rounds[:2], Round((5, 6), 2, 1), rounds[3]]
+    assert before_divergence(same, expected) == same
+    # A text that goes on where the other ended differs too.
+    assert before_divergence([*same, Round((9,), 1, 0)], expected) == same
+
+
+def test_a_divergence_leaves_its_tokens_out_of_the_counts_and_in_the_time(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autoregressive decoding made to differ in its tenth token, as rounding may make it."""
+    plain = measure.Bench.autoregressive
+
+    def rounded(self: measure.Bench, chance: Any, eos: frozenset[int]) -> measure.Timed:
+        run = plain(self, chance, eos)
+        run.tokens[0][9] = (run.tokens[0][9] + 1) % VOCABULARY
+        return run
+
+    monkeypatch.setattr(measure.Bench, "autoregressive", rounded)
+    task = bench.measured(tmp_path, changes={"sweep.measure": {"gammas": [2], "repeats": 1}}, last=1)
+    rows = read_rows(task.output, PromptRow)
+    assert rows
+    for row in rows:
+        assert row.exact is False and row.divergence_gap is not None
+        assert row.num_tokens + row.num_left_out == LIMIT - 1
+        # The first token is the prefill's: at most eight more are the same, less what its round holds.
+        assert 8 - row.gamma <= row.num_tokens <= 8 and row.num_rounds == row.reached[0]
 
 
 def test_compilation_is_in_no_time_and_is_recorded(bench: Bench, tmp_path: Path) -> None:

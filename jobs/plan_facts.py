@@ -1,0 +1,157 @@
+"""What `budgetdraft plan` goes by: shapes of the models, and what the data hold.
+
+With a finished stage prepare its counts are exact; before, they are estimated from the sizes of local files.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.teach import label_tasks
+from pipeline.artifacts import Artifact, open_artifact
+from pipeline.config import AnyModel, AnySource, Config, Data, ScratchModel
+from pipeline.costs import Shape, pretrained_shape, scratch_shape
+from pipeline.data.documents import Reader
+from pipeline.data.packing import TOKENIZER
+from pipeline.data.reading import looks_local
+from pipeline.data.sources import local_files, make_readers, stage_inputs
+from pipeline.data.tokenizer import check_tokenizers, read_tokenizer
+from pipeline.errors import BadData
+from pipeline.planner import Place
+from pipeline.teacher import LabelTask
+
+COMPRESSED, EXPANSION = {".gz", ".parquet", ".zip"}, 2.5  # text in files of these kinds, to its size there
+NO_CAP = Data.model_fields["max_sequences"].default
+Readers = dict[str, Reader[Any]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data: from the manifest of stage prepare, or estimated.
+
+    `how` says which, as `prompts_how` does for the prompts.
+    """
+
+    sequences: int
+    labelled: int
+    prompts: dict[Place, int]  # of the test split
+    vocab: int
+    how: str
+    prompts_how: str
+
+
+def known(config: Config) -> tuple[dict[str, Shape], Facts]:
+    """The shapes of target and drafter, and the facts of the data.
+
+    Raises:
+        BadData: if a local source or a model's config is missing.
+    """
+    target = shape_of(config, "target", config.data.tokenizer.vocab_size)
+    facts = facts_of(config, target.vocab)
+    return {role: shape_of(config, role, facts.vocab) for role in ("target", "drafter")}, facts
+
+
+def shape_of(config: Config, role: str, vocab: int) -> Shape:
+    """A model's shape; `vocab` is the tokenizer's, which a scratch model takes for its own."""
+    spec: AnyModel = getattr(config, role)
+    if isinstance(spec, ScratchModel):
+        return scratch_shape(spec, vocab)
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file: object = Path(spec.path) / "config.json"
+    if not Path(spec.path).is_dir() and spec.path.count("/") == 1:
+        file = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
+    if not isinstance(file, str | Path) or not Path(file).exists():
+        raise BadData(
+            f"{role}.path = {spec.path}: its config.json is not on this machine. Download it "
+            f"(`hf download {spec.path} config.json`) or name a local folder in {role}.path"
+        )
+    try:
+        given = AutoConfig.from_pretrained(Path(file).parent, trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(given, trust_remote_code=spec.trust_remote_code)
+        return pretrained_shape(given, sum(weight.numel() for weight in model.parameters()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
+
+
+def facts_of(config: Config, vocab: int) -> Facts:
+    """Exact counts of a complete stage prepare; else estimates for a vocabulary of so many entries."""
+    data = config.data
+    readers = make_readers(data, config.seed)
+    places = [
+        Place(source.name, context.name)
+        for source in data.sources
+        if "test" in source.use
+        for context in data.contexts
+    ]
+    prepared = prepared_data(config, readers)
+    if prepared is None:
+        sequences, how = estimate_sequences(config, readers, vocab)
+        labelled = min(sequences, config.labels.max_sequences)
+        prompts = dict.fromkeys(places, data.prompts)
+        return Facts(sequences, labelled, prompts, vocab, how, "at most: data.prompts")
+    counts = prepared.manifest["counts"]
+    labelled = sum(t.last - t.first for t in label_tasks(config, prepared) if isinstance(t, LabelTask))
+    prompts = {place: counts["prompts"][f"test-{place.dataset}-{place.context}.jsonl"] for place in places}
+    vocab = len(read_tokenizer(prepared.path / TOKENIZER))
+    return Facts(counts["sequences"], labelled, prompts, vocab, "exact", "exact")
+
+
+def prepared_data(config: Config, readers: Readers) -> Artifact | None:
+    """The complete stage prepare of a config, found as `jobs.prepare` finds it; nothing is written.
+
+    Raises:
+        BadData: if a local source or tokenizer is missing, unless another source is on the hub.
+    """
+    try:
+        check_tokenizers(config)
+        shards = [shard for reader in readers.values() for shard in reader.shards()]
+        inputs = stage_inputs(config, local_files(readers, shards))
+    except BadData:
+        if not any(on_hub(config, source) for source in config.data.sources):
+            raise
+        return None
+    artifact = open_artifact(Path(config.storage), "prepare", inputs)
+    return artifact if artifact.complete else None
+
+
+def on_hub(config: Config, source: AnySource) -> bool:
+    """Whether a source is read from the hub, so that nothing is known of its size."""
+    path = getattr(source, "path", None)
+    return path is not None and not looks_local(path, Path(config.data.root))
+
+
+def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[int, str]:
+    """Training sequences by the sizes of the local source files, and what that rests on."""
+    data = config.data
+    # A vocabulary's entries hold about log2(V) / 4 bytes of text: 2.2 at 512, 2.8 at 2K, 4.2 at 128K.
+    per_token = math.log2(vocab) / 4
+    sequences = 0.0
+    for reader in readers.values():
+        source = reader.source
+        if "train" not in source.use:
+            continue
+        if on_hub(config, source):
+            if data.max_sequences < NO_CAP:
+                return data.max_sequences, f"assumed: data.max_sequences, as {source.name} is on the hub"
+            wanted = config.train.steps * config.train.batch_sequences
+            return wanted, f"assumed: what train.steps read, as {source.name} is on the hub and no cap is set"
+        shards = [shard for shard in reader.shards() if shard.split in (None, "train")]
+        share = 1.0
+        if source.kind == "text":
+            share -= source.validation_fraction * ("validation" in source.use)
+            share -= source.test_fraction * ("test" in source.use)
+        for path in {table.path for shard in shards for table in shard.tables}:
+            text = os.path.getsize(path) * (EXPANSION if Path(path).suffix in COMPRESSED else 1)
+            # What is left at the end of a document is not used; files of text are documents.
+            found = text / per_token / data.sequence_tokens
+            sequences += share * (math.floor(found) if source.kind == "text" else found)
+    return min(int(sequences), data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"

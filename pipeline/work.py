@@ -1,0 +1,168 @@
+"""The arithmetic of a run, and the hours that it takes at a given or a measured rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from pipeline.cells import view_cells
+from pipeline.config import Config, ScratchModel
+from pipeline.costs import Shape
+from pipeline.models import build_scratch
+from pipeline.planner import Place
+from pipeline.sweep_costs import draft_sources, role_of, texts
+
+TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
+TIMED_RUNS = 3
+Rates = dict[tuple[str, bool], float]  # FLOP/s by the model's role, and whether it trains
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a stage by the model that does them, forward alone or with backward (three times as many)."""
+
+    stage: str
+    role: str
+    training: bool
+    flops: float
+
+
+def work(
+    config: Config, shapes: Mapping[str, Shape], labelled: int, prompts: Mapping[Place, int]
+) -> list[Work]:
+    """All work up to replay, validation aside. Timed decoding is not in it: it waits for memory.
+
+    Args:
+        labelled: sequences that the target labels.
+        prompts: of the test split.
+    """
+    data, train, length = config.data, config.train, config.data.sequence_tokens
+    target, drafter = shapes["target"], shapes["drafter"]
+    done: list[Work] = []
+    for role, spec in (("target", config.target), ("drafter", config.drafter)):
+        if isinstance(spec, ScratchModel):
+            piece = spec.pretrain.sequence_tokens or length
+            tokens = spec.pretrain.steps * spec.pretrain.batch_sequences * piece
+            flops = 3 * shapes[role].forward_flops(tokens, piece / 2)
+            done.append(Work(f"pretrain {role}", role, True, flops))
+
+    greedy, sampled = texts(config.sweep, config.sweep.temperatures)
+    tokens_of = {context.name: context.tokens for context in data.contexts}
+    read = [(tokens_of[place.context], count) for place, count in prompts.items()]
+    flops = target.forward_flops(labelled * length * (1 + config.labels.on_policy_fraction), length / 2)
+    for tokens, count in read:
+        flops += target.forward_flops(count * (1 + sampled) * (tokens + data.max_new_tokens), tokens / 2)
+    done.append(Work("teach", "target", False, flops))
+
+    for variant in train.drafters:
+        sequences = (train.steps if variant.steps is None else variant.steps) * train.batch_sequences
+        attended = [length / 2] if variant.full_weight else []
+        if variant.sparse_weight and variant.budgets:
+            attended += [float(max(variant.budgets))] * min(variant.num_views, len(variant.budgets))
+        tokens = sequences * train.windows * train.window_tokens
+        windows = sum(3 * drafter.forward_flops(tokens, entries) for entries in attended)
+        prefill = drafter.forward_flops(sequences * length, length / 2)
+        done += [Work("train", "drafter", False, prefill), Work("train", "drafter", True, windows)]
+
+    for source in draft_sources(config) if config.sweep.mode != "measure" else ():
+        if reader := role_of(source):
+            views = len(view_cells(config.sweep, source)) * (greedy + sampled)
+            flops = sum(
+                count * shapes[reader].forward_flops(tokens + views * data.max_new_tokens, tokens / 2)
+                for tokens, count in read
+            )
+            done.append(Work("sweep replay", reader, False, flops))
+    return done
+
+
+def hours(done: Iterable[Work], rates: Rates) -> dict[str, float]:
+    """Device-hours by stage."""
+    total: dict[str, float] = defaultdict(float)
+    for part in done:
+        total[part.stage] += part.flops / rates[part.role, part.training] / 3600
+    return dict(total)
+
+
+def rates_of(
+    config: Config, shapes: Mapping[str, Shape], device: str, tflops: float | None
+) -> tuple[Rates | None, str]:
+    """The rates of one process and where they come from; None where they cannot be known.
+
+    Args:
+        tflops: as given by the user, for everything.
+    """
+    if tflops:
+        given = dict.fromkeys(product(shapes, (False, True)), tflops * 1e12)
+        return given, f"estimate: FLOPs at the given {tflops:g} TFLOP/s"
+    specs = {"target": config.target, "drafter": config.drafter}
+    scratch = {role: spec for role, spec in specs.items() if isinstance(spec, ScratchModel)}
+    if len(scratch) < len(specs) or (device == "cuda" and not torch.cuda.is_available()):
+        return None, "not known: give --tflops X, the effective TFLOP/s of the device"
+    own = config.run.cpus_per_task if config.run.executor == "ray" else torch.get_num_threads()
+    threads = max(1, int(own)) if device == "cpu" else 1
+    length = min(config.data.sequence_tokens, TIMED_TOKENS)
+    rates: Rates = {}
+    for role, spec in scratch.items():
+        flops = shapes[role].forward_flops(length, length / 2)
+        seconds = timed_step(spec, shapes[role].vocab, length, device, config.train.dtype == "bfloat16")
+        for training, least in seconds.items():
+            rates[role, training] = threads * flops * (3 if training else 1) / least
+    measured = ", ".join(
+        f"{role} {'training' if training else 'forward'} {rate / 1e12:.3g} TFLOP/s"
+        for (role, training), rate in rates.items()
+    )
+    return rates, f"estimate: FLOPs at rates measured here, of a process with {threads} threads: {measured}"
+
+
+class Vocabulary:
+    """Stands in for a tokenizer of so many entries where a model is built to be timed."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return self.entries
+
+
+def timed_step(
+    spec: ScratchModel, vocab: int, tokens: int, device: str, bfloat16: bool = False
+) -> dict[bool, float]:
+    """Seconds of one sequence forward alone (False) and of a whole training step (True), the best run.
+
+    On a CPU they are seconds of one thread's own time: what else runs on the machine does not count.
+    """
+    entries: Any = Vocabulary(vocab)
+    model = build_scratch(spec, entries, 0).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens_1S = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
+    def step(training: bool) -> None:
+        half = torch.autocast(device, torch.bfloat16, enabled=bfloat16 and training)
+        with torch.set_grad_enabled(training), half:
+            logits = model(input_ids=tokens_1S, use_cache=False).logits
+        if training:
+            logits.float().logsumexp(-1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    seconds = {False: math.inf, True: math.inf}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for training in [False, True] * TIMED_RUNS:
+        began = clock()
+        step(training)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds[training] = min(seconds[training], clock() - began)
+    torch.set_num_threads(threads)
+    return seconds
