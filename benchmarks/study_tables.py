@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from pipeline import metrics
 from pipeline.artifacts import provenance
-from pipeline.config import Config, ScratchModel
+from pipeline.config import family
+from pipeline.recommend import Choice
 from pipeline.report.summary import FamilyGain
 from pipeline.rows import CellRow, PredictedRow, PromptRow
 
@@ -15,10 +18,6 @@ if TYPE_CHECKING:
     from benchmarks.study import Study
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
-COMMAND = (
-    "python -m benchmarks.study --storage runs --output docs/results/paper-small --grid grid.json "
-    "run.executor=inline"
-)
 CHANGES = {
     "full_only": "L_A only, no sparse branch (Table 3)",
     "lambda_1": "λ = 1 instead of 0.5 (Table 3)",
@@ -34,54 +33,34 @@ CHANGES = {
 
 
 def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -> str:
-    grid = studies["table-1"]
-    sections = [
-        introduction(grid.config),
-        "## What was to be reached\n\n" + check_table(checks),
-        headline_section(grid.summary.families),
-        grid_section(grid),
-        "## Table 2: sources of drafts, measured\n\n"
-        "Decode speed against our own autoregressive decoding, interleaved with it; γ = 4; every source is "
-        "lossless, and *exact* counts the prompts that equal it token for token.\n\n"
-        + measured_table(studies["table-2"].cells)
-        + "\n\n![speed by context](table-2.png)",
-        ablation_section(studies),
-        "## Figure 3: speed against γ, measured\n\n`multi_view~42` behind B = 64.\n\n"
-        + gamma_table(studies["figure-3"].cells)
-        + "\n\n![speed by γ](figure-3.png)",
-        adaptive_section(studies["adaptive"].cells),
-        advice_section(grid),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def introduction(config: Config) -> str:
-    target, drafter = config.target, config.drafter
-    assert isinstance(target, ScratchModel) and isinstance(drafter, ScratchModel)
-    made = provenance()
-    versions = ", ".join(
-        f"{k} {v}" for k, v in made["versions"].items() if v and k in ("torch", "transformers")
+    grid, adaptive = studies["table-1"], studies["adaptive"]
+    config, rows = grid.config, ablation_rows(studies)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("benchmarks", "."), undefined=jinja2.StrictUndefined
+    ).get_template("study.md.j2")
+    return (
+        template.render(
+            target=config.target,
+            drafter=config.drafter,
+            steps=config.train.steps,
+            made=provenance(),
+            gamma=GAMMA,
+            smallest=SMALLEST,
+            checks=check_table(checks),
+            headline=headline_table(grid.summary.families),
+            grid=grid_table(grid),
+            prediction=prediction_table(grid),
+            sources=measured_table(studies["table-2"].cells),
+            seed_spread=seed_spread(grid.summary.families),
+            ablations=ablation_table(rows),
+            ablation_words=ablation_words(rows),
+            gammas=gamma_table(studies["figure-3"].cells),
+            adaptive=adaptive_table(adaptive.cells),
+            adaptive_words=adaptive_words(adaptive.cells),
+            advice=advice_table(grid),
+        )
+        + "\n"
     )
-    models = (
-        f"a target of {target.layers} layers × {target.hidden} that was pretrained here for "
-        f"{target.pretrain.steps} steps, and one-layer drafters of width {drafter.hidden}, distilled for "
-        f"{config.train.steps} steps each"
-    )
-    return f"""# The paper's experiments on two CPU cores
-
-Real text (public-domain novels in PG-19's schema, QMSum meetings in LongBench's, stories in NarrativeQA's) and
-toy models: {models}.
-The data are samples, not the official sets, and no figure here is a PG-19, LongBench or NarrativeQA figure. The
-target is a weak language model: of its greedy texts many loop, which is why everything is also given at
-temperature 1. What can be learned here is whether and how the method works, not what it is worth on large models.
-
-- Machine: {made["platform"]}, {made["cpus"]} CPUs, no GPU; Python {made["python"]}, {versions}
-- Command: `{COMMAND}`. It runs the configs of
-  `conf/paper-small/` one after another (`budgetdraft run conf/paper-small/table-1.yaml` and so on) and writes
-  this page, its figures and `summary.json` from their reports
-- Intervals are 95 % over documents; of differences between families over documents and training seeds
-- *Predicted* speeds come from step times and replayed rounds, *measured* ones from the clock; they never share
-  a column. At temperature 1 acceptance is an estimate: the expectation over texts that the target sampled"""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -116,7 +95,7 @@ def same(families: Sequence[FamilyGain], gain: FamilyGain, **changes: object) ->
     return next((g for g in families if all(getattr(g, n) == v for n, v in wanted.items())), None)
 
 
-def headline_section(families: Sequence[FamilyGain]) -> str:
+def headline_table(families: Sequence[FamilyGain]) -> str:
     """`multi_view` − `full_only` behind the smallest budget, over three training seeds."""
     rows = []
     for gain in families:
@@ -145,15 +124,19 @@ def headline_section(families: Sequence[FamilyGain]) -> str:
         )
     head = ["data", "context", "temperature", "B = 64", "without looping texts", "under other_prompt",
             "explained by it", "full cache", "documents"]  # fmt: skip
-    return (
-        "## Headline: `multi_view` − `full_only`, points of acceptance\n\n"
-        f"γ = {GAMMA}, three training seeds, equal steps. *Explained by it*: the share of the gain that is there "
-        "when the kept KV are another document's, and so is robustness to the sparse shape rather than use of "
-        "the context.\n\n" + markdown(head, rows)
+    return markdown(head, rows)
+
+
+def seed_spread(families: Sequence[FamilyGain]) -> float:
+    """The widest range of one gain over its training seeds, in the headline's places."""
+    return max(
+        max(gain.by_seed) - min(gain.by_seed)
+        for gain in families
+        if (gain.budget, gain.control, gain.prompts, gain.gamma) == (SMALLEST, None, "all", GAMMA)
     )
 
 
-def grid_section(grid: Study) -> str:
+def grid_table(grid: Study) -> str:
     """Per data set, context and budget: acceptance, and the γ with the best predicted speed."""
     replayed = {key(c): c for c in grid.cells if c.mode in ("replay", "estimate") and not c.control}
     measured = {key(c): c for c in grid.cells if c.mode == "measure"}
@@ -176,13 +159,26 @@ def grid_section(grid: Study) -> str:
         rows.append(
             [dataset, context, budget, *at_four, best.gamma, acceptance(cell), speed(best), speed(timed)]
         )
-    head = ["data", "context", "B", "full_only, greedy", "full_only, 1", "multi_view, greedy",
-            "multi_view, 1", "best γ", "acceptance there", "predicted speedup", "measured speedup"]  # fmt: skip
-    return (
-        "## Table 1: the grid\n\nAcceptance in percent at γ = 4 of the drafters with training seed 42, greedy "
-        "and at temperature 1; then the γ with the best predicted speed of `multi_view~42`.\n\n"
-        + markdown(head, rows)
-        + "\n\n![acceptance by budget](table-1.png)"
+    head = ["data", "context", "B", "full_only, greedy", "full_only, T = 1", "multi_view, greedy",
+            "multi_view, T = 1", "best γ", "acceptance", "predicted speedup", "measured"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def prediction_table(grid: Study) -> str:
+    head = ["data", "context", "which", "cells", "median error, %", "worst, %"]
+    return markdown(
+        head,
+        [
+            [
+                s.dataset,
+                s.context,
+                s.what,
+                s.cells,
+                f"{100 * s.median_error:.1f}",
+                f"{100 * s.worst_error:.1f}",
+            ]
+            for s in grid.summary.prediction
+        ],
     )
 
 
@@ -196,10 +192,10 @@ def acceptance(cell: CellRow | None) -> str:
     return "" if cell is None or cell.acceptance is None else f"{100 * cell.acceptance:.1f}"
 
 
-def speed(cell: CellRow | PredictedRow | None) -> str:
+def speed(cell: CellRow | PredictedRow | Choice | None) -> str:
     if cell is None or cell.speedup is None or cell.speedup_low is None or cell.speedup_high is None:
         return ""
-    return f"{cell.speedup:.2f} [{cell.speedup_low:.2f}, {cell.speedup_high:.2f}]"
+    return interval_text((cell.speedup, cell.speedup_low, cell.speedup_high))
 
 
 def measured_table(cells: Sequence[CellRow]) -> str:
@@ -229,79 +225,139 @@ def gamma_table(cells: Sequence[CellRow]) -> str:
     )
 
 
-def adaptive_section(cells: Sequence[CellRow]) -> str:
+def adaptive_table(cells: Sequence[CellRow]) -> str:
     lengths = sorted({(c.gamma, c.threshold) for c in cells})
-    places = dict.fromkeys((c.dataset, c.context) for c in cells)
     found = {(c.dataset, c.context, c.gamma, c.threshold): speed(c) for c in cells}
     names = [f"γ = {g}" + (f", stop under {t:g}" if t else "") for g, t in lengths]
-    return (
-        "## Adaptive draft length, measured\n\n`multi_view~42` behind B = 64: stopping behind a proposal of "
-        "which the drafter is less sure than a threshold, against always drafting γ.\n\n"
-        + markdown(
-            ["data", "context", *names],
-            [[*place, *(found.get((*place, *one), "") for one in lengths)] for place in places],
-        )
+    return markdown(
+        ["data", "context", *names],
+        [[*place, *(found.get((*place, *one), "") for one in lengths)] for place in places_of(cells)],
     )
 
 
-def ablation_section(studies: Mapping[str, Study]) -> str:
-    """Every changed drafter minus multi_view of the same seed, per data set, contexts pooled."""
+def adaptive_words(cells: Sequence[CellRow]) -> str:
+    """In how many places stopping early has the fastest cell, and whether its interval says so."""
+    won = clear = 0
+    for place in places_of(cells):
+        here = [c for c in cells if (c.dataset, c.context) == place and c.speedup is not None]
+        best, fixed = (
+            max((c for c in here if bool(c.threshold) is early), key=lambda c: c.speedup or 0)
+            for early in (True, False)
+        )
+        won += (best.speedup or 0) > (fixed.speedup or 0)
+        clear += (best.speedup_low or 0) > (fixed.speedup_high or 0)
+    total = len(places_of(cells))
+    return (
+        f"The best cell that stops early is faster than the best fixed γ in {won} of {total} places, in "
+        f"{clear} of them by intervals that do not overlap."
+    )
+
+
+def places_of(cells: Sequence[CellRow]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((c.dataset, c.context) for c in cells))
+
+
+Ablation = tuple[str, str, dict[tuple[int | str, float], metrics.Interval]]
+
+
+def ablation_rows(studies: Mapping[str, Study]) -> list[Ablation]:
+    """Every changed drafter minus multi_view of the same seed: (name, data set, (budget, temperature) →)."""
     rows = [row for name in ("table-3", "ablations", "on-policy") for row in studies[name].rows]
-    by_drafter: dict[str, dict[tuple[object, ...], PromptRow]] = {}
+    by_drafter: dict[str, dict[tuple[Any, ...], PromptRow]] = {}
     for row in rows:
         if row.gamma == GAMMA and not row.control and row.budget in (SMALLEST, "full") and row.num_proposed:
-            name = row.drafter.partition("~")[0]
-            place = (row.dataset, row.temperature, row.budget, row.prompt_id)
-            by_drafter.setdefault(name, {})[place] = row
+            place = (row.dataset, row.budget, row.temperature, row.prompt_id)
+            by_drafter.setdefault(family(row.drafter), {})[place] = row
     base = by_drafter["multi_view"]
-    lines = []
-    for name, what in CHANGES.items():
+    found: list[Ablation] = []
+    for name in CHANGES:
         ours = by_drafter.get(name, {})
         for dataset in dict.fromkeys(str(place[0]) for place in base):
-            cells = []
+            cells = {}
             for budget in (SMALLEST, "full"):
                 for temperature in (0.0, 1.0):
-                    shared = [p for p in base if p in ours and p[:3] == (dataset, temperature, budget)]
-                    cells.append(difference([ours[p] for p in shared], [base[p] for p in shared]))
-            lines.append([f"`{name}`", what, dataset, *cells])
-    head = ["drafter", "what differs", "data", "B = 64, greedy", "B = 64, temperature 1", "full, greedy",
-            "full, temperature 1"]  # fmt: skip
-    return (
-        "## Ablations: each drafter − `multi_view`, points of acceptance\n\nEqual steps, training seed 42, "
-        "γ = 4; the three contexts of a data set pooled, paired by prompt, intervals over documents. One seed "
-        "each: differences of less than a point or two may be the seed's.\n\n" + markdown(head, lines)
+                    shared = [p for p in base if p in ours and p[:3] == (dataset, budget, temperature)]
+                    if shared:
+                        cells[budget, temperature] = difference(
+                            [ours[place] for place in shared], [base[place] for place in shared]
+                        )
+            found.append((name, dataset, cells))
+    return found
+
+
+def ablation_table(rows: Sequence[Ablation]) -> str:
+    columns = [(budget, temperature) for budget in (SMALLEST, "full") for temperature in (0.0, 1.0)]
+    head = ["drafter", "what differs", "data", "B = 64, greedy", "B = 64, T = 1", "full, greedy",
+            "full, T = 1"]  # fmt: skip
+    return markdown(
+        head,
+        [
+            [f"`{name}`", CHANGES[name], dataset, *(points(cells[c]) if c in cells else "" for c in columns)]
+            for name, dataset, cells in rows
+        ],
     )
 
 
-def difference(ours: Sequence[PromptRow], theirs: Sequence[PromptRow]) -> str:
-    if not ours:
-        return ""
+def ablation_words(rows: Sequence[Ablation]) -> str:
+    """Plainly, which changes help and which do not, by the intervals behind the smallest budget."""
+    lines = []
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        told = [
+            interval
+            for other, _, cells in rows
+            for (budget, _), interval in cells.items()
+            if other == name and budget == SMALLEST
+        ]
+        up, down = sum(i.low > 0 for i in told), sum(i.high < 0 for i in told)
+        verdict = "makes no difference that shows"
+        if up and not down:
+            verdict = "helps"
+        elif down and not up:
+            verdict = "hurts"
+        elif up and down:
+            verdict = "helps in some places and hurts in others"
+        lines.append(
+            f"- `{name}` ({CHANGES[name]}) {verdict}: behind B = {SMALLEST} better by its interval in {up} "
+            f"and worse in {down} of {len(told)} (data set, temperature) pairs"
+        )
+    return "\n".join(lines)
+
+
+def difference(ours: Sequence[PromptRow], theirs: Sequence[PromptRow]) -> metrics.Interval:
     sides = [
         ([row.num_accepted for row in side], [row.num_proposed or 0 for row in side])
         for side in (ours, theirs)
     ]
     clusters = [row.document_id for row in ours]
-    return points(metrics.paired_difference(*sides, samples=SAMPLES, seed=SEED, clusters=clusters))
+    return metrics.paired_difference(*sides, samples=SAMPLES, seed=SEED, clusters=clusters)
 
 
-def advice_section(grid: Study) -> str:
+def advice_table(grid: Study) -> str:
     rows = []
     for advice in grid.summary.recommendations:
-        choice, other = advice.choice, advice.runner_up
-        again = "" if advice.rechecked is None else f"{advice.rechecked:.2f}"
-        fastest = "" if advice.best_rechecked is None else f"{advice.best_rechecked:.2f}"
-        what, expected, basis = advice.why, "", ""
-        if choice:
-            what = f"{choice.drafter}, {choice.policy}, B = {choice.budget}, γ = {choice.gamma}"
-            expected, basis = speed_of(choice), choice.basis
-        second = (
-            f"{other.drafter}, B = {other.budget}, γ = {other.gamma}: {other.speedup:.2f}" if other else ""
+        choice, other = advice.choice or advice.runner_up, advice.runner_up if advice.choice else None
+        what = "" if advice.choice else f"{advice.why}. The best: "
+        rows.append(
+            [
+                advice.dataset,
+                advice.context,
+                what + (cell_text(choice) if choice else ""),
+                speed(choice),
+                interval_text(choice.expected) if choice else "",
+                "" if advice.best_again is None else f"{advice.best_again:.2f}",
+                f"{choice.end_to_end:.2f}" if choice and choice.end_to_end else "",
+                cell_text(other) if other else "",
+            ]
         )
-        rows.append([advice.dataset, advice.context, what, expected, basis, again, fastest, second])
-    head = ["data", "context", "deploy", "expected speedup", "basis", "measured again",
-            "fastest measured, again", "runner-up"]  # fmt: skip
-    return "## What to deploy\n\n" + markdown(head, rows)
+    head = ["data", "context", "deploy", "first measured", "on fresh repeats", "best on fresh repeats",
+            "end to end", "runner-up"]  # fmt: skip
+    return markdown(head, rows)
 
 
-def speed_of(choice: Any) -> str:
-    return f"{choice.speedup:.2f} [{choice.speedup_low:.2f}, {choice.speedup_high:.2f}]"
+def cell_text(choice: Choice) -> str:
+    return f"{choice.drafter}, {choice.policy}, B = {choice.budget}, γ = {choice.gamma}"
+
+
+def interval_text(interval: tuple[float, float, float]) -> str:
+    mean, low, high = interval
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"

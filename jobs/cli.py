@@ -280,12 +280,13 @@ def plan_costs(
     executor: ExecutorOption = None,
     storage: StorageOption = None,
     memory_gb: Annotated[
-        float | None, typer.Option(min=0.001, metavar="N", help="Device memory; default: run.device's here.")
+        float | None,
+        typer.Option(min=0.001, metavar="N", help="Device memory in GB (10^9); default: run.device's here."),
     ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(
-            min=1e-6, metavar="X", help="Effective TFLOP/s; default: measured, scratch models only."
+            min=1e-6, metavar="X", help="Effective TFLOP/s; default: measured here, for scratch models."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")] = False,

@@ -52,9 +52,13 @@ def known(config: Config) -> tuple[dict[str, Shape], Facts]:
     Raises:
         BadData: if a local source or a model's config is missing.
     """
-    target = shape_of(config, "target", config.data.tokenizer.vocab_size)
-    facts = facts_of(config, target.vocab)
-    return {role: shape_of(config, role, facts.vocab) for role in ("target", "drafter")}, facts
+    shapes = shapes_of(config, config.data.tokenizer.vocab_size)
+    facts = facts_of(config, shapes["target"].vocab)
+    return shapes_of(config, facts.vocab), facts
+
+
+def shapes_of(config: Config, vocab: int) -> dict[str, Shape]:
+    return {role: shape_of(config, role, vocab) for role in ("target", "drafter")}
 
 
 def shape_of(config: Config, role: str, vocab: int) -> Shape:

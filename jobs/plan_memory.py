@@ -39,13 +39,20 @@ FIELDS = {
     **{
         f"pretrain {role}": (
             "train.micro_batch_sequences",
+            "train.num_workers",
             f"{role}.pretrain.sequence_tokens",
             "data.sequence_tokens",
         )
         for role in ("target", "drafter")
     },
     "teach": ("labels.batch_sequences", "labels.num_workers", "data.sequence_tokens"),
-    "train": ("train.micro_batch_sequences", "train.max_logits_mib", "train.windows", "data.sequence_tokens"),
+    "train": (
+        "train.micro_batch_sequences",
+        "train.num_workers",
+        "train.max_logits_mib",
+        "train.windows",
+        "data.sequence_tokens",
+    ),
     "sweep replay": ("sweep.num_evaluators", "decode.prefill_chunk", "data.max_new_tokens"),
     "sweep measure": ("sweep.measure.prompts_together", "decode.prefill_chunk", "data.max_new_tokens"),
 }

@@ -39,7 +39,7 @@ from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow, Promp
 
 log = logging.getLogger(__name__)
 
-CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
+CELLS, AGAIN, ANALYSIS, FIGURES = "cells.jsonl", "again.jsonl", "analysis.json", "figures"
 SUMMARY, PAGE = "summary.json", "report.html"
 
 
@@ -110,10 +110,11 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     prompt_rows = read_all(inputs.sweep.path / "rows", PromptRow)
     log.info("report: %d prompt rows, %d failures", len(prompt_rows), len(failed))
     cells = cell_rows(prompt_rows, axes, samples, seed)
-    predictions = read_predictions(inputs.sweep.path)
+    predictions = read_predictions(config, inputs.sweep.path)
     summary = summarise(prompt_rows, cells, failed, axes, samples, seed, predictions)
     write_rows(artifact.path / CELLS, cells)
     write_rows(artifact.path / PREDICTED, list(predictions.predicted))
+    write_rows(artifact.path / AGAIN, list(predictions.again))
     write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude={"stages"}))
     figures = draw_all(cells, summary.acceptance, axes, artifact.path / FIGURES)
     counts = {"cells": len(cells), "failed": len(failed), "figures": figures}
@@ -121,12 +122,14 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     return artifact, False
 
 
-def read_predictions(sweep: Path) -> Predictions:
+def read_predictions(config: Config, sweep: Path) -> Predictions:
     """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
+    again = read_all(sweep / RECHECKED, PromptRow)
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),
         read_all(sweep / STEPS, StepTimes),
         read_rows(sizes, ModelSize) if sizes.exists() else (),
-        read_all(sweep / RECHECKED, PromptRow),
+        cell_rows(again, Axes.of(config), config.report.bootstrap_samples, config.seed),
+        config.sweep.measure.plane,
     )

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 from jobs.executor import Executor
@@ -18,10 +19,10 @@ from pipeline.config import Config
 from pipeline.evaluate import CalibrateTask, Evaluator, MeasureTask, ReplayTask, SweepTask
 from pipeline.models import ModelRef, own_positions, pick_device
 from pipeline.planner import Place
-from pipeline.recommend import choices, recommend
+from pipeline.recommend import choices
 from pipeline.report.axes import Axes
 from pipeline.report.tables import cell_rows
-from pipeline.rows import Cell, PredictedRow, Prompt, PromptRow, StepTimes
+from pipeline.rows import Cell, Prompt, PromptRow, StepTimes
 from pipeline.teacher import sampled_name
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,10 @@ def sweep(
         "drafters": {name: trained[name].fingerprint for name in names},
         "drafter_dtype": config.drafter.dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
-        "report": [config.report.bootstrap_samples, config.report.least_documents]
-        if config.sweep.predicts
-        else None,
-        # Wall clock belongs to a device. As configured: the driver may lack the GPU that its workers have.
+        # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
+        # workers have.
         "device": config.run.device,
+        "threads": [config.run.executor, config.run.cpus_per_task] if config.sweep.mode != "replay" else None,
         "kernels": config.run.kernels,
         "decode": config.decode.model_dump(mode="json"),
     }
@@ -73,6 +73,8 @@ def sweep(
     run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
     if config.sweep.mode != "measure":
         run.replay()
+    if run.failures and config.sweep.predicts:
+        log.warning("sweep: speeds are predicted when every prompt is replayed, so not in this run")
     # What predictions point at is decided once, so only from whole rows.
     if config.sweep.predicts and not run.failures:
         run.calibrate()
@@ -104,12 +106,15 @@ class Phases:
         self.config, self.sweep, self.executor, self.folder = config, config.sweep, executor, artifact.path
         self.greedy = teach.path / "continuations"
         self.sampled = sample.path / "continuations" if sample else None
-        self.files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+        files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+        self.files = [file for file in files if read_rows(file, Prompt)]
         self.drafters, self.rows, self.failures = drafters, 0, 0
         self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
 
     def run(self, tasks: Sequence[SweepTask], what: str, actors: int = 1) -> None:
         """Timings are taken by one worker at a time, so that they do not disturb each other."""
+        if not tasks:
+            return
         for _, (written, failed) in self.executor.map_actors(self.factory, tasks, what, actors):
             self.rows, self.failures = self.rows + written, self.failures + failed
 
@@ -143,7 +148,8 @@ class Phases:
             )
             write_rows(self.folder / PREDICTED, predicted)
             places = planner.by_place(predicted)
-            picks = [cell for here in places.values() for cell in planner.worth_measuring(here)]
+            firsts = planner.first_seeds([drafter.name for drafter in self.drafters])
+            picks = [cell for here in places.values() for cell in planner.worth_measuring(here, firsts)]
             write_rows(self.folder / PICKS, picks)
 
     def measure(self) -> None:
@@ -160,18 +166,15 @@ class Phases:
         self.run(self.measure_tasks(picks, "measure", ROWS), "measure")
 
     def recheck(self) -> None:
-        """Measure the recommended and the best measured cell of each place once more, side by side."""
-        config, least = self.config, self.config.report.least_documents
-        rows = read_all(self.folder / ROWS, PromptRow)
+        """Measure the fastest cells of each place once more: that they were found fastest is luck too."""
+        config = self.config
+        rows = [row for row in read_all(self.folder / ROWS, PromptRow) if row.mode == "measure"]
         cells = cell_rows(rows, Axes.of(config), config.report.bootstrap_samples, config.seed)
-        found = choices(cells, read_rows(self.folder / PREDICTED, PredictedRow), least)
+        found = choices(cells, again=[])
         picks = {}
         for file, place in self.places():
-            here = found.get(place, [])
-            again = [choice for choice in here if choice.basis == "measured"][:1]
-            advice = recommend(place, here, least)
-            again += [choice for choice in (advice.choice,) if choice is not None]
-            picks[file] = tuple(dict.fromkeys(planner.pick_of(choice) for choice in again))
+            fastest = found.get(place, [])[: planner.FASTEST_MEASURED]
+            picks[file] = tuple(planner.pick_of(choice) for choice in fastest)
         self.run(self.measure_tasks(picks, "recheck", RECHECKED), "recheck")
 
     def places(self) -> list[tuple[Path, Place]]:
@@ -180,14 +183,24 @@ class Phases:
         return [(file, Place(prompt.dataset, prompt.context)) for file, prompt in firsts]
 
     def measure_tasks(self, picks: dict[Path, tuple[Pick, ...]], what: str, folder: str) -> list[MeasureTask]:
-        """The first prompts of every file, those decoded together a task."""
+        """The first prompts of every file, those decoded together a task.
+
+        A file of rows is named by what was picked, and those of other picks, which an earlier run has left,
+        are removed.
+        """
         measure, tasks = self.sweep.measure, []
         for file, here in picks.items():
+            picked = sha256(repr(here).encode()).hexdigest()[:6]
             count = min(len(read_rows(file, Prompt)), measure.prompts)
             for first in range(0, count if here else 0, measure.prompts_together):
                 last = min(first + measure.prompts_together, count)
-                output = self.output(what, file, first, folder)
+                output = self.output(f"{what}-{picked}", file, first, folder)
                 tasks.append(MeasureTask(file, here, first, last, output))
+        wanted = {task.output.name for task in tasks}
+        for kind in (folder, "failed"):
+            for old in (self.folder / kind).glob(f"{what}-*.jsonl"):
+                if old.name not in wanted:
+                    old.unlink()
         return tasks
 
     def output(self, what: str, file: Path, first: int, folder: str = ROWS) -> Path:

@@ -193,9 +193,9 @@ class Tracker:
             text = one.why
             if one.choice:
                 cell = one.choice
-                text = f"{cell.drafter} {cell.policy} B={cell.budget} γ={cell.gamma} ({cell.basis})"
-                self.client.log_metric(run_id, f"recommend/speedup.{place}", cell.speedup)
-                self.client.log_metric(run_id, f"recommend/speedup_low.{place}", cell.speedup_low)
+                text = f"{cell.drafter} {cell.policy} B={cell.budget} γ={cell.gamma}"
+                for name, value in zip(("", "_low", "_high"), cell.expected, strict=True):
+                    self.client.log_metric(run_id, f"recommend/speedup{name}.{place}", value)
             self.client.set_tag(run_id, f"recommend.{place}", text)
 
     def log_files(self, run_id: str, paths: Iterable[Path]) -> None:

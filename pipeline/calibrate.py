@@ -1,7 +1,8 @@
 """Single steps of decoding, timed: what predictions of speed are made of.
 
 The prompts are random tokens, which are in no data set: what a step takes depends on shapes, not on text. The
-steps are timed inside real rounds, where models and caches compete for the processor as they will.
+steps are timed inside real rounds, where models and caches compete for the processor as they will. On a GPU
+each step is waited for, which real rounds do not do: predicted rounds are a little too slow there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +25,19 @@ from pipeline.measure import Bench, Sides, clock
 from pipeline.rows import Prompt, StepTimes
 from pipeline.trial import Views
 
-MOST_GAMMAS = 4  # of the sweep's; verification at those between is interpolated
+MOST_GAMMAS = 4  # of the sweep's, beside 1; verification of other numbers of proposals is interpolated
 REPEATS = 5
+TOKENS = 17  # of one run's text, first one included
 NEVER: frozenset[int] = frozenset()
 GREEDILY = Chance(0.0, 0)
 
 
 class Watched:
-    """Anything with a method whose seconds are added up."""
+    """Anything with a method whose seconds are kept, call by call."""
 
     def __init__(self, inner: Any, method: str, device: torch.device) -> None:
-        self.inner, self.device, self.seconds = inner, device, 0.0
+        self.inner, self.device = inner, device
+        self.seconds: list[float] = []
         setattr(self, method, self.timed(getattr(inner, method)))
 
     def __getattr__(self, name: str) -> Any:
@@ -44,10 +47,18 @@ class Watched:
         def run(*arguments: Any) -> Any:
             began = clock(self.device)
             result = call(*arguments)
-            self.seconds += clock(self.device) - began
+            self.seconds.append(clock(self.device) - began)
             return result
 
         return run
+
+
+class RoundTimes(NamedTuple):
+    """Seconds of a run's rounds: of drafting and verifying each, and of all that is beside them."""
+
+    draft_s: list[float]
+    verify_s: list[float]
+    rest_s: float
 
 
 def step_times(
@@ -57,18 +68,25 @@ def step_times(
     drafter: Drafter,
     model: DecodeModel | None,
     prompt: Prompt,
+    new_tokens: int,
 ) -> list[StepTimes]:
-    """One row for each view of a draft source; its runs are interleaved with autoregressive ones."""
+    """One row for each view of a draft source; its runs are interleaved with autoregressive ones.
+
+    Args:
+        new_tokens: of the texts that are predicted; the caches are sized for them.
+    """
     cells = [cell for cell in view_cells(sweep, drafter) if not cell.control]
     if drafter.baseline is None:  # another policy keeps other entries, and as many
         cells = [cell for cell in cells if cell.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
     own = [cell.view for cell in cells] if drafter.baseline == "self_speculation" else []
-    bench = Bench(sides, target, [prompt], max(sweep.gammas), own)
+    bench = Bench(sides, target, [prompt], max(sweep.gammas), own, new_tokens)
     views = Views(bench, drafter, model, cells)
+    # Prompt lookup is one step a round, however many tokens it proposes.
+    by_round = model is None
     drafts: dict[ViewCell, list[float]] = defaultdict(list)
     verifies: dict[tuple[ViewCell, int], list[float]] = defaultdict(list)
-    others: dict[ViewCell, list[float]] = defaultdict(list)
+    rests: dict[ViewCell, list[float]] = defaultdict(list)
     plain: list[float] = []
     for repeat in range(REPEATS + 1):
         run = bench.autoregressive(GREEDILY, NEVER)
@@ -76,11 +94,11 @@ def step_times(
             plain.append(run.seconds / (len(run.tokens[0]) - 1))
         for cell in cells:
             for gamma in gammas:
-                draft_s, verify_s, round_s = one_run(bench, views, cell, gamma)
+                times = one_run(bench, views, cell, gamma)
                 if repeat:
-                    drafts[cell].append(draft_s / gamma)
-                    verifies[cell, gamma].append(verify_s)
-                    others[cell].append(round_s)
+                    drafts[cell].append(mean(times.draft_s) / (1 if by_round else gamma))
+                    verifies[cell, gamma].append(mean(times.verify_s))
+                    rests[cell].append(times.rest_s)
     return [
         StepTimes(
             context=prompt.context,
@@ -90,26 +108,29 @@ def step_times(
             budget=cell.budget,
             draft_s=median(drafts[cell]),
             verify_s={gamma: median(verifies[cell, gamma]) for gamma in gammas},
-            round_s=median(others[cell]),
+            round_s=median(rests[cell]),
             ar_s=median(plain),
         )
         for cell in cells
     ]
 
 
-def one_run(bench: Bench, views: Views, cell: ViewCell, gamma: int) -> tuple[float, float, float]:
-    """Seconds a round of drafting, of verifying, and of all the rest."""
+def one_run(bench: Bench, views: Views, cell: ViewCell, gamma: int) -> RoundTimes:
     source = Watched(views.source(cell), "propose", bench.device)
     target: Any = Watched(bench.target, "verify", bench.device)
     firsts, sampler = bench.start(GREEDILY)
     began = clock(bench.device)
     count = len(list(speculate(target, source, firsts, gamma, bench.limit, NEVER, sampler)))
     seconds = clock(bench.device) - began
-    rest = seconds - source.seconds - target.seconds
-    return source.seconds / count, target.seconds / count, rest / count
+    rest = seconds - sum(source.seconds) - sum(target.seconds)
+    return RoundTimes(source.seconds, target.seconds, rest / count)
 
 
-def random_prompt(context: str, prompt_tokens: int, num_tokens: int, max_new_tokens: int) -> Prompt:
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def random_prompt(context: str, prompt_tokens: int, num_tokens: int, new_tokens: int) -> Prompt:
     draw = random.Random(f"{context}/{prompt_tokens}")
     return Prompt(
         prompt_id=f"calibration/{context}",
@@ -118,11 +139,11 @@ def random_prompt(context: str, prompt_tokens: int, num_tokens: int, max_new_tok
         context=context,
         split="test",
         tokens=[draw.randrange(num_tokens) for _ in range(prompt_tokens)],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(TOKENS, new_tokens),
     )
 
 
 def spread(gammas: Sequence[int]) -> list[int]:
-    """The smallest, the largest and some between."""
+    """1, the smallest, the largest and some between."""
     places = np.linspace(0, len(gammas) - 1, min(MOST_GAMMAS, len(gammas))).round().astype(int)
-    return [sorted(gammas)[place] for place in places.tolist()]
+    return sorted({1, *(sorted(gammas)[place] for place in places.tolist())})

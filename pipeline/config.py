@@ -17,6 +17,7 @@ Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
 Control = Literal["other_prompt", "no_prefix"]
 Baseline = Literal["self_speculation", "prompt_lookup"]
+RESERVED = ("self_speculation", "prompt_lookup", "target")
 Dtype = Literal["float32", "bfloat16", "float16"]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -309,6 +310,8 @@ class Variant(Group):
             raise ValueError("sparse_weight > 0 needs budgets; for L_A alone set sparse_weight: 0")
         if self.full_weight == 0 and self.sparse_weight == 0:
             raise ValueError("full_weight and sparse_weight are both 0: there is nothing to train on")
+        if self.name in RESERVED:
+            raise ValueError(f"{self.name!r} is what results call something else: choose another name")
         twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
         if twice:
             raise ValueError(f"seeds lists {twice[0]} twice")
@@ -459,6 +462,13 @@ class Sweep(Group):
         for context in self.max_gammas:
             if not self.gammas_of(context):
                 raise ValueError(f"max_gammas.{context} is below every one of gammas")
+        if self.predicts and (0.0 not in self.temperatures or 0.0 not in self.thresholds):
+            raise ValueError(
+                "measure.predict is for greedy cells that always draft γ: add 0.0 to temperatures and "
+                "thresholds, or set measure.predict: false"
+            )
+        if self.measure.plane and not self.predicts:
+            raise ValueError("measure.plane scores predictions: it needs mode both and measure.predict")
         if self.predicts and self.measure.prompts_together > 1:
             raise ValueError(
                 "measure.predict times prompts that are decoded alone: set measure.prompts_together: 1 or "
@@ -570,7 +580,11 @@ class Config(Group):
                 f"sweep.max_gammas: {sorted(set(self.sweep.max_gammas) - contexts)} are not among "
                 f"data.contexts {sorted(contexts)}"
             )
-        plane = self.sweep.measure.plane
+        plane, swept = self.sweep.measure.plane, self.sweep.drafters
+        if plane and swept and plane.drafter not in swept and family(plane.drafter) not in swept:
+            raise ValueError(
+                f"sweep.measure.plane: {plane.drafter!r} is not among sweep.drafters {list(swept)}"
+            )
         if plane and (
             plane.drafter not in names or plane.dataset not in tested or plane.context not in contexts
         ):

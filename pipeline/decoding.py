@@ -92,7 +92,7 @@ def speculate(
     open_rows = [limit > 1 and first not in eos for first in firsts]
     all_lengths, all_B = [gamma] * len(firsts), torch.full_like(step_B, gamma)
     while any(open_rows):
-        offer = source.propose(sampler, gamma, unread, step_B - (unread.shape[1] - 1))
+        offer = source.propose(sampler, gamma, unread, step_B - (unread.shape[1] - 1), open_rows)
         lengths, lengths_B = all_lengths, all_B
         if offer.lengths is not None:
             lengths, lengths_B = offer.lengths, torch.tensor(offer.lengths, device=step_B.device)

@@ -93,8 +93,13 @@ class DraftSource(Protocol):
         """Raises ValueError if the source cannot hold so many continuation tokens."""
         ...
 
-    def propose(self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor) -> Proposals:
-        """At most γ proposals behind the tokens `unread_BQ`, the first being continuation token `step_B`."""
+    def propose(
+        self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
+    ) -> Proposals:
+        """At most γ proposals behind the tokens `unread_BQ`, the first being continuation token `step_B`.
+
+        What is proposed for a row that is not open, since its text has ended, does not matter.
+        """
         ...
 
 
@@ -113,21 +118,29 @@ class ModelDrafts:
     def check_room(self, needed: int) -> None:
         self.side.cache.check_room(needed)
 
-    def propose(self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor) -> Proposals:
+    def propose(
+        self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
+    ) -> Proposals:
         uniforms_TB = sampler.uniforms(gamma, by_row=False)
         if self.threshold > 0:
-            return self.propose_until(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB)
+            return self.propose_until(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB, open_rows)
         return Proposals(*self.side.draft(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB))
 
     def propose_until(
-        self, rule: Rule, gamma: int, tokens_BQ: Tensor, step_B: Tensor, uniforms_TB: Tensor | None
+        self,
+        rule: Rule,
+        gamma: int,
+        tokens_BQ: Tensor,
+        step_B: Tensor,
+        uniforms_TB: Tensor | None,
+        open_rows: Sequence[bool],
     ) -> Proposals:
         """Draft until every row has come to a proposal of less confidence than the threshold, or to γ."""
         tokens: list[Tensor] = []
         bests: list[Tensor] = []
         probabilities: list[Tensor] = []
         lengths = [0] * tokens_BQ.shape[0]
-        drafting = [True] * len(lengths)
+        drafting = list(open_rows)
         while any(drafting):
             uniform_B = None if uniforms_TB is None else uniforms_TB[len(tokens)]
             tokens_BQ, step_B, best_B, q_BV, confidence_B = self.side.propose_surely(
@@ -150,8 +163,9 @@ class ModelDrafts:
 class LookupDrafts:
     """Prompt lookup: propose what followed the last tokens where they stood before, in prompt or text.
 
-    The longest match of at most `LONGEST_MATCH` tokens counts, among equals the latest. It costs no model;
-    where nothing matches, a row proposes nothing.
+    The longest match of at most `LONGEST_MATCH` tokens counts, among equals the latest. Where the text since
+    then is shorter than γ, as in a loop, it is taken to go on repeating. It costs no model; where nothing
+    matches, a row proposes nothing.
     """
 
     name = "prompt_lookup"
@@ -171,7 +185,9 @@ class LookupDrafts:
         if self.room < needed:
             raise ValueError(f"prompt lookup has room for {self.room} continuation tokens, not {needed}")
 
-    def propose(self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor) -> Proposals:
+    def propose(
+        self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
+    ) -> Proposals:
         first_B1 = (self.prefix_B + step_B).unsqueeze(1)
         self.held_BS.scatter_(1, first_B1 + self.place_S[: unread_BQ.shape[1]], unread_BQ)
         end_B1 = first_B1 + unread_BQ.shape[1]  # tokens known
@@ -184,10 +200,12 @@ class LookupDrafts:
             matched_BS += alike_BS
         best_B1 = (matched_BS * len(self.place_S) + self.place_S).argmax(1, keepdim=True)
         found_B1 = matched_BS.gather(1, best_B1) > 0
-        places_BT = best_B1 + 1 + self.place_S[:gamma]
-        lengths = ((places_BT < end_B1) & found_B1).sum(1).tolist()
-        count = padded(max(lengths), gamma)
-        tokens_BT = self.held_BS.gather(1, torch.minimum(places_BT, end_B1 - 1)[:, :count])
+        best_B1 = best_B1.where(found_B1, 0)
+        found = found_B1.squeeze(1).tolist()
+        lengths = [gamma * (match and is_open) for match, is_open in zip(found, open_rows, strict=True)]
+        count = max(lengths) or 1
+        since_B1 = end_B1 - 1 - best_B1
+        tokens_BT = self.held_BS.gather(1, best_B1 + 1 + self.place_S[:count] % since_B1)
         # Those that are accepted are part of the text from now on; what follows them is overwritten.
         self.held_BS.scatter_(1, end_B1 + self.place_S[:count], tokens_BT)
         sure_BTV = None if sampler.rule.greedy else F.one_hot(tokens_BT, self.num_tokens).float()

@@ -198,13 +198,20 @@ class Evaluator:
             for one in self.contenders:
                 kinds.setdefault(one.drafter.baseline, one)
             target = self.target[1]
-            prompt = random_prompt(
-                task.context, task.prompt_tokens, target.num_tokens, self.config.data.max_new_tokens
-            )
+            new_tokens = self.config.data.max_new_tokens
+            prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
             times = [
                 row
                 for one in kinds.values()
-                for row in step_times(self.sweep, self.sides, target, one.drafter, one.fast, prompt)
+                for row in step_times(
+                    self.sweep,
+                    self.sides,
+                    target,
+                    one.drafter,
+                    one.fast,
+                    prompt,
+                    new_tokens,
+                )
             ]
             write_rows(task.output.parent.parent / SIZES, self.sizes())
             write_rows(task.output, times)

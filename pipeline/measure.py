@@ -119,7 +119,9 @@ class Sides:
 class Bench:
     """The target, prefilled with a few prompts, which are decoded together again and again.
 
-    `own` are sparse views of the target itself, for self-speculation: the same prefill gives them.
+    `own` are sparse views of the target itself, for self-speculation: one prefill gives them beside its whole
+    cache, and `own_prefill_s` is what they add to it. `new_tokens`, by default the prompts' own limit, sizes
+    the caches: runs that stop earlier can have the shapes of those that do not.
     """
 
     def __init__(
@@ -129,11 +131,12 @@ class Bench:
         prompts: Sequence[Prompt],
         most_drafts: int,
         own: Sequence[View] = (),
+        new_tokens: int | None = None,
     ) -> None:
         self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
         if any(prompt.max_new_tokens != self.limit for prompt in prompts):
             raise ValueError("prompts that are decoded together need equal max_new_tokens")
-        self.sides, self.room = sides, self.limit + most_drafts
+        self.sides, self.room = sides, (new_tokens or self.limit) + most_drafts
         longest = max(len(prompt.tokens) for prompt in prompts)
         sides.begin(len(self.prompts), slots_for(longest), self.room)
         self.target = sides.get("target", target, len(self.prompts), slots_for(longest), self.room)
@@ -142,9 +145,13 @@ class Bench:
         self.prefill_s: list[float] = []
         self.kv_bytes: list[int] = []
         self.own: list[dict[View, PrefixView]] = []
+        self.own_prefill_s: list[float] = []
         for row, prompt in enumerate(self.prompts):
-            (view, *sparse), logits_1V, seconds = timed_prefill(target, prompt, [FULL, *own])
-            self.own.append(dict(zip(own, sparse, strict=True)))
+            (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL])
+            if own:
+                (_, *sparse), _, both_s = timed_prefill(target, prompt, [FULL, *own])
+                self.own.append(dict(zip(own, sparse, strict=True)))
+                self.own_prefill_s.append(max(both_s - seconds, 0.0))
             self.target.cache.load_row(row, view)  # a copy: the view goes with the next one
             self.logits.append(logits_1V)
             self.prefill_s.append(seconds)

@@ -17,6 +17,8 @@ from pipeline.kv import FULL, View, ViewCache, read_continuation, read_hidden, r
 from pipeline.losses import LOSSES, States, plain_head
 from pipeline.rows import Continuation, Prompt
 
+PREFIX_MULTIPLE = 64  # tokens
+
 
 class NextToken:
     """Cross entropy of the next token over whole sequences, or pieces of them."""
@@ -152,7 +154,10 @@ def window_scores(
         exceed `max_logits_bytes` in fp32 and the model allows it, the states that they would be made of.
     """
     cuts = [(start, view) for view in views for start in starts]
-    kept, _ = read_prefix(model, tokens_BS[:, : max(starts)], cuts)
+    # The prefix is read a little further than it is kept, so that training has few shapes: for every new one
+    # a backend may compile, and keep what it compiled.
+    read = -(-max(starts) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
+    kept, _ = read_prefix(model, tokens_BS[:, :read], cuts)
     windows_RQ = torch.cat([tokens_BS[:, start : start + length] for start in starts]).repeat(len(views), 1)
     offsets = torch.arange(length, device=tokens_BS.device)
     positions_RQ = torch.cat([(start + offsets).expand(tokens_BS.shape[0], -1) for start in starts])

@@ -1,28 +1,31 @@
-"""Predicted speed of every cell, what is worth measuring, and which cell to deploy.
+"""Predicted speed of every cell, and what is worth measuring.
 
 A round drafts γ tokens, verifies γ + 1 and does the rest; how many rounds a text takes, replay knows exactly:
 
     decode seconds of a prompt = rounds · (γ · draft(B) + verify(γ + 1, context) + rest)
 
-with step times from `calibrate.py`. Predicted and measured speed never share a field.
+with step times from `calibrate.py`. Prompt lookup looks once a round, and verifies two tokens where it finds
+nothing. Predicted and measured speed never share a field.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from statistics import median
 from typing import NamedTuple, get_args
 
 import numpy as np
 
 from pipeline import metrics
-from pipeline.cells import DraftLength, Pick, ViewCell
-from pipeline.config import Baseline, Sweep
+from pipeline.cells import DraftLength, Pick, ViewCell, chosen_drafter
+from pipeline.config import Baseline, Sweep, family
 from pipeline.rows import Cell, PredictedRow, PromptRow, StepTimes
 
-BASELINES = get_args(Baseline)
+BASELINES: tuple[str, ...] = get_args(Baseline)
+LOOKUP: Baseline = "prompt_lookup"
 BEST_PREDICTED = 3  # cells of a data set and context that are measured for being the fastest by prediction
+FASTEST_MEASURED = 3  # of those that are measured once more
 
 
 class Place(NamedTuple):
@@ -33,10 +36,16 @@ class Place(NamedTuple):
 class Clockwork:
     """Step times by context, kind of draft source, and view."""
 
-    def __init__(self, times: Iterable[StepTimes]) -> None:
+    def __init__(self, times: Sequence[StepTimes]) -> None:
         self.times = {
             (t.context, t.kind, t.policy if t.kind in BASELINES else "", t.budget): t for t in times
         }
+        # What verifying takes depends on the target alone: of all sources that always propose γ tokens.
+        self.verify_s: dict[str, dict[int, float]] = {}
+        for context in {t.context for t in times}:
+            here = [t.verify_s for t in times if t.context == context and t.kind != LOOKUP]
+            gammas = sorted({gamma for verify_s in here for gamma in verify_s})
+            self.verify_s[context] = {g: median(v[g] for v in here if g in v) for g in gammas}
 
     def of(self, cell: Cell) -> StepTimes | None:
         """None where no step of such a view was timed."""
@@ -44,13 +53,21 @@ class Clockwork:
         kind, policy = (cell.drafter, cell.policy) if baseline else ("drafter", "")
         return self.times.get((cell.context, kind, policy, cell.budget))
 
+    def verify(self, context: str, proposals: int) -> float:
+        """Seconds of verifying so many proposals and the token before them."""
+        known = self.verify_s[context]
+        return float(np.interp(proposals, list(known), list(known.values())))
+
     def seconds(self, row: PromptRow) -> float | None:
         """Predicted decode seconds of a replayed prompt."""
         times = self.of(row)
-        if times is None:
+        if times is None or not self.verify_s[row.context]:
             return None
-        gammas = sorted(times.verify_s)
-        verify_s = float(np.interp(row.gamma, gammas, [times.verify_s[gamma] for gamma in gammas]))
+        verify_s = self.verify(row.context, row.gamma)
+        if row.drafter == LOOKUP:
+            found = row.reached[0]
+            verifying = found * verify_s + (row.num_rounds - found) * self.verify(row.context, 1)
+            return verifying + row.num_rounds * (times.draft_s + times.round_s)
         return row.num_rounds * (row.gamma * times.draft_s + verify_s + times.round_s)
 
 
@@ -65,13 +82,12 @@ def predict(
             cells[cell_of(row)].append(row)
     predicted = []
     for cell, prompts in cells.items():
-        known = clockwork.of(cell)
-        if known is None:
+        known, seconds = clockwork.of(cell), [clockwork.seconds(row) for row in prompts]
+        if known is None or None in seconds:
             continue
-        seconds = [clockwork.seconds(row) or 0.0 for row in prompts]
         speedup = metrics.bootstrap_interval(
             [row.num_tokens * known.ar_s for row in prompts],
-            seconds,
+            [one or 0.0 for one in seconds],
             samples=samples,
             seed=seed,
             clusters=[row.document_id for row in prompts],
@@ -81,7 +97,7 @@ def predict(
                 **cell.model_dump(),
                 num_prompts=len(prompts),
                 num_documents=len({row.document_id for row in prompts}),
-                decode_s=sum(seconds) / len(prompts),
+                decode_s=sum(one or 0.0 for one in seconds) / len(prompts),
                 speedup=speedup.mean,
                 speedup_low=speedup.low,
                 speedup_high=speedup.high,
@@ -103,17 +119,18 @@ def pick_of(cell: Cell) -> Pick:
     return Pick(cell.drafter, view, DraftLength(cell.gamma, cell.threshold))
 
 
-def worth_measuring(here: Sequence[PredictedRow]) -> list[Cell]:
+def worth_measuring(here: Sequence[PredictedRow], drafters: Sequence[str]) -> list[Cell]:
     """Of one place: the fastest by prediction, each baseline's fastest, the corners of the best plane.
 
     Args:
         here: predictions of one place, fastest first.
+        drafters: those that may be deployed; of a variant with several training seeds the first alone, so
+            that luck of the seed is not picked.
     """
-    trained = [row for row in here if row.drafter not in BASELINES]
+    trained = [row for row in here if row.drafter in drafters and row.drafter not in BASELINES]
     chosen = list(trained[:BEST_PREDICTED])
-    chosen += [
-        next(row for row in here if row.drafter == name) for name in {r.drafter for r in here} & {*BASELINES}
-    ]
+    for name in BASELINES:
+        chosen += [row for row in here if row.drafter == name][:1]
     if trained:
         best = trained[0]
         plane = [row for row in trained if (row.drafter, row.policy) == (best.drafter, best.policy)]
@@ -124,12 +141,17 @@ def worth_measuring(here: Sequence[PredictedRow]) -> list[Cell]:
     return list(dict.fromkeys(cell_of(row) for row in chosen))
 
 
+def first_seeds(drafters: Sequence[str]) -> list[str]:
+    """Of every variant the drafter of its first training seed."""
+    return list({family(drafter): drafter for drafter in reversed(drafters)}.values())
+
+
 def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[str]) -> list[Pick]:
     """The plane that scores predictions, where this is its place: every budget and γ of one drafter."""
     plane = sweep.measure.plane
     if plane is None or (plane.dataset, plane.context) != place:
         return []
-    name = next(d for d in drafters if d == plane.drafter or d.startswith(f"{plane.drafter}~"))
+    name = next(drafter for drafter in drafters if chosen_drafter(drafter, [plane.drafter]))
     return [
         Pick(name, ViewCell(sweep.policies[0], budget, None), DraftLength(gamma))
         for budget in sweep.budgets
@@ -145,8 +167,8 @@ class Score(NamedTuple):
     worst_error: float
 
 
-def score(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> Score | None:
-    """Of every cell that was both replayed and measured, over the prompts that were; None where none was."""
+def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, float]:
+    """Of every cell that was both replayed and measured, over the prompts that were measured."""
     clockwork = Clockwork(times)
     replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
     sums: dict[Cell, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -157,8 +179,11 @@ def score(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> Score | None
             total = sums[cell_of(row)]
             total[0] += seconds
             total[1] += median(row.decode_s)
-    errors = [abs(predicted / measured - 1) for predicted, measured in sums.values()]
-    return Score(len(errors), median(errors), max(errors)) if errors else None
+    return {cell: abs(predicted / measured - 1) for cell, (predicted, measured) in sums.items()}
+
+
+def score(found: Collection[float]) -> Score | None:
+    return Score(len(found), median(found), max(found)) if found else None
 
 
 def cell_of(row: Cell) -> Cell:

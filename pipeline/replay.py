@@ -145,7 +145,7 @@ def source_rounds(
     known, unread = 1, list(continuation[:1])
     while known < len(continuation):
         step_B = torch.tensor([known - len(unread)])
-        offer = source.propose(GREEDY, gamma, torch.tensor([unread]), step_B)
+        offer = source.propose(GREEDY, gamma, torch.tensor([unread]), step_B, [True])
         length = gamma if offer.lengths is None else offer.lengths[0]
         accepted = 0
         for ours, theirs in zip(offer.tokens_BT[0, :length].tolist(), continuation[known:], strict=False):

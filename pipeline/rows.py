@@ -159,13 +159,18 @@ class FailedCell(Cell):
 
 
 class CellRow(Cell):
-    """One cell over all its prompts: pooled acceptance and, where measured, speed, with 95 % intervals."""
+    """One cell over all its prompts: pooled acceptance and, where measured, speed, with 95 % intervals.
+
+    `num_clocked` is how many units the speed's interval resamples: documents, those whose prompts were
+    decoded together counting as one.
+    """
 
     mode: Mode
     num_prompts: int
     num_documents: int
     num_looping: int
     num_left_out: int = 0
+    num_clocked: int | None = None
     acceptance: float | None
     acceptance_low: float | None
     acceptance_high: float | None

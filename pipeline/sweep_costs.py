@@ -170,8 +170,9 @@ def measure_memory(
 ) -> Memory:
     """All models are loaded, with a static cache for every timed budget of each; calibrating has no more.
 
-    Beside the caches are the views that they are loaded from: the target's full view of one prompt, all its
-    sparse ones where it speculates for itself, and those of the drafter whose turn it is.
+    Beside the caches are the views that they are loaded from: the target's full view of the prompt that is
+    read, and of the one before it; where it speculates for itself, all its sparse ones, and a full one again
+    that they are read with; those of the drafter whose turn it is.
     """
     sweep, prefix = config.sweep, longest(config)
     models, sources = loaded(config, shapes), draft_sources(config)
@@ -187,6 +188,7 @@ def measure_memory(
     together = min(sweep.measure.prompts_together, sweep.measure.prompts)
     kv = sum(model.kv(together * (cached[role] + held[role])) for role, model in models.items())
     drafters = sum(role_of(source) == "drafter" for source in sources)
+    whole = 1 + (together > 1) + (held["target"] > 0)
     chunk = config.decode.prefill_chunk
     return Memory(
         "sweep measure",
@@ -194,7 +196,7 @@ def measure_memory(
         target.weights + drafters * drafter.weights,
         activations=max(model.prefill(prefix, chunk, device) for model in models.values()),
         logits=LOGIT_COPIES * FP32 * together * room * target.shape.vocab,
-        kv=kv + target.kv(prefix),
+        kv=kv + target.kv(whole * prefix),
     )
 
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import replay
-from pipeline.cells import CELL_ERRORS, Drafter, DraftLength, ViewCell, chosen, make_cell, make_failure, make_row
+from pipeline.cells import (
+    CELL_ERRORS,
+    Drafter,
+    DraftLength,
+    ViewCell,
+    chosen,
+    make_cell,
+    make_failure,
+    make_row,
+)
 from pipeline.config import Sweep
 from pipeline.decoding import Round
 from pipeline.drafting import Chance, DraftSource, LookupDrafts, ModelDrafts
@@ -23,7 +32,7 @@ Key = tuple[ViewCell, DraftLength]
 class Views:
     """What a draft source holds of each prompt of a bench, view by view.
 
-    `prefill_s` is what reading the prompts took beside the target's own prefill: nothing for baselines.
+    `prefill_s` is what reading the prompts took beside the target's own prefill: nothing for prompt lookup.
     """
 
     def __init__(
@@ -37,6 +46,7 @@ class Views:
                 break
             if drafter.baseline == "self_speculation":
                 views = [bench.own[row][cell.view] for cell in self.kept]
+                self.prefill_s[row] = bench.own_prefill_s[row]
             else:
                 wanted = [cell.view for cell in self.kept]
                 views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted)

@@ -18,11 +18,11 @@ LIMIT = 25
 
 
 def found_by_hand(known: list[int], gamma: int) -> list[int]:
-    """What followed the latest of the longest earlier matches of the last tokens."""
+    """What followed the latest of the longest earlier matches of the last tokens, over and over."""
     for length in range(LONGEST_MATCH, 0, -1):
         for end in range(len(known) - 1, length - 1, -1):
             if len(known) > length and known[end - length : end] == known[-length:]:
-                return known[end : end + gamma]
+                return [known[end + i % (len(known) - end)] for i in range(gamma)]
     return []
 
 
@@ -38,7 +38,7 @@ def test_lookup_proposes_what_a_search_by_hand_finds() -> None:
     for row, text in enumerate(texts):
         text.append(int(unread[row, 0]))
     for _ in range(9):
-        offer = source.propose(GREEDY, gamma, unread, step)
+        offer = source.propose(GREEDY, gamma, unread, step, [True] * 3)
         assert offer.lengths is not None
         for row, text in enumerate(texts):
             proposed = offer.tokens_BT[row, : offer.lengths[row]].tolist()
@@ -53,8 +53,19 @@ def test_lookup_proposes_what_a_search_by_hand_finds() -> None:
 
 def test_lookup_without_a_match_proposes_nothing() -> None:
     source = LookupDrafts([[3, 4, 5]], 8, 10)
-    offer = source.propose(GREEDY, 4, torch.tensor([[7]]), torch.tensor([0]))
+    offer = source.propose(GREEDY, 4, torch.tensor([[7]]), torch.tensor([0]), [True])
     assert offer.lengths == [0] and offer.tokens_BT.shape == (1, 1)
+    # A row that has ended asks for nothing, though it would find something.
+    assert source.propose(GREEDY, 4, torch.tensor([[3]]), torch.tensor([0]), [False]).lengths == [0]
+
+
+def test_lookup_in_a_loop_goes_on_looping() -> None:
+    source = LookupDrafts([[1, 2, 3, 4, 3, 4, 3]], 9, 10)
+    offer = source.propose(GREEDY, 6, torch.tensor([[4]]), torch.tensor([0]), [True])
+    assert offer.tokens_BT.tolist() == [[3, 4, 3, 4, 3, 4]] and offer.lengths == [6]
+    with pytest.raises(ValueError, match="room for 9 continuation tokens, not 10"):
+        source.check_room(10)
+    source = LookupDrafts([[3, 4, 5]], 8, 10)
     with pytest.raises(ValueError, match="room for 8 continuation tokens, not 9"):
         source.check_room(9)
 
@@ -99,7 +110,6 @@ def test_sampled_lookup_has_the_targets_distribution(target: PreTrainedModel) ->
     prompt, temperature, runs = repetitive(34, 1), 6.0, 1500
     pair = make_pair(target, target, [prompt], FULL, 8)
     sequence = torch.cat([prompt, torch.tensor([pair.firsts])], 1)
-    exact = (target(sequence).logits[0, -1] / temperature).softmax(-1)
     counts, accepted = torch.zeros(VOCABULARY), 0
     # Behind its first token, which the prompt holds, lookup proposes a certain second one.
     pair.firsts[:] = [int(prompt[0, 5])]

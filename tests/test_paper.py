@@ -285,8 +285,9 @@ def test_every_cell_is_there(summary_file: Path) -> None:
         ]
     }
     measured = {(r["drafter"], r["dataset"], r["context"], r["budget"]) for r in summary["speedup"]}
-    assert measured == {("multi_view", d, c, b) for d in DATASETS for c in CONTEXTS for b in (16, "full")}
-    assert summary["lossless"] == {"prompts": 9, "exact": 9, "explained": 0}
+    named = {("multi_view", d, c, b) for d in DATASETS for c in CONTEXTS for b in (16, "full")}
+    assert named <= measured  # and what predictions point at
+    assert summary["lossless"] == {"prompts": 9, "exact": 9, "explained": 0, "left_out_tokens": 0}
     assert [stage["name"] for stage in summary["stages"]] == [
         "prepare", "pretrain", "teach", "train", "sweep", "report",
     ]  # fmt: skip

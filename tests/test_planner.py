@@ -17,6 +17,7 @@ from tests.configs import MINIMAL
 from tests.report.made import AXES, measured, row
 
 PLACE = Place("code", "64")
+FIRSTS = planner.first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
 
 
 def steps(budget: int | str, draft_s: float, kind: str = "drafter", policy: str = "chunk_topk") -> StepTimes:
@@ -63,10 +64,19 @@ def test_the_score_compares_cells_on_the_prompts_that_were_measured() -> None:
     replayed = [row(prompt=n, num_rounds=10) for n in range(3)]
     predicted_s = 10 * (4 * 0.002 + 0.04 + 0.001)
     timed = [measured(prompt=n, decode_s=[predicted_s / f] * 2) for n, f in ((0, 1.1), (1, 1.1))]
-    score = planner.score([*replayed, *timed], TIMES)
-    assert score is not None and score.cells == 1
-    assert score.median_error == score.worst_error == pytest.approx(0.1)
-    assert planner.score(replayed, TIMES) is None
+    (error,) = planner.errors([*replayed, *timed], TIMES).values()
+    assert error == pytest.approx(0.1)
+    assert planner.errors(replayed, TIMES) == {}
+    assert planner.score([0.1, 0.5, 0.2]) == (3, 0.2, 0.5) and planner.score([]) is None
+
+
+def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:
+    """Ten rounds, of which seven propose four tokens; looking takes 3 ms a round, however many they are."""
+    looked = row("prompt_lookup", policy="none", budget=0, num_rounds=10, reached=[7, 4, 2, 1])
+    times = [*TIMES, steps(0, 0.003, "prompt_lookup", "none")]
+    verify_1, verify_4, rest = 0.03, 0.04, 0.001  # below γ = 2 nothing was timed: as at γ = 2
+    seconds = planner.Clockwork(times).seconds(looked)
+    assert seconds == pytest.approx(7 * verify_4 + 3 * verify_1 + 10 * (0.003 + rest))
 
 
 def predicted(drafter: str, budget: int | str, gamma: int, speedup: float, **changes: Any) -> PredictedRow:
@@ -87,11 +97,12 @@ def test_the_fastest_the_baselines_and_the_corners_are_worth_measuring() -> None
     ]
     others = [
         predicted("full_only", 16, 4, 1.45),
+        predicted("multi_view~2", 16, 4, 1.9),  # another training seed: lucky, and not what is deployed
         predicted("prompt_lookup", 0, 4, 0.6, policy="none"),
         predicted("prompt_lookup", 0, 8, 0.5, policy="none"),
     ]
     (here,) = planner.by_place([*plane, *others]).values()
-    found = {(c.drafter, c.budget, c.gamma) for c in planner.worth_measuring(here)}
+    found = {(c.drafter, c.budget, c.gamma) for c in planner.worth_measuring(here, FIRSTS)}
     assert found == {
         ("multi_view", 16, 4), ("full_only", 16, 4), ("multi_view", 16, 8),  # the three fastest
         ("prompt_lookup", 0, 4),
@@ -115,27 +126,34 @@ def test_the_plane_is_every_budget_and_gamma_of_one_place() -> None:
 # ── recommendation ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_predictions_are_scaled_by_what_measuring_found() -> None:
-    """Measured at half of what was predicted, so that an unmeasured cell is expected at half as well; a cell
-    that was measured over too few documents is ranked by its prediction."""
-    rows: list[PromptRow] = [row(prompt=n, budget=b) for n in range(12) for b in (16, 32, "full")]
-    rows += [measured(prompt=n, budget=16) for n in range(12)]  # 6 documents, 1.5 times the speed of AR
-    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(4)]  # 2 documents
-    forecasts = [predicted("full_only", 16, 4, 3.0), predicted("full_only", 32, 4, 3.2)]
-    forecasts.append(predicted("full_only", "full", 4, 4.0))
-    here = choices(cell_rows(rows, AXES, 100, 0), forecasts, least_documents=5)[PLACE]
-    found = {c.budget: (c.basis, pytest.approx(c.speedup)) for c in here}
-    assert found == {"full": ("predicted", 2.0), 32: ("predicted", 1.6), 16: ("measured", 1.5)}
-    assert [c.budget for c in here] == ["full", 32, 16]
+def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
+    """Fastest first by the first measurement; acceptance is the replay's, which has more prompts."""
+    rows: list[PromptRow] = [row(prompt=n, budget=b, accepted=6) for n in range(12) for b in (16, "full")]
+    rows += [measured(prompt=n, budget=16) for n in range(6)]  # 1.5 times the speed of AR
+    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(6)]
+    again = [measured(prompt=n, budget="full", decode_s=[2.5, 2.5]) for n in range(6)]
+    cells, fresh = cell_rows(rows, AXES, 100, 0), cell_rows(again, AXES, 100, 0)
+    fast, slow = choices(cells, fresh)[PLACE]
+    assert (fast.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
+    assert fast.expected == (fast.again, fast.again_low, fast.again_high)
+    assert (slow.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
+    assert slow.expected == (slow.speedup, slow.speedup_low, slow.speedup_high)
+    assert fast.acceptance == pytest.approx(0.6) and fast.num_documents == 3
+
+
+def test_documents_that_share_a_clock_are_one() -> None:
+    rows = [measured(prompt=n, together_with="p0", prompts_together=6) for n in range(6)]
+    (found,) = choices(cell_rows(rows, AXES, 100, 0), [])[PLACE]
+    assert found.num_documents == 1
 
 
 def choice(speedup: float, low: float, **changes: Any) -> Choice:
     values: dict[str, Any] = {
-        **predicted("multi_view", 16, 4, speedup).model_dump(include=set(PredictedRow.model_fields)),
-        "basis": "measured", "speedup_low": low, "acceptance": 0.5, "drafter_kv_bytes": 1000,
+        **predicted("multi_view", 16, 4, speedup).model_dump(include=set(Choice.model_fields)),
+        "speedup_low": low, "again": None, "again_low": None, "again_high": None, "end_to_end": 1.0,
+        "acceptance": 0.5, "drafter_kv_bytes": 1000,
     }  # fmt: skip
-    values |= changes
-    return Choice(**{name: values[name] for name in Choice.model_fields})
+    return Choice(**{**values, **changes})
 
 
 def test_the_fastest_that_is_allowed_is_recommended() -> None:
@@ -150,13 +168,21 @@ def test_the_fastest_that_is_allowed_is_recommended() -> None:
         assert recommend(PLACE, here, 5, needs, sizes).choice == best
     assert recommend(PLACE, here, 5, Needs(64, min_acceptance=0.4), sizes).choice == here[1]
     nothing = recommend(PLACE, here, 5, Needs(64, memory_bytes=100), sizes)
-    assert nothing.choice is None and nothing.why.endswith("every cell is out for memory")
+    assert nothing.choice is None and nothing.why.endswith("every measured cell is out for memory")
+    # A full cache is as long as the whole text, 20 bytes a token of this drafter.
+    whole = choice(2.0, 1.5, budget="full", drafter_kv_bytes=640)
+    assert Needs(64).drafter_bytes(whole, sizes) == 64 * 20
+    assert Needs(64).drafter_bytes(here[1], sizes) == 1000
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"low": 0.99}, "do not speculate here: the best cell is at 1.20×"),
+        ({"low": 0.99}, "do not speculate here: the best measured cell is at 1.20× [0.99, 1.40]"),
+        (
+            {"low": 1.1, "again": 1.05, "again_low": 0.98, "again_high": 1.12},
+            "do not speculate here: the best measured cell is at 1.05× [0.98, 1.12]",
+        ),
         ({"low": 1.1, "num_documents": 4}, "too few documents to rank (4 of at least 5)"),
     ],
 )

@@ -1,15 +1,15 @@
-"""How good predictions of speed are, what to deploy, and whether that held."""
+"""How good predictions of speed are, what to deploy, and whether that held when it was measured again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.planner import Place, cell_of, score
+from pipeline.config import Plane, family
+from pipeline.planner import Place, errors, score
 from pipeline.recommend import ModelSize, Recommendation, choices, recommend
 from pipeline.report.axes import Axes
 from pipeline.report.summary import PredictionScore
-from pipeline.report.tables import cell_rows
 from pipeline.rows import CellRow, PredictedRow, PromptRow, StepTimes
 
 
@@ -20,42 +20,35 @@ class Predictions:
     predicted: Sequence[PredictedRow] = ()
     times: Sequence[StepTimes] = ()
     sizes: Sequence[ModelSize] = ()
-    rechecked: Sequence[PromptRow] = ()
+    again: Sequence[CellRow] = ()
+    plane: Plane | None = None
 
 
 def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> list[PredictionScore]:
-    """Of every place with cells that were both predicted and measured."""
-    found = []
+    """Of the plane, whose cells nobody picked, and apart from it of each place's other measured cells."""
+    plane = predictions.plane
+    found = errors(rows, predictions.times) if predictions.times else {}
+    scored = []
     for place in places(axes):
-        here = [row for row in rows if (row.dataset, row.context) == place]
-        result = score(here, predictions.times)
-        if result is not None:
-            found.append(PredictionScore(**place._asdict(), **result._asdict()))
-    return found
+        here = {cell: e for cell, e in found.items() if (cell.dataset, cell.context) == place}
+        on_plane = {
+            cell
+            for cell in here
+            if plane
+            and (plane.dataset, plane.context) == place
+            and plane.drafter in (cell.drafter, family(cell.drafter))
+        }
+        for what, cells in (("plane", on_plane), ("other cells", here.keys() - on_plane)):
+            result = score([here[cell] for cell in cells])
+            if result is not None:
+                scored.append(PredictionScore(what=what, **place._asdict(), **result._asdict()))
+    return scored
 
 
-def recommendations(
-    cells: Sequence[CellRow], predictions: Predictions, axes: Axes, samples: int, seed: int
-) -> list[Recommendation]:
-    """One a place where the sweep predicts, and what the cells in question gave when measured again."""
-    if not predictions.predicted:
-        return []
-    fresh = cell_rows(predictions.rechecked, axes, samples, seed)
-    again = {cell_of(cell): cell.speedup for cell in fresh if cell.mode == "measure"}
-    found = []
-    for place, here in choices(cells, predictions.predicted, axes.least_documents).items():
-        advice = recommend(place, here, axes.least_documents)
-        best = next((choice for choice in here if choice.basis == "measured"), None)
-        found.append(
-            advice.model_copy(
-                update={
-                    "rechecked": again.get(cell_of(advice.choice)) if advice.choice else None,
-                    "best_rechecked": again.get(cell_of(best)) if best else None,
-                }
-            )
-        )
-    order = places(axes)
-    return sorted(found, key=lambda advice: order.index(Place(advice.dataset, advice.context)))
+def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Axes) -> list[Recommendation]:
+    """One for every place that was measured."""
+    found = choices(cells, predictions.again)
+    return [recommend(place, found[place], axes.least_documents) for place in places(axes) if place in found]
 
 
 def places(axes: Axes) -> list[Place]:

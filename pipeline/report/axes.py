@@ -47,6 +47,7 @@ class Axes:
     gamma: int  # the γ of figures and findings that show one
     smallest_budget: int | None  # above 0; None where only the full cache is swept
     trained_without_prefix: tuple[str, ...]  # drafters that saw B = 0 in training
+    max_new_tokens: int
     least_documents: int  # over fewer, the report gives figures but no verdicts
 
     @staticmethod
@@ -59,6 +60,7 @@ class Axes:
             gamma=min(config.sweep.gammas, key=lambda gamma: (abs(gamma - wanted), gamma)),
             smallest_budget=min((b for b in config.sweep.budgets if b != "full" and b > 0), default=None),
             trained_without_prefix=tuple(v.name for v in config.train.drafters if 0 in v.budgets),
+            max_new_tokens=config.data.max_new_tokens,
             least_documents=config.report.least_documents,
         )
 

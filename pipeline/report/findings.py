@@ -17,7 +17,6 @@ from pipeline.report.speed import ar_speeds
 from pipeline.report.summary import ControlGap, FamilyGain, Gain, Summary
 from pipeline.report.tables import (
     acceptances,
-    group,
     lossless,
     replay_check,
     replayed_or_measured,
@@ -46,17 +45,18 @@ def summarise(
         lossless=lossless(prompt_rows),
         replay_check=replay_check(prompt_rows),
         acceptance=acceptances(cells),
-        speedup=speedups(cells, group(prompt_rows, "measure")),
+        speedup=speedups(cells),
         compile_s=sum(row.compile_s or 0.0 for row in prompt_rows),
         ar_tokens_per_s=ar_speeds(prompt_rows, axes, samples, seed),
         headline=gains(by_cell, axes, resampling),
         families=family_gains(by_cell, axes, resampling),
         controls=control_gaps(by_cell, axes, resampling),
         contexts=axes.contexts,
+        max_new_tokens=axes.max_new_tokens,
         least_documents=axes.least_documents,
         models=tuple(predictions.sizes),
         prediction=tuple(scores(prompt_rows, predictions, axes)),
-        recommendations=tuple(recommendations(cells, predictions, axes, samples, seed)),
+        recommendations=tuple(recommendations(cells, predictions, axes)),
         findings=[],
     )
     texts = [
@@ -149,10 +149,9 @@ def _explained(real: Gain, control: Gain, axes: Axes) -> str:
         return f": {few}."
     if real.low <= 0:
         return "."
-    if control.low <= 0:
-        return ": the gain needs the context."
-    share = min(control.mean / real.mean, 1.0)
-    return f": {share * 100:.0f} % of the gain is there without the context."
+    share = min(max(control.mean / real.mean, 0.0), 1.0)
+    text = f": {share * 100:.0f} % of the gain is there without the context"
+    return text + (" (by an interval that reaches zero)." if control.low <= 0 <= control.high else ".")
 
 
 def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
@@ -203,6 +202,7 @@ def speed_findings(summary: Summary, axes: Axes) -> list[str]:
             if not here:
                 continue
             best = max(here, key=lambda s: s.mean)
+            sampled = f", temperature {best.temperature:g}" if best.temperature else ""
             if few := axes.too_few(min(s.num_documents for s in here)):
                 least = min(s.mean for s in here)
                 texts.append(
@@ -212,8 +212,8 @@ def speed_findings(summary: Summary, axes: Axes) -> list[str]:
                 continue
             stops = f" stopping under {best.threshold:g}" if best.threshold else ""
             what = (
-                f"{best.drafter}, {best.policy}, {budget_text(best.budget)}, γ = {best.gamma}{stops} at "
-                f"{best.mean:.2f}× [{best.low:.2f}, {best.high:.2f}] of autoregressive decode speed"
+                f"{best.drafter}, {best.policy}, {budget_text(best.budget)}, γ = {best.gamma}{stops}{sampled}"
+                f" at {best.mean:.2f}× [{best.low:.2f}, {best.high:.2f}] of autoregressive decode speed"
             )
             if best.low > 1:
                 texts.append(f"{dataset}, {context}: the fastest of {len(here)} measured cells is {what}.")
@@ -233,21 +233,19 @@ def recommendation_findings(summary: Summary) -> list[str]:
         if choice is None:
             texts.append(f"{place}: {advice.why}.")
             continue
-        again = "" if advice.rechecked is None else f"; measured again, {advice.rechecked:.2f}×"
+        mean, low, high = choice.expected
+        again = " on fresh repeats" if choice.again is not None else ""
         texts.append(
             f"{place}: deploy {choice.drafter}, {choice.policy}, {budget_text(choice.budget)}, "
-            f"γ = {choice.gamma}: {choice.speedup:.2f}× "
-            f"[{choice.speedup_low:.2f}, {choice.speedup_high:.2f}] ({choice.basis}{again})."
+            f"γ = {choice.gamma}: {mean:.2f}× [{low:.2f}, {high:.2f}]{again}."
         )
-    if summary.prediction:
-        worst = max(summary.prediction, key=lambda score: score.median_error)
-        texts.append(
-            f"Predicted decode times are off by {100 * worst.median_error:.0f} % in the median of the "
-            f"{worst.cells} measured cells of {worst.dataset}, {worst.context}, and by less elsewhere."
-            if len(summary.prediction) > 1
-            else f"Predicted decode times are off by {100 * worst.median_error:.0f} % in the median of "
-            f"{worst.cells} measured cells."
-        )
+    for score in summary.prediction:
+        if score.what == "plane":
+            texts.append(
+                f"Predicted decode times are off by {100 * score.median_error:.0f} % in the median of the "
+                f"{score.cells} cells of the plane that scores them ({score.dataset}, {score.context}), at "
+                f"worst by {100 * score.worst_error:.0f} %."
+            )
     return texts
 
 

@@ -90,8 +90,13 @@ class ReplayCheck(Row):
 
 
 class PredictionScore(Row):
-    """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|."""
+    """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|.
 
+    `what` is "plane", the cells that are measured to score predictions, or "other cells", many of which were
+    picked by the predictions themselves.
+    """
+
+    what: str
     dataset: str
     context: str
     cells: int
@@ -105,6 +110,16 @@ class Stage(Row):
     name: str
     seconds: float
     cached: bool
+
+
+class Check(Row):
+    """Something that was to be reached: its value, the target in words, and whether it was met."""
+
+    row: str
+    value: float | None
+    target: str
+    met: bool | None
+    note: str = ""
 
 
 class Summary(Row):
@@ -123,7 +138,9 @@ class Summary(Row):
     headline: list[Gain]
     families: list[FamilyGain]
     controls: list[ControlGap]
+    checks: tuple[Check, ...] = ()
     contexts: dict[str, int] = Field(default={}, description="context → prompt tokens")
+    max_new_tokens: int = 0
     least_documents: int = 2
     models: tuple[ModelSize, ...] = ()
     prediction: tuple[PredictionScore, ...] = ()

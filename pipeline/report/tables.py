@@ -107,7 +107,10 @@ def _cell_row(key: CellKey, mode: Mode, rows: list[PromptRow], samples: int, see
         exact_prompts=sum(row.exact is True for row in compared) if compared else None,
         peak_memory_bytes=_most(row.peak_memory_bytes for row in rows),
     )
-    return cell.model_copy(update=speed_fields(key, rows, samples, seed)) if mode == "measure" else cell
+    if mode != "measure":
+        return cell
+    clocked = {"num_clocked": len(set(clock_units(rows).values()))}
+    return cell.model_copy(update=clocked | speed_fields(key, rows, samples, seed))
 
 
 def _most(values: Iterable[int | None]) -> int | None:
@@ -139,8 +142,8 @@ def acceptances(cells: Sequence[CellRow]) -> list[Estimate]:
     ]
 
 
-def speedups(cells: Sequence[CellRow], measured: Cells) -> list[Estimate]:
-    """Speedup of every measured cell. `measured` has the cells' rows, which say what shared a clock."""
+def speedups(cells: Sequence[CellRow]) -> list[Estimate]:
+    """Speedup of every measured cell."""
     return [
         Estimate(
             **CellKey.of(cell)._asdict(),
@@ -148,7 +151,7 @@ def speedups(cells: Sequence[CellRow], measured: Cells) -> list[Estimate]:
             low=cell.speedup_low,
             high=cell.speedup_high,
             num_prompts=cell.num_prompts,
-            num_documents=len(set(clock_units(measured[CellKey.of(cell)].values()).values())),
+            num_documents=cell.num_clocked or cell.num_documents,
         )
         for cell in cells
         if cell.speedup is not None and cell.speedup_low is not None and cell.speedup_high is not None

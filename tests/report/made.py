@@ -18,6 +18,7 @@ AXES = Axes(
     gamma=4,
     smallest_budget=16,
     trained_without_prefix=(),
+    max_new_tokens=16,
     least_documents=5,
 )
 

@@ -97,7 +97,7 @@ def test_findings_say_what_the_figures_say(summary):
     text = "\n".join(summary.findings)
     assert "multi_view against full_only accepts +16.7 points" in text and "at B = 16 (better)" in text
     assert "Without looping prompts (10 left): +20.0 points" in text
-    assert "the gain needs the context" in text
+    assert ": 0 % of the gain is there without the context." in text
     assert (
         "by full_only, the context is not being used at B = 16 (+0.0 points [+0.0, +0.0] over another" in text
     )

@@ -131,7 +131,7 @@ def test_acceptance_prefers_the_replay_and_speedup_takes_measured_cells():
     acceptance = tables.acceptances(cells)
     assert len(acceptance) == 16
     assert {(e.num_prompts, e.num_documents) for e in acceptance} == {(12, 6)}
-    speedup = tables.speedups(cells, tables.group(sweep_rows(), "measure"))
+    speedup = tables.speedups(cells)
     assert len(speedup) == 4
     assert {(e.num_prompts, e.num_documents) for e in speedup} == {(2, 1)}
     assert all(e.mean == pytest.approx(1.5) for e in speedup)

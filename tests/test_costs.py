@@ -1,0 +1,169 @@
+"""The formulas of `budgetdraft plan`, by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import costs
+from pipeline.config import Config, ScratchModel
+from pipeline.costs import Device, Shape, Sharding
+from pipeline.models import build_scratch
+from pipeline.planner import Place
+from pipeline.sweep_costs import count_sweep, measure_memory, replay_memory
+from pipeline.work import Vocabulary, hours, rates_of, work
+from tests.configs import MINIMAL, SCRATCH
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = Device("cuda", 0)
+DRAFTER = Shape(parameters=1000, layers=1, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
+TARGET = Shape(parameters=5000, layers=2, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
+SHAPES = {"target": TARGET, "drafter": DRAFTER}
+
+
+def config_with(**groups: dict[str, Any]) -> Config:
+    """The minimal config with some fields of its groups changed."""
+    values = copy.deepcopy(MINIMAL)
+    for group, change in groups.items():
+        values[group] = {**values.get(group, {}), **change}
+    return Config.model_validate(values)
+
+
+@pytest.mark.parametrize("change", [{}, {"layers": 3, "kv_heads": 4, "hidden": 48, "heads": 8}])
+def test_a_scratch_model_has_the_parameters_that_were_counted(change: dict[str, int]) -> None:
+    spec = ScratchModel.model_validate({**SCRATCH, **change})
+    model = build_scratch(spec, Vocabulary(301), 0)
+    shape = costs.scratch_shape(spec, 301)
+    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
+    assert shape == costs.pretrained_shape(model.config, shape.parameters)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [
+        (None, 4000, 4000, 8000),
+        (0, 4000, 4000, 8000),
+        (1, 4000, 4000 + 1000 + 400, 3000),  # a quarter of moments and master weights
+        (2, 4000, 1000 + 400, 3000),
+        (3, 1000 + 800, 1000 + 400, 3000),  # 200 parameters are gathered at a time
+    ],
+)
+def test_optimizer_state_by_hand(stage: int | None, weights: int, gradients: int, optimizer: int) -> None:
+    """1000 parameters, 4 workers, a bucket of 100 elements."""
+    sharding = Sharding(stage, 1 if stage is None else 4, bucket=100, live=200)
+    assert sharding.state_bytes(1000, GPU) == (weights, gradients, optimizer)
+
+
+def test_settings_of_deepspeed_are_read() -> None:
+    settings = json.loads((ROOT / "conf/deepspeed/zero3.json").read_text())
+    assert costs.sharding_of(settings, 2) == Sharding(3, 2)
+    settings["zero_optimization"] |= {"reduce_bucket_size": 5e7, "offload_optimizer": {"device": "cpu"}}
+    offloaded = costs.sharding_of(settings, 2)
+    assert offloaded == Sharding(3, 2, bucket=50_000_000, offload=True)
+    assert offloaded.state_bytes(1000, GPU)[2] == 0
+
+
+def test_pretraining_by_hand() -> None:
+    """GQA: 2 layers of 32 channels, 32 query and 16 key/value channels, 64 in the MLP."""
+    peak = costs.pretrain_memory(config_with(), "target", TARGET, Sharding(), GPU)
+    tokens = 2 * 96
+    layer = 6 * 32 + 2 * 32 + 2 * 16 + 4 * 64
+    assert peak.activations == tokens * 4 * (2 * layer + 2 * 64 + 2 * 32)
+    assert peak.logits == 3 * tokens * 300 * 4
+    assert peak.each == 16 * 5000 + peak.activations + peak.logits
+
+
+def test_training_by_hand() -> None:
+    """2 sequences of 96 tokens, a window of 16 behind the last 80, 32 and 16 entries of their prefixes."""
+    config = config_with()
+    peak = costs.train_memory(config, config.train.drafters[1], 2, DRAFTER, Sharding(), GPU)
+    entry = 2 * 16 * 4  # keys and values of the one layer
+    assert DRAFTER.kv_bytes(5) == 5 * entry
+    cache = 2 * (80 + 32 + 16 + 3 * 16) * entry
+    assert peak.kv == 2 * (80 + 32 + 16) * entry + cache + 2 * cache  # views, their cache, its gradients
+    assert peak.logits == 3 * (2 * 3 * 16 * 300 * 4)
+
+
+# ── the sweep ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_replay_by_hand() -> None:
+    """Views of a prompt of 64 tokens and of another, held of two prompts; rows of 16 tokens behind them."""
+    peak = replay_memory(config_with(), SHAPES, GPU)
+    held = 2 * (16 + 32 + 64 + 0)
+    assert peak.kv == DRAFTER.kv_bytes(held + 2 * (16 + 32 + 64) + 0 + 7 * 16)
+    assert (peak.weights, peak.logits) == (2 * 4 * 1000, 2 * (7 * 16 * 300 * 4))
+
+    config = config_with(sweep={"baselines": ["self_speculation", "prompt_lookup"], "temperatures": [0.7]})
+    deep = replace(TARGET, layers=20)  # which then takes more than the drafters
+    peak = replay_memory(config, {"target": deep, "drafter": DRAFTER}, GPU)
+    views = 2 * 2  # policies × sparse budgets
+    assert peak.kv == deep.kv_bytes(2 * 3 * (16 + 32) + views * 16)
+    assert (peak.weights, peak.logits) == (4 * (2 * 1000 + 5000), 3 * (views * 16 * 300 * 4))
+
+
+def test_measuring_by_hand() -> None:
+    """Where speed is predicted, any budget of any drafter may be timed: 20 more slots behind each."""
+    config = config_with(sweep={"mode": "both"})
+    peak = measure_memory(config, SHAPES, [Place("code", "64")], GPU)
+    each = (16 + 20) + (32 + 20) + (64 + 20)
+    views = 16 + 32 + 64 + 0  # of one drafter at a time
+    assert peak.kv == TARGET.kv_bytes(64 + 20 + 64) + DRAFTER.kv_bytes(2 * each + views)
+    assert peak.weights == 4 * (2 * 1000 + 5000)
+    assert peak.logits == 4 * (20 * 300 * 4)
+
+    named = {"predict": False, "drafters": ["multi_view"], "budgets": [16]}
+    peak = measure_memory(
+        config_with(sweep={"mode": "both", "measure": named}), SHAPES, [Place("code", "64")], GPU
+    )
+    assert peak.kv == TARGET.kv_bytes(64 + 20 + 64) + DRAFTER.kv_bytes(16 + 20 + 16)
+
+
+def test_rows_by_hand() -> None:
+    """2 data sets of 3 and 5 prompts, 2 drafters, budgets 16, 32 and full, and a plane in one of them."""
+    sources = [{**MINIMAL["data"]["sources"][0], "name": name} for name in ("tales", "more")]
+    plane = {"drafter": "full_only", "dataset": "tales", "context": "64"}
+    timed = {"drafters": ["multi_view"], "budgets": [16], "prompts": 2, "repeats": 5}
+    sweep = {"mode": "both", "gammas": [2, 4, 8], "temperatures": [0.0, 0.7], "seeds": [0, 1, 2]}
+    config = config_with(data={"sources": sources}, sweep=sweep | {"measure": timed | {"plane": plane}})
+    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 5})
+    texts = 1 + 3  # greedy, and each seed of sampling
+    assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
+    assert counts.measured == 2 * (1 * 3 + 3 * 3) * texts + 2 * (1 * 3) * texts
+    assert counts.runs == 5 * (counts.measured + 2 * (2 + 1) * texts)  # and autoregressive, by drafter
+
+
+# ── hours ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_hours_by_hand_and_from_a_measured_step() -> None:
+    config = config_with(sweep={"baselines": ["self_speculation", "prompt_lookup"], "seeds": [0, 1]})
+    prompts = {Place("code", "64"): 4}
+    shapes = {role: costs.scratch_shape(getattr(config, role), 300) for role in ("target", "drafter")}
+    rates, _ = rates_of(config, shapes, "cpu", 2.0)
+    assert rates is not None
+    spent = hours(work(config, shapes, 10, prompts), rates)
+    target, drafter = shapes["target"], shapes["drafter"]
+
+    def flops(tokens: int, shape: Shape, attended: int) -> int:
+        return tokens * (2 * shape.parameters + 4 * shape.layers * 32 * attended)
+
+    expected = {
+        "pretrain target": 3 * flops(2 * 2 * 96, target, 48),
+        "teach": flops(10 * 96, target, 48) + flops(4 * (64 + 16), target, 32),
+        "sweep replay": 4 * (2 * flops(64 + 7 * 16, drafter, 32) + flops(64 + 4 * 16, target, 32)),
+    }
+    assert {stage: spent[stage] for stage in expected} == pytest.approx(
+        {stage: value / 2e12 / 3600 for stage, value in expected.items()}
+    )
+    measured, how = rates_of(config, shapes, "cpu", None)
+    assert measured is not None and measured.keys() == rates.keys()
+    assert "measured here" in how and all(value > 0 for value in measured.values())
+    if not torch.cuda.is_available():
+        assert rates_of(config, shapes, "cuda", None)[0] is None
