@@ -11,6 +11,7 @@ from typing import Any
 
 from kernels.distill_loss import SCRATCH_BYTES
 from pipeline.config import Config, ScratchModel, Variant
+from pipeline.objectives import PREFIX_MULTIPLE
 from pipeline.teacher import POSITIONS
 
 FP32 = 4
@@ -208,7 +209,8 @@ def train_memory(
     if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
         logits = min(logits, SCRATCH_BYTES)
     reading = micro * starts[0] * shape.reading_bytes(FP32)
-    lengths = min(steps * train.batch_sequences // micro, length - train.min_prefix_tokens, MOST_LENGTHS)
+    different = (length - train.min_prefix_tokens) // PREFIX_MULTIPLE + 1
+    lengths = min(steps * train.batch_sequences // micro, different, MOST_LENGTHS)
     compiled = LENGTH_BYTES * lengths if bfloat16 and device.kind == "cpu" else 0
     return Memory(
         f"train {variant.name}",
