@@ -9,6 +9,7 @@ autoregressive decoding and the picked cells in turn (`trial.py`). Calibrating t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,6 +62,8 @@ class CalibrateTask:
     prompt_tokens: int
     output: Path
 
+
+log = logging.getLogger(__name__)
 
 SIZES = "models.jsonl"
 SweepTask = ReplayTask | MeasureTask | CalibrateTask
@@ -197,22 +200,17 @@ class Evaluator:
             kinds: dict[str | None, Contender] = {}
             for one in self.contenders:
                 kinds.setdefault(one.drafter.baseline, one)
-            target = self.target[1]
-            new_tokens = self.config.data.max_new_tokens
+            target, new_tokens = self.target[1], self.config.data.max_new_tokens
             prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
-            times = [
-                row
-                for one in kinds.values()
-                for row in step_times(
-                    self.sweep,
-                    self.sides,
-                    target,
-                    one.drafter,
-                    one.fast,
-                    prompt,
-                    new_tokens,
-                )
-            ]
+            times: list[StepTimes] = []
+            for one in kinds.values():
+                try:
+                    times += step_times(
+                        self.sweep, self.sides, target, one.drafter, one.fast, prompt, new_tokens
+                    )
+                except CELL_ERRORS as error:
+                    name = one.drafter.name
+                    log.warning("no speed is predicted for %s at %s: %s", name, task.context, error)
             write_rows(task.output.parent.parent / SIZES, self.sizes())
             write_rows(task.output, times)
         return len(read_rows(task.output, StepTimes))
