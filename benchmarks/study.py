@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import study_tables as tables
-from jobs.pipeline import run_pipeline
+from jobs.pipeline import run_pipeline, settled
+from jobs.plan import disk_amounts, sweep_amounts
+from jobs.plan_facts import known
+from jobs.plan_memory import device_of, memory
 from pipeline.artifacts import read_all, read_rows, write_json, write_text
 from pipeline.config import Config
 from pipeline.config_files import load_config
@@ -54,7 +57,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="fields of every config, such as run.executor=inline")
     given = parser.parse_args()
     studies = {name: study(name, given.storage, given.overrides) for name in CONFIGS}
-    checks = [*own_checks(studies["table-1"]), *bench_checks(given.grid)]
+    checks = [
+        *own_checks(studies["table-1"]),
+        *plan_checks(studies, Path(given.storage)),
+        *bench_checks(given.grid),
+    ]
     given.output.mkdir(parents=True, exist_ok=True)
     for name, figure in FIGURES.items():
         shutil.copyfile(studies[name].report / "figures" / f"{figure}.png", given.output / f"{name}.png")
@@ -65,18 +72,18 @@ def main() -> None:
 
 
 def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
-    config = load_config(Path(FOLDER) / f"{name}.yaml", [*overrides, f"storage={json.dumps(storage)}"])
+    loaded = load_config(Path(FOLDER) / f"{name}.yaml", [*overrides, f"storage={json.dumps(storage)}"])
+    config = settled(loaded)
     report = run_pipeline(config).parent
     summary = Summary.model_validate_json((report / "summary.json").read_text(encoding="utf-8"))
-    sweep = Path(storage) / f"sweep-{json.loads((report / 'manifest.json').read_text())['inputs']['sweep']}"
-    predicted = report / "predicted.jsonl"
+    inputs = json.loads((report / "manifest.json").read_text())["inputs"]
     return Study(
         config,
         report,
         summary,
         read_rows(report / "cells.jsonl", CellRow),
-        read_rows(predicted, PredictedRow),
-        read_all(sweep / "rows", PromptRow),
+        read_rows(report / "predicted.jsonl", PredictedRow),
+        read_all(Path(storage) / f"sweep-{inputs['sweep']}" / "rows", PromptRow),
     )
 
 
@@ -129,6 +136,51 @@ def own_checks(grid: Study) -> Iterator[dict[str, object]]:
             gain.low > 0,
             f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]{share}",
         )
+
+
+def plan_checks(studies: Mapping[str, Study], storage: Path) -> Iterator[dict[str, object]]:
+    """What `budgetdraft plan` says beforehand against what there was: bytes, rows and memory.
+
+    Memory is that of the process that ran the stage, so it is compared where one ran alone.
+    """
+    for name, stage, what in (
+        ("table-1", "teach", "labels on disk"),
+        ("table-3", "sweep", "rows of replay"),
+        ("table-2", "sweep", "rows measured"),
+    ):
+        manifest = json.loads((artifact(studies[name], storage, stage) / "manifest.json").read_text())
+        found = manifest["counts"]["label_bytes" if stage == "teach" else "rows"]
+        planned = planned_amounts(studies[name].config)[what]
+        yield within(f"plan: {what}, {name}", planned, found)
+    for name, stage in (("table-3", "sweep replay"), ("table-2", "sweep measure")):
+        manifest = json.loads((artifact(studies[name], storage, "sweep") / "manifest.json").read_text())
+        yield within(f"plan: peak memory of {stage}, {name}", peaks(studies[name].config)[stage],
+                     manifest["peak_memory_bytes"])  # fmt: skip
+
+
+def within(row: str, planned: float, found: float) -> dict[str, object]:
+    ratio = planned / found
+    return check(row, ratio, "0.8 to 1.2", 0.8 <= ratio <= 1.2, f"planned {planned:,.0f}, was {found:,.0f}")
+
+
+def planned_amounts(config: Config) -> dict[str, float]:
+    shapes, facts = known(config)
+    amounts = [*disk_amounts(config, shapes, facts), *sweep_amounts(config, facts)]
+    return {amount.name: amount.value for amount in amounts}
+
+
+def peaks(config: Config) -> dict[str, float]:
+    shapes, facts = known(config)
+    return {peak.stage: peak.each for peak in memory(config, shapes, facts, device_of(config))}
+
+
+def artifact(study: Study, storage: Path, stage: str) -> Path:
+    """The folder of a stage that a study's sweep was made from, or the sweep itself."""
+    report = json.loads((study.report / "manifest.json").read_text())
+    sweep = storage / f"sweep-{report['inputs']['sweep']}"
+    if stage == "sweep":
+        return sweep
+    return storage / f"{stage}-{json.loads((sweep / 'manifest.json').read_text())['inputs'][stage]}"
 
 
 def headline(families: Sequence[FamilyGain]) -> list[FamilyGain]:

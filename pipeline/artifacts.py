@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -166,7 +167,11 @@ class Artifact:
             raise ValueError(f"{file} is damaged ({error}): delete it and run the stage again") from None
 
     def finish(self, inputs: dict[str, Any], counts: dict[str, Any], seconds: float) -> None:
-        """Write the manifest: what went in, what came out, checksums of every file, provenance."""
+        """Write the manifest: what went in, what came out, checksums of every file, provenance.
+
+        `peak_memory_bytes` is the most that this process has held so far: of the stage itself where it ran
+        inline and alone.
+        """
         files = {
             str(file.relative_to(self.path)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
             for file in sorted(self.path.rglob("*"))
@@ -180,6 +185,7 @@ class Artifact:
                 "format": FORMAT,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(seconds, 3),
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "inputs": json.loads(json.dumps(inputs, default=lambda m: m.model_dump(mode="json"))),
                 "counts": counts,
                 "provenance": provenance(),
