@@ -169,7 +169,7 @@ class Grid:
         seconds = time.perf_counter() - began
         assert "target" not in vars(evaluator), "replay loaded the target"
         rows = read_all(self.folder / "rows", PromptRow)
-        return Replayed(rows, seconds, read.seconds + sum(one.seconds for one in drafts), read.prompts)
+        return Replayed(rows, seconds, read.seconds + sum(sum(one.seconds) for one in drafts), read.prompts)
 
     def measure(self, sample: Sequence[Work]) -> tuple[list[float], list[int]]:
         """Decode seconds, and accepted proposals, of each of these, with the prefills not counted."""

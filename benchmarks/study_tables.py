@@ -299,27 +299,24 @@ def ablation_table(rows: Sequence[Ablation]) -> str:
 
 
 def ablation_words(rows: Sequence[Ablation]) -> str:
-    """Plainly, which changes help and which do not, by the intervals behind the smallest budget."""
+    """Plainly, which changes help and which do not, by the intervals behind the smallest budget.
+
+    Said of a temperature where at least two data sets show it and none shows the contrary.
+    """
     lines = []
     for name in dict.fromkeys(name for name, _, _ in rows):
-        told = [
-            interval
-            for other, _, cells in rows
-            for (budget, _), interval in cells.items()
-            if other == name and budget == SMALLEST
-        ]
-        up, down = sum(i.low > 0 for i in told), sum(i.high < 0 for i in told)
-        verdict = "makes no difference that shows"
-        if up and not down:
-            verdict = "helps"
-        elif down and not up:
-            verdict = "hurts"
-        elif up and down:
-            verdict = "helps in some places and hurts in others"
-        lines.append(
-            f"- `{name}` ({CHANGES[name]}) {verdict}: behind B = {SMALLEST} better by its interval in {up} "
-            f"and worse in {down} of {len(told)} (data set, temperature) pairs"
-        )
+        parts = []
+        for temperature, when in ((0.0, "greedily"), (1.0, "at temperature 1")):
+            told = [cells[SMALLEST, temperature] for other, _, cells in rows if other == name]
+            up, down = sum(i.low > 0 for i in told), sum(i.high < 0 for i in told)
+            verdict = "makes no clear difference"
+            if up >= 2 and not down:
+                verdict = "helps"
+            elif down >= 2 and not up:
+                verdict = "hurts"
+            worst, best = min(i.mean for i in told), max(i.mean for i in told)
+            parts.append(f"{verdict} {when} ({100 * worst:+.1f} to {100 * best:+.1f} points)")
+        lines.append(f"- `{name}`, {CHANGES[name]}: {parts[0]}, {parts[1]}")
     return "\n".join(lines)
 
 

@@ -197,9 +197,25 @@ def test_what_only_says_how_to_run_changes_nothing(corpus: Path, storage: Path) 
         values["name"] = "another"
         values["labels"]["num_workers"] = 3
         values["sweep"]["num_evaluators"] = 3
-        values["run"]["cpus_per_task"] = 2
 
     assert new_folders(corpus, storage, change) == []
+
+
+def test_other_threads_measure_anew_and_nothing_else(corpus: Path, storage: Path) -> None:
+    """Wall clock belongs to them; a sweep that only replays is the same whatever they are."""
+
+    def threads(values: dict[str, Any]) -> None:
+        values["run"]["cpus_per_task"] = 2
+
+    assert new_folders(corpus, storage, threads) == ["report", "sweep"]
+    replayed = new_folders(corpus, storage, lambda v: v["sweep"].update(mode="replay"))
+    assert replayed == ["report", "sweep"]
+
+    def both(values: dict[str, Any]) -> None:
+        threads(values)
+        values["sweep"]["mode"] = "replay"
+
+    assert new_folders(corpus, storage, both) == []
 
 
 def test_the_same_work_elsewhere_gives_the_same_bytes(

@@ -1,6 +1,6 @@
 """The report's figures, one function each, drawn to PNG without a display or pyplot's global state.
 
-Each function returns a matplotlib figure, or a text that says why there is nothing to draw. A drafter has one
+Each function returns a matplotlib figure, or a text that says why there is nothing to draw. A variant has one
 colour and a budget one marker in all figures; the palette is Okabe and Ito's, safe for colour-blind readers.
 """
 
@@ -58,8 +58,9 @@ class Look:
     def of(cells: Collection[Cell], axes: Axes) -> Look:
         budgets = sorted({c.budget for c in cells}, key=budget_order)
         policies = sorted({c.policy for c in cells})
+        colours = dict(zip(dict.fromkeys(map(family, axes.drafters)), cycle(PALETTE)))
         return Look(
-            colours=dict(zip(axes.drafters, cycle(PALETTE))),
+            colours={drafter: colours[family(drafter)] for drafter in axes.drafters},
             markers=dict(zip(budgets, cycle(MARKERS))),
             fills=dict(zip(policies, cycle(FILLS))),
         )
