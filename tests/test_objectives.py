@@ -341,21 +341,16 @@ def test_pretraining_on_pieces_reads_a_part_of_each_sequence(model: PreTrainedMo
 def test_a_variant_with_several_seeds_is_a_drafter_for_each(
     model: PreTrainedModel, data: LabelledSequences
 ) -> None:
-    config = config_for({"budgets": {16: 1.0}, "seeds": [5, 6]})
-    assert [v.name for v in config.train.drafters] == ["v~5", "v~6"]
-    losses = [
-        float(MultiView(config, variant, data, [], CPU).loss(model, 0, 0)[0])
-        for variant in (*config.train.drafters, config.train.drafters[0])
-    ]
-    assert losses[0] == losses[2] != losses[1]
-    # One seed is the variant itself; it may differ from the config's.
-    single = config_for({"budgets": {16: 1.0}, "seeds": [config.seed]})
-    plain = config_for({"budgets": {16: 1.0}})
-    assert [v.name for v in single.train.drafters] == ["v"]
-    ours, theirs = (
-        float(MultiView(c, c.train.drafters[0], data, [], CPU).loss(model, 0, 0)[0]) for c in (single, plain)
-    )
-    assert ours == theirs
+    """One seed is the variant itself; it may differ from the config's."""
+
+    def loss(config: Config, number: int) -> float:
+        return MultiView(config, config.train.drafters[number], data, [], CPU).loss(model, 0, 0)[0].item()
+
+    several, plain = (config_for({"budgets": {16: 1.0}, "seeds": seeds}) for seeds in ([5, 6], []))
+    assert [v.name for v in several.train.drafters] == ["v~5", "v~6"]
+    assert loss(several, 0) == loss(several, 0) != loss(several, 1)
+    single = config_for({"budgets": {16: 1.0}, "seeds": [plain.seed]})
+    assert [v.name for v in single.train.drafters] == ["v"] and loss(single, 0) == loss(plain, 0)
 
 
 def test_validation_acceptance_is_that_of_decoding(

@@ -113,6 +113,8 @@ def acceptance_by_budget(estimates: Sequence[Estimate], axes: Axes, policy: str)
     if not chosen:
         return f"No acceptance at γ = {axes.gamma}."
     budgets = sorted({e.budget for e in chosen.values()}, key=budget_order)
+    if len(budgets) < 2:
+        return f"Acceptance is known at one budget only ({budgets[0]})."
     figure, panels = _panels(chosen.values(), axes)
     look = Look.of(chosen.values(), axes)
     for (dataset, context), panel in panels.items():
