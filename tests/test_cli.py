@@ -126,9 +126,9 @@ def test_exit_codes(minimal: str, body: str, code: int, parts: list[str]) -> Non
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(minimal: str, sent: signal.Signals, code: int) -> None:
     body = "print('ready', flush=True); time.sleep(30)"
-    with subprocess.Popen(
-        with_stubs("run", minimal, body=body), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    # A shell's background jobs ignore Ctrl-C, and so would what they start: `env` undoes that.
+    undone = ["env", "--default-signal=INT", *with_stubs("run", minimal, body=body)]
+    with subprocess.Popen(undone, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         while process.stdout.readline() != b"ready\n":
             assert process.poll() is None
