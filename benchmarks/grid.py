@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.rows import Row, row
 from pipeline.artifacts import read_all, write_rows
-from pipeline.calibrate import GREEDILY, NEVER, Watched
+from pipeline.calibrate import NEVER, Watched
 from pipeline.cells import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
 from pipeline.config import Config, Pretrain, ScratchModel
 from pipeline.config_files import load_config
+from pipeline.drafting import GREEDILY
 from pipeline.evaluate import Evaluator, ReplayTask
 from pipeline.measure import Bench
 from pipeline.metrics import bootstrap_interval

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks import study_tables as tables
 from jobs.pipeline import run_pipeline, settled
-from pipeline.artifacts import read_all, read_rows, write_json, write_text
+from pipeline.artifacts import read_all, read_rows, write_text
 from pipeline.config import Config
 from pipeline.config_files import dump_config, load_config
 from pipeline.report.summary import FamilyGain, Summary
@@ -70,7 +70,8 @@ def main() -> None:
     # Of every γ it would be megabytes; all are in the run's own summary.
     for name in ("acceptance", "headline", "families", "controls"):
         summary[name] = [row for row in summary[name] if row["gamma"] == tables.GAMMA]
-    write_json(given.output / "summary.json", {**summary, "checks": checks})
+    text = json.dumps({**summary, "checks": checks}, separators=(",", ":"), ensure_ascii=False)
+    write_text(given.output / "summary.json", text + "\n")
     print(given.output)
 
 

@@ -44,8 +44,8 @@ def sweep(
 
     Replay comes first. Where the config predicts, single steps are timed then, all cells' speeds predicted,
     and besides the cells that the config names the best and the extremes of each data set and context are
-    measured; last, the recommended and the best measured ones are measured again. With failures the artifact
-    stays incomplete, and the next run tries them again.
+    measured; last, the fastest few of each place are measured again. With failures the artifact stays
+    incomplete, and the next run tries them again.
     """
     wanted = config.sweep.drafters
     names = [d.name for d in config.train.drafters if chosen_drafter(d.name, wanted)]

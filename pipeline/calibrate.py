@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from pipeline.cells import Drafter, ViewCell, view_cells
 from pipeline.config import Sweep
 from pipeline.decoding import speculate
-from pipeline.drafting import Chance
+from pipeline.drafting import GREEDILY
 from pipeline.lean import DecodeModel
 from pipeline.measure import Bench, Sides, clock
 from pipeline.rows import Prompt, StepTimes
@@ -29,7 +29,6 @@ MOST_GAMMAS = 4  # of the sweep's, beside 1; verification of other numbers of pr
 REPEATS = 5
 TOKENS = 17  # of one run's text, first one included
 NEVER: frozenset[int] = frozenset()
-GREEDILY = Chance(0.0, 0)
 
 
 class Watched:
@@ -96,8 +95,8 @@ def step_times(
             for gamma in gammas:
                 times = one_run(bench, views, cell, gamma)
                 if repeat:
-                    drafts[cell].append(mean(times.draft_s) / (1 if by_round else gamma))
-                    verifies[cell, gamma].append(mean(times.verify_s))
+                    drafts[cell].append(fmean(times.draft_s) / (1 if by_round else gamma))
+                    verifies[cell, gamma].append(fmean(times.verify_s))
                     rests[cell].append(times.rest_s)
     return [
         StepTimes(
@@ -124,10 +123,6 @@ def one_run(bench: Bench, views: Views, cell: ViewCell, gamma: int) -> RoundTime
     seconds = clock(bench.device) - began
     rest = seconds - sum(source.seconds) - sum(target.seconds)
     return RoundTimes(source.seconds, target.seconds, rest / count)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def random_prompt(context: str, prompt_tokens: int, num_tokens: int, new_tokens: int) -> Prompt:

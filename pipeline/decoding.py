@@ -3,7 +3,7 @@
 The target is a model with its cache; its view is full. Proposals come from a source, mostly a drafter behind
 a sparse view. The prefix fills positions 0..S-1; continuation token t sits at position S+t. Token 0 is what
 the target's prefill gives. The loops are iterators, so that a caller can stream, count or time them; they
-decode one or several prompts at once. The host learns of a round in one transfer, unless the source asks it.
+decode one or several prompts at once. The host learns of a round in one transfer, unless a source needs more.
 
 Shape legend: B rows, one a prompt; T proposals of a round.
 """

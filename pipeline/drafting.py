@@ -74,6 +74,9 @@ class Chance:
         return Sampler.seeded(self.temperature, seeds, device)
 
 
+GREEDILY = Chance(0.0, 0)
+
+
 class Proposals(NamedTuple):
     """One round's: tokens [B, T], their best logits [B, T] (not finite where a model failed), when sampling
     the probabilities [B, T, V] that they were drawn from, and how many of each row count (None: all T)."""

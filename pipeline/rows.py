@@ -122,7 +122,8 @@ class StepTimes(Row):
 
     Seconds, medians over interleaved runs: `draft_s` of one proposal of this source behind this budget,
     `verify_s` by γ of verifying γ + 1 tokens, `round_s` of what a round takes beside both, `ar_s` of one
-    autoregressive token, all in. `kind` is "drafter", whichever variant, or the baseline.
+    autoregressive token, all in. `kind` is "drafter", whichever variant, or the baseline. Prompt lookup looks
+    once a round, however many tokens it proposes, and its `draft_s` is of that.
     """
 
     context: str

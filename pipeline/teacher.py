@@ -20,13 +20,12 @@ from kernels import dispatch
 from pipeline.artifacts import read_rows, write_array, write_rows
 from pipeline.config import Config, Labels
 from pipeline.decoding import NotFinite, until_eos
-from pipeline.drafting import Chance, Sampler, fold
+from pipeline.drafting import GREEDILY, Chance, Sampler, fold
 from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
 from pipeline.models import ModelRef, load_model, stop_tokens
 from pipeline.rows import Continuation, Prompt
 
-GREEDILY = Chance(0.0, 0)
 POSITIONS = 1024  # positions whose logits are labelled at a time
 
 
