@@ -9,7 +9,7 @@ import jinja2
 
 from pipeline import metrics
 from pipeline.artifacts import provenance
-from pipeline.config import family
+from pipeline.config_sweep import family
 from pipeline.recommend import Choice
 from pipeline.report.summary import FamilyGain
 from pipeline.rows import CellRow, PredictedRow, PromptRow

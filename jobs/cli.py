@@ -14,9 +14,10 @@ from typer.core import TyperGroup
 from jobs import Terminated, raise_on_sigterm
 from jobs.doctor import check_name_clash
 from jobs.doctor import doctor as run_doctor
-from pipeline.config import Config, Policy, check_budget
+from pipeline.config import Config
 from pipeline.config_errors import ConfigError
 from pipeline.config_files import dump_config, load_config
+from pipeline.config_sweep import Policy, check_budget
 from pipeline.errors import BadData, Incomplete
 
 DONE, USAGE, BAD_DATA, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143

@@ -15,7 +15,8 @@ import torch
 
 from jobs.teach import label_tasks
 from pipeline.artifacts import Artifact, open_artifact
-from pipeline.config import AnyModel, AnySource, Config, Data, ScratchModel
+from pipeline.config import AnyModel, Config, ScratchModel
+from pipeline.config_data import AnySource, Data
 from pipeline.costs import Shape, pretrained_shape, scratch_shape
 from pipeline.data.documents import Reader
 from pipeline.data.packing import TOKENIZER

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.cells import Drafter, ViewCell, view_cells
-from pipeline.config import Sweep
+from pipeline.config_sweep import Sweep
 from pipeline.decoding import speculate
 from pipeline.drafting import GREEDILY
 from pipeline.lean import DecodeModel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pipeline.config import Baseline, Sweep, family
+from pipeline.config_sweep import Baseline, Sweep, family
 from pipeline.drafting import Chance
 from pipeline.kv import View, view_of
 from pipeline.metrics import repetition_rate

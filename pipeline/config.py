@@ -1,45 +1,24 @@
 """The one schema of every config file: typed to the leaf, with unit, range and meaning.
 
-Reading YAML, `extends` and overrides live in `config_files.py`, error texts in `config_errors.py`. Groups are
-frozen: a stage is handed its group, never a dict. The file is long because every field stands in it once,
-where a reader looks for it.
+Here stand models, labels, training and how it runs; `config_data.py` and `config_sweep.py` have the fields of
+`data` and of the sweep. Reading YAML, `extends` and overrides live in `config_files.py`, error texts in
+`config_errors.py`. Groups are frozen: a stage is handed its group, never a dict.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-Split = Literal["train", "validation", "test"]
-Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
+from pipeline.config_data import Data
+from pipeline.config_group import Group
+from pipeline.config_sweep import Decode, Policy, Report, Sweep, check_budget, family
+
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
-Control = Literal["other_prompt", "no_prefix"]
-Baseline = Literal["self_speculation", "prompt_lookup"]
 RESERVED = ("self_speculation", "prompt_lookup", "target")
 Dtype = Literal["float32", "bfloat16", "float16"]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-SWEPT = (
-    "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
-    "controls",
-)  # fmt: skip
-
-
-def family(drafter: str) -> str:
-    """The variant that a drafter belongs to: `multi_view` of `multi_view~43`, trained with seed 43."""
-    return drafter.partition("~")[0]
-
-
-def check_budget(budget: int | str) -> int | str:
-    """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
-    if budget == "full" or budget == 0:
-        return budget
-    if isinstance(budget, str) or budget < 16 or budget % 8:
-        raise ValueError(f'a budget is "full", 0, or an integer of at least 16 divisible by 8, not {budget}')
-    return budget
 
 
 def check_rope(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -50,150 +29,6 @@ def check_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 RopeScaling = Annotated[dict[str, Any], AfterValidator(check_rope)]
-
-
-class Group(BaseModel):
-    """Base of all groups: unknown fields are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _switches_only_where_asked(cls, values: Any) -> Any:
-        """YAML reads yes, no, on and off as true and false, which pydantic would take for 1 and 0."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            items = value if isinstance(value, list | tuple) else [value]
-            field = cls.model_fields.get(name)
-            if field and field.annotation is not bool and any(isinstance(item, bool) for item in items):
-                raise PydanticCustomError("misplaced_switch", "true or false", {"field": name})
-        return values
-
-
-# ── data ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Source(Group):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name in tables and file names")
-    use: tuple[Split, ...] = Field(
-        ("train", "validation", "test"), min_length=1, description="splits that it feeds"
-    )
-
-
-class TextSource(Source):
-    """Any text files. Splits are drawn by document with the fractions below."""
-
-    kind: Literal["text"]
-    files: tuple[str, ...] = Field(
-        min_length=1,
-        description='paths or globs; "stdlib" is the sources of the running Python\'s standard library',
-    )
-    validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of documents")
-    test_fraction: float = Field(0.1, ge=0, lt=1, description="share of documents")
-
-    @model_validator(mode="after")
-    def _fractions_leave_training(self) -> TextSource:
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction + test_fraction must stay below 1")
-        return self
-
-
-class Pg19Source(Source):
-    """PG-19: whole books, with the splits of the hub's data set."""
-
-    kind: Literal["pg19"]
-    path: str = Field("emozilla/pg19", description="hub id, or a folder with train/validation/test files")
-
-
-class LongBenchSource(Source):
-    """One LongBench task: a templated prompt over a long context. Feeds the test split only."""
-
-    kind: Literal["longbench"]
-    task: Literal[
-        "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report",
-        "qmsum", "multi_news", "trec", "triviaqa", "samsum", "passage_retrieval_en",
-    ]  # fmt: skip
-    use: tuple[Literal["test"], ...] = ("test",)
-    path: str = Field("THUDM/LongBench", description="hub id, a folder of <task>.jsonl[.gz], or its data.zip")
-    prompts_file: str | None = Field(None, description="LongBench's own dataset2prompt.json")
-    max_lengths_file: str | None = Field(None, description="LongBench's own dataset2maxlen.json")
-    truncation: Literal["middle", "paper"] = Field(
-        "middle", description="middle: LongBench's, the template kept; paper: the first tokens of the prompt"
-    )
-
-
-class LwmSource(Source):
-    """LWM's tasks: a NarrativeQA summary prompt, or needles hidden in book text."""
-
-    kind: Literal["lwm"]
-    use: tuple[Split, ...] = Field(("test",), min_length=1, description="splits that it feeds")
-    task: Literal["summary", "needle", "multi_needle"] = "summary"
-    path: str = Field(
-        "deepmind/narrativeqa",
-        description="hub id, or a folder with train/validation/test files (or one file) in NarrativeQA's or "
-        "PG-19's schema",
-    )
-    prompt_split: Split | None = Field(
-        None,
-        description="split of the data set that the test prompts come from; default: train for summary (as "
-        "in the paper), test for the needles",
-    )
-    rows: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None,
-        description="rows of prompt_split that become prompts; default: the paper's 20 for summary, all for "
-        "the needles; []: all",
-    )
-    template: str | None = Field(None, description="wording; {book} (summary) or {context} and {question}")
-    needles: int = Field(3, ge=2, le=20, description="needles in one multi_needle prompt")
-
-
-class PromptsSource(Source):
-    """The user's own prompts: JSONL with `prompt` or `messages`, or one text file a prompt. Test only."""
-
-    kind: Literal["prompts"]
-    use: tuple[Literal["test"], ...] = ("test",)
-    files: tuple[str, ...] = Field(min_length=1, description="paths or globs of .jsonl or text files")
-    chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
-
-
-AnySource = Annotated[
-    TextSource | Pg19Source | LongBenchSource | LwmSource | PromptsSource, Field(discriminator="kind")
-]
-
-
-class Context(Group):
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name in tables, such as 4K")
-    tokens: int = Field(ge=16, description="exact prompt length, in tokens")
-
-
-class Tokenizer(Group):
-    kind: Literal["target", "bpe"] = Field("target", description="the target's own, or a new byte-level BPE")
-    vocab_size: int = Field(512, ge=264, le=200_000, description="entries of a new BPE, specials included")
-
-
-class Data(Group):
-    root: str = Field(".", description="folder that relative source paths start from")
-    sources: tuple[AnySource, ...] = Field(min_length=1)
-    tokenizer: Tokenizer = Tokenizer()
-    sequence_tokens: int = Field(ge=32, description="tokens of one training sequence, prefix + continuation")
-    max_sequences: int = Field(1_000_000_000, ge=1, description="most training sequences kept")
-    contexts: tuple[Context, ...] = Field(min_length=1, description="prompt lengths that are evaluated")
-    max_new_tokens: int = Field(256, ge=2, description="tokens of one continuation, the first included")
-    prompts: int = Field(10, ge=1, description="test prompts per data set and context")
-    validation_prompts: int = Field(8, ge=0, description="prompts of the validation curve, first context")
-    prompts_per_document: int = Field(4, ge=1, description="most non-overlapping prompts from one document")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="bad rows beyond this share fail the stage")
-    documents_per_shard: int = Field(64, ge=1, description="documents that one task reads and packs")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Data:
-        for what, names in (
-            ("sources", [s.name for s in self.sources]),
-            ("contexts", [c.name for c in self.contexts]),
-        ):
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"{what}: the name {sorted(twice)[0]!r} is used twice")
-        return self
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +86,7 @@ class PretrainedModel(Group):
 AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]
 
 
-# ── labels, training, sweep, report ───────────────────────────────────────────────────────────────
+# ── labels, training ──────────────────────────────────────────────────────────────────────────────
 
 
 class Labels(Group):
@@ -369,127 +204,6 @@ class Train(Group):
         if twice:
             raise ValueError(f"variants: the name {sorted(twice)[0]!r} is used twice")
         return self
-
-
-class Plane(Group):
-    """One full budget × γ plane that is measured, to score the predicted times of all other cells."""
-
-    drafter: str = Field(description="a drafter, by variant or with its seed")
-    dataset: str = Field(description="name of a source")
-    context: str = Field(description="name of a context")
-
-
-class Measure(Group):
-    """Cells whose wall clock is measured; an empty list means every value of the sweep."""
-
-    drafters: tuple[str, ...] = ()
-    budgets: tuple[int | Literal["full"], ...] = ()
-    gammas: tuple[int, ...] = ()
-    temperatures: tuple[float, ...] = ()
-    prompts: int = Field(4, ge=1, description="prompts per data set and context")
-    prompts_together: int = Field(
-        1, ge=1, le=256, description="prompts decoded at once, each with its own acceptance"
-    )
-    repeats: int = Field(3, ge=1, description="interleaved repeats of every cell and of AR")
-    predict: bool = Field(
-        True,
-        description="mode both: time single steps, predict every cell's speed from them, measure the best "
-        "and the extremes of each data set and context too, and the fastest of these once more",
-    )
-    plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
-
-
-class Decode(Group):
-    """The engine that decodes, for the target alone as for both models."""
-
-    compile: Literal["none", "inductor", "cudagraphs"] = Field(
-        "none", description="inductor compiles the steps; cudagraphs also captures them, on a GPU"
-    )
-    draft_length: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="γ proposals a round, or fewer by sweep.thresholds"
-    )
-    prefill_chunk: int = Field(
-        2048, ge=16, description="tokens of a prefix that are computed at once; bounds its activations"
-    )
-
-
-class Sweep(Group):
-    mode: Literal["replay", "measure", "both"] = "both"
-    drafters: tuple[str, ...] = Field((), description="variants to evaluate; empty: all")
-    baselines: tuple[Baseline, ...] = Field(
-        (),
-        description="draft sources without training: the target behind a sparse view of itself (streaming "
-        "and snapkv), and n-gram lookup in prompt and text",
-    )
-    policies: tuple[Policy, ...] = ("chunk_topk",)
-    budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
-    gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
-        min_length=1, description="num_draft_tokens"
-    )
-    max_gammas: dict[str, int] = Field(
-        default={}, description="context → largest γ there; default: all gammas at every context"
-    )
-    thresholds: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
-        (0.0,),
-        min_length=1,
-        description="with decode.draft_length adaptive: a round stops behind a proposal of which the drafter "
-        "is less sure; 0 always drafts γ",
-    )
-    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0,), min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="sampling seeds; greedy uses the first")
-    controls: tuple[Control, ...] = ("other_prompt", "no_prefix")
-    measure: Measure = Measure()
-    num_evaluators: int = Field(1, ge=1, description="actors that replay at once; measuring uses one")
-    looping_rate: float = Field(
-        0.5, gt=0, le=1, description="repetition rate above which a continuation counts as looping"
-    )
-
-    @field_validator("budgets")
-    @classmethod
-    def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
-        return tuple(check_budget(budget) for budget in budgets)
-
-    @property
-    def predicts(self) -> bool:
-        return self.mode == "both" and self.measure.predict
-
-    def gammas_of(self, context: str) -> tuple[int, ...]:
-        """The γ that are swept at a context."""
-        return tuple(g for g in self.gammas if g <= self.max_gammas.get(context, g))
-
-    @model_validator(mode="after")
-    def _axes_fit(self) -> Sweep:
-        for context in self.max_gammas:
-            if not self.gammas_of(context):
-                raise ValueError(f"max_gammas.{context} is below every one of gammas")
-        if self.predicts and (0.0 not in self.temperatures or 0.0 not in self.thresholds):
-            raise ValueError(
-                "measure.predict is for greedy cells that always draft γ: add 0.0 to temperatures and "
-                "thresholds, or set measure.predict: false"
-            )
-        if self.measure.plane and not self.predicts:
-            raise ValueError("measure.plane scores predictions: it needs mode both and measure.predict")
-        if self.predicts and self.measure.prompts_together > 1:
-            raise ValueError(
-                "measure.predict times prompts that are decoded alone: set measure.prompts_together: 1 or "
-                "measure.predict: false"
-            )
-        for field in SWEPT:
-            values = getattr(self, field)
-            twice = [value for value in values if values.count(value) > 1]
-            if twice:
-                raise ValueError(f"{field} lists {twice[0]} twice")
-        for field in ("budgets", "gammas", "temperatures"):
-            extra = set(getattr(self.measure, field)) - set(getattr(self, field))
-            if extra:
-                raise ValueError(f"measure.{field} names {sorted(map(str, extra))}, which {field} lacks")
-        return self
-
-
-class Report(Group):
-    least_documents: int = Field(5, ge=2, description="documents below which nothing is ranked")
-    bootstrap_samples: int = Field(2000, ge=100, description="resamples of every interval")
-    samples: int = Field(3, ge=0, description="texts shown per data set")
 
 
 # ── how it runs ───────────────────────────────────────────────────────────────────────────────────

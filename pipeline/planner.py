@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline import metrics
 from pipeline.cells import DraftLength, Pick, ViewCell, chosen_drafter
-from pipeline.config import Baseline, Sweep, family
+from pipeline.config_sweep import Baseline, Sweep, family
 from pipeline.rows import Cell, PredictedRow, PromptRow, StepTimes
 
 BASELINES: tuple[str, ...] = get_args(Baseline)

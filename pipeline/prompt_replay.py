@@ -23,7 +23,7 @@ from pipeline.cells import (
     make_row,
     view_cells,
 )
-from pipeline.config import Sweep
+from pipeline.config_sweep import Sweep
 from pipeline.decoding import NotFinite
 from pipeline.drafting import Chance, LookupDrafts
 from pipeline.kv import PrefixView, View

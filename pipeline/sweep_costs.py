@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks, draft_lengths, view_cells
-from pipeline.config import Config, Sweep
+from pipeline.config import Config
+from pipeline.config_sweep import Sweep
 from pipeline.costs import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.kv import View
 from pipeline.measure import LOGIT_COPIES

@@ -18,7 +18,7 @@ from pipeline.cells import (
     make_failure,
     make_row,
 )
-from pipeline.config import Sweep
+from pipeline.config_sweep import Sweep
 from pipeline.decoding import Round
 from pipeline.drafting import Chance, DraftSource, LookupDrafts, ModelDrafts
 from pipeline.kv import PrefixView

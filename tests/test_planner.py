@@ -8,7 +8,8 @@ import pytest
 
 from pipeline import planner
 from pipeline.cells import DraftLength, Pick, ViewCell
-from pipeline.config import Config, Plane
+from pipeline.config import Config
+from pipeline.config_sweep import Plane
 from pipeline.planner import Place
 from pipeline.recommend import Choice, ModelSize, Needs, choices, recommend
 from pipeline.report.tables import cell_rows

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import Field
 
 from pipeline.artifacts import read_rows, write_rows, write_text
-from pipeline.config import Context, Data, Source, Split
+from pipeline.config_data import Context, Data, Source, Split
 from pipeline.data.reading import BadRow, Table
 from pipeline.errors import BadData
 from pipeline.rows import Prompt, Row

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, Field, StrictStr
 
-from pipeline.config import LongBenchSource
+from pipeline.config_data import LongBenchSource
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
 from pipeline.data.evaluation import split_template, template_prompts
 from pipeline.data.reading import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, StrictStr, model_validator
 
-from pipeline.config import LwmSource, Split
+from pipeline.config_data import LwmSource, Split
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
 from pipeline.data.evaluation import needle_prompts, question, split_template, template_prompts
 from pipeline.data.reading import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, StrictStr
 
-from pipeline.config import Pg19Source
+from pipeline.config_data import Pg19Source
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
 from pipeline.data.evaluation import continuation_prompts
 from pipeline.data.reading import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, StrictStr, model_validator
 
-from pipeline.config import PromptsSource
+from pipeline.config_data import PromptsSource
 from pipeline.data.documents import Document, Reader, Request, Shard
 from pipeline.data.evaluation import bos, make_prompt
 from pipeline.data.reading import BadRow, RawRow, Table, checked, table_rows, text_problem

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import fingerprint, write_rows, write_text
-from pipeline.config import Config, Context, Data, PretrainedModel, Split
+from pipeline.config import Config, PretrainedModel
+from pipeline.config_data import Context, Data, Split
 from pipeline.data.documents import Document, Part, Reader, Request, Shard, digest, read_parts
 from pipeline.data.longbench import LongBenchReader
 from pipeline.data.lwm import LwmReader

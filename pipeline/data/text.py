@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from pipeline.config import Split, TextSource
+from pipeline.config_data import Split, TextSource
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
 from pipeline.data.evaluation import continuation_prompts
 from pipeline.data.reading import BadRow, Table, local_path, must_be_file, text_problem

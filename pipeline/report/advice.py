@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config import Plane, family
+from pipeline.config_sweep import Plane, family
 from pipeline.planner import Place, errors, score
 from pipeline.recommend import ModelSize, Recommendation, choices, recommend
 from pipeline.report.axes import Axes

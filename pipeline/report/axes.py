@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.config import Config, family
+from pipeline.config import Config
+from pipeline.config_sweep import family
 from pipeline.report.summary import Budget
 from pipeline.rows import Cell, PromptRow
 

@@ -14,7 +14,7 @@ from itertools import combinations, product
 from typing import Literal
 
 from pipeline import metrics
-from pipeline.config import family
+from pipeline.config_sweep import family
 from pipeline.report.axes import Axes, CellKey, Cells
 from pipeline.report.summary import Budget, ControlGap, FamilyGain, Gain
 from pipeline.report.tables import accepted_of_proposed, documents

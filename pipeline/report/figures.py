@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from pipeline.artifacts import atomic_path
-from pipeline.config import family
+from pipeline.config_sweep import family
 from pipeline.metrics import Interval
 from pipeline.report.axes import Axes, budget_order, budget_text
 from pipeline.report.summary import Budget, Estimate

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pipeline.config import family
+from pipeline.config_sweep import family
 from pipeline.report.advice import Predictions, recommendations, scores
 from pipeline.report.axes import Axes, Cells, budget_text
 from pipeline.report.differences import Resampling, control_gaps, family_gains, gains

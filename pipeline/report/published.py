@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
-from pipeline.config import Config, LongBenchSource, LwmSource, Pg19Source, Source, Variant
+from pipeline.config import Config, Variant
+from pipeline.config_data import LongBenchSource, LwmSource, Pg19Source, Source
 from pipeline.rows import CellRow
 
 

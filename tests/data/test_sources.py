@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from pipeline.config import AnySource, Data
+from pipeline.config_data import AnySource, Data
 from pipeline.data.documents import Document, Reader
 from pipeline.data.longbench import MAX_NEW_TOKENS, TEMPLATES
 from pipeline.data.reading import BadRow
@@ -130,7 +130,7 @@ def test_longbench_is_read_from_its_zip(tmp_path):
 def test_every_longbench_task_has_a_template_and_a_length():
     from typing import get_args
 
-    from pipeline.config import LongBenchSource
+    from pipeline.config_data import LongBenchSource
 
     tasks = set(get_args(LongBenchSource.model_fields["task"].annotation))
     assert len(tasks) == 13 and tasks == set(TEMPLATES) == set(MAX_NEW_TOKENS)

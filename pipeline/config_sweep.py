@@ -1,0 +1,152 @@
+"""The fields of `sweep`, `decode` and `report`: what is evaluated, by which engine, and what is said."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config_group import Group
+
+Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
+Control = Literal["other_prompt", "no_prefix"]
+Baseline = Literal["self_speculation", "prompt_lookup"]
+SWEPT = (
+    "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
+    "controls",
+)  # fmt: skip
+
+
+def family(drafter: str) -> str:
+    """The variant that a drafter belongs to: `multi_view` of `multi_view~43`, trained with seed 43."""
+    return drafter.partition("~")[0]
+
+
+def check_budget(budget: int | str) -> int | str:
+    """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
+    if budget == "full" or budget == 0:
+        return budget
+    if isinstance(budget, str) or budget < 16 or budget % 8:
+        raise ValueError(f'a budget is "full", 0, or an integer of at least 16 divisible by 8, not {budget}')
+    return budget
+
+
+class Plane(Group):
+    """One full budget × γ plane that is measured, to score the predicted times of all other cells."""
+
+    drafter: str = Field(description="a drafter, by variant or with its seed")
+    dataset: str = Field(description="name of a source")
+    context: str = Field(description="name of a context")
+
+
+class Measure(Group):
+    """Cells whose wall clock is measured; an empty list means every value of the sweep."""
+
+    drafters: tuple[str, ...] = ()
+    budgets: tuple[int | Literal["full"], ...] = ()
+    gammas: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = ()
+    prompts: int = Field(4, ge=1, description="prompts per data set and context")
+    prompts_together: int = Field(
+        1, ge=1, le=256, description="prompts decoded at once, each with its own acceptance"
+    )
+    repeats: int = Field(3, ge=1, description="interleaved repeats of every cell and of AR")
+    predict: bool = Field(
+        True,
+        description="mode both: time single steps, predict every cell's speed from them, measure the best "
+        "and the extremes of each data set and context too, and the fastest of these once more",
+    )
+    plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
+
+
+class Decode(Group):
+    """The engine that decodes, for the target alone as for both models."""
+
+    compile: Literal["none", "inductor", "cudagraphs"] = Field(
+        "none", description="inductor compiles the steps; cudagraphs also captures them, on a GPU"
+    )
+    draft_length: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="γ proposals a round, or fewer by sweep.thresholds"
+    )
+    prefill_chunk: int = Field(
+        2048, ge=16, description="tokens of a prefix that are computed at once; bounds its activations"
+    )
+
+
+class Sweep(Group):
+    mode: Literal["replay", "measure", "both"] = "both"
+    drafters: tuple[str, ...] = Field((), description="variants to evaluate; empty: all")
+    baselines: tuple[Baseline, ...] = Field(
+        (),
+        description="draft sources without training: the target behind a sparse view of itself (streaming "
+        "and snapkv), and n-gram lookup in prompt and text",
+    )
+    policies: tuple[Policy, ...] = ("chunk_topk",)
+    budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
+    gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
+        min_length=1, description="num_draft_tokens"
+    )
+    max_gammas: dict[str, int] = Field(
+        default={}, description="context → largest γ there; default: all gammas at every context"
+    )
+    thresholds: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (0.0,),
+        min_length=1,
+        description="with decode.draft_length adaptive: a round stops behind a proposal of which the drafter "
+        "is less sure; 0 always drafts γ",
+    )
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0,), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="sampling seeds; greedy uses the first")
+    controls: tuple[Control, ...] = ("other_prompt", "no_prefix")
+    measure: Measure = Measure()
+    num_evaluators: int = Field(1, ge=1, description="actors that replay at once; measuring uses one")
+    looping_rate: float = Field(
+        0.5, gt=0, le=1, description="repetition rate above which a continuation counts as looping"
+    )
+
+    @field_validator("budgets")
+    @classmethod
+    def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        return tuple(check_budget(budget) for budget in budgets)
+
+    @property
+    def predicts(self) -> bool:
+        return self.mode == "both" and self.measure.predict
+
+    def gammas_of(self, context: str) -> tuple[int, ...]:
+        """The γ that are swept at a context."""
+        return tuple(g for g in self.gammas if g <= self.max_gammas.get(context, g))
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> Sweep:
+        for context in self.max_gammas:
+            if not self.gammas_of(context):
+                raise ValueError(f"max_gammas.{context} is below every one of gammas")
+        if self.predicts and (0.0 not in self.temperatures or 0.0 not in self.thresholds):
+            raise ValueError(
+                "measure.predict is for greedy cells that always draft γ: add 0.0 to temperatures and "
+                "thresholds, or set measure.predict: false"
+            )
+        if self.measure.plane and not self.predicts:
+            raise ValueError("measure.plane scores predictions: it needs mode both and measure.predict")
+        if self.predicts and self.measure.prompts_together > 1:
+            raise ValueError(
+                "measure.predict times prompts that are decoded alone: set measure.prompts_together: 1 or "
+                "measure.predict: false"
+            )
+        for field in SWEPT:
+            values = getattr(self, field)
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{field} lists {twice[0]} twice")
+        for field in ("budgets", "gammas", "temperatures"):
+            extra = set(getattr(self.measure, field)) - set(getattr(self, field))
+            if extra:
+                raise ValueError(f"measure.{field} names {sorted(map(str, extra))}, which {field} lacks")
+        return self
+
+
+class Report(Group):
+    least_documents: int = Field(5, ge=2, description="documents below which nothing is ranked")
+    bootstrap_samples: int = Field(2000, ge=100, description="resamples of every interval")
+    samples: int = Field(3, ge=0, description="texts shown per data set")
