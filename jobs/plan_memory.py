@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from jobs.executor import read_settings
 from jobs.plan_facts import Facts
+from jobs.ray_train import read_settings
 from pipeline.config import Config, ScratchModel
 from pipeline.costs import (
     Device,

@@ -21,6 +21,12 @@ from pipeline.models import build_scratch
 VOCABULARY = 97
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tries", type=int, default=1, help="how often each test of a fault is tried")
+    parser.addoption("--faults-json", metavar="FILE", help="write what came of every fault")
+    parser.addoption("--faults-table", metavar="FILE", help="write the same as a Markdown page")
+
+
 @dataclass
 class FakeTokenizer:
     """As much of a tokenizer as building a model needs."""

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jobs.executor import InlineExecutor, NoExecutor, RayExecutor, make_executor, read_settings
+from jobs.executor import InlineExecutor, NoExecutor, make_executor
+from jobs.ray_executor import RayExecutor
+from jobs.ray_train import read_settings
 from pipeline.decoding import NotFinite
 from pipeline.errors import BadData
 from pipeline.objectives import MultiView

@@ -1,0 +1,103 @@
+"""Tests of faults: each is tried `--tries` times and counted; `make test-faults` writes down what came of it.
+
+A test names its fault with `@pytest.mark.fault("…")`, breaks a real process or file, runs the same command
+again, and adds to `tally.lost` the pieces of work that are missing or doubled beside a run without the fault.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.toy import Toy, make_toy
+
+
+@dataclass
+class Tally:
+    """What one try lost."""
+
+    lost: int = 0
+
+
+@dataclass
+class Fault:
+    """One line of the table."""
+
+    fault: str
+    tries: int = 0
+    survived: int = 0
+    lost: int = 0
+
+
+FAULTS = pytest.StashKey[dict[str, Fault]]()
+TALLY = pytest.StashKey[Tally]()
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    counted = Tally()
+    request.node.stash[TALLY] = counted
+    return counted
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    marker = item.get_closest_marker("fault")
+    if marker and (report.when == "call" or (report.when == "setup" and report.failed)):
+        faults = item.config.stash.setdefault(FAULTS, {})
+        line = faults.setdefault(marker.args[0], Fault(marker.args[0]))
+        if not report.skipped:
+            line.tries += 1
+            line.survived += report.passed
+            line.lost += item.stash.get(TALLY, Tally()).lost
+    return report
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A pipeline of tiny models that runs in seconds, and what it gives without a fault."""
+    return make_toy(tmp_path_factory.mktemp("faults"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test of a fault once for each try."""
+    if metafunc.definition.get_closest_marker("fault"):
+        metafunc.fixturenames.append("attempt")
+        metafunc.parametrize("attempt", range(metafunc.config.getoption("tries")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long is for `make test-faults`, which asks for the list."""
+    if config.getoption("faults_json"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="takes long: make test-faults runs it"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    lines = list(session.config.stash.get(FAULTS, {}).values())
+    if file := session.config.getoption("faults_json"):
+        Path(file).write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
+    if file := session.config.getoption("faults_table"):
+        Path(file).write_text(table(lines), encoding="utf-8")
+
+
+def table(lines: list[Fault]) -> str:
+    """The page: fault × tries × survived × lost."""
+    rows = "\n".join(f"| {line.fault} | {line.tries} | {line.survived} | {line.lost} |" for line in lines)
+    return f"{HEAD}\n| fault | tries | survived | lost |\n|---|---|---|---|\n{rows}\n"
+
+
+HEAD = """# Reliability
+
+`make test-faults` breaks a small pipeline on purpose, as real processes, files and servers, and runs the same
+command again; it wrote this page and `faults.json`. *Survived*: the run, or the run after it, ended with
+what a run without the fault gives. *Lost*: files, metric rows and sweep rows that were missing, doubled or
+different in the end.
+"""
