@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, redirect_stdout
-from io import StringIO
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,19 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config import Config
+from pipeline.engine import MOMENTS, Part, Read, restore_unsharded, unsharded_part
 from pipeline.models import pick_device
 from pipeline.training import Plan
-
-TAG = "zero"
 
 
 class DeepSpeedEngine:
     """`pipeline.engine.Engine` over a DeepSpeed engine; the settings file has ZeRO stage and offload."""
 
-    def __init__(self, engine: Any, device: torch.device) -> None:
+    def __init__(self, engine: Any, device: torch.device, hosts: dist.ProcessGroup) -> None:
         self.engine, self.device = engine, device
+        self.hosts = hosts  # the same workers, for numbers that need not wait for a GPU
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.name = f"DeepSpeed ZeRO-{engine.zero_optimization_stage()}"
+        self.stage: int = engine.zero_optimization_stage()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -50,35 +49,94 @@ class DeepSpeedEngine:
         assert self.pending, "a step ends a whole batch"
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.engine.zero_optimization_stage() == 0:  # then DeepSpeed clips, but keeps the norm to itself
+        if self.stage == 0:  # then DeepSpeed clips, but keeps the norm to itself
             gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
             return norm
         self.engine.step()
-        return self.engine.get_global_grad_norm()
+        # ZeRO leaves an update out where the gradient is not finite, and keeps the norm of the step before.
+        return math.inf if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
 
     def mean(self, value: Tensor) -> Tensor:
         total = value.detach().clone()
         dist.all_reduce(total)
         return total / self.world_size
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG)
-        dist.barrier()
+    def share(self, number: int) -> int:
+        if self.world_size == 1:
+            return number
+        told = torch.tensor([number])
+        dist.broadcast(told, 0, group=self.hosts)
+        return int(told)
 
-    def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag=TAG)
+    def gather(self, number: int) -> list[int]:
+        told = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(told, torch.tensor([number]), group=self.hosts)
+        return [int(each) for each in told]
 
-    def state_dict(self, folder: Path) -> dict[str, Tensor]:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    def part(self, part: Part) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self.engine.zero_optimization_stage() == 0:
-            return {
-                name: value.detach().cpu().float() for name, value in self.engine.module.state_dict().items()
-            }
-        with redirect_stdout(StringIO()):  # it prints what it finds, line by line
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        if self.stage == 0:
+            return {} if self.rank else unsharded_part(self.engine.module, self.engine.optimizer, part)
+        kept = {}
+        for name, weight in self.engine.module.named_parameters():
+            if part == "weights":
+                value = safe_get_full_fp32_param(weight)
+            else:
+                value = safe_get_full_optimizer_state(weight, part)
+            if self.rank == 0:
+                kept[name] = value.cpu().contiguous()
+        return kept
+
+    @torch.no_grad()
+    def restore(self, updates: int, read: Read) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        if self.stage == 0:
+            restore_unsharded(self.engine.module, self.engine.optimizer, updates, read)
+            return
+        self.make_moments(updates)
+        for name, weight in self.engine.module.named_parameters():
+            for moment in MOMENTS:
+                self.set_master(weight, read(moment, name), moment)
+            value = read("weights", name)
+            self.set_master(weight, value)
+            with GatheredParameters([weight], modifier_rank=0):  # what forward passes read
+                weight.data.copy_(value)
+
+    def make_moments(self, updates: int) -> None:
+        """What the first step of a fresh ZeRO optimizer makes: moments of this rank's flat share."""
+        zero = self.engine.optimizer
+        shares = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        for share in shares:
+            state = zero.optimizer.state[share]
+            state["step"] = torch.tensor(float(updates), device=share.device)
+            state |= {moment: torch.zeros_like(share) for moment in MOMENTS}
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def set_master(self, weight: Any, value: Tensor, moment: Part | None = None) -> None:
+        """This rank's share of a parameter's fp32 copy, or of a moment, from the whole."""
+        from deepspeed import utils
+
+        if self.stage < 3:
+            if moment is None:
+                utils.safe_set_full_fp32_param(weight, value)
+            else:
+                utils.safe_set_full_optimizer_state(weight, value, moment)
+            return
+        # ZeRO-3 pads a parameter that its ranks do not divide; `safe_set_full_…` forgets that.
+        size = weight.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        own = padded.narrow(0, size * self.rank, size)
+        if moment is None:
+            utils.safe_set_local_fp32_param(weight, own)
+        else:
+            utils.safe_set_local_optimizer_state(weight, own, moment)
 
 
 def deepspeed_engine(
@@ -96,6 +154,7 @@ def deepspeed_engine(
     # DeepSpeed calls what torch has renamed; its users can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
+    hosts = dist.new_group(backend="gloo")
 
     def make(model: PreTrainedModel, plan: Plan) -> DeepSpeedEngine:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=plan.weight_decay, fused=True)
@@ -105,12 +164,12 @@ def deepspeed_engine(
             config={
                 **settings,
                 "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
-                "gradient_accumulation_steps": plan.micro_batches // config.train.num_workers,
+                "gradient_accumulation_steps": plan.micro_batches // dist.get_world_size(),
                 "gradient_clipping": plan.clip,
                 "zero_force_ds_cpu_optimizer": False,
                 "torch_autocast": {"enabled": config.train.dtype == "bfloat16", "dtype": "bfloat16"},
             },
         )
-        return DeepSpeedEngine(engine, device)
+        return DeepSpeedEngine(engine, device, hosts)
 
     return make

@@ -22,7 +22,9 @@ from pipeline.teacher import smallest_uint
 from pipeline.work import hours, rates_of, work
 
 GB = 1e9
-TRAINED_COPIES = 4  # of a trained model's fp32 weights: itself, and in its last checkpoint with two moments
+# Of a trained model's fp32 weights: itself, and with two moments in its newest checkpoints, which stay until
+# all models of the stage are trained.
+TRAINED_COPIES = 1 + 3 * 2
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ def data_amounts(config: Config, facts: Facts) -> Iterator[Amount]:
 
 
 def disk_amounts(config: Config, shapes: Mapping[str, Shape], facts: Facts) -> Iterator[Amount]:
-    """Labels, headers aside; models and, of those that are trained, the last checkpoint."""
+    """Labels, headers aside; models and, of those that are trained, the checkpoints that stay meanwhile."""
     entry = np.dtype(smallest_uint(facts.vocab)).itemsize
     per_token = 2 * entry + min(config.labels.top_k, facts.vocab) * (entry + 2)
     size = facts.labelled * config.data.sequence_tokens * per_token
     yield Amount("labels on disk", size, "B", facts.how)
-    how = "estimate: 4 B a parameter, 12 B a checkpoint"
+    how = "estimate: 4 B a parameter, 12 B in each of two checkpoints while it trains"
     for role, shape in shapes.items():
         spec: AnyModel = getattr(config, role)
         if isinstance(spec, ScratchModel):

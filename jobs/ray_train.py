@@ -1,20 +1,29 @@
-"""Training on Ray Train workers with DeepSpeed, and what they tell the driver."""
+"""Training on Ray Train workers with DeepSpeed; what they tell the driver, and how it stops them."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from pipeline.artifacts import write_json
 from pipeline.decoding import NotFinite
 from pipeline.errors import BadData
+from pipeline.stopping import Stopped
 from pipeline.train_job import TrainJob, is_first_worker, run_job
 
 COMPLAINT = ".error.json"  # what a training worker leaves for the driver
+STOP = ".stop"  # what the driver leaves for the workers
+STOP_WAIT_S = 60  # that they have to write a checkpoint
 ERRORS: dict[str, type[Exception]] = {"BadData": BadData, "NotFinite": NotFinite}
 MAX_RETRIES = 2  # of the training group, after a worker died
+
+log = logging.getLogger(__name__)
 
 
 def train_on_ray(job: TrainJob) -> None:
@@ -45,10 +54,57 @@ def train_on_ray(job: TrainJob) -> None:
     )
     complaint = first / COMPLAINT
     complaint.unlink(missing_ok=True)
-    trainer.fit()
+    fit_or_stop(trainer, first / STOP)
     if complaint.exists():
         told = json.loads(complaint.read_text(encoding="utf-8"))
         raise ERRORS[told["type"]](told["text"])
+
+
+def fit_or_stop(trainer: Any, stop: Path) -> None:
+    """Wait for training; an interrupt first asks the workers for a checkpoint, then goes on.
+
+    Ray Train runs in a thread of its own: in the main thread it would take Ctrl-C for itself, and Ray makes
+    a plain KeyboardInterrupt of whatever a signal raises in there.
+
+    Raises:
+        OSError: if a worker's disk is full.
+    """
+    from ray.train import TrainingFailedError
+
+    stop.unlink(missing_ok=True)
+    done: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    Thread(target=fit, daemon=True, name="ray-train").start()
+    try:
+        done.result()
+    except KeyboardInterrupt:
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()
+        wait([done], STOP_WAIT_S)
+        raise
+    except TrainingFailedError as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        raise full from error
+
+
+def full_disk(error: Exception) -> OSError | None:
+    """The full disk behind a failed launch, in one of its workers or in Ray Train's own files."""
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for failure in failures:
+        told = getattr(failure, "_base_exc", failure)  # Ray Train's wrapping of it
+        if isinstance(told, OSError) and told.errno in (errno.ENOSPC, errno.EDQUOT):
+            return told
+    return None
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -60,8 +116,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     from jobs.deepspeed_engine import deepspeed_engine
 
     job: TrainJob = settings["job"]
+    stop = next(iter(job.outputs.values())) / STOP
     try:
-        run_job(job, deepspeed_engine(job.config, job.deepspeed))
+        run_job(job, deepspeed_engine(job.config, job.deepspeed), stop.exists)
+    except Stopped as stopped:
+        log.info("%s", stopped)
     except tuple(ERRORS.values()) as error:
         if is_first_worker():
             told = {"type": type(error).__name__, "text": str(error)}

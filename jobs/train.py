@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.executor import Executor
 from pipeline.artifacts import Artifact, open_artifact
+from pipeline.checkpoints import CHECKPOINTS
 from pipeline.config import AnyModel, Config, PretrainedModel
 from pipeline.models import ModelRef, model_ref
 from pipeline.train_job import TrainJob
-from pipeline.training import METRICS
+from pipeline.training import MEMORY, METRICS
 
 # What mirrors the growing metrics files of a launch while it runs.
 Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]
@@ -108,13 +111,40 @@ def run_missing(
     watch: Watch,
 ) -> None:
     """One launch of the workers for all models that are not complete, then their manifests."""
-    missing = {name: artifact for name, artifact in artifacts.items() if not artifact.complete}
-    if not missing:
-        return
+    with ExitStack() as claims:
+        # Claimed in one order, so that two runs never wait for each other.
+        missing = {
+            name: artifacts[name]
+            for name in sorted(artifacts)
+            if claims.enter_context(artifacts[name].claim(whole=True))
+        }
+        if missing:
+            launch(
+                {name: missing[name] for name in artifacts if name in missing}, inputs, executor, job, watch
+            )
+
+
+def launch(
+    missing: dict[str, Artifact],
+    inputs: Mapping[str, dict[str, Any]],
+    executor: Executor,
+    job: TrainJob,
+    watch: Watch,
+) -> None:
     began = time.perf_counter()
     job = replace(job, outputs={name: artifact.path for name, artifact in missing.items()})
     with watch({name: folder / METRICS for name, folder in job.outputs.items()}):
         executor.train(job)
     seconds = time.perf_counter() - began
     for name, artifact in missing.items():
-        artifact.finish(inputs[name], {}, seconds)
+        # Whoever wants more steps has another fingerprint: nothing will go on from here.
+        shutil.rmtree(artifact.path / CHECKPOINTS, ignore_errors=True)
+        artifact.finish(inputs[name], peak_memory(artifact.path), seconds)
+
+
+def peak_memory(folder: Path) -> dict[str, Any]:
+    """What a trained model's manifest says of memory; nothing of a model that was not trained."""
+    file = folder / MEMORY
+    if not file.exists():
+        return {}
+    return {"peak_memory_bytes_by_rank": json.loads(file.read_text(encoding="utf-8"))["ranks"]}

@@ -1,22 +1,28 @@
-"""What the training loop asks of an engine, and the plain torch one. DeepSpeed's is in `jobs/`."""
+"""What the training loop asks of an engine, and the plain torch one. DeepSpeed's is in `jobs/`.
+
+An engine's state is three parts by parameter name: the fp32 weights and AdamW's two moments, whole, however
+they are sharded while training. So any engine can go on from what another one was.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-STATE = "state.pt"
+Part = Literal["weights", "exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[Part, Part] = ("exp_avg", "exp_avg_sq")
+PARTS: tuple[Part, ...] = ("weights", *MOMENTS)
+Read = Callable[[Part, str], Tensor]  # a part of the parameter of this name, fp32 on the CPU
 
 
 class Engine(Protocol):
     """A model, its optimizer and, in a group of workers, the others."""
 
-    name: str
     rank: int
     world_size: int
     device: torch.device
@@ -35,28 +41,39 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> Tensor | float:
-        """Average over micro-batches and workers, clip, update; returns the norm before clipping."""
+        """Average over micro-batches and workers, clip, update; returns the norm before clipping.
+
+        The norm is not finite where the update was left out because of the gradient.
+        """
         ...
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the workers."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer; called by all workers, returns when all have written."""
+    def share(self, number: int) -> int:
+        """Rank 0's number, to all workers; called by all."""
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def gather(self, number: int) -> list[int]:
+        """Everyone's number by rank, to all workers; called by all."""
+        ...
 
-    def state_dict(self, folder: Path) -> dict[str, Tensor]:
-        """fp32 weights of the checkpoint that was just saved in `folder`; asked of rank 0 only."""
+    def part(self, part: Part) -> dict[str, Tensor]:
+        """One part of the state by parameter name, whole, fp32 on the CPU; called by all.
+
+        Rank 0 gets it, the others an empty dict.
+        """
+        ...
+
+    def restore(self, updates: int, read: Read) -> None:
+        """Take over a state after `updates` optimizer steps; called by all."""
         ...
 
 
 class TorchEngine:
     """One process, AdamW."""
 
-    name = "torch"
     rank = 0
     world_size = 1
 
@@ -95,16 +112,36 @@ class TorchEngine:
     def mean(self, value: Tensor) -> Tensor:
         return value
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {"model": self._model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / STATE
-        )
+    def share(self, number: int) -> int:
+        return number
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        self._model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def gather(self, number: int) -> list[int]:
+        return [number]
 
-    def state_dict(self, folder: Path) -> dict[str, Tensor]:
-        return self._model.state_dict()
+    def part(self, part: Part) -> dict[str, Tensor]:
+        return unsharded_part(self._model, self.optimizer, part)
+
+    def restore(self, updates: int, read: Read) -> None:
+        restore_unsharded(self._model, self.optimizer, updates, read)
+
+
+def unsharded_part(model: nn.Module, optimizer: torch.optim.Optimizer, part: Part) -> dict[str, Tensor]:
+    """A part of the state where every parameter is whole in this process."""
+
+    def of(weight: nn.Parameter) -> Tensor:
+        # A parameter that no loss has reached was never updated and has no moments.
+        value = weight if part == "weights" else optimizer.state[weight].get(part, torch.zeros_like(weight))
+        return value.detach().cpu().contiguous()
+
+    return {name: of(weight) for name, weight in model.named_parameters()}
+
+
+@torch.no_grad()
+def restore_unsharded(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, read: Read) -> None:
+    """The way back from `unsharded_part`."""
+    for name, weight in model.named_parameters():
+        weight.copy_(read("weights", name))
+        state = optimizer.state[weight]
+        state["step"] = torch.tensor(float(updates), device=weight.device)
+        for moment in MOMENTS:
+            state[moment] = torch.empty_like(weight).copy_(read(moment, name))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +20,15 @@ from pipeline.losses import LOSSES, States, plain_head
 from pipeline.rows import Continuation, Prompt
 
 PREFIX_MULTIPLE = 64  # tokens
+
+
+def name_rows(shards: Shards, indices: Sequence[int]) -> str:
+    """`train-00000.npy row 3, train-00001.npy row 0`, at most a screen's line and a half."""
+    places = []
+    for index in indices:
+        shard = int(np.searchsorted(shards.offsets, index, side="right")) - 1
+        places.append(f"{Path(shards.arrays[shard].filename).name} row {index - shards.offsets[shard]}")
+    return textwrap.shorten(", ".join(places), 160, placeholder=" …")
 
 
 class NextToken:
@@ -38,13 +49,18 @@ class NextToken:
         self.tokens_per_micro = self.micro * (self.length - 1)
         self.validation = validation
 
-    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def rows(self, step: int, micro: int) -> list[int]:
         indices = batch_indices(len(self.tokens), self.group.batch_sequences, self.seed, step)
-        rows = indices[micro * self.micro : (micro + 1) * self.micro]
+        return indices[micro * self.micro : (micro + 1) * self.micro]
+
+    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         start = int(np.random.default_rng([self.seed, step, micro]).integers(0, self.spare + 1))
-        tokens_BS = self.tokens.rows(rows)[:, start : start + self.length]
+        tokens_BS = self.tokens.rows(self.rows(step, micro))[:, start : start + self.length]
         value = next_token_loss(model, tokens_BS.to(self.device))
         return value, {"next_token": value}
+
+    def name_batch(self, step: int, micro: int) -> str:
+        return name_rows(self.tokens, self.rows(step, micro))
 
     @torch.no_grad()
     def validate(self, model: PreTrainedModel) -> dict[str, float]:
@@ -81,10 +97,14 @@ class MultiView:
         train = config.train
         self.tokens_per_micro = train.micro_batch_sequences * train.windows * train.window_tokens
 
+    def rows(self, step: int, micro: int) -> list[int]:
+        train = self.config.train
+        indices = batch_indices(len(self.data), train.batch_sequences, self.seed, step)
+        return indices[micro * train.micro_batch_sequences : (micro + 1) * train.micro_batch_sequences]
+
     def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         train, config = self.config.train, self.config
-        indices = batch_indices(len(self.data), train.batch_sequences, self.seed, step)
-        indices = indices[micro * train.micro_batch_sequences : (micro + 1) * train.micro_batch_sequences]
+        indices = self.rows(step, micro)
         on_policy = config.labels.on_policy_fraction > 0
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         tokens_BS = self.data.tokens.rows(indices).to(self.device)
@@ -107,6 +127,9 @@ class MultiView:
                 sparse = sparse + share * LOSSES[self.variant.sparse_loss](scores, labels).mean()
         total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
         return total, {"total": total, "full": full, "sparse": sparse}
+
+    def name_batch(self, step: int, micro: int) -> str:
+        return name_rows(self.data.tokens, self.rows(step, micro))
 
     @torch.no_grad()
     def validate(self, model: PreTrainedModel) -> dict[str, float]:

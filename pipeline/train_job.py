@@ -17,6 +17,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import dispatch
+from pipeline import logs
 from pipeline.artifacts import read_rows
 from pipeline.batches import LabelledSequences, Shards
 from pipeline.config import Config, ScratchModel, Variant
@@ -29,6 +30,7 @@ from pipeline.training import METRICS, Plan, export, fit, read_metrics, write_mo
 log = logging.getLogger(__name__)
 
 MakeEngine = Callable[[PreTrainedModel, Plan], Engine]
+Stop = Callable[[], bool] | None
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,38 @@ class TrainJob:
         return pick_device(self.config.run.device)
 
 
-def run_job(job: TrainJob, make_engine: MakeEngine) -> None:
-    """Train every model of the job in this worker; models that are already exported are left alone."""
+def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
+    """Train every model of the job in this worker; models that are already exported are left alone.
+
+    Raises:
+        NotFinite, Stopped: see `training.fit`, which also says what `stop` is.
+    """
     dispatch.choose(job.config.run.kernels)
     tokenizer = AutoTokenizer.from_pretrained(job.prepare / "tokenizer")
     for name, folder in job.outputs.items():
         if (folder / "model").exists():
             continue
-        if job.teach is None:
-            pretrain(job, name, folder, tokenizer, make_engine)
-        else:
-            distil(job, name, folder, tokenizer, make_engine)
+        with logs.item(place_of(job, name)):
+            if job.teach is None:
+                pretrain(job, name, folder, tokenizer, make_engine, stop)
+            else:
+                distil(job, name, folder, tokenizer, make_engine, stop)
+
+
+def place_of(job: TrainJob, name: str) -> logs.Place:
+    """What the logs say that this worker trains. Ray Train does not tell a worker which attempt it is."""
+    stage = "pretrain" if job.teach is None else "train"
+    cell = f"{name}, rank {dist.get_rank()}" if dist.is_initialized() else name
+    return logs.Place(stage, cell, logs.times_begun(stage, cell) + 1)
 
 
 def pretrain(
-    job: TrainJob, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, make_engine: MakeEngine
+    job: TrainJob,
+    name: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    make_engine: MakeEngine,
+    stop: Stop,
 ) -> None:
     """Next-token training of the scratch target or drafter."""
     config = job.config
@@ -89,13 +108,18 @@ def pretrain(
     tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
     prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
-    fit(engine, objective, plan, folder, name)
+    fit(engine, objective, plan, folder, name, stop)
     if engine.rank == 0:
-        export(engine, build_scratch(spec, tokenizer, seed), tokenizer, folder, card)
+        export(build_scratch(spec, tokenizer, seed), tokenizer, folder, card)
 
 
 def distil(
-    job: TrainJob, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, make_engine: MakeEngine
+    job: TrainJob,
+    name: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    make_engine: MakeEngine,
+    stop: Stop,
 ) -> None:
     """Train one drafter variant on the target's labels."""
     config = job.config
@@ -119,14 +143,14 @@ def distil(
     data = LabelledSequences(job.teach / "labels", config.labels.temperature)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)
-    fit(engine, objective, plan, folder, name)
+    fit(engine, objective, plan, folder, name, stop)
     if engine.rank == 0:
         scores = {
             key.removeprefix("validation/acceptance_"): value
             for key, value in read_metrics(folder / METRICS)[-1].items()
             if key.startswith("validation/")
         }
-        export(engine, fresh(), tokenizer, folder, drafter_card(config, variant, steps, scores))
+        export(fresh(), tokenizer, folder, drafter_card(config, variant, steps, scores))
 
 
 def validation_prompts(prepare: Path) -> list[Prompt]:

@@ -1,33 +1,40 @@
 """The training loop, over any engine. One loop serves pretraining and drafter training.
 
-A run's folder holds `metrics.jsonl` (a row per logged step), `checkpoints/step-N/` and, at the end, the
-exported `model/`. Batches are functions of (seed, step), so resuming from a checkpoint repeats exactly what
-an uninterrupted run does.
+A run's folder holds `metrics.jsonl` (a row per logged step), `checkpoints/` (see `checkpoints.py`),
+`memory.json` and, at the end, the exported `model/`. Batches are functions of (seed, step), so resuming from
+a checkpoint repeats exactly what an uninterrupted run does.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import write_json, write_text
+from pipeline.checkpoints import disk_errors, latest, load_weights, resume, save
 from pipeline.config import Pretrain, Train
 from pipeline.decoding import NotFinite
 from pipeline.engine import Engine
-from pipeline.errors import BadData
 from pipeline.models import export_model
 from pipeline.progress import progress
+from pipeline.stopping import Stopped, signals_put_off
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 METRICS = "metrics.jsonl"
-COMPLETE = "complete.json"  # marks a checkpoint that is whole
+MEMORY = "memory.json"
+NORM = "norm"  # of the gradient, beside the losses of a step
+NAMED_MICROS = 12  # micro-batches that an error names
 
 
 class Objective(Protocol):
@@ -37,6 +44,10 @@ class Objective(Protocol):
 
     def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of micro-batch `micro` of a step, and its terms for the log."""
+        ...
+
+    def name_batch(self, step: int, micro: int) -> str:
+        """Which sequences micro-batch `micro` of a step has: files and rows."""
         ...
 
     def validate(self, model: PreTrainedModel) -> dict[str, float]:
@@ -63,55 +74,132 @@ class Plan:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def fit(engine: Engine, objective: Objective, plan: Plan, folder: Path, name: str) -> None:
-    """Train up to `plan.steps`, from the last complete checkpoint in `folder` if there is one.
+def fit(
+    engine: Engine,
+    objective: Objective,
+    plan: Plan,
+    folder: Path,
+    name: str,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Train up to `plan.steps`, from the last good checkpoint in `folder` if there is one.
+
+    Args:
+        stop: asked on rank 0 after every step: whether to write a checkpoint and leave. By default Ctrl-C and
+            SIGTERM are put off until a step is done, and act after the checkpoint.
 
     Raises:
-        NotFinite: if a loss or gradient norm is NaN or infinite; the text names the steps and the last
-            good checkpoint.
+        NotFinite: if a loss or gradient norm is NaN or infinite; the text names the step, the sequences of
+            its batch and the last good checkpoint.
+        Stopped: after the checkpoint that `stop` asked for.
     """
-    start = resume(engine, folder)
+    resumed = resume(engine, folder)
+    start = resumed.step
     log = MetricsLog(folder / METRICS, start) if engine.rank == 0 else None
     mine = range(engine.rank, plan.micro_batches, engine.world_size)
-    sums: dict[str, Tensor] = {}
-    since, logged = time.perf_counter(), start
-    with progress(plan.steps, f"train {name}", start) if engine.rank == 0 else _silent() as bar:
+    window = Window(engine, resumed.unlogged)
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    since, timed = time.perf_counter(), 0
+    bar = progress(plan.steps, f"train {name}", start) if engine.rank == 0 else _silent()
+    with signals_put_off() if stop is None else nullcontext(stop) as asked, bar:
         for step in range(start, plan.steps):
+            sums: dict[str, Tensor] = {}
             for micro in mine:
                 with engine.autocast():
                     loss, terms = objective.loss(engine.model, step, micro)
                 engine.backward(loss)
                 for term, value in terms.items():
-                    sums[term] = sums.get(term, 0) + value.detach()
-            norm = engine.step(plan.rate(step))
+                    sums[term] = sums.get(term, 0) + value.detach() / len(mine)
+            window.add(sums, engine.step(plan.rate(step)))
             bar.update(1)
+            timed += 1
             done, last = step + 1, step + 1 == plan.steps
+            stopped = bool(engine.share(int(engine.rank == 0 and asked())))
             checkpoint = done % plan.checkpoint_every == 0 or last
+            logged = done % LOG_EVERY == 0 or checkpoint
+            if logged or stopped:  # before every checkpoint, which must be a good one
+                steps = window.fetch()
+                check_finite(steps, done, objective, plan, folder, name)
             row: dict[str, float] = {}
-            # Also before every checkpoint: it must be a good one, and a resumed run averages from there on.
-            if done % LOG_EVERY == 0 or checkpoint:
-                micros = (done - logged) * len(mine)
-                row = {f"loss/{term}": float(engine.mean(value)) / micros for term, value in sums.items()}
-                row["train/learning_rate"], row["train/grad_norm"] = plan.rate(step), float(norm)
-                seconds = time.perf_counter() - since
-                row["train/tokens_per_s"] = (
-                    micros * engine.world_size * objective.tokens_per_micro / max(seconds, 1e-9)
-                )
-                if not all(map(math.isfinite, row.values())):
-                    good = latest(folder)
-                    raise NotFinite(
-                        f"training {name}: not finite between steps {logged} and {done}: {row}; "
-                        f"last good checkpoint: {good or 'none'}"
-                    )
-                sums, logged = {}, done
+            if logged:
+                seconds = max(time.perf_counter() - since, 1e-9)
+                row = window.row()
+                row["train/learning_rate"] = plan.rate(step)
+                row["train/tokens_per_s"] = timed * plan.micro_batches * objective.tokens_per_micro / seconds
             if done % plan.validate_every == 0 or last:
                 row |= objective.validate(engine.model)
             if row and log:
                 log.write(done, row)
-            if checkpoint:
-                save(engine, folder, done)
+            if checkpoint or stopped:
+                save(engine, folder, done, window.steps)
+                write_memory(engine, folder)
+            if stopped and not last:
+                raise Stopped(f"training {name} was asked to stop and did after step {done} of {plan.steps}")
             if row:
-                since = time.perf_counter()
+                since, timed = time.perf_counter(), 0
+
+
+class Window:
+    """Losses and gradient norm of each step since the last row; on the device until someone asks."""
+
+    def __init__(self, engine: Engine, steps: list[dict[str, float]]) -> None:
+        self.engine, self.steps = engine, steps  # on the host, first step first
+        self.names: list[str] = []
+        self.waiting: list[Tensor] = []
+
+    def add(self, losses: dict[str, Tensor], norm: Tensor | float) -> None:
+        self.names = [*losses, NORM]
+        values = [*losses.values(), torch.as_tensor(norm, device=self.engine.device)]
+        self.waiting.append(torch.stack([value.float() for value in values]))
+
+    def fetch(self) -> list[dict[str, float]]:
+        """All steps, averaged over the workers."""
+        if self.waiting:
+            rows = self.engine.mean(torch.stack(self.waiting)).tolist()
+            self.steps += [dict(zip(self.names, row, strict=True)) for row in rows]
+            self.waiting = []
+        return self.steps
+
+    def row(self) -> dict[str, float]:
+        """The mean losses and the last norm of the fetched steps, which then are forgotten."""
+        steps, self.steps = self.steps, []
+        row = {f"loss/{term}": sum(s[term] for s in steps) / len(steps) for term in steps[0] if term != NORM}
+        return row | {"train/grad_norm": steps[-1][NORM]}
+
+
+def check_finite(
+    steps: list[dict[str, float]], done: int, objective: Objective, plan: Plan, folder: Path, name: str
+) -> None:
+    """Raise NotFinite for the first of the steps up to `done` that is not finite."""
+    for number, values in enumerate(steps, done - len(steps) + 1):
+        if all(map(math.isfinite, values.values())):
+            continue
+        told = ", ".join(f"{term} {value:g}" for term, value in values.items())
+        shown = range(min(plan.micro_batches, NAMED_MICROS))
+        batch = [f"  micro-batch {micro}: {objective.name_batch(number - 1, micro)}" for micro in shown]
+        if plan.micro_batches > NAMED_MICROS:
+            batch.append(f"  … and {plan.micro_batches - NAMED_MICROS} more")
+        raise NotFinite(
+            "\n".join(
+                [
+                    f"training {name}: step {number} is the first that is not finite ({told}); it read",
+                    *batch,
+                    f"last good checkpoint: {latest(folder) or 'none'}",
+                ]
+            )
+        )
+
+
+def write_memory(engine: Engine, folder: Path) -> None:
+    """`memory.json`: the most bytes that each rank has held, of the GPU or, on a CPU, of the process."""
+    if engine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(engine.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ranks = engine.gather(peak)
+    if engine.rank == 0:
+        write_json(folder / MEMORY, {"device": engine.device.type, "ranks": ranks})
 
 
 class _silent:
@@ -148,63 +236,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:06d}"
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    complete = sorted(marker.parent for marker in folder.glob(f"checkpoints/step-*/{COMPLETE}"))
-    return complete[-1] if complete else None
-
-
-def save(engine: Engine, folder: Path, step: int) -> None:
-    """Write a checkpoint; it counts once its marker is there. Older ones go."""
-    target = checkpoint_folder(folder, step)
-    engine.save(target)
-    if engine.rank == 0:
-        write_json(target / COMPLETE, {"step": step, "written_by": identity(engine)})
-        for old in folder.glob("checkpoints/step-*"):
-            if old != target:
-                shutil.rmtree(old)
-
-
-def resume(engine: Engine, folder: Path) -> int:
-    """Load the newest complete checkpoint; returns the number of finished steps.
-
-    Raises:
-        BadData: if another kind or number of workers wrote it.
-    """
-    newest = latest(folder)
-    if newest is None:
-        return 0
-    state = json.loads((newest / COMPLETE).read_text(encoding="utf-8"))
-    if state["written_by"] != identity(engine):
-        raise BadData(
-            f"{newest} was written by {state['written_by']}, and this run trains with {identity(engine)}: "
-            f"use the executor, train.num_workers and train.deepspeed it began with, or delete "
-            f"{folder} to begin anew"
-        )
-    engine.load(newest)
-    return int(state["step"])
-
-
-def identity(engine: Engine) -> str:
-    """What a checkpoint's files depend on."""
-    return f"{engine.name} × {engine.world_size}"
-
-
-def export(
-    engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str
-) -> None:
-    """Write the trained weights as `model/`, a Hugging Face folder with its card. Rank 0 only.
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """Write the weights of the last checkpoint as `model/`, a Hugging Face folder with its card.
 
     Args:
         model: any model of the right shape on the CPU; it receives the weights.
     """
     newest = latest(folder)
     assert newest is not None, "the loop ends with a checkpoint"
-    model.load_state_dict(engine.state_dict(newest))
+    load_weights(model, newest)
     write_model(model, tokenizer, folder, card)
 
 
@@ -212,7 +252,8 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write `model/` whole or not at all."""
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    export_model(model, tokenizer, temporary)
+    with disk_errors(temporary):
+        export_model(model, tokenizer, temporary)
     write_text(temporary / "README.md", card)
     shutil.rmtree(folder / "model", ignore_errors=True)
     temporary.rename(folder / "model")

@@ -27,6 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-table", metavar="FILE", help="write the same as a Markdown page")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long is for `make test-faults`, which asks for the list."""
+    if config.getoption("faults_json"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="takes long: make test-faults runs it"))
+
+
 @dataclass
 class FakeTokenizer:
     """As much of a tokenizer as building a model needs."""

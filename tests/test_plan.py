@@ -69,6 +69,7 @@ def test_a_run_makes_what_was_planned(
     def change(values: dict[str, Any]) -> None:
         values["data"] |= {"max_sequences": 10_000, "contexts": CONTEXTS}
         values["train"]["variants"].append({"name": "untrained", "steps": 0})
+        values["train"]["checkpoint_every"] = 1
         values["decode"] = {"draft_length": "adaptive"}
         values["sweep"] |= {"baselines": ["self_speculation", "prompt_lookup"], "max_gammas": {"96": 2}}
         values["sweep"] |= {"thresholds": [0.0, 0.4], "temperatures": [0.0, 0.7], "seeds": [0, 1]}
@@ -98,6 +99,7 @@ def test_a_run_makes_what_was_planned(
         return side
 
     monkeypatch.setattr(Sides, "get", watched)
+    monkeypatch.setattr("jobs.train.CHECKPOINTS", "absent")  # so that the checkpoints stay to be weighed
     run_pipeline(config, until="sweep")
 
     def size(pattern: str) -> int:
@@ -107,7 +109,7 @@ def test_a_run_makes_what_was_planned(
     headers = 128 * len(labels)
     assert size("teach-*/labels/*.npy") == exact["labels on disk"]["value"] + headers
     for name, stages in (("scratch target", "pretrain-target"), ("drafters", "drafter")):
-        written = size(f"{stages}-*/model/*.safetensors") + size(f"{stages}-*/checkpoints/*/*.pt")
+        written = size(f"{stages}-*/model/*.safetensors") + size(f"{stages}-*/checkpoints/*/*.safetensors")
         assert exact[f"{name} on disk"]["value"] == pytest.approx(written, rel=0.2)
 
     (swept,) = tmp_path.glob("sweep-*")

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, g
 from jobs.executor import InlineExecutor
 from pipeline.artifacts import write_rows
 from pipeline.batches import Shards
+from pipeline.checkpoints import checkpoint_folder, latest
 from pipeline.config import Pretrain
 from pipeline.decoding import NotFinite
 from pipeline.engine import TorchEngine
 from pipeline.models import ModelRef, load_model, own_positions
 from pipeline.objectives import MultiView, NextToken, next_token_loss
 from pipeline.train_job import TrainJob
-from pipeline.training import Plan, checkpoint_folder, fit, latest, read_metrics
+from pipeline.training import Plan, fit, read_metrics
 from tests.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
 
 CPU = torch.device("cpu")
@@ -111,6 +112,9 @@ class Line:
         value = value * (math.nan if step in self.bad_steps else 1.0)
         return value, {"line": value}
 
+    def name_batch(self, step: int, micro: int) -> str:
+        return f"row {micro} of step {step}"
+
     def validate(self, model: PreTrainedModel) -> dict[str, float]:
         return {}
 
@@ -132,18 +136,21 @@ def torch_engine(model: PreTrainedModel, plan: Plan) -> TorchEngine:
 
 
 @pytest.mark.parametrize(
-    ("every", "bad", "between", "good"),
-    [(5, 6, (5, 10), 5), (3, 4, (3, 6), 3), (20, 0, (0, 10), None), (4, 11, (10, 12), 8)],
+    ("every", "bad", "good"),
+    [(5, (6,), 5), (3, (4, 5), 3), (20, (0,), None), (4, (11,), 8)],
 )
 def test_nan_stops_before_it_reaches_a_checkpoint(
-    make_model: Any, tmp_path: Path, every: int, bad: int, between: tuple[int, int], good: int | None
+    make_model: Any, tmp_path: Path, every: int, bad: tuple[int, ...], good: int | None
 ) -> None:
     plan = plan_for(12, checkpoint_every=every, learning_rate=1e-3)
     with pytest.raises(NotFinite) as told:
-        fit(torch_engine(make_model(), plan), Line((bad,)), plan, tmp_path, "sad")
-    assert f"training sad: not finite between steps {between[0]} and {between[1]}" in str(told.value)
+        fit(torch_engine(make_model(), plan), Line(bad), plan, tmp_path, "sad")
+    text = str(told.value)
+    assert f"training sad: step {bad[0] + 1} is the first that is not finite (line nan" in text
+    batch = [line for line in text.splitlines() if "micro-batch" in line]
+    assert batch == [f"  micro-batch {n}: row {n} of step {bad[0]}" for n in range(plan.micro_batches)]
     kept = latest(tmp_path)
-    assert f"last good checkpoint: {kept or 'none'}" in str(told.value)
+    assert f"last good checkpoint: {kept or 'none'}" in text
     assert kept == (None if good is None else checkpoint_folder(tmp_path, good))
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     if good is not None:
@@ -157,9 +164,8 @@ def test_a_half_written_checkpoint_does_not_count(make_model: Any, tmp_path: Pat
     fit(torch_engine(make_model(), plan), Line(), plan, tmp_path, "x")
     newer = checkpoint_folder(tmp_path, 6)
     newer.mkdir()
-    (newer / "state.pt").write_bytes(b"torn")
+    (newer / "weights.safetensors").write_bytes(b"torn")
     assert latest(tmp_path) == checkpoint_folder(tmp_path, 4)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "the checkpoint of step 2 has made room"
 
 
 def test_the_learning_rate_by_hand() -> None:
@@ -251,8 +257,8 @@ def test_training_lowers_the_loss(workshop: Workshop) -> None:
 def test_the_export_loads_with_plain_transformers(workshop: Workshop, uninterrupted: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(uninterrupted / "model").eval()
     ours = load_model(ModelRef(str(uninterrupted / "model")), VOCABULARY)
-    state = torch.load(checkpoint_folder(uninterrupted, 12) / "state.pt", weights_only=True)["model"]
-    for name, value in plain.state_dict().items():
+    state = load_file(checkpoint_folder(uninterrupted, 12) / "weights.safetensors")
+    for name, value in plain.named_parameters():
         assert torch.equal(value, state[name]), name
     tokens = torch.arange(3, 60).unsqueeze(0)
     with torch.no_grad():

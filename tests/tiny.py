@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -117,6 +118,18 @@ def losses(folder: Path) -> list[dict[str, float]]:
         {key: value for key, value in row.items() if key != "train/tokens_per_s"}
         for row in read_metrics(folder / "metrics.jsonl")
     ]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """The same rows of losses and validation, and the same export, within fp32's rounding."""
+    ours, theirs = losses(folder), losses(expected)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, rel=1e-4), (folder, row["step"])
+    exported, reference = weights(folder), weights(expected)
+    assert exported.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(exported[name], value, atol=1e-4, rtol=1e-4, msg=f"{folder}: {name}")
 
 
 class Workshop:

@@ -66,18 +66,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of a fault once for each try."""
-    if metafunc.definition.get_closest_marker("fault"):
+    if metafunc.definition.get_closest_marker("fault") and "attempt" not in metafunc.fixturenames:
         metafunc.fixturenames.append("attempt")
+    if "attempt" in metafunc.fixturenames:
         metafunc.parametrize("attempt", range(metafunc.config.getoption("tries")))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long is for `make test-faults`, which asks for the list."""
-    if config.getoption("faults_json"):
-        return
-    for item in items:
-        if item.get_closest_marker("long"):
-            item.add_marker(pytest.mark.skip(reason="takes long: make test-faults runs it"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

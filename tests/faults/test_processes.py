@@ -1,0 +1,161 @@
+"""kill -9 of what does the work: data tasks, evaluators, whole nodes, the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.faults.conftest import Tally
+from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail, wait_until
+
+# Python's sources take long enough to encode that a task can be met at work.
+STDLIB = (
+    'data.sources=[{"kind": "text", "name": "stdlib", "files": ["stdlib"], "test_fraction": 0.2, '
+    '"validation_fraction": 0.1}]'
+)
+
+
+def workers(above: subprocess.Popen[str] | psutil.Process, doing: str) -> list[psutil.Process]:
+    """Ray's worker processes below a driver or raylet whose title says that they do this."""
+    found = []
+    for process in psutil.Process(above.pid).children(recursive=True):
+        try:
+            if process.cmdline() and process.cmdline()[0].startswith(f"ray::{doing}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def finish(driver: subprocess.Popen[str], storage: Path) -> None:
+    assert driver.wait(300) == 0, tail(storage)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.fault("kill -9 of a data task")
+def test_a_killed_data_task_is_done_again(toy: Toy, tally: Tally, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    expected = toy.clean(STDLIB)
+    driver = toy.start(storage, STDLIB, executor="ray", stage="prepare")
+    wait_until(lambda: log_of(storage).exists() and "encode" in log_of(storage).read_text(), driver, "encode")
+    (victim, *_) = wait_until(lambda: workers(driver, "call"), driver, "a task at work")
+    victim.kill()
+    finish(driver, storage)
+    assert "attempt 1 of" in log_of(storage).read_text()
+    prepared = {name: piece for name, piece in expected.items() if name.startswith("prepare-")}
+    tally.lost += missing(outcome(storage), prepared)
+    assert tally.lost == 0 and prepared
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.fault("kill -9 of an evaluator in the middle of its cells")
+def test_a_killed_evaluator_is_replaced(toy: Toy, tally: Tally, tmp_path: Path) -> None:
+    expected, storage = toy.clean(), tmp_path / "runs"
+    assert toy.run(storage, stage="train") == 0, tail(storage)
+    driver = toy.start(storage, executor="ray")
+    # Of two slices of prompts the first is written, so that it works on the second.
+    wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
+    (victim, *_) = wait_until(lambda: workers(driver, "_Worker.call"), driver, "an evaluator at work")
+    victim.kill()
+    finish(driver, storage)
+    assert "replay: attempt 1 of" in log_of(storage).read_text()
+    tally.lost += missing(outcome(storage), expected)
+    assert tally.lost == 0
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without work and two nodes, as processes of their own."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20},
+    )
+    try:
+        for _ in range(2):
+            made.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.fault("kill -9 of a whole Ray node while it evaluates")
+def test_a_node_is_lost_and_the_others_finish(toy: Toy, tally: Tally, tmp_path: Path, cluster: Any) -> None:
+    expected, storage = toy.clean(), tmp_path / "runs"
+    assert toy.run(storage, stage="train") == 0, tail(storage)
+    options = [f"run.ray_address={cluster.address}", "run.cpus_per_task=1", "sweep.num_evaluators=2"]
+    driver = toy.start(storage, *options, executor="ray")
+    wait_until(lambda: "replay:" in log_of(storage).read_text(), driver, "replay")
+    victim = next(iter(cluster.worker_nodes))
+
+    raylet = psutil.Process(victim.all_processes["raylet"][0].process.pid)
+    wait_until(lambda: workers(raylet, "_Worker.call"), driver, "an evaluator on the node")
+    # A machine that fails takes its workers with it; a raylet alone leaves them some seconds.
+    for child in raylet.children(recursive=True):
+        child.kill()
+    cluster.remove_node(victim, allow_graceful=False)
+    finish(driver, storage)
+    assert "replay: attempt 1 of" in log_of(storage).read_text()
+    tally.lost += missing(outcome(storage), expected)
+    assert tally.lost == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern"),
+    [
+        pytest.param(stage, pattern, marks=pytest.mark.fault(f"kill -9 of the driver in stage {stage}"))
+        for stage, pattern in (
+            ("prepare", "prepare-*/documents/*"),
+            ("pretrain", "pretrain-target-*/checkpoints/*/complete.json"),
+            ("teach", "teach-*/labels/*.argmax.npy"),
+            ("train", "drafter-full_only-*/checkpoints/*/complete.json"),
+            ("sweep", "sweep-*/rows/*.jsonl"),
+        )
+    ],
+)
+def test_the_driver_is_killed_and_the_same_command_resumes(
+    toy: Toy, tally: Tally, tmp_path: Path, stage: str, pattern: str, attempt: int
+) -> None:
+    expected, storage = toy.clean(), tmp_path / "runs"
+    driver = toy.start(storage)
+    wait_until(lambda: list(storage.glob(pattern)), driver, pattern)
+    os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    assert toy.run(storage) == 0, tail(storage)
+    tally.lost += missing(outcome(storage), expected)
+    assert tally.lost == 0
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.fault("kill -9 of the driver on Ray while it evaluates")
+def test_the_driver_on_ray_is_killed(toy: Toy, tally: Tally, tmp_path: Path) -> None:
+    expected, storage = toy.clean(), tmp_path / "runs"
+    assert toy.run(storage, stage="train") == 0, tail(storage)
+    driver = toy.start(storage, executor="ray")
+    wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
+    family = psutil.Process(driver.pid).children(recursive=True)
+    evaluators = workers(driver, "_Worker")
+    driver.kill()
+    driver.wait()
+    # Ray's own idle agents may stay for minutes; nobody may go on working on the storage.
+    _, alive = psutil.wait_procs(evaluators, timeout=60)
+    assert evaluators and not alive
+    for process in psutil.wait_procs(family, timeout=0)[1]:
+        process.kill()
+    assert toy.run(storage) == 0, tail(storage)
+    tally.lost += missing(outcome(storage), expected)
+    assert tally.lost == 0

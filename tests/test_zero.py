@@ -1,0 +1,99 @@
+"""ZeRO at every stage and over several ranks: the losses of one process, and checkpoints for any of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from jobs.executor import InlineExecutor
+from pipeline.checkpoints import PARTS, checkpoint_folder
+from pipeline.train_job import TrainJob
+from tests.group import copy_state, run_group, train
+from tests.tiny import Workshop, assert_same_run
+
+SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+# Four micro-batches a step: four, two or one for each worker.
+BATCH: dict[str, Any] = {"train.batch_sequences": 8, "train.steps": 8}
+PRETRAIN = {"steps": 2, "batch_sequences": 8}
+SCRATCH = {"target.pretrain": PRETRAIN, "drafter.pretrain": PRETRAIN}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, make_model: Any) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("zero"), target, make_model(layers=1, seed=7))
+
+
+@pytest.fixture(scope="module")
+def inline(workshop: Workshop) -> Path:
+    """One process without DeepSpeed; checkpoints of steps 5 and 8 stay."""
+    return workshop.train("inline", BATCH | SCRATCH)
+
+
+def zero_job(workshop: Workshop, settings: str, workers: int, kind: str) -> TrainJob:
+    changes = {
+        "train.deepspeed": str(ROOT / f"conf/deepspeed/{settings}.json"),
+        "train.num_workers": workers,
+    }
+    return workshop.job(f"{settings}-{workers}-{kind}", BATCH | SCRATCH | changes)
+
+
+def folder_of(job: TrainJob) -> Path:
+    return job.outputs["multi_view"]
+
+
+def begin_at_5(job: TrainJob, source: Path) -> TrainJob:
+    """Give a job another run's checkpoint of step 5 and its log."""
+    checkpoint = checkpoint_folder(folder_of(job), 5)
+    shutil.copytree(checkpoint_folder(source, 5), checkpoint)
+    shutil.copy(source / "metrics.jsonl", folder_of(job))
+    return job
+
+
+def assert_zero_is_one_process(workshop: Workshop, inline: Path, workers: int) -> None:
+    whole = {name: zero_job(workshop, name, workers, "whole") for name in SETTINGS}
+    resumed = {name: begin_at_5(zero_job(workshop, name, workers, "resumed"), inline) for name in SETTINGS}
+    copies = {name: workshop.folder / f"{name}-{workers}-copy" for name in SETTINGS}
+    begin = folder_of(begin_at_5(zero_job(workshop, "zero1", workers, "source"), inline))
+    run_group(
+        workers,
+        [partial(train, job) for job in (*whole.values(), *resumed.values())]
+        + [partial(copy_state, whole[name], begin, copies[name]) for name in SETTINGS],
+    )
+    for name in SETTINGS:
+        assert_same_run(folder_of(whole[name]), inline)
+        assert_same_run(folder_of(resumed[name]), inline)
+        memory = json.loads((folder_of(whole[name]) / "memory.json").read_text())
+        assert memory["device"] == "cpu" and len(memory["ranks"]) == workers
+        assert all(2**26 < peak < 2**36 for peak in memory["ranks"]), "bytes of a process with torch"
+        for part in PARTS:
+            start = load_file(checkpoint_folder(inline, 5) / f"{part}.safetensors")
+            copied = load_file(checkpoint_folder(copies[name], 5) / f"{part}.safetensors")
+            trained = load_file(checkpoint_folder(folder_of(whole[name]), 5) / f"{part}.safetensors")
+            assert start.keys() == copied.keys() == trained.keys()
+            for key, value in start.items():
+                where = f"{name} {part} {key}"
+                assert torch.equal(copied[key], value), f"{where} changed between load and save"
+                torch.testing.assert_close(trained[key], value, atol=1e-4, rtol=1e-3, msg=where)
+    # The way back: one process goes on from sharded states.
+    for name in ("zero1", "zero3"):
+        back = begin_at_5(zero_job(workshop, name, workers, "back"), folder_of(whole[name]))
+        InlineExecutor(back.config).train(back)
+        assert_same_run(folder_of(back), inline)
+
+
+def test_two_ranks(workshop: Workshop, inline: Path) -> None:
+    assert_zero_is_one_process(workshop, inline, 2)
+
+
+@pytest.mark.long
+def test_four_ranks(workshop: Workshop, inline: Path) -> None:
+    assert_zero_is_one_process(workshop, inline, 4)
