@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
-from pipeline.config import Config
+from pipeline import logs
+from pipeline.config import Config, Work
 from pipeline.engine import TorchEngine
 from pipeline.errors import BadData
 from pipeline.progress import progress
@@ -40,8 +41,16 @@ class Executor(Protocol):
         items: Sequence[Item],
         description: str,
         num_actors: int,
+        work: Work,
+        on_lost: Callable[[Item, str], Result] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
-        """Like `map`, over `num_actors` workers that each call `factory` once and keep what it returns."""
+        """Like `map`, over `num_actors` workers that each call `factory` once and keep what it returns.
+
+        Args:
+            work: says what a worker asks of the cluster, by `run.resources`.
+            on_lost: what an item gives that killed its worker every time it was tried; takes the item and
+                why. Without it that is `Incomplete`, once all others are done.
+        """
         ...
 
     def train(self, job: TrainJob) -> None:
@@ -73,7 +82,9 @@ class InlineExecutor:
         self.calls += 1
         with progress(len(items), description) as bar:
             for item in items:
-                yield item, function(item)
+                with logs.item(logs.Place(logs.here().stage, logs.name_of(item), 1)):
+                    result = function(item)
+                yield item, result
                 bar.update(1)
 
     def map_actors(
@@ -82,6 +93,8 @@ class InlineExecutor:
         items: Sequence[Item],
         description: str,
         num_actors: int,
+        work: Work,
+        on_lost: Callable[[Item, str], Result] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
         return self.map(factory(), items, description)
 
@@ -123,6 +136,8 @@ class NoExecutor:
         items: Sequence[Item],
         description: str,
         num_actors: int,
+        work: Work,
+        on_lost: Callable[[Item, str], Result] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
         self._refuse(description)
 

@@ -12,7 +12,7 @@ import torch
 
 from jobs.plan_facts import Facts
 from jobs.ray_train import read_settings
-from pipeline.config import Config, ScratchModel
+from pipeline.config import Config, ScratchModel, Work
 from pipeline.costs import (
     Device,
     Memory,
@@ -85,22 +85,24 @@ def memory(config: Config, shapes: Mapping[str, Shape], facts: Facts, device: De
     if config.run.executor == "ray":
         sharding = sharding_of(read_settings(train.deepspeed), train.num_workers)
 
-    def at_once(peak: Memory, workers: int) -> Memory:
+    def at_once(peak: Memory, workers: int, work: Work) -> Memory:
         """On a CPU the workers of a stage share the machine, on GPUs by what they ask for."""
         if config.run.executor == "inline":
             workers = 1
         elif device.kind == "cuda":
-            share = config.run.gpus_per_task
+            share = config.run.needs(work).gpus or 0.0
             workers = min(workers, int(1 / share) if 0 < share < 1 else 1)
         return replace(peak, processes=workers)
 
     peaks = [
-        at_once(pretrain_memory(config, role, shape, sharding, device), train.num_workers)
+        at_once(pretrain_memory(config, role, shape, sharding, device), train.num_workers, "train")
         for role, shape in shapes.items()
         if isinstance(spec := getattr(config, role), ScratchModel) and spec.pretrain.steps
     ]
     most = max(config.data.validation_prompts, *facts.prompts.values())
-    peaks.append(at_once(teach_memory(config, shapes["target"], most, device), config.labels.num_workers))
+    peaks.append(
+        at_once(teach_memory(config, shapes["target"], most, device), config.labels.num_workers, "teach")
+    )
     steps = [train.steps if variant.steps is None else variant.steps for variant in train.drafters]
     trained = [
         train_memory(config, variant, sum(steps), shapes["drafter"], sharding, device)
@@ -108,9 +110,9 @@ def memory(config: Config, shapes: Mapping[str, Shape], facts: Facts, device: De
         if own
     ]
     if trained:
-        peaks.append(at_once(max(trained, key=lambda peak: peak.each), train.num_workers))
+        peaks.append(at_once(max(trained, key=lambda peak: peak.each), train.num_workers, "train"))
     if sweep.mode != "measure":
-        peaks.append(at_once(replay_memory(config, shapes, device), sweep.num_evaluators))
+        peaks.append(at_once(replay_memory(config, shapes, device), sweep.num_evaluators, "replay"))
     if sweep.mode != "replay":
         peaks.append(measure_memory(config, shapes, facts.prompts, device))
     return peaks

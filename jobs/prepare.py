@@ -9,12 +9,12 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.config import Config
 from pipeline.data.decontaminate import find_contaminated, index_evaluation
-from pipeline.data.documents import bad_row_counts, find_copies, read_shard
+from pipeline.data.documents import Reader, Shard, bad_row_counts, find_copies, read_shard
 from pipeline.data.packing import DOCUMENTS, TOKENIZER, encode_part, pack, plan_packing, remove_pieces
 from pipeline.data.sources import (
     check_prompts,
@@ -39,7 +39,6 @@ def prepare(config: Config, executor: Executor) -> Artifact:
         BadData: if a source is missing, has too many bad rows, or leaves nothing to train on or to evaluate;
             if target and drafter cannot share a tokenizer.
     """
-    start = time.monotonic()
     data = config.data
     check_tokenizers(config)
     readers = make_readers(data, config.seed)
@@ -47,8 +46,23 @@ def prepare(config: Config, executor: Executor) -> Artifact:
     files = local_files(readers, shards)
     inputs = stage_inputs(config, files)
     artifact = open_artifact(Path(config.storage), "prepare", inputs)
-    if artifact.complete:
-        return artifact
+    with artifact.claim() as unfinished:
+        if unfinished:
+            read_and_pack(config, executor, readers, shards, files, artifact, inputs)
+    return artifact
+
+
+def read_and_pack(
+    config: Config,
+    executor: Executor,
+    readers: dict[str, Reader[Any]],
+    shards: list[Shard],
+    files: dict[str, list[Path]],
+    artifact: Artifact,
+    inputs: dict[str, Any],
+) -> None:
+    """Everything from documents to prompts, into the artifact."""
+    start, data = time.monotonic(), config.data
     folder, documents, tokenizer = artifact.path, artifact.path / DOCUMENTS, artifact.path / TOKENIZER
     if data.tokenizer.kind == "target":
         save_target_tokenizer(config, tokenizer)
@@ -114,4 +128,3 @@ def prepare(config: Config, executor: Executor) -> Artifact:
         "skipped_documents": {task.file: made[task.file].skipped for task in tasks},
     }
     artifact.finish(inputs, counts, time.monotonic() - start)
-    return artifact

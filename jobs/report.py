@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.sweep import PREDICTED, RECHECKED, ROWS, STEPS
 from pipeline.artifacts import (
@@ -28,12 +29,13 @@ from pipeline.artifacts import (
     write_text,
 )
 from pipeline.config import Config
+from pipeline.config_errors import hide_credentials
 from pipeline.evaluate import SIZES
 from pipeline.recommend import ModelSize
 from pipeline.report.advice import Predictions
 from pipeline.report.findings import summarise
 from pipeline.report.page import PageInputs, render
-from pipeline.report.summary import Stage, Summary
+from pipeline.report.summary import RankMemory, Stage, Summary
 from pipeline.report.tables import Axes, cell_rows
 from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow, PromptRow, StepTimes
 
@@ -47,13 +49,15 @@ SUMMARY, PAGE = "summary.json", "report.html"
 class ReportInputs:
     """Artifacts that the report reads, and this run's earlier stages in order.
 
-    The sweep may be incomplete: its failures are part of the report.
+    The sweep may be incomplete: its failures are part of the report. `trained` are the models of stages pretrain
+    and train.
     """
 
     prepare: Artifact
     teach: Artifact
     sweep: Artifact
     stages: Sequence[Stage]
+    trained: Sequence[Artifact] = ()
 
 
 def report(config: Config, inputs: ReportInputs) -> Artifact:
@@ -63,7 +67,8 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
     artifact, cached = _analyse(config, inputs, failed)
     analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
     own = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
-    summary = analysis.model_copy(update={"stages": (*inputs.stages, own)})
+    memory = training_memory(inputs.trained)
+    summary = analysis.model_copy(update={"stages": (*inputs.stages, own), "training_memory": memory})
     page = PageInputs(
         config=config,
         summary=summary,
@@ -76,7 +81,7 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
         prepare=inputs.prepare.manifest,
         sweep=inputs.sweep.manifest if inputs.sweep.complete else None,
         provenance=provenance(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=hide_credentials(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     )
     write_text(artifact.path / PAGE, render(page))
     write_json(artifact.path / SUMMARY, summary.model_dump(mode="json"))
@@ -101,8 +106,21 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
         "seed": config.seed,
     }
     artifact = open_artifact(Path(config.storage), "report", identity)
-    if artifact.complete:
-        return artifact, True
+    with artifact.claim() as unfinished:
+        if unfinished:
+            _draw(config, inputs, failed, axes, artifact, identity)
+        return artifact, not unfinished
+
+
+def _draw(
+    config: Config,
+    inputs: ReportInputs,
+    failed: Sequence[FailedCell],
+    axes: Axes,
+    artifact: Artifact,
+    identity: dict[str, Any],
+) -> None:
+    """Tables, findings and figures from the rows."""
     from pipeline.report.figures import draw_all  # matplotlib is slow to import
 
     began = time.perf_counter()
@@ -118,8 +136,17 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude={"stages"}))
     figures = draw_all(cells, summary.acceptance, axes, artifact.path / FIGURES)
     counts = {"cells": len(cells), "failed": len(failed), "figures": figures}
-    artifact.finish(identity, counts, time.perf_counter() - began)
-    return artifact, False
+    artifact.finish(identity, counts, time.perf_counter() - began, leave_out=(SUMMARY, PAGE))
+
+
+def training_memory(trained: Sequence[Artifact]) -> tuple[RankMemory, ...]:
+    """What the manifests of trained models know; models that were exported as they came have none."""
+    counts = {artifact.stage: artifact.manifest["counts"] for artifact in trained}
+    return tuple(
+        RankMemory(model=name, ranks=ranks)
+        for name, known in counts.items()
+        if (ranks := known.get("peak_memory_bytes_by_rank"))
+    )
 
 
 def read_predictions(config: Config, sweep: Path) -> Predictions:

@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from jobs.executor import Executor
 from jobs.teach import sampled_chances
 from jobs.train import drafter_ref, model_identity, target_ref
 from pipeline import planner
 from pipeline.artifacts import Artifact, open_artifact, read_all, read_rows, write_rows
-from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks
-from pipeline.config import Config
-from pipeline.evaluate import CalibrateTask, Evaluator, MeasureTask, ReplayTask, SweepTask
+from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks, make_failure
+from pipeline.config import Config, Work
+from pipeline.errors import Incomplete
+from pipeline.events import Evaluated, tell
+from pipeline.evaluate import CalibrateTask, Evaluator, MeasureTask, ReplayTask, SweepTask, failures_of
 from pipeline.models import ModelRef, own_positions, pick_device
 from pipeline.planner import Place
 from pipeline.recommend import choices
 from pipeline.report.axes import Axes
 from pipeline.report.tables import cell_rows
-from pipeline.rows import Cell, Prompt, PromptRow, StepTimes
+from pipeline.rows import Cell, Mode, Prompt, PromptRow, StepTimes
 from pipeline.teacher import sampled_name
 
 log = logging.getLogger(__name__)
@@ -59,13 +62,34 @@ def sweep(
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
         # workers have.
         "device": config.run.device,
-        "threads": [config.run.executor, config.run.cpus_per_task] if config.sweep.mode != "replay" else None,
+        "threads": [config.run.executor, config.run.needs("measure").cpus]
+        if config.sweep.mode != "replay"
+        else None,
         "kernels": config.run.kernels,
         "decode": config.decode.model_dump(mode="json"),
     }
     artifact = open_artifact(Path(config.storage), "sweep", inputs)
-    if artifact.complete:
-        return artifact, 0
+    with artifact.claim() as unfinished:
+        if not unfinished:
+            return artifact, 0
+        return artifact, run_phases(
+            config, executor, prepare, teach, sample, scratch, trained, names, artifact, inputs
+        )
+
+
+def run_phases(
+    config: Config,
+    executor: Executor,
+    prepare: Artifact,
+    teach: Artifact,
+    sample: Artifact | None,
+    scratch: dict[str, Artifact],
+    trained: dict[str, Artifact],
+    names: list[str],
+    artifact: Artifact,
+    inputs: dict[str, Any],
+) -> int:
+    """Every phase that the config asks for; returns the number of failures."""
     began = time.perf_counter()
     target = target_ref(config, scratch)
     drafters = [Drafter(n, ref(config, trained[n]), positions(config, scratch, n)) for n in names]
@@ -86,7 +110,7 @@ def sweep(
         log.error("sweep: %d failed; see %s", run.failures, artifact.path / "failed")
     else:
         artifact.finish(inputs, {"rows": run.rows}, time.perf_counter() - began)
-    return artifact, run.failures
+    return run.failures
 
 
 class Phases:
@@ -111,12 +135,28 @@ class Phases:
         self.drafters, self.rows, self.failures = drafters, 0, 0
         self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
 
-    def run(self, tasks: Sequence[SweepTask], what: str, actors: int = 1) -> None:
+    def run(self, tasks: Sequence[SweepTask], what: str, work: Work = "measure", actors: int = 1) -> None:
         """Timings are taken by one worker at a time, so that they do not disturb each other."""
         if not tasks:
             return
-        for _, (written, failed) in self.executor.map_actors(self.factory, tasks, what, actors):
-            self.rows, self.failures = self.rows + written, self.failures + failed
+        results = self.executor.map_actors(self.factory, tasks, what, actors, work, self.give_up)
+        for _, done in results:
+            self.rows, self.failures = self.rows + done.rows, self.failures + done.failed
+            tell(done)
+
+    def give_up(self, task: SweepTask, why: str) -> Evaluated:
+        """A task that killed its worker each time is a failure of all its prompts; the others go on."""
+        if isinstance(task, CalibrateTask):
+            log.warning("sweep: no speed is predicted at %s: %s", task.context, why)
+            return Evaluated()
+        prompts = read_rows(task.prompts, Prompt)[task.first : task.last]
+        mode: Mode = "replay" if isinstance(task, ReplayTask) else "measure"
+        error = Incomplete(f"its worker died each time: {why}")
+        write_rows(
+            failures_of(task),
+            [make_failure(mode, self.sweep, one, p, error) for one in self.drafters for p in prompts],
+        )
+        return Evaluated(failed=len(self.drafters) * len(prompts))
 
     def replay(self) -> None:
         tasks = []
@@ -129,7 +169,7 @@ class Phases:
             for first in range(0, count, PROMPTS_PER_TASK):
                 last = min(first + PROMPTS_PER_TASK, count)
                 tasks.append(ReplayTask(file, tuple(texts), first, last, self.output("replay", file, first)))
-        self.run(tasks, "replay", self.sweep.num_evaluators)
+        self.run(tasks, "replay", "replay", self.sweep.num_evaluators)
 
     def calibrate(self) -> None:
         """Time steps at every context, then predict. Predictions are made once, and picks with them."""
@@ -138,7 +178,7 @@ class Phases:
             CalibrateTask(n, tokens, self.folder / STEPS / f"{n}.jsonl") for n, tokens in contexts.items()
         ]
         self.run(tasks, "calibrate")
-        if not (self.folder / PICKS).exists():
+        if not ((self.folder / PICKS).exists() and (self.folder / PREDICTED).exists()):
             report = self.config.report
             predicted = planner.predict(
                 read_all(self.folder / ROWS, PromptRow),

@@ -6,6 +6,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,20 @@ def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[s
         "seed": config.seed,
     }
     artifact = open_artifact(Path(config.storage), "teach", inputs)
-    if artifact.complete:
-        return artifact
+    with artifact.claim() as unfinished:
+        if unfinished:
+            label_and_continue(config, executor, prepare, scratch, artifact, inputs)
+    return artifact
+
+
+def label_and_continue(
+    config: Config,
+    executor: Executor,
+    prepare: Artifact,
+    scratch: dict[str, Artifact],
+    artifact: Artifact,
+    inputs: dict[str, Any],
+) -> None:
     began = time.perf_counter()
     tasks = label_tasks(config, prepare) + [
         ContinueTask(file) for file in sorted((prepare.path / "prompts").glob("*.jsonl"))
@@ -50,13 +63,12 @@ def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[s
         make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
     )
     counts = {"sequences": 0, "on_policy": 0, "continuations": 0}
-    for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers):
+    for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers, "teach"):
         for name in counts:
             counts[name] += getattr(done, name)
     counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / "labels").glob("*.npy"))
     log.info("teach: %.1f MB of labels on disk", counts["label_bytes"] / 1e6)
     artifact.finish(inputs, counts, time.perf_counter() - began)
-    return artifact
 
 
 def sample(
@@ -75,17 +87,18 @@ def sample(
         "chances": [[chance.temperature, chance.seed] for chance in chances],
     }
     artifact = open_artifact(Path(config.storage), "sample", inputs)
-    if artifact.complete:
-        return artifact
-    began = time.perf_counter()
-    files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
-    tasks = [ContinueTask(file, chance) for file in files for chance in chances]
-    factory = partial(
-        make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
-    )
-    workers = config.labels.num_workers
-    written = sum(d.continuations for _, d in executor.map_actors(factory, tasks, "sample", workers))
-    artifact.finish(inputs, {"continuations": written}, time.perf_counter() - began)
+    with artifact.claim() as unfinished:
+        if not unfinished:
+            return artifact
+        began = time.perf_counter()
+        files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+        tasks = [ContinueTask(file, chance) for file in files for chance in chances]
+        factory = partial(
+            make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
+        )
+        done = executor.map_actors(factory, tasks, "sample", config.labels.num_workers, "teach")
+        written = sum(one.continuations for _, one in done)
+        artifact.finish(inputs, {"continuations": written}, time.perf_counter() - began)
     return artifact
 
 

@@ -3,7 +3,8 @@
 A stage writes into `<storage>/<stage>-<fingerprint>/`. The fingerprint covers the stage's config and the
 fingerprints of its inputs, so the same work has the same folder. Every file appears by rename, and
 `manifest.json` appears last: a folder with a manifest is complete and is reused, a folder without one is
-resumed at the file where it stopped.
+resumed at the file where it stopped. A folder is worked on by one run at a time (`Artifact.claim`), and what
+is reused is compared with its checksums first: what is damaged is removed and made again.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -26,9 +30,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
+from pipeline.events import Opened, tell
+
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+LOCKS = ".locks"
+WHOLE = ("tokenizer", "model")  # folders that are written as one
+CHECKING_THREADS = 8  # hashing leaves the interpreter's lock alone
 # Raised when the meaning of artifacts changes, so that old folders are not mistaken for new ones.
 FORMAT = 1
 LIBRARIES = (
@@ -166,32 +178,119 @@ class Artifact:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is damaged ({error}): delete it and run the stage again") from None
 
-    def finish(self, inputs: dict[str, Any], counts: dict[str, Any], seconds: float) -> None:
+    @property
+    def lock(self) -> FileLock:
+        """Held by the run that works on this folder; a run that is killed lets go of it."""
+        folder = self.path.parent / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{self.path.name}.lock")
+
+    @contextmanager
+    def claim(self, whole: bool = False) -> Iterator[bool]:
+        """Hold the folder while it is worked on; yields whether there is anything to do.
+
+        A run that finds it held waits, and then finds it complete. Of a complete folder all files are
+        compared with the manifest; damaged ones are removed, so that the work goes on where they are missing.
+
+        Args:
+            whole: its files are one piece of work: where one is damaged, all go.
+        """
+        if self.complete and not self.damaged():
+            yield False
+            return
+        lock = self.lock
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another run works on %s; waiting for it", self.path)
+            lock.acquire()
+        try:
+            self.clear_damage(whole)
+            yield not self.complete
+        finally:
+            lock.release()
+
+    def damaged(self) -> list[str]:
+        """Names of files that are missing or not as the manifest has them, itself included."""
+        try:
+            manifest = self.manifest
+        except ValueError:
+            return [MANIFEST]
+        if manifest.get("checksum") != checksum(manifest):
+            return [MANIFEST]
+
+        def differs(name: str) -> bool:
+            file, known = self.path / name, manifest["files"][name]
+            if not file.is_file() or file.stat().st_size != known["bytes"]:
+                return True
+            return file_sha256(file) != known["sha256"]
+
+        names = list(manifest["files"])
+        with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+            return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+
+    def clear_damage(self, whole: bool) -> None:
+        """Remove what is damaged, and the manifest with it; nothing where all is well or unfinished."""
+        bad = self.damaged() if self.complete else []
+        for name in bad:
+            log.error("%s is damaged or missing; it is made again", self.path / name)
+        if whole and bad not in ([], [MANIFEST]):
+            shutil.rmtree(self.path)
+            return
+        for name in bad:
+            file = self.path / name
+            if file.parent.name in WHOLE:
+                shutil.rmtree(file.parent, ignore_errors=True)
+                continue
+            # Files of one piece share what stands before the first dot, and are made together; summaries say
+            # which pieces of their folder are done.
+            for part in [
+                *file.parent.glob(f"{file.name.split('.')[0]}.*"),
+                *file.parent.glob("*.summary.json"),
+            ]:
+                part.unlink(missing_ok=True)
+        if bad:
+            (self.path / MANIFEST).unlink(missing_ok=True)
+
+    def finish(
+        self,
+        inputs: dict[str, Any],
+        counts: dict[str, Any],
+        seconds: float,
+        leave_out: Collection[str] = (),
+    ) -> None:
         """Write the manifest: what went in, what came out, checksums of every file, provenance.
 
         `peak_memory_bytes` is the most that this process has held so far: of the stage itself where it ran
         inline and alone.
+
+        Args:
+            leave_out: files that later runs write anew.
         """
         files = {
             str(file.relative_to(self.path)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
             for file in sorted(self.path.rglob("*"))
-            if file.is_file() and not file.name.startswith(".") and file.name != MANIFEST
+            if file.is_file() and not file.name.startswith(".") and file.name not in (MANIFEST, *leave_out)
         }
-        write_json(
-            self.path / MANIFEST,
-            {
-                "stage": self.stage,
-                "fingerprint": self.fingerprint,
-                "format": FORMAT,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "seconds": round(seconds, 3),
-                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "inputs": json.loads(json.dumps(inputs, default=lambda m: m.model_dump(mode="json"))),
-                "counts": counts,
-                "provenance": provenance(),
-                "files": files,
-            },
-        )
+        manifest = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "format": FORMAT,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "inputs": json.loads(json.dumps(inputs, default=lambda m: m.model_dump(mode="json"))),
+            "counts": counts,
+            "provenance": provenance(),
+            "files": files,
+        }
+        write_json(self.path / MANIFEST, {**manifest, "checksum": checksum(manifest)})
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    """Of a manifest, as it reads from its file, without its own `checksum`."""
+    told = json.loads(json.dumps({name: value for name, value in manifest.items() if name != "checksum"}))
+    return fingerprint(told)
 
 
 def open_artifact(storage: Path, stage: str, inputs: dict[str, Any]) -> Artifact:
@@ -200,4 +299,6 @@ def open_artifact(storage: Path, stage: str, inputs: dict[str, Any]) -> Artifact
     `inputs` holds all that the result depends on: config groups and fingerprints of earlier artifacts.
     """
     digest = fingerprint({"stage": stage, "format": FORMAT, "inputs": inputs})
-    return Artifact(storage / f"{stage}-{digest}", stage, digest)
+    artifact = Artifact(storage / f"{stage}-{digest}", stage, digest)
+    tell(Opened(artifact.path))
+    return artifact

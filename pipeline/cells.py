@@ -15,7 +15,7 @@ from pipeline.replay import Counts
 from pipeline.rows import Cell, FailedCell, Mode, Prompt, PromptRow
 
 # What a cell may end in without ending the others: logits that are not finite, no memory.
-CELL_ERRORS = (ArithmeticError, RuntimeError)
+CELL_ERRORS = (ArithmeticError, RuntimeError, MemoryError)
 SELF_POLICIES = ("streaming", "snapkv")
 
 

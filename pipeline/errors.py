@@ -1,5 +1,13 @@
 """Errors that the command line turns into exit codes; everything else is a programming fault."""
 
+from __future__ import annotations
+
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# As libraries say it that lose the number: safetensors, torch, Ray's workers; sqlite.
+FULL_TEXTS = ("No space left on device", "database or disk is full", "Disk quota exceeded")
+
 
 class BadData(ValueError):
     """Input data that cannot be used. The text names the file or field and says what to do."""
@@ -7,3 +15,14 @@ class BadData(ValueError):
 
 class Incomplete(RuntimeError):
     """A stage ended with work undone. The text says what is missing and how to resume."""
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(text in str(error) for text in FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

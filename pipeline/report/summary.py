@@ -112,6 +112,13 @@ class Stage(Row):
     cached: bool
 
 
+class RankMemory(Row):
+    """Peak bytes of each rank that trained a model: of its GPU, or on a CPU of its process."""
+
+    model: str
+    ranks: list[int]
+
+
 class Check(Row):
     """Something that was to be reached: its value, the target in words, and whether it was met."""
 
@@ -143,6 +150,7 @@ class Summary(Row):
     max_new_tokens: int = 0
     least_documents: int = 2
     models: tuple[ModelSize, ...] = ()
+    training_memory: tuple[RankMemory, ...] = ()
     prediction: tuple[PredictionScore, ...] = ()
     recommendations: tuple[Recommendation, ...] = ()
     findings: list[str]

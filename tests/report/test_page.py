@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.report import ReportInputs, report
-from pipeline.artifacts import read_rows
+from pipeline.artifacts import open_artifact, read_rows
 from pipeline.report.page import size
 from pipeline.report.summary import Stage
 from pipeline.rows import CellRow, FailedCell
@@ -138,6 +138,22 @@ def test_second_run_reuses_the_figures_and_tells_its_own_stages(tmp_path):
     stages = json.loads((second.path / "summary.json").read_text())["stages"]
     assert [(s["name"], s["cached"]) for s in stages] == [("prepare", True), ("report", True)]
     assert not set(second.manifest["files"]) & {"summary.json", "report.html"}
+
+
+def test_memory_of_training_is_shown_by_rank(tmp_path):
+    inputs = artifacts(tmp_path, sweep_rows(), [])
+    trained = open_artifact(tmp_path, "drafter-multi_view", {})
+    trained.finish({}, {"peak_memory_bytes_by_rank": [1_500_000_000, 1_250_000_000]}, 1.0)
+    untrained = open_artifact(tmp_path, "drafter-untrained", {})
+    untrained.finish({}, {}, 1.0)
+    made = report(config(tmp_path), ReportInputs(*inputs, stages=[], trained=[trained, untrained])).path
+    summary = json.loads((made / "summary.json").read_text())
+    ranks = [1_500_000_000, 1_250_000_000]
+    assert summary["training_memory"] == [{"model": "drafter-multi_view", "ranks": ranks}]
+    page = (made / "report.html").read_text()
+    rows = page[page.index("Memory of training") :]
+    assert "drafter-multi_view" in rows and "untrained" not in rows
+    assert all(page_size in rows for page_size in map(size, ranks))
 
 
 def test_rows_added_by_another_try_make_another_report(tmp_path):

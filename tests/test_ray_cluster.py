@@ -1,0 +1,126 @@
+"""What a Ray cluster has room for, and whether its machines have the same software."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from jobs import ray_cluster
+from jobs.ray_cluster import check_nodes, count_fitting, installed, request
+from jobs.ray_executor import RayExecutor
+from pipeline.errors import BadData
+from tests.tiny import tiny_config
+
+RAY: dict[str, Any] = {"run.executor": "ray", "run.ray_address": "local", "run.cpus_per_task": 0.5}
+
+
+def machines(*resources: dict[str, float], dead: int = 0) -> Any:
+    """Stands in for the module ray: these machines live, and so many more have died."""
+    nodes = [{"Alive": True, "Resources": given} for given in resources]
+    nodes += [{"Alive": False, "Resources": {"CPU": 1000.0, "GPU": 8.0, "memory": 1e12}}] * dead
+    return SimpleNamespace(nodes=lambda: nodes)
+
+
+def run_of(**changes: Any) -> Any:
+    return tiny_config(
+        {"run.executor": "ray", **{f"run.{name}": value for name, value in changes.items()}}
+    ).run
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"cpus_per_task": 1}, 4 + 10),
+        ({"cpus_per_task": 3}, 1 + 3),  # whole workers on each machine, not 14 // 3
+        ({"cpus_per_task": 0.5}, 8 + 20),
+        ({"resources": {"replay": {"memory_gb": 20}}}, 0 + 3),
+        ({"resources": {"replay": {"cpus": 4, "memory_gb": 8}}}, 1 + 2),
+        ({"resources": {"teach": {"cpus": 10}}}, 4 + 10),  # another kind of work
+    ],
+)
+def test_room_is_counted_by_machine(changes: dict[str, Any], expected: int) -> None:
+    ray = machines({"CPU": 4.0, "memory": 16e9}, {"CPU": 10.0, "memory": 64e9}, dead=2)
+    assert count_fitting(ray, run_of(**changes), "replay") == expected
+
+
+def test_drafters_share_a_gpu_and_the_target_has_one_alone() -> None:
+    ray = machines({"CPU": 16.0, "GPU": 2.0, "memory": 64e9})
+    run = run_of(device="cuda", gpus_per_task=1, resources={"replay": {"gpus": 0.25}})
+    assert [count_fitting(ray, run, work) for work in ("replay", "measure", "prepare")] == [8, 2, 16]
+    assert request(run, "replay")["num_gpus"] == 0.25 and request(run, "prepare")["num_gpus"] == 0
+
+
+def test_what_fits_no_machine_is_told_with_its_field() -> None:
+    ray = machines({"CPU": 4.0, "memory": 16e9}, {"CPU": 4.0, "memory": 16e9})
+    with pytest.raises(
+        BadData, match=r"replay work, which asks for 8 CPUs.*the largest have 4 CPUs.*lower\s"
+    ):
+        count_fitting(ray, run_of(cpus_per_task=8), "replay", at_least=1)
+    with pytest.raises(BadData, match=r"run\.resources\.teach"):
+        count_fitting(ray, run_of(resources={"teach": {"memory_gb": 17}}), "teach", at_least=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"resources": {"measure": {"gpus": 1}}}, "resources.measure.gpus asks for GPUs"),
+        (
+            {"device": "cuda", "gpus_per_task": 1, "resources": {"teach": {"gpus": 0}}},
+            "resources.teach.gpus is 0",
+        ),
+        (
+            {"device": "cuda", "gpus_per_task": 0.5},
+            "gpus_per_task is 0.5: a training worker needs a whole GPU",
+        ),
+        ({"device": "cuda", "gpus_per_task": 1, "resources": {"teach": {"gpus": 1.5}}}, "a whole number"),
+    ],
+)
+def test_gpus_that_make_no_sense_are_refused(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        run_of(**changes)
+
+
+# ── on a real Ray ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[RayExecutor]:
+    executor = RayExecutor(tiny_config(RAY))
+    yield executor
+    executor.close()
+
+
+def asking(started: RayExecutor, changes: dict[str, Any]) -> RayExecutor:
+    executor = RayExecutor(tiny_config({**RAY, **changes}))
+    executor.__dict__["ray"] = started.ray
+    return executor
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("resources", [{"cpus": 1000}, {"memory_gb": 100_000}])
+def test_what_can_never_be_placed_fails_at_once(started: RayExecutor, resources: dict[str, float]) -> None:
+    executor = asking(started, {"run.resources": {"teach": resources}})
+    began = time.monotonic()
+    with pytest.raises(BadData, match=r"no machine of the cluster can take teach work"):
+        list(executor.map_actors(list, [1], "teach", 1, "teach"))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.ray
+def test_other_versions_on_a_machine_are_named(started: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = started.ray
+    check_nodes(ray)  # this machine is like itself
+    here = installed()
+    assert here["torch"] and here["budgetdraft (its code)"]
+    monkeypatch.setattr(ray_cluster, "provenance", lambda: {"python": "3.99.0", "versions": {"torch": "9.9"}})
+    with pytest.raises(BadData, match="machines of the cluster differ") as told:
+        check_nodes(ray)
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    assert f"{address} has torch {here['torch']}, this process has 9.9" in str(told.value)
+    assert f"{address} has python {here['python']}, this process has 3.99.0" in str(told.value)
+    assert "code" not in str(told.value)
