@@ -4,6 +4,7 @@
 #   make test PYTHON=python3.12  with another interpreter than python3
 
 PYTHON ?= python3
+TRIES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 # Newer than both files exactly when the environment holds what they ask for.
@@ -11,10 +12,10 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint format clean distclean
+.PHONY: help setup demo test test-faults bench lint format clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the pinned dependencies (skipped while neither file changed)
 
@@ -34,6 +35,10 @@ demo: setup ## train a target and three drafters on Python's own sources, and re
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -q
+
+test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
+	$(BIN)/python -m pytest -q -m "fault or long" --tries $(TRIES) \
+		--faults-json faults.json --faults-table docs/reliability.md
 
 bench: setup ## correctness, then every timed row beside its target; writes bench.json
 	$(BIN)/python -m benchmarks

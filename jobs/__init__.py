@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # tracking_writer.py tries again, and knows when to stop
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -30,10 +31,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM arrived. A kind of interrupt, so that whatever cleans up after Ctrl-C cleans up after this."""
 
 
+_received: set[int] = set()
+
+
 def raise_on_sigterm() -> None:
     """Make SIGTERM raise `Terminated`. To be called again after `ray.init`, which takes the signal."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
+        _received.add(signum)
         raise Terminated
 
     signal.signal(signal.SIGTERM, handler)
+
+
+def was_terminated() -> bool:
+    """Whether SIGTERM arrived. Ray turns what a signal raises during its calls into a plain interrupt."""
+    return signal.SIGTERM in _received

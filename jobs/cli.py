@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from jobs import Terminated, raise_on_sigterm
+from jobs import raise_on_sigterm, was_terminated
 from jobs.doctor import check_name_clash
 from jobs.doctor import doctor as run_doctor
 from pipeline.config import Config
 from pipeline.config_errors import ConfigError
 from pipeline.config_files import dump_config, load_config
 from pipeline.config_sweep import Policy, check_budget
-from pipeline.errors import BadData, Incomplete
+from pipeline.errors import BadData, Incomplete, NotFinite
+from pipeline.logs import PACKAGES
 
 DONE, USAGE, BAD_DATA, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
 EPILOG = """\b
@@ -34,7 +35,8 @@ Exit codes:
   1    unexpected error, with its traceback
   2    wrong usage or config; broken installation
   3    bad data: an input is missing or cannot be used
-  4    incomplete: some work failed; the same command resumes (doctor: a check failed)
+  4    incomplete: some work failed or diverged, a disk is full, MLflow is out of reach; what is done is
+       kept, and the same command does the rest (doctor: a check failed)
   130  interrupted (Ctrl-C); the same command resumes
   143  terminated (SIGTERM); the same command resumes
 """
@@ -51,11 +53,11 @@ class _Commands(TyperGroup):
             _leave(USAGE, str(error))
         except BadData as error:
             _leave(BAD_DATA, f"bad data: {error}")
-        except Incomplete as error:
+        except (Incomplete, NotFinite) as error:
             _leave(INCOMPLETE, f"incomplete: {error}")
-        except Terminated:
-            _leave(TERMINATED, "terminated; the same command resumes")
         except KeyboardInterrupt:
+            if was_terminated():
+                _leave(TERMINATED, "terminated; the same command resumes")
             _leave(INTERRUPTED, "interrupted; the same command resumes")
 
 
@@ -94,7 +96,7 @@ class _StageFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         package, _, module = record.name.partition(".")
-        stage = module if package in ("jobs", "pipeline", "kernels") and module else record.name
+        stage = module if package in PACKAGES and module else record.name
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return f"{self.formatTime(record, '%H:%M:%S')} {stage:<10} {level}{super().format(record)}"
 
@@ -104,7 +106,7 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_StageFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for package in ("jobs", "pipeline", "kernels"):
+    for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
@@ -138,6 +140,40 @@ _add_stage("teach", "teach", "The target's labels and continuations, after the s
 _add_stage("train", "train", "Train the drafters, after the stages before.")
 _add_stage("sweep", "sweep", "Measure every cell of the sweep, after the stages before.")
 _add_stage("report", "report", "Tables, figures and findings, after the stages before.")
+
+
+@app.command("submit", short_help="Run a stage as a job on a Ray cluster.")
+def submit_job(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    executor: ExecutorOption = None,
+    storage: StorageOption = None,
+    stage: Annotated[
+        Literal["run", "prepare", "teach", "train", "sweep", "report"], typer.Option(help="What to run.")
+    ] = "run",
+    wait: Annotated[bool, typer.Option("--wait", help="Follow its logs; exit with its exit code.")] = False,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Dashboard of the head.")
+    ] = "http://127.0.0.1:8265",
+    entrypoint_cpus: Annotated[
+        float | None, typer.Option(min=0, help="CPUs for the job's own process; default: it asks for none.")
+    ] = None,
+    entrypoint_memory_gb: Annotated[
+        float | None, typer.Option(min=0, help="Memory for it, in GB (10^9); default: it asks for none.")
+    ] = None,
+    stop_wait_s: Annotated[
+        int, typer.Option(min=1, help="Seconds that `ray job stop` leaves for a last checkpoint.")
+    ] = 120,
+) -> None:
+    """Check a config here, then run it as a job on a Ray cluster, with the working directory as its code."""
+    loaded = _load(config, overrides, executor, storage)
+    set_up_logging()
+    from jobs.submit import Job, submit
+
+    options = [("--executor", executor), ("--storage", storage)]
+    arguments = [*(overrides or []), *(text for name, value in options if value for text in (name, value))]
+    job = Job(stage, config, arguments, entrypoint_cpus, entrypoint_memory_gb, stop_wait_s)
+    raise typer.Exit(submit(loaded, job, address, wait))
 
 
 @app.command("generate", short_help="Continue one prompt by speculation, streamed.")
@@ -261,6 +297,46 @@ def convert_checkpoint(
 
     convert_bin(source, output)
     typer.echo(output)
+
+
+@app.command("artifacts", short_help="What a storage holds, and who uses it; removes what nothing needs.")
+def list_artifacts(
+    storage: Annotated[Path, typer.Argument(metavar="STORAGE", help="Folder of all artifacts.")],
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Delete what no report is made from and no run works on.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --remove: only say what would go.")
+    ] = False,
+    older_than_days: Annotated[
+        float, typer.Option(min=0, metavar="N", help="Remove only what has not changed for so long.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")] = False,
+) -> None:
+    """List every artifact: state, size, age, who uses it; with --remove delete what nothing needs."""
+    from jobs.storage import artifacts
+
+    artifacts(storage, remove, dry_run, older_than_days, as_json)
+
+
+@app.command("status", short_help="What a run has done, does and failed at, and how long it will take.")
+def show_run(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A record's name or its beginning, a config's name, or a path; default: the newest.",
+        ),
+    ] = None,
+    storage: Annotated[Path, typer.Option(metavar="PATH", help="Folder of all artifacts.")] = Path("runs"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document in place of the screen.")
+    ] = False,
+) -> None:
+    """What a run has done, does and failed at, and how long it will take; exit code 3 if there is none."""
+    from jobs.status import show_status
+
+    typer.echo(show_status(storage, run, as_json))
 
 
 @app.command("config", short_help="Print the resolved config as YAML.")

@@ -151,7 +151,7 @@ def _storage(config: Config) -> Iterator[Check]:
 def _tracking(config: Config) -> Check:
     if not config.tracking.enabled:
         return Check("ok", "tracking", "off (tracking.enabled: false)")
-    from jobs.tracking import tracking_problem, tracking_uri
+    from jobs.tracking_store import tracking_problem, tracking_uri
 
     uri = tracking_uri(config)
     problem = tracking_problem(uri)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,38 +15,51 @@ from typing import Any
 from jobs.executor import Executor, NoExecutor, make_executor
 from jobs.prepare import prepare
 from jobs.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
+from jobs.run_record import RunRecord
+from jobs.submit import check_storage, in_ray_job
 from jobs.sweep import ref, sweep
 from jobs.teach import sample, teach
 from jobs.tracking import Tracker
+from jobs.tracking_store import Run
 from jobs.train import Watch, pretrain, target_ref, train
-from pipeline.artifacts import read_rows
+from pipeline.artifacts import Artifact, read_rows
 from pipeline.config import Config
-from pipeline.errors import Incomplete
+from pipeline.errors import BadData, Incomplete, is_full_disk
 from pipeline.models import ModelRef
 from pipeline.report.summary import Stage, Summary
 from pipeline.rows import CellRow
+from pipeline.training import METRICS
 
 log = logging.getLogger(__name__)
 
+DRAFTERS = "drafters"  # folder of the trained models among MLflow's artifacts of stage train
+
 
 class Stages:
-    """Runs stages one after another: a tracked run, the time, and whether it was cached, for each."""
+    """Runs stages one after another: recorded, tracked, the time, and whether it was cached, for each."""
 
-    def __init__(self, executor: Executor, tracker: Tracker) -> None:
-        self.executor, self.tracker = executor, tracker
+    def __init__(self, executor: Executor, tracker: Tracker, record: RunRecord) -> None:
+        self.executor, self.tracker, self.record = executor, tracker, record
         self.done: list[Stage] = []
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[str]:
-        """Times the body; yields the id of the stage's tracking run. Without a call to the executor, the
+    def stage(self, name: str) -> Iterator[Run]:
+        """Times the body; yields the stage's tracking run. Without a call to the executor, the
         body has only found what was there."""
         began, calls = time.perf_counter(), self.executor.calls
-        with self.tracker.stage_run(name) as run_id:
-            yield run_id
-        seconds = round(time.perf_counter() - began, 3)
-        cached = self.executor.calls == calls
-        self.done.append(Stage(name=name, seconds=seconds, cached=cached))
-        log.info("%s: %s in %.1f s", name, "cached" if cached else "done", seconds)
+        with self.record.stage(name) as recorded:
+            with self.tracker.stage_run(name) as run:
+                yield run
+            seconds = round(time.perf_counter() - began, 3)
+            cached = recorded.cached = self.executor.calls == calls
+            self.done.append(Stage(name=name, seconds=seconds, cached=cached))
+            log.info("%s: %s in %.1f s", name, "cached" if cached else "done", seconds)
+
+    @contextmanager
+    def follow(self, run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> Iterator[None]:
+        """The metrics files of models that are trained in the body go to MLflow and to the record."""
+        with self.tracker.follow(run, files, upload_to), self.record.follow(files):
+            yield
 
 
 def run_pipeline(config: Config, until: str = "report") -> Path:
@@ -53,12 +67,22 @@ def run_pipeline(config: Config, until: str = "report") -> Path:
 
     Raises:
         BadData: if an input cannot be used.
-        Incomplete: if cells of the sweep failed; the report is made all the same.
+        Incomplete: if cells of the sweep failed, or MLflow did not take all; the report is made all the same.
     """
     config = settled(config)
-    with Tracker.start(config) as tracker, closing(make_executor(config)) as executor:
+    with RunRecord(config, until) as record:
+        tracker = Tracker.start(config)
         try:
-            return run_stages(config, until, Stages(executor, tracker))
+            with tracker, closing(make_executor(config)) as executor:
+                return run_stages(config, until, Stages(executor, tracker, record))
+        except Exception as error:
+            if not is_full_disk(error):
+                raise
+            raise Incomplete(
+                f"a disk is full; the storage {config.storage} has "
+                f"{shutil.disk_usage(config.storage).free / 1e6:.1f} MB left. Free some space there "
+                f"(`budgetdraft artifacts` shows what nothing needs); the same command resumes ({error})"
+            ) from error
         finally:
             for line in tracker.links():
                 log.info(line)
@@ -69,11 +93,16 @@ def settled(config: Config) -> Config:
 
     Folders are made absolute, since workers have working directories of their own. On Ray, `device: auto`
     follows from the GPUs that are asked for: a worker sees all GPUs of its machine, asked for or not.
+
+    Raises:
+        ConfigError: in a Ray job, if the storage is relative to the job's own copy of the code.
     """
+    if in_ray_job() and config.run.executor == "ray":
+        check_storage(config.storage)
     data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
     changes: dict[str, Any] = {"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
     if config.run.executor == "ray" and config.run.device == "auto":
-        device = "cuda" if config.run.gpus_per_task else "cpu"
+        device = "cuda" if config.run.needs("measure").gpus else "cpu"
         changes["run"] = config.run.model_copy(update={"device": device})
     models = {
         role: model.model_copy(update={"path": str(folder.resolve())})
@@ -86,25 +115,28 @@ def settled(config: Config) -> Config:
 def run_stages(config: Config, until: str, stages: Stages) -> Path:
     executor, tracker = stages.executor, stages.tracker
 
-    def watch(run_id: str) -> Watch:
-        return partial(tracker.follow, run_id)
+    def watch(run: Run, upload_to: str | None = None) -> Watch:
+        return partial(stages.follow, run, upload_to=upload_to)
+
+    def mirror(run: Run, models: dict[str, Artifact], upload_to: str | None = None) -> None:
+        """What `watch` was not there for, or an earlier run did not get through to MLflow."""
+        tracker.log_models(run, {name: made.path / METRICS for name, made in models.items()}, upload_to)
 
     with stages.stage("prepare"):
         prepared = prepare(config, executor)
     if until == "prepare":
         return prepared.path
-    with stages.stage("pretrain") as run_id:
-        scratch = pretrain(config, executor, prepared, watch(run_id))
+    with stages.stage("pretrain") as run:
+        scratch = pretrain(config, executor, prepared, watch(run))
+        mirror(run, scratch)
     with stages.stage("teach"):
         taught = teach(config, executor, prepared, scratch)
         sampled = sample(config, executor, prepared, scratch)
     if until == "teach":
         return taught.path
-    with stages.stage("train") as run_id:
-        calls = executor.calls
-        trained = train(config, executor, prepared, taught, scratch, watch(run_id))
-        for name, artifact in trained.items() if executor.calls > calls else ():
-            tracker.log_folder(run_id, artifact.path / "model", f"drafters/{name}")
+    with stages.stage("train") as run:
+        trained = train(config, executor, prepared, taught, scratch, watch(run, DRAFTERS))
+        mirror(run, trained, DRAFTERS)
     if until == "train":
         return trained[config.train.drafters[-1].name].path
     with stages.stage("sweep") as sweep_run:
@@ -112,14 +144,17 @@ def run_stages(config: Config, until: str, stages: Stages) -> Path:
     if until == "sweep":
         check_complete(failures, swept.path)
         return swept.path
-    with tracker.stage_run("report") as run_id:
-        reported = report(config, ReportInputs(prepared, taught, swept, tuple(stages.done)))
+    with stages.record.stage("report"), tracker.stage_run("report") as run:
+        reported = report(
+            config,
+            ReportInputs(prepared, taught, swept, tuple(stages.done), (*scratch.values(), *trained.values())),
+        )
         # By the report: a sweep that is tried again after failures keeps its fingerprint and gains rows.
         tracker.log_sweep(sweep_run, reported.fingerprint, read_rows(reported.path / CELLS, CellRow))
-        tracker.log_files(run_id, [reported.path / name for name in (PAGE, SUMMARY, CELLS)])
-        tracker.log_folder(run_id, reported.path / FIGURES, "figures")
+        tracker.log_files(run, [reported.path / name for name in (PAGE, SUMMARY, CELLS)])
+        tracker.log_folder(run, reported.path / FIGURES, "figures")
         summary = Summary.model_validate_json((reported.path / SUMMARY).read_text(encoding="utf-8"))
-        tracker.log_advice(run_id, summary.recommendations)
+        tracker.log_advice(run, summary.recommendations)
     check_complete(failures, swept.path)
     return reported.path / SUMMARY
 
@@ -148,6 +183,8 @@ def completed(config: Config) -> Trained:
         BadData: if a stage is not; the text says which command to run.
     """
     config, nothing = settled(config), NoExecutor()
+    if not Path(config.storage).is_dir():
+        raise BadData(f"there is no storage {config.storage}; run `budgetdraft run CONFIG` first")
     prepared = prepare(config, nothing)
     scratch = pretrain(config, nothing, prepared)
     taught = teach(config, nothing, prepared, scratch)

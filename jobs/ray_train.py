@@ -12,8 +12,7 @@ from threading import Thread
 from typing import Any
 
 from pipeline.artifacts import write_json
-from pipeline.decoding import NotFinite
-from pipeline.errors import BadData
+from pipeline.errors import BadData, NotFinite
 from pipeline.stopping import Stopped
 from pipeline.train_job import TrainJob, is_first_worker, run_job
 

@@ -49,8 +49,8 @@ SUMMARY, PAGE = "summary.json", "report.html"
 class ReportInputs:
     """Artifacts that the report reads, and this run's earlier stages in order.
 
-    The sweep may be incomplete: its failures are part of the report. `trained` are the models of stages pretrain
-    and train.
+    The sweep may be incomplete: its failures are part of the report. `trained` are the models of stages
+    pretrain and train.
     """
 
     prepare: Artifact

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ from pipeline.artifacts import Artifact, open_artifact, read_all, read_rows, wri
 from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks, make_failure
 from pipeline.config import Config, Work
 from pipeline.errors import Incomplete
+from pipeline.evaluate import (
+    CalibrateTask,
+    Evaluator,
+    MeasureTask,
+    ReplayTask,
+    SweepTask,
+    evaluated,
+    failures_of,
+)
 from pipeline.events import Evaluated, tell
-from pipeline.evaluate import CalibrateTask, Evaluator, MeasureTask, ReplayTask, SweepTask, failures_of
 from pipeline.models import ModelRef, own_positions, pick_device
 from pipeline.planner import Place
 from pipeline.recommend import choices
@@ -136,11 +145,17 @@ class Phases:
         self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
 
     def run(self, tasks: Sequence[SweepTask], what: str, work: Work = "measure", actors: int = 1) -> None:
-        """Timings are taken by one worker at a time, so that they do not disturb each other."""
-        if not tasks:
-            return
-        results = self.executor.map_actors(self.factory, tasks, what, actors, work, self.give_up)
-        for _, done in results:
+        """Timings are taken by one worker at a time, so that they do not disturb each other.
+
+        What an earlier run has left is counted here: an evaluator would load all models to read a file.
+        """
+        found = {task.output: done for task in tasks if (done := earlier(task))}
+        missing = [task for task in tasks if task.output not in found]
+        results: Iterable[tuple[SweepTask, Evaluated]] = ()
+        if missing:
+            results = self.executor.map_actors(self.factory, missing, what, actors, work, self.give_up)
+        # What was found comes last: Ray's metrics hear nothing before Ray runs.
+        for done in chain((result for _, result in results), found.values()):
             self.rows, self.failures = self.rows + done.rows, self.failures + done.failed
             tell(done)
 
@@ -248,6 +263,17 @@ class Phases:
 
     def times(self) -> list[StepTimes]:
         return read_all(self.folder / STEPS, StepTimes)
+
+
+def earlier(task: SweepTask) -> Evaluated | None:
+    """What a task gave in an earlier run; None where something is left to do."""
+    if not task.output.exists():
+        return None
+    if isinstance(task, CalibrateTask):
+        return Evaluated(rows=len(read_rows(task.output, StepTimes)))
+    if failures_of(task).exists():
+        return None
+    return evaluated(read_rows(task.output, PromptRow))
 
 
 def make_evaluator(config: Config, target: ModelRef, drafters: list[Drafter], tokenizer: Path) -> Evaluator:

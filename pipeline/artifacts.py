@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LOCKS = ".locks"
+COMMIT = (
+    "BUDGETDRAFT_COMMIT"  # in the environment of a submitted job: the commit, with +dirty behind it if so
+)
 WHOLE = ("tokenizer", "model")  # folders that are written as one
 CHECKING_THREADS = 8  # hashing leaves the interpreter's lock alone
 # Raised when the meaning of artifacts changes, so that old folders are not mistaken for new ones.
@@ -113,8 +116,16 @@ def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:
 
 
 def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+    rows: list[RowT] = []
     with path.open(encoding="utf-8") as file:
-        return [row_type.model_validate_json(line) for line in file]
+        for line in file:
+            row = row_type.model_validate_json(line)
+            # Pydantic gives each row a set of the fields it was given, most of what a row weighs; in one file
+            # they are nearly always the same.
+            if rows and row.model_fields_set == rows[-1].model_fields_set:
+                object.__setattr__(row, "__pydantic_fields_set__", rows[-1].model_fields_set)
+            rows.append(row)
+    return rows
 
 
 def read_all(folder: Path, row_type: type[RowT]) -> list[RowT]:
@@ -140,10 +151,14 @@ def provenance() -> dict[str, Any]:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             versions[library] = None
-    status = git("status", "--porcelain")
+    sha, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    dirty = None if status is None else bool(status)
+    if sha is None and COMMIT in os.environ:  # a job's copy of the code is no checkout
+        sha, _, mark = os.environ[COMMIT].partition("+")
+        dirty = bool(mark)
     return {
-        "git_sha": git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
+        "git_sha": sha,
+        "git_dirty": dirty,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -100,7 +100,7 @@ AnySource = Annotated[
 
 
 class Context(Group):
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="name in tables, such as 4K")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="name in tables, such as 4K")
     tokens: int = Field(ge=16, description="exact prompt length, in tokens")
 
 

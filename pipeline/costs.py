@@ -18,9 +18,9 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
 # freed. Measured on training steps of Llamas of 64 to 512 channels: 1.5 to 2.1 times what is alive.
 HEAP_LIMIT, HEAP_FACTOR = 32 * 2**20, 1.8
-# On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Windows start
-# anywhere, so that each step has attentions of new lengths. Measured on drafters of 64 and 128 channels: about
-# ten new products a micro-batch, .76 and 1.05 MiB each; none in fp32.
+# On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Windows
+# start anywhere, so that each step has attentions of new lengths. Measured on drafters of 64 and 128
+# channels: about ten new products a micro-batch, .76 and 1.05 MiB each; none in fp32.
 PRODUCT_BYTES, MOST_PRODUCTS, NEW_PRODUCTS = int(0.9 * 2**20), 1024, 10
 LOSS_COPIES = 3  # of fp32 logits: log-softmax and, in backward, the gradients before and behind it
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size

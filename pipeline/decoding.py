@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.drafting import DraftSource, Sampler
+from pipeline.errors import NotFinite
 from pipeline.steps import Side
-
-
-class NotFinite(ArithmeticError):
-    """A model gave NaN or infinite logits."""
 
 
 @dataclass(frozen=True)

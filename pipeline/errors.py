@@ -17,6 +17,10 @@ class Incomplete(RuntimeError):
     """A stage ended with work undone. The text says what is missing and how to resume."""
 
 
+class NotFinite(ArithmeticError):
+    """Logits, a loss or a gradient are NaN or infinite. The text says whose, and where."""
+
+
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that a disk is full."""
     while error is not None:

@@ -23,6 +23,7 @@ from pipeline.artifacts import read_rows, write_rows
 from pipeline.calibrate import random_prompt, step_times
 from pipeline.cells import CELL_ERRORS, Drafter, Pick, make_failure, view_cells
 from pipeline.config import Config
+from pipeline.events import Evaluated
 from pipeline.lean import DecodeModel, decode_model
 from pipeline.measure import Bench, Sides
 from pipeline.models import ModelRef, load_model, stop_tokens
@@ -86,7 +87,7 @@ class Contender:
 
 
 class Evaluator:
-    """The models, loaded once per worker; a call does one task and returns (rows, failures)."""
+    """The models, loaded once per worker; a call does one task."""
 
     def __init__(
         self,
@@ -118,13 +119,14 @@ class Evaluator:
         pair = self.target if drafter.baseline == "self_speculation" else self.load(drafter.ref)
         return Contender(drafter, *pair)
 
-    def __call__(self, task: SweepTask) -> tuple[int, int]:
+    def __call__(self, task: SweepTask) -> Evaluated:
         """Do a task unless its rows are there; failed cells are written apart and tried again next time."""
         if isinstance(task, CalibrateTask):
-            return self.calibrate(task), 0
+            return Evaluated(rows=self.calibrate(task))
         failures = failures_of(task)
-        if task.output.exists() and not failures.exists():
-            return len(read_rows(task.output, PromptRow)), 0
+        again = len(read_rows(failures, FailedCell)) if failures.exists() else 0
+        if task.output.exists() and not again:
+            return evaluated(read_rows(task.output, PromptRow))
         rows: list[PromptRow] = []
         failed: list[FailedCell] = []
         for row in self.replay(task) if isinstance(task, ReplayTask) else self.measure(task):
@@ -137,7 +139,7 @@ class Evaluator:
         write_rows(task.output, rows)
         if not failed:
             failures.unlink(missing_ok=True)
-        return len(rows), len(failed)
+        return evaluated(rows, len(failed), again)
 
     def replay(self, task: ReplayTask) -> Iterator[PromptRow | FailedCell]:
         """Acceptance of every drafter, view, control and γ on these prompts, without decoding."""
@@ -231,3 +233,22 @@ class Evaluator:
             )
             for name, (model, fast) in models.items()
         ]
+
+
+def evaluated(rows: Sequence[PromptRow], failed: int = 0, retried: int = 0) -> Evaluated:
+    """The counts of a task. Rows whose proposals replay cannot know tell nothing of acceptance."""
+    accepted: dict[tuple[str, str], tuple[float, float]] = {}
+    for row in rows:
+        if row.control is None and row.num_proposed is not None:
+            key = row.drafter, row.dataset
+            kept, proposed = accepted.get(key, (0.0, 0.0))
+            accepted[key] = kept + row.num_accepted, proposed + row.num_proposed
+    return Evaluated(
+        rows=len(rows),
+        cells=len(rows),
+        failed=failed,
+        retried=retried,
+        accepted=accepted,
+        tokens=sum(row.num_tokens * len(row.decode_s) for row in rows),
+        seconds=sum(sum(row.decode_s) for row in rows),
+    )

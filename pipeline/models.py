@@ -6,11 +6,15 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import WeakFileLock, validate_repo_id
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -28,6 +32,9 @@ disable_progress_bar()
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Of a repository on the hub: what loads a model from safetensors, not its other formats or parts.
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+HUB_OTHERS = ("*/*.json", "*/*.safetensors", "consolidated*")
 
 
 def pick_device(device: str) -> torch.device:
@@ -86,15 +93,16 @@ def load_model(
     Raises:
         BadData: if the model has fewer logits than the tokenizer has tokens, or only pickled weights.
     """
-    path = ref.path
-    if os.path.isdir(path) and not any((Path(path) / name).exists() for name in WEIGHTS):
+    path, folder = ref.path, model_folder(ref)
+    if not any((folder / name).exists() for name in WEIGHTS):
+        local = os.path.isdir(path)
+        download = "" if local else f"run `hf download {path} --local-dir FOLDER`, then "
         raise BadData(
-            f"{path} holds no {WEIGHTS[0]}; convert a .bin checkpoint once with "
-            f"`budgetdraft convert {path} OUTPUT` and name OUTPUT in the config"
+            f"{path} holds no {WEIGHTS[0]}; {download}convert a .bin checkpoint once with "
+            f"`budgetdraft convert {path if local else 'FOLDER'} OUTPUT` and name OUTPUT in the config"
         )
-    hub = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(path, **hub)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=ref.trust_remote_code)
     except OSError as error:
         raise BadData(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
     if ref.rope_scaling is not None:
@@ -106,20 +114,54 @@ def load_model(
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder,
             config=config,
             dtype=getattr(torch, dtype or ref.dtype),
             attn_implementation=ATTENTION,
             use_safetensors=True,
-            **hub,
+            trust_remote_code=ref.trust_remote_code,
         )
     except OSError as error:
-        raise BadData(
-            f"cannot load the weights of {path!r}: {str(error).splitlines()[0]}; where the hub has only .bin "
-            f"files, run `hf download {path} --local-dir FOLDER` and `budgetdraft convert FOLDER OUTPUT` and "
-            "name OUTPUT in the config"
-        ) from error
+        raise BadData(f"cannot load the weights of {path!r}: {str(error).splitlines()[0]}") from error
     return prepare_model(model, num_tokens).to(device)
+
+
+def model_folder(ref: ModelRef) -> Path:
+    """The folder of a model: the local one that it names, or its snapshot in the hub's cache.
+
+    Of all processes that ask for it at once, on one machine or on several that share the cache (HF_HOME),
+    one downloads and the others wait for its files. With HF_HUB_OFFLINE only the cache is looked at.
+
+    Raises:
+        BadData: if there is no such folder, and the hub or the cache has no such model.
+    """
+    if os.path.isdir(ref.path):
+        return Path(ref.path)
+    wanted = [*HUB_FILES, *(["*.py"] if ref.trust_remote_code else [])]
+    try:
+        validate_repo_id(ref.path)
+        with download_lock(ref.path):
+            snapshot = snapshot_download(
+                ref.path, revision=ref.revision, allow_patterns=wanted, ignore_patterns=list(HUB_OTHERS)
+            )
+    except (OSError, HFValidationError) as error:
+        raise BadData(
+            f"cannot load the model {ref.path!r}: there is no such folder, and of the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return Path(snapshot)
+
+
+def download_lock(hub_id: str) -> AbstractContextManager[Any]:
+    """Held by whoever downloads a model: the hub's own locks are by file, and do not keep others from asking.
+
+    Nothing is written offline: the cache may be one that this user can only read.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return nullcontext()
+    locks = Path(constants.HF_HUB_CACHE) / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return WeakFileLock(locks / f"budgetdraft--{hub_id.replace('/', '--')}.lock")
 
 
 def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:

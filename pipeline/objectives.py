@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pipeline import replay
 from pipeline.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.config import Config, Pretrain, Variant
-from pipeline.decoding import NotFinite
+from pipeline.errors import NotFinite
 from pipeline.kv import FULL, View, ViewCache, read_continuation, read_hidden, read_prefix, view_of
 from pipeline.losses import LOSSES, States, plain_head
 from pipeline.rows import Continuation, Prompt

@@ -24,8 +24,8 @@ from pipeline.cells import (
     view_cells,
 )
 from pipeline.config_sweep import Sweep
-from pipeline.decoding import NotFinite
 from pipeline.drafting import Chance, LookupDrafts
+from pipeline.errors import NotFinite
 from pipeline.kv import PrefixView, View
 from pipeline.lean import DecodeModel
 from pipeline.rows import Continuation, FailedCell, Mode, Prompt, PromptRow

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from kernels import dispatch
 from pipeline.artifacts import read_rows, write_array, write_rows
 from pipeline.config import Config, Labels
-from pipeline.decoding import NotFinite, until_eos
+from pipeline.decoding import until_eos
 from pipeline.drafting import GREEDILY, Chance, Sampler, fold
+from pipeline.errors import NotFinite
 from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
 from pipeline.models import ModelRef, load_model, stop_tokens
@@ -41,6 +42,10 @@ class LabelTask:
     last: int
     offset: int
     shard: int
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.shard:05d}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Teacher:
 
     def label(self, task: LabelTask) -> TeachCounts:
         labels, data = self.config.labels, self.config.data
-        stem = self.output / "labels" / f"shard-{task.shard:05d}"
+        stem = self.output / "labels" / task.name
         rows = np.array(np.load(task.sequences, mmap_mode="r")[task.first : task.last])
         chosen = [
             row

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.artifacts import write_json, write_text
 from pipeline.checkpoints import disk_errors, latest, load_weights, resume, save
 from pipeline.config import Pretrain, Train
-from pipeline.decoding import NotFinite
 from pipeline.engine import Engine
+from pipeline.errors import NotFinite
 from pipeline.models import export_model
 from pipeline.progress import progress
 from pipeline.stopping import Stopped, signals_put_off
@@ -185,7 +185,8 @@ def check_finite(
                 [
                     f"training {name}: step {number} is the first that is not finite ({told}); it read",
                     *batch,
-                    f"last good checkpoint: {latest(folder) or 'none'}",
+                    f"last good checkpoint: {latest(folder) or 'none'}; lower the learning rate, or look at "
+                    "these sequences",
                 ]
             )
         )

@@ -25,7 +25,7 @@ from tests.configs import MINIMAL
 ROOT = Path(__file__).parent.parent
 STUBS = """
 import sys, time, types
-from pipeline.errors import BadData, Incomplete
+from pipeline.errors import BadData, Incomplete, NotFinite
 
 def run_pipeline(config, until):
     print("log line")
@@ -111,6 +111,13 @@ def test_stage_commands(minimal: str, name: str, until: str) -> None:
     [
         ("raise BadData('books.jsonl is torn')", 3, ["bad data: books.jsonl is torn"]),
         ("raise Incomplete('3 cells failed')", 4, ["incomplete: 3 cells failed"]),
+        ("raise NotFinite('step 7 is the first')", 4, ["incomplete: step 7 is the first"]),
+        (
+            "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    except KeyboardInterrupt: raise KeyboardInterrupt from None",
+            143,
+            ["terminated; the same command resumes"],
+        ),
         ("raise KeyboardInterrupt", 130, ["interrupted; the same command resumes"]),
         ("1 / 0", 1, ["Traceback", "ZeroDivisionError"]),
     ],

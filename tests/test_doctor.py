@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs import doctor
-from jobs.tracking import tracking_problem
+from jobs.tracking_store import tracking_problem
 from pipeline.config import Config
 from pipeline.config_errors import ConfigError
 from tests.configs import MINIMAL

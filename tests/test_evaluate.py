@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.artifacts import read_rows, write_rows
 from pipeline.evaluate import Evaluator, MeasureTask, ReplayTask, failures_of
+from pipeline.events import Evaluated
 from pipeline.models import ModelRef, load_model
 from pipeline.rows import FailedCell, Mode, PromptRow
 from tests.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
@@ -31,8 +33,13 @@ def bench(
 @pytest.fixture(scope="module")
 def replayed(bench: Bench) -> list[PromptRow]:
     task = bench.replay_task(bench.folder / "replayed")
-    assert bench.evaluator()(task)[1] == 0
+    assert bench.evaluator()(task).failed == 0
     return read_rows(task.output, PromptRow)
+
+
+def counted(done: Evaluated) -> tuple[int, int]:
+    assert done.cells == done.rows
+    return done.rows, done.failed
 
 
 # ── replay ────────────────────────────────────────────────────────────────────────────────────────
@@ -94,7 +101,7 @@ def test_without_a_partner_only_the_control_is_left_out(
     write_rows(tmp_path / "prompts.jsonl", prompts)
     task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
     wanted = [row for row in replayed if row.control != "other_prompt"]
-    assert bench.evaluator()(task) == (len(wanted), 0)
+    assert counted(bench.evaluator()(task)) == (len(wanted), 0)
     assert [counts(row) for row in read_rows(task.output, PromptRow)] == [counts(row) for row in wanted]
 
 
@@ -136,7 +143,7 @@ def test_a_continuation_that_ends_at_once_gives_no_rows(bench: Bench, tmp_path: 
     cut = short.model_copy(update={"tokens": short.tokens[:1], "gaps": short.gaps[:1], "eos_at": 0})
     write_rows(tmp_path / "c.jsonl", [cut, *bench.continuations[1:]])
     task = replace(bench.replay_task(tmp_path, 0, 2), continuations=(tmp_path / "c.jsonl",))
-    assert bench.evaluator()(task) == (2 * 7 * 2, 0)
+    assert counted(bench.evaluator()(task)) == (2 * 7 * 2, 0)
     assert {row.prompt_id for row in read_rows(task.output, PromptRow)} == {bench.prompts[1].prompt_id}
 
 
@@ -163,7 +170,7 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
 
     sound = bench.evaluator(names, changes)
     whole = task_of(sound, "whole")
-    rows, failed = sound(whole)
+    rows, failed = counted(sound(whole))
     assert rows > 0 and failed == 0 and not failures_of(whole).exists()
 
     broken = without_norm(bench, tmp_path / "broken")
@@ -172,7 +179,7 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
     first.model, first.fast = evaluator.load(broken)
     task = task_of(evaluator, "again")
     views = 2 * 7 if mode == "replay" else 2  # each of them is named
-    assert evaluator(task) == (rows // 2, views * last)
+    assert counted(evaluator(task)) == (rows // 2, views * last)
     assert {row.drafter for row in read_rows(task.output, PromptRow)} == {"poor"}
     failures = read_rows(failures_of(task), FailedCell)
     assert {row.prompt_id for row in failures} == {prompt.prompt_id for prompt in bench.prompts[:last]}
@@ -181,7 +188,8 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
         assert (row.drafter, row.mode, row.gamma) == ("drafter", mode, 0 if mode == "replay" else 2)
         assert row.error.startswith("NotFinite:")
 
-    assert bench.evaluator(names, changes)(task) == (rows, 0)
+    again = bench.evaluator(names, changes)(task)
+    assert counted(again) == (rows, 0) and again.retried == views * last
     assert not failures_of(task).exists()
     ours, theirs = (
         [(key(row), counts(row), row.exact) for row in read_rows(one.output, PromptRow)]
@@ -213,7 +221,7 @@ def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
     first = evaluator.contenders[0]
     first.model, first.fast = evaluator.load(save_model(model, tmp_path / "late"))
     task = bench.measure_task(evaluator, tmp_path, last=2)
-    rows, failed = evaluator(task)
+    rows, failed = counted(evaluator(task))
     assert failed >= 1 and rows == 16 + 8, "both prompts of one drafter, the first of the other"
     assert [row.prompt_id for row in read_rows(failures_of(task), FailedCell)][-1] == prompt.prompt_id
     written = read_rows(task.output, PromptRow)
@@ -226,4 +234,22 @@ def test_rows_that_are_there_are_not_redone(
 ) -> None:
     evaluator = bench.evaluator()
     monkeypatch.setattr(evaluator, "replay", None)
-    assert evaluator(bench.replay_task(bench.folder / "replayed")) == (len(replayed), 0)
+    assert counted(evaluator(bench.replay_task(bench.folder / "replayed"))) == (len(replayed), 0)
+
+
+def test_a_task_tells_what_it_gave_first_and_again(bench: Bench, tmp_path: Path) -> None:
+    """Acceptance over both drafters' real prefixes, and the tokens that were on the clock, by its files."""
+    evaluator = bench.evaluator(["drafter", "poor"])
+    for task in (bench.replay_task(tmp_path), bench.measure_task(evaluator, tmp_path, last=2)):
+        done = evaluator(task)
+        rows = [json.loads(line) for line in task.output.read_text().splitlines()]
+        assert (done.rows, done.cells, done.failed, done.retried) == (len(rows), len(rows), 0, 0)
+        assert set(done.accepted) == {("drafter", "code"), ("poor", "code")}
+        for (drafter, _), (accepted, proposed) in done.accepted.items():
+            real = [row for row in rows if row["drafter"] == drafter and row["control"] is None]
+            assert accepted == sum(sum(row["kept"]) for row in real)
+            assert proposed == sum(row["num_proposed"] for row in real) > 0
+        clocked = [row for row in rows if row["mode"] == "measure"]
+        assert done.tokens == sum(2 * row["num_tokens"] for row in clocked)  # two repeats
+        assert done.seconds == pytest.approx(sum(sum(row["decode_s"]) for row in clocked))
+        assert evaluator(task) == done

@@ -23,8 +23,7 @@ from jobs.executor import InlineExecutor, NoExecutor, make_executor
 from jobs.ray_executor import RayExecutor
 from jobs.ray_train import full_disk, read_settings
 from pipeline.checkpoints import checkpoint_folder, latest
-from pipeline.decoding import NotFinite
-from pipeline.errors import BadData
+from pipeline.errors import BadData, NotFinite
 from pipeline.objectives import MultiView
 from pipeline.train_job import TrainJob
 from tests.tiny import Workshop, assert_same_run, tiny_config

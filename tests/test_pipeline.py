@@ -21,8 +21,7 @@ from jobs.pipeline import run_pipeline
 from jobs.run_record import RECORDS
 from pipeline.artifacts import MANIFEST, checksum, file_sha256, read_rows
 from pipeline.config import Config
-from pipeline.decoding import NotFinite
-from pipeline.errors import BadData, Incomplete
+from pipeline.errors import BadData, Incomplete, NotFinite
 from pipeline.prompt_replay import PromptReplay
 from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
 from tests.configs import MINIMAL

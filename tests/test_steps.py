@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from kernels import dispatch
 from pipeline import steps
-from pipeline.decoding import NotFinite
 from pipeline.drafting import Sampler
-from pipeline.errors import BadData
+from pipeline.errors import BadData, NotFinite
 from pipeline.kv import FULL, view_of
 from pipeline.lean import decode_model
 from pipeline.steps import Side

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from jobs.teach import label_bytes, label_tasks
 from pipeline.artifacts import Artifact, read_rows
 from pipeline.config import Config
-from pipeline.decoding import NotFinite
 from pipeline.drafting import Chance
+from pipeline.errors import NotFinite
 from pipeline.models import ModelRef
 from pipeline.rows import Continuation, Prompt
 from pipeline.teacher import ContinueTask, LabelTask, Teacher, is_on_policy

@@ -20,8 +20,8 @@ from pipeline.artifacts import write_rows
 from pipeline.batches import Shards
 from pipeline.checkpoints import checkpoint_folder, latest
 from pipeline.config import Pretrain
-from pipeline.decoding import NotFinite
 from pipeline.engine import TorchEngine
+from pipeline.errors import NotFinite
 from pipeline.models import ModelRef, load_model, own_positions
 from pipeline.objectives import MultiView, NextToken, next_token_loss
 from pipeline.train_job import TrainJob

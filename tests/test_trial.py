@@ -34,7 +34,7 @@ def bench(
 @pytest.fixture(scope="module")
 def replayed(bench: Bench) -> list[PromptRow]:
     task = bench.replay_task(bench.folder / "replayed")
-    assert bench.evaluator()(task)[1] == 0
+    assert bench.evaluator()(task).failed == 0
     return read_rows(task.output, PromptRow)
 
 

@@ -39,6 +39,10 @@ class Packing:
     part: EncodedPart
     takes: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        return f"train-{self.number:05d}"
+
 
 def encode_part(folder: Path, sequence_tokens: int, item: tuple[Part, Set[str]]) -> EncodedPart:
     """Encode one file of documents, without the dropped ones, into pieces [n, sequence_tokens]."""
@@ -108,7 +112,7 @@ def plan_packing(parts: list[EncodedPart], max_sequences: int) -> list[Packing]:
 
 def pack(folder: Path, plan: Packing) -> int:
     """Write one file of sequences and the document of each; returns how many."""
-    name = folder / SEQUENCES / f"train-{plan.number:05d}"
+    name = folder / SEQUENCES / plan.name
     ids_file = name.with_name(f"{name.name}.documents.json")
     if not ids_file.exists():
         pieces = np.load(folder / PIECES / f"{plan.part.file}.npy", mmap_mode="r")

@@ -1,0 +1,309 @@
+"""The record of a pipeline run, `<storage>/run-records/<name>-<UTC time>-<4 hex>/`, which `status` reads.
+
+`status.json` says what is done and running, `*.jsonl` are the logs, and `alive.lock` is held by the driver
+while it lives. A record that cannot be written, on a full disk, ends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from jobs import Terminated
+from pipeline import events, logs
+from pipeline.artifacts import fingerprint, write_json
+from pipeline.config import Config, ScratchModel
+from pipeline.config_errors import hide_credentials
+from pipeline.errors import Incomplete
+
+RECORDS, STATUS, ALIVE = "run-records", "status.json", "alive.lock"
+STAGES = ("prepare", "pretrain", "teach", "train", "sweep", "report")
+KEPT = 50  # records of a storage
+REFRESH_S = 1.0
+TAIL = 65_536  # bytes at the end of a metrics file that hold its last rows
+
+State = Literal["waiting", "running", "done", "incomplete", "failed", "killed"]
+log = logging.getLogger(__name__)
+
+
+class WorkRecord(BaseModel):
+    """What a stage does at the moment: items, or steps of training. `initial` were done when it began."""
+
+    description: str
+    began: datetime
+    initial: int
+    done: int
+    total: int
+    failed: int = 0
+    retried: int = 0
+
+
+class StageRecord(BaseModel):
+    """One stage. `failed` and `retried` count items over all of its work."""
+
+    name: str
+    state: State = "waiting"
+    started: datetime | None = None
+    seconds: float | None = None
+    cached: bool | None = None
+    folders: list[str] = []
+    failed: int = 0
+    retried: int = 0
+    work: WorkRecord | None = None
+
+
+class RunStatus(BaseModel):
+    """One run. `until` is its last stage, `name` that of its config, `ended` says how in one line."""
+
+    name: str
+    until: str
+    host: str
+    pid: int
+    config_fingerprint: str
+    started: datetime
+    updated: datetime
+    state: State
+    ended: str = ""
+    stages: list[StageRecord]
+
+
+class RunRecord:
+    """Keeps the record of this process's run, as a context: how it is left is how the run ended."""
+
+    def __init__(self, config: Config, until: str) -> None:
+        now = datetime.now(UTC)
+        self.config, self.records = config, Path(config.storage) / RECORDS
+        self.folder = self.records / f"{config.name}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+        self.status = RunStatus(
+            name=config.name,
+            until=until,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            config_fingerprint=fingerprint(config),
+            started=now,
+            updated=now,
+            state="running",
+            stages=[StageRecord(name=name) for name in STAGES[: STAGES.index(until) + 1]],
+        )
+        self.training: tuple[StageRecord, dict[Path, int]] | None = None  # folders of models → steps
+        self.mutex = threading.RLock()  # events come from the pipeline, the rest from the refreshing thread
+        self.over = threading.Event()
+        self.written = ""
+        self.complained = False
+
+    def __enter__(self) -> RunRecord:
+        self.alive = FileLock(self.folder / ALIVE)
+        try:
+            self.folder.mkdir(parents=True)
+            self.alive.acquire(timeout=0)
+            prune(self.records)
+        except OSError as error:
+            self._complain(error)
+        self.contexts = ExitStack()
+        self.contexts.enter_context(logs.logging_to(self.folder))
+        self.contexts.enter_context(events.listening(self.heard))
+        self.write()
+        self.refreshing = threading.Thread(target=self._refresh_until_over, daemon=True)
+        self.refreshing.start()
+        log.info("the record of this run is %s; `budgetdraft status` reads it", self.folder)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over.set()
+        self.refreshing.join()
+        with self.mutex:
+            self.status.state, self.status.ended = how_it_ended(error)
+            for stage in self.status.stages:
+                if stage.state == "running":
+                    self._end(stage, self.status.state)
+        self.write()
+        self.contexts.close()
+        self.alive.release()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageRecord]:
+        """A stage runs in the body, which may set `cached`."""
+        stage = next(one for one in self.status.stages if one.name == name)
+        stage.state, stage.started = "running", datetime.now(UTC)
+        self.write()
+        try:
+            with logs.at(logs.Place(stage=name)):
+                yield stage
+        except BaseException as error:
+            self._end(stage, how_it_ended(error)[0])
+            raise
+        self._end(stage, "done")
+        self.write()
+
+    def _end(self, stage: StageRecord, state: State) -> None:
+        assert stage.started is not None
+        with self.mutex:
+            stage.state = state
+            stage.seconds = round((datetime.now(UTC) - stage.started).total_seconds(), 3)
+            if state == "done":
+                stage.work = None
+
+    def heard(self, name: str, event: events.Event) -> None:
+        """Listens to the stages. The steps of training are read from its files instead, on every executor."""
+        with self.mutex:
+            stage = next(one for one in self.status.stages if one.name == name)
+            if isinstance(event, events.Opened):
+                if str(event.folder) not in stage.folders:
+                    stage.folders.append(str(event.folder))
+            elif isinstance(event, events.Began) and not self.training:
+                stage.work = WorkRecord(
+                    description=event.description,
+                    began=datetime.now(UTC),
+                    initial=event.initial,
+                    done=event.initial,
+                    total=event.total,
+                )
+            elif isinstance(event, events.Items) and stage.work and not self.training:
+                stage.work.done += event.done
+                stage.work.failed += event.failed
+                stage.work.retried += event.retried
+                stage.failed += event.failed
+                stage.retried += event.retried
+
+    @contextmanager
+    def follow(self, files: Mapping[str, Path]) -> Iterator[None]:
+        """Training runs in the body, of the models whose `metrics.jsonl` these are by name."""
+        name = logs.here().stage
+        stage = next(one for one in self.status.stages if one.name == name)
+        steps = {file.parent: steps_of(self.config, stage.name, model) for model, file in files.items()}
+        self.training = (stage, steps)
+        self._read_training()
+        try:
+            yield
+            self._read_training()
+        finally:
+            self.training = None
+
+    def _read_training(self) -> None:
+        with self.mutex:
+            if self.training is None:
+                return
+            stage, steps = self.training
+            done, speed, current = 0, None, ""
+            for folder, total in steps.items():
+                if (folder / "model").exists():
+                    done += total
+                    continue
+                rows = last_rows(folder / "metrics.jsonl")
+                done += int(rows[-1]["step"]) if rows else 0
+                speed = next((r[SPEED] for r in reversed(rows) if SPEED in r), None)
+                current = folder.name.rpartition("-")[0]
+                break
+            if stage.work is None:
+                began, total = datetime.now(UTC), sum(steps.values())
+                stage.work = WorkRecord(description="", began=began, initial=done, done=done, total=total)
+            work = stage.work
+            work.description = f"steps of training {current or 'all models'}"
+            # Steps after the checkpoint that a run resumes from are dropped from the file.
+            work.initial, work.done = min(work.initial, done), done
+        if speed is not None:
+            with logs.at(logs.Place(stage=stage.name)):
+                events.tell(events.Trained(speed))
+
+    def _refresh_until_over(self) -> None:
+        while not self.over.wait(REFRESH_S):
+            try:
+                self._read_training()
+            except OSError as error:
+                self._complain(error)
+            self.write()
+            for stage in self.status.stages:
+                if stage.state == "running":
+                    with logs.at(logs.Place(stage=stage.name)):
+                        events.tell(events.Tick())
+
+    def write(self) -> None:
+        """Write `status.json` if anything changed."""
+        with self.mutex:
+            text = self.status.model_dump_json(exclude={"updated"})
+            if text == self.written:
+                return
+            self.status.updated = datetime.now(UTC)
+            try:
+                write_json(self.folder / STATUS, self.status.model_dump(mode="json"))
+            except OSError as error:
+                self._complain(error)
+            else:
+                self.written = text
+
+    def _complain(self, error: OSError) -> None:
+        if not self.complained:
+            print(f"{self.folder} cannot be kept; the run goes on without: {error}", file=sys.stderr)
+        self.complained = True
+
+
+SPEED = "train/tokens_per_s"
+
+
+def how_it_ended(error: BaseException | None) -> tuple[State, str]:
+    """A run's state, and one line for people."""
+    if error is None:
+        return "done", ""
+    line = hide_credentials(next(iter(str(error).splitlines()), ""))
+    if isinstance(error, Incomplete):
+        return "incomplete", line
+    if isinstance(error, KeyboardInterrupt):
+        return "killed", "terminated (SIGTERM)" if isinstance(error, Terminated) else "interrupted (Ctrl-C)"
+    return "failed", f"{type(error).__name__}: {line}"
+
+
+def steps_of(config: Config, stage: str, model: str) -> int:
+    if stage == "pretrain":
+        spec = config.target if model == "target" else config.drafter
+        assert isinstance(spec, ScratchModel)
+        return spec.pretrain.steps
+    variant = next(one for one in config.train.drafters if one.name == model)
+    return config.train.steps if variant.steps is None else variant.steps
+
+
+def last_rows(metrics: Path) -> list[dict[str, float]]:
+    """The newest whole rows of a metrics file that may grow or be rewritten meanwhile."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - TAIL))
+            *lines, _ = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    whole = lines[1:] if len(lines) > 1 and not lines[0].startswith(b"{") else lines
+    return [json.loads(line) for line in whole if line.startswith(b"{")]
+
+
+def prune(records: Path) -> None:
+    """Keep the newest records; those of runs that live stay too."""
+    old = sorted(records.iterdir(), key=lambda folder: folder.name.rsplit("-", 2)[-2:])[:-KEPT]
+    for folder in old:
+        if not lives(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def lives(folder: Path) -> bool:
+    """Whether a driver holds this record. A lock that another user's run made cannot be tried: it counts."""
+    if not (folder / ALIVE).exists():
+        return False
+    try:
+        with FileLock(folder / ALIVE, timeout=0):
+            return False
+    except (Timeout, PermissionError):
+        return True

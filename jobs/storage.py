@@ -1,0 +1,278 @@
+"""What a storage folder holds, who uses it, and the removal of what nothing needs.
+
+An artifact is needed if a finished report is made from it, directly or through others: manifests name the
+fingerprints of their inputs. So is one that was finished after the last report: its own may be to come. Where
+that cannot be told, because a run lives or a manifest that matters is missing or damaged, nothing that is
+complete is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from jobs.run_record import RECORDS, lives
+from pipeline.artifacts import LOCKS, Artifact, checksum
+from pipeline.config_errors import ConfigError
+from pipeline.errors import BadData
+
+NAME = re.compile(r"(?P<stage>.+)-(?P<fingerprint>[0-9a-f]{12})")
+COMPLETE, UNFINISHED, DAMAGED, IN_USE = "complete", "unfinished", "damaged", "in use"
+# Kept beside the artifacts; told, never removed.
+BESIDE = (".ray_train", "mlartifacts", "mlflow.db", RECORDS)
+TRASH = ".trash-"
+DAY_S = 86_400
+
+
+@dataclass
+class Stored:
+    """One artifact folder. `age_s` counts from the last change of a file; `inputs` are fingerprints."""
+
+    name: str
+    stage: str
+    fingerprint: str
+    state: str
+    bytes: int
+    age_s: float
+    inputs: list[str]
+    used_by: list[str] = field(default_factory=list)
+    needed: bool = False
+
+
+def list_artifacts(storage: Path) -> list[Stored]:
+    """The artifacts of a storage, the largest first.
+
+    Raises:
+        BadData: if the folder is no storage.
+    """
+    if not storage.is_dir():
+        raise BadData(f"there is no folder {storage}")
+    folders = {
+        path: match for path in storage.iterdir() if (match := NAME.fullmatch(path.name)) and _own(path)
+    }
+    if not folders and not any((storage / name).exists() for name in BESIDE):
+        raise BadData(f"{storage} holds no artifacts: name the folder that a config calls storage")
+    known = {match["fingerprint"] for match in folders.values()}
+    now = time.time()
+    found = [_read(Artifact(path, m["stage"], m["fingerprint"]), known, now) for path, m in folders.items()]
+    for one in found:
+        one.used_by = sorted(other.name for other in found if one.fingerprint in other.inputs)
+    _mark_needed(found)
+    return sorted(found, key=lambda one: -one.bytes)
+
+
+def _own(path: Path) -> bool:
+    """A folder here, not a link to one elsewhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _read(artifact: Artifact, known: set[str], now: float) -> Stored:
+    state, inputs = UNFINISHED, set[str]()
+    if artifact.complete:
+        try:
+            manifest = artifact.manifest
+        except ValueError:
+            state = DAMAGED
+        else:
+            state = COMPLETE if manifest.get("checksum") == checksum(manifest) else DAMAGED
+            inputs = known & set(_texts(manifest["inputs"])) if state == COMPLETE else set()
+    if _held(artifact):
+        state = IN_USE
+    size, changed = _measure(artifact.path)
+    return Stored(
+        artifact.path.name,
+        artifact.stage,
+        artifact.fingerprint,
+        state,
+        size,
+        max(0.0, now - changed),
+        sorted(inputs),
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _held(artifact: Artifact) -> bool:
+    # A storage that was never written to since has no lock files, and need not be writable to be listed.
+    if not (artifact.path.parent / LOCKS / f"{artifact.path.name}.lock").exists():
+        return False
+    try:
+        with artifact.lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _measure(path: Path) -> tuple[int, float]:
+    """Bytes, and the time of the last change, of a file or of all that a folder holds."""
+    stats = [path.lstat()]
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                stats.append((Path(folder) / name).lstat())
+            except FileNotFoundError:
+                continue  # a temporary file of a run that works here
+    files = stats[1:] if path.is_dir() else stats
+    return sum(stat.st_size for stat in files), max(stat.st_mtime for stat in stats)
+
+
+def _mark_needed(found: list[Stored]) -> None:
+    """From every report down, and from what is younger than all of them. A damaged report is one that a rerun
+    mends, so it counts."""
+    by_fingerprint = {one.fingerprint: one for one in found}
+    waiting = [one for one in found if one.stage == "report" and one.state != UNFINISHED]
+    last = min((one.age_s for one in waiting), default=float("inf"))
+    waiting += [one for one in found if one.state == COMPLETE and one.age_s < last]
+    while waiting:
+        one = waiting.pop()
+        if not one.needed:
+            one.needed = True
+            waiting += [by_fingerprint[name] for name in one.inputs]
+
+
+def unsure(storage: Path, found: Sequence[Stored]) -> list[str]:
+    """Names of runs that live, and of artifacts that matter: what they use, no manifest tells yet."""
+    records = storage / RECORDS
+    runs = [record.name for record in sorted(records.iterdir()) if lives(record)] if records.is_dir() else []
+    held = [one.name for one in found if one.state == IN_USE or (one.needed and one.state != COMPLETE)]
+    return runs + held
+
+
+def removable(found: Sequence[Stored], older_than_days: float, sure: bool) -> list[Stored]:
+    """What nothing needs and no run works on, and that has not changed for so many days; where it is not sure
+    what is needed, only of the unfinished."""
+    kept = (IN_USE,) if sure else (IN_USE, COMPLETE)
+    return [
+        one
+        for one in found
+        if not one.needed and one.state not in kept and one.age_s >= older_than_days * DAY_S
+    ]
+
+
+def remove(storage: Path, chosen: Sequence[Stored]) -> list[Stored]:
+    """Delete artifacts, and what a killed removal has left; returns those that went.
+
+    Each is renamed first, so that a removal that is killed leaves nothing that looks like an artifact. One
+    that a run has taken meanwhile stays.
+    """
+    gone = []
+    for one in chosen:
+        artifact = Artifact(storage / one.name, one.stage, one.fingerprint)
+        try:
+            with artifact.lock.acquire(timeout=0):
+                artifact.path.rename(storage / f"{TRASH}{one.name}-{uuid.uuid4().hex[:8]}")
+        except Timeout:
+            continue
+        gone.append(one)
+    for trash in storage.glob(f"{TRASH}*"):
+        shutil.rmtree(trash)
+    return gone
+
+
+def artifacts(
+    storage: Path, remove_unneeded: bool, dry_run: bool, older_than_days: float, as_json: bool
+) -> None:
+    """The command: list what is there on stdout, and with `remove_unneeded` delete what nothing needs.
+
+    Raises:
+        BadData: if the folder is no storage.
+        ConfigError: on `dry_run` without `remove_unneeded`.
+    """
+    if dry_run and not remove_unneeded:
+        raise ConfigError("--dry-run goes with --remove: without it nothing is removed anyway")
+    found = list_artifacts(storage)
+    beside = {
+        path.name: _measure(path)[0]
+        for path in sorted(storage.iterdir())
+        if path.name in BESIDE or path.name.startswith(TRASH)
+    }
+    doubts = unsure(storage, found)
+    going = removable(found, older_than_days, sure=not doubts) if remove_unneeded else []
+    if remove_unneeded and not dry_run:
+        going = remove(storage, going)
+    verb = ("would remove" if dry_run else "removed") if remove_unneeded else None
+    told = Told(found, beside, going, doubts, verb)
+    print(json.dumps(told.document(), indent=2) if as_json else "\n".join(told.lines()))
+
+
+@dataclass
+class Told:
+    """What the command says: artifacts, bytes of what lies beside them, what goes, and why not more."""
+
+    found: list[Stored]
+    beside: dict[str, int]
+    going: list[Stored]
+    doubts: list[str]
+    verb: str | None
+
+    @property
+    def total(self) -> int:
+        return sum(one.bytes for one in self.found) + sum(self.beside.values())
+
+    @property
+    def freed(self) -> int:
+        return sum(one.bytes for one in self.going)
+
+    def document(self) -> dict[str, Any]:
+        removal = {self.verb: [one.name for one in self.going], "freed": self.freed} if self.verb else {}
+        return {
+            "artifacts": [asdict(one) for one in self.found],
+            "beside": self.beside,
+            "bytes": self.total,
+            "unsure_because_of": self.doubts,
+            **{name.replace(" ", "_"): value for name, value in removal.items()},
+        }
+
+    def lines(self) -> Iterator[str]:
+        rows = [("STAGE", "FINGERPRINT", "STATE", "SIZE", "AGE", "USED BY")]
+        rows += [
+            (one.stage, one.fingerprint, one.state, size(one.bytes), age(one.age_s), self._users(one))
+            for one in self.found
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        for *cells, users in rows:
+            yield "  ".join([cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] + [users])
+        for name, count in self.beside.items():
+            yield f"{name}: {size(count)}"
+        yield f"total: {size(self.total)} in {len(self.found)} artifacts and {len(self.beside)} others"
+        if self.verb:
+            yield from (f"{self.verb} {one.name}: {size(one.bytes)}" for one in self.going)
+            if self.doubts:
+                yield f"complete ones stay: nothing tells yet what {', '.join(self.doubts)} is made from"
+            yield f"{len(self.going)} artifacts, {size(self.freed)}"
+
+    @staticmethod
+    def _users(one: Stored) -> str:
+        return ", ".join(one.used_by) or ("-" if one.stage == "report" else "nothing")
+
+
+def size(count: int) -> str:
+    """Bytes in MB of 10^6, or in GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def age(seconds: float) -> str:
+    """In days, hours or minutes."""
+    for unit, length in (("d", DAY_S), ("h", 3600)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} min"

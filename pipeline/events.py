@@ -1,0 +1,93 @@
+"""What a run tells about itself while it works, and who listens: its record, and Ray's metrics.
+
+Whoever works calls `tell`. Nobody listens outside a run, and a listener never answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline import logs
+
+
+@dataclass(frozen=True)
+class Began:
+    """A stage begins with some work of `total` items, `initial` of which were done before."""
+
+    description: str
+    total: int
+    initial: int
+
+
+@dataclass(frozen=True)
+class Items:
+    """So many more items are done, failed for good, or are tried once more."""
+
+    done: int = 0
+    failed: int = 0
+    retried: int = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stage reads or writes this artifact."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Training ran at this speed lately."""
+
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The stage still runs; told every second."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one task of a sweep gave.
+
+    Args:
+        rows: lines that were written, or found from an earlier run.
+        cells: how many of them are a cell on one prompt.
+        failed: cells that ended in an error; `retried` of them and of `cells` had failed in an earlier run.
+        accepted: of each (drafter, data set), without controls, accepted and proposed draft tokens.
+        tokens: that were decoded on the clock, in `seconds`.
+    """
+
+    rows: int = 0
+    cells: int = 0
+    failed: int = 0
+    retried: int = 0
+    accepted: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+Event = Began | Items | Opened | Trained | Tick | Evaluated
+Listener = Callable[[str, Event], None]  # takes the stage too
+_listeners: list[Listener] = []
+
+
+def tell(event: Event) -> None:
+    """Hand an event to all listeners; what is no stage's, as tracking in its own thread, is not told."""
+    stage = logs.here().stage
+    if stage is not None:
+        for listener in _listeners:
+            listener(stage, event)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
