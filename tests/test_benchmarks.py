@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from benchmarks.decoding import check
 from benchmarks.grid import grid_rows
 from benchmarks.memory import memory_row
 from benchmarks.pairs import Ours, Pair
-from benchmarks.rows import interleaved, median, row, table, write
+from benchmarks.rows import Row, interleaved, median, row, table, write
 from benchmarks.synthetic import solve_alpha, synthetic_sampler
 from benchmarks.training import make_engine, paper_step
+from benchmarks.zero import SMALL, Held, check_losses, storage_bytes, zero_rows
 from pipeline.kv import FULL, view_of
 from pipeline.losses import LOSSES, TargetLabels
 from pipeline.objectives import window_scores
@@ -123,6 +125,37 @@ def test_the_grid_is_replayed_with_one_prefill_a_prompt() -> None:
     assert "from 6 random" in ratio.note and "6 of them accept what replay says" in ratio.note
     assert ratio.value and ratio.low and ratio.high and 0 < ratio.low <= ratio.value <= ratio.high
     assert prefills.value == 1 and prefills.met and "18 prompts" in prefills.note
+
+
+def test_ranks_hold_what_their_stage_leaves_them() -> None:
+    """Bytes by hand: 4 a parameter for weights, 4 for gradients, 8 for moments, 4 for a master copy."""
+    model = SMALL.model_copy(update={"layers": 2, "hidden": 256, "intermediate": 1024})
+    layer = 4 * 256 * 256 + 3 * 256 * 1024 + 2 * 256
+    megabytes = (512 * 256 + 2 * layer + 256) / 1e6
+    plain, whole, shared = zero_rows((2,), ("zero0", "zero3"), model)
+    for one in (plain, whole):
+        assert held_in(one) == pytest.approx([4 * megabytes, 4 * megabytes, 8 * megabytes], abs=0.51)
+    assert held_in(shared) == pytest.approx([2 * megabytes, 2 * megabytes, 4 * megabytes], abs=0.51)
+    assert "zero3, 2 ranks" in shared.row and shared.value and shared.value > 8 * megabytes / 1e3
+
+
+def held_in(row: Row) -> list[int]:
+    """MB of weights, gradients and optimizer state in a row's note."""
+    found = re.search(r"of tensors \d+ \((\d+) weights, (\d+) gradients, (\d+) optimizer\)", row.note)
+    assert found, row.note
+    return [int(number) for number in found.groups()]
+
+
+def test_a_rank_that_trains_something_else_is_noticed() -> None:
+    held = [Held([3.0, 2.0], 0, 0, 0, 0), Held([3.0, 2.001], 0, 0, 0, 0)]
+    check_losses("zero1", held[:1], [3.0001, 2.0])
+    with pytest.raises(AssertionError, match="zero1, rank 1"):
+        check_losses("zero1", held, [3.0, 2.0])
+
+
+def test_a_storage_counts_once() -> None:
+    whole = torch.zeros(10)
+    assert storage_bytes([whole], [whole[:5], torch.zeros(3)], [whole[5:]]) == [40, 12, 0]
 
 
 def test_gpu_rows_at_toy_size_on_any_device() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,8 +99,8 @@ def test_status_follows_the_exception(
     with (
         pytest.raises(error),
         Tracker.start(config) as tracker,
-        tracker.stage_run("train") as run_id,
-        tracker.follow(run_id, {"x": metrics}),
+        tracker.stage_run("train") as run,
+        tracker.follow(run, {"x": metrics}),
     ):
         raise error
     runs = runs_by_name(client, config)
@@ -145,8 +147,10 @@ def test_curves_are_followed_live(
     assert curve(client, runs["b"], "validation/acceptance_b16") == {5: 0.5}
     assert runs["a"].info.status == "FINISHED"
     # The same files again, as when the stage was cached: their curves are there already.
-    with Tracker.start(config) as tracker, tracker.follow(tracker.run_id, files):
+    with Tracker.start(config) as tracker, tracker.follow(tracker.run, files):
         pass
+    with Tracker.start(config) as tracker:
+        tracker.log_models(tracker.run, files)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id], "tags.stage = 'curves'")) == 2
@@ -156,7 +160,7 @@ def test_more_points_than_one_request_takes(config: Config, client: MlflowClient
     rows = [{"step": step, **{f"loss/{k}": step + k / 10 for k in range(8)}} for step in range(300)]
     write_rows(tmp_path / "pretrain/metrics.jsonl", rows)
     files = {"target": tmp_path / "pretrain/metrics.jsonl"}
-    with Tracker.start(config) as tracker, tracker.follow(tracker.run_id, files):
+    with Tracker.start(config) as tracker, tracker.follow(tracker.run, files):
         pass
     run = runs_by_name(client, config)["target"]
     assert curve(client, run, "loss/7") == {step: step + 0.7 for step in range(300)}
@@ -202,7 +206,7 @@ def test_sweep_runs(config: Config, client: MlflowClient) -> None:
     ]
     with Tracker.start(config) as tracker, tracker.stage_run("sweep") as stage:
         tracker.log_sweep(stage, "abc123", rows)
-        links = tracker.links()
+    links = tracker.links()
     runs = runs_by_name(client, config)
     names = {
         "multi_view|chunk_topk|b256|4K|pg19",
@@ -246,17 +250,76 @@ def test_sweep_runs(config: Config, client: MlflowClient) -> None:
 def test_sweep_is_mirrored_once(config: Config, client: MlflowClient) -> None:
     rows = [cell(), cell(drafter="full_only")]
     with Tracker.start(config) as tracker:
-        tracker.log_sweep(tracker.run_id, "once", rows[:1])
-        # A process that was killed between making a run and finishing it leaves this behind.
-        tags = {"stage": "cell", "sweep_id": "once", "cell_key": "left behind"}
-        left = client.create_run(tracker.experiment_id, run_name="left behind", tags=tags)
+        tracker.log_sweep(tracker.run, "once", rows[:1])
+    # A process that was killed between making a run and finishing it leaves this behind.
+    tags = {"stage": "cell", "sweep_id": "once", "cell_key": "left behind"}
+    left = client.create_run(tracker.store.experiment_id, run_name="left behind", tags=tags)
     with Tracker.start(config) as tracker:
-        tracker.log_sweep(tracker.run_id, "once", rows)
-        tracker.log_sweep(tracker.run_id, "once", rows)
-        assert len(tracker.cell_runs) == 2
-    found = client.search_runs([tracker.experiment_id], "tags.sweep_id = 'once'")
+        tracker.log_sweep(tracker.run, "once", rows)
+        tracker.log_sweep(tracker.run, "once", rows)
+    found = client.search_runs([tracker.store.experiment_id], "tags.sweep_id = 'once'")
+    assert set(json.loads(unquote(tracker.links()[-1]).split("runs=")[1].split("&")[0])) == {
+        run.info.run_id for run in found
+    }
     assert sorted(run.data.params["drafter"] for run in found) == ["full_only", "multi_view"]
     assert client.get_run(left.info.run_id).info.lifecycle_stage == "deleted"
+
+
+START_TOGETHER = """
+import sys, time
+from pathlib import Path
+from jobs.tracking import Tracker
+from mlflow import MlflowClient  # so that both open the database at the same moment
+from pipeline.config import Config
+config, own, go = Config.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+own.touch()
+while not go.exists():
+    time.sleep(0.001)
+with Tracker.start(config) as tracker, tracker.stage_run("prepare"):
+    pass
+"""
+
+
+def test_two_processes_make_a_new_database(tmp_path: Path) -> None:
+    storage, go = tmp_path / "storage", tmp_path / "go"
+    config = Config.model_validate(MINIMAL | {"storage": str(storage), "tracking": {"experiment": "both"}})
+    ready = [tmp_path / name for name in ("one", "two")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", START_TOGETHER, config.model_dump_json(), str(own), str(go)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for own in ready
+    ]
+    while not all(own.exists() for own in ready):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    go.touch()
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    assert {e.name for e in client.search_experiments()} == {"Default", "both"}
+    experiment = client.get_experiment_by_name("both")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(str(run.info.run_name) for run in runs) == ["minimal"] * 2 + ["prepare"] * 2
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_what_mlflow_refuses_is_named_and_the_rest_is_there(
+    config: Config, client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(tmp_path / "one/metrics.jsonl", [{"step": 1, "no: such? name": 1.0}])
+    write_rows(tmp_path / "two/metrics.jsonl", [{"step": 1, "loss": 2.0}])
+    with Tracker.start(config) as tracker:
+        tracker.log_models(tracker.run, {name: tmp_path / name / "metrics.jsonl" for name in ("one", "two")})
+    assert "MLflow refuses curves of one" in caplog.text and "no: such? name" in caplog.text
+    assert curve(client, runs_by_name(client, config)["two"], "loss") == {1: 2.0}
 
 
 def test_disabled_tracking_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -265,7 +328,7 @@ def test_disabled_tracking_does_nothing(tmp_path: Path, caplog: pytest.LogCaptur
         assert isinstance(tracker, NullTracker)
         with tracker.stage_run("train") as run, tracker.follow(run, {"a": tmp_path / "a"}):
             tracker.log_sweep(run, "x", [cell()])
-            tracker.log_files(tracker.run_id, [tmp_path / "a"])
+            tracker.log_files(tracker.run, [tmp_path / "a"])
         assert tracker.links() == []
     assert "MLflow is off" in caplog.text
     assert not list(tmp_path.iterdir())
@@ -290,6 +353,6 @@ def test_unusable_store(tmp_path: Path, uri: str, part: str) -> None:
 def test_deleted_experiment(config: Config, client: MlflowClient) -> None:
     with Tracker.start(config) as tracker:
         pass
-    client.delete_experiment(tracker.experiment_id)
+    client.delete_experiment(tracker.store.experiment_id)
     with pytest.raises(ConfigError, match="mlflow experiments restore"):
         Tracker.start(config)
