@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.rows import Row, gpu_name, table, write
 
-GROUPS = ("decoding", "training", "memory", "grid", "gpu")
+GROUPS = ("decoding", "training", "memory", "grid", "scale", "zero", "gpu")
 
 
 def main() -> int:
@@ -58,6 +58,16 @@ def main() -> int:
 
         print("the paper's grid", flush=True)
         rows += grid_rows()
+    if "scale" in groups:
+        from benchmarks.scale import scale_rows
+
+        print("a sweep of 10,000 cells", flush=True)
+        rows += scale_rows()
+    if "zero" in groups:
+        from benchmarks.zero import zero_rows
+
+        print("ZeRO", flush=True)
+        rows += zero_rows()
     write(rows, given.output)
     print(f"\n{table(rows)}\n\n{given.output.resolve()}")
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-LIBRARIES = ("torch", "transformers", "triton", "liger_kernel")
+LIBRARIES = ("torch", "transformers", "triton", "liger_kernel", "ray", "mlflow")
 
 
 @dataclass(frozen=True)

@@ -75,20 +75,24 @@ def check_nodes(ray: ModuleType) -> None:
     ask = ray.remote(num_cpus=0, max_retries=0)(installed)
     here, problems = installed(), []
     asked = {
-        node["NodeManagerAddress"]: ask.options(
+        ask.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
+        ).remote(): f"{node['NodeManagerAddress']} (node {node['NodeID'][:8]})"
         for node in ray.nodes()
         if node["Alive"]
     }
-    for address, answer in asked.items():
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    for answer, machine in asked.items():
+        if answer not in answered:
+            problems.append(f"{machine} did not say within {ANSWER_S:g} s what is installed there")
+            continue
         try:
-            there = ray.get(answer, timeout=ANSWER_S)
+            there = ray.get(answer)
         except ray.exceptions.RayError as error:
-            problems.append(f"{address} cannot run this project: {str(error).strip().splitlines()[-1]}")
+            problems.append(f"{machine} cannot run this project: {str(error).strip().splitlines()[-1]}")
             continue
         problems += [
-            f"{address} has {name} {there.get(name)}, this process has {version}"
+            f"{machine} has {name} {there.get(name)}, this process has {version}"
             for name, version in here.items()
             if there.get(name) != version
         ]

@@ -1,4 +1,4 @@
-"""Ray tasks and actors; training is in `ray_train.py`, what fits where in `ray_cluster.py`.
+"""Ray tasks and actors; their pools are in `ray_pool.py`, training in `ray_train.py`.
 
 Retries are counted here rather than left to Ray: a worker that dies (killed, out of memory, its node gone)
 gives its item back, which is tried `MAX_ATTEMPTS` times in all, on a new worker where there is room for one.
@@ -20,6 +20,7 @@ from typing import Any
 from jobs import raise_on_sigterm
 from jobs.executor import Item, Result
 from jobs.ray_cluster import check_nodes, count_fitting, request
+from jobs.ray_pool import Pool, Tasks, Worker
 from jobs.ray_train import train_on_ray
 from pipeline import logs
 from pipeline.config import Config, Work
@@ -31,6 +32,8 @@ from pipeline.train_job import TrainJob
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+MAX_LOSSES = 9  # workers that may die before the first item is done; more is no accident
+LOOK_S = 5.0  # how often a stage looks around while nothing happens
 # How many tasks wait in Ray for each that can run. More would cost the driver memory and time to watch.
 WAITING_PER_SLOT = 3
 # How long a stage waits for a machine to come back when none of the cluster is left that could do its work.
@@ -76,8 +79,8 @@ class RayExecutor:
         if not items:
             return
         task = self.ray.remote(max_retries=0, **request(self.config.run, "prepare"))(call)
-        most = WAITING_PER_SLOT * self.room("prepare")
-        yield from self._drive(_Tasks(task, most), items, description, None)
+        tasks = Tasks(task, WAITING_PER_SLOT * self.room("prepare"), self.fitting("prepare"))
+        yield from self._drive(tasks, items, description, None)
 
     def map_actors(
         self,
@@ -91,60 +94,71 @@ class RayExecutor:
         self.calls += 1
         if not items:
             return
-        run = self.config.run
-        # An actor whose process died is replaced by a new one, which is made for the next item.
-        actor = self.ray.remote(max_restarts=0, max_task_retries=0, **request(run, work))(_Worker)
         self.room(work)
-        pool = _Pool(
-            self.ray,
-            lambda: actor.remote(factory),
-            min(num_actors, len(items)),
-            lambda: count_fitting(self.ray, run, work),
-        )
+        # An actor whose process died is replaced by a new one.
+        actor = self.ray.remote(max_restarts=0, max_task_retries=0, **request(self.config.run, work))(Worker)
+        most = min(num_actors, len(items))
+        pool = Pool(self.ray, lambda: actor.remote(factory), most, self.fitting(work))
         try:
             yield from self._drive(pool, items, description, on_lost)
         finally:
-            pool.close()
+            pool.release(everyone=True)
 
     def _drive(
         self,
-        pool: _Tasks | _Pool,
+        pool: Tasks | Pool,
         items: Sequence[Item],
         description: str,
         on_lost: Callable[[Item, str], Result] | None,
     ) -> Iterator[tuple[Item, Result]]:
         """Keep the pool busy until every item has a result or was given up."""
         ray = self.ray
+        errors = ray.exceptions
+        # Not those of a broken environment or a full object store: these would meet every item.
+        lost = (
+            errors.WorkerCrashedError,
+            errors.RayActorError,
+            errors.NodeDiedError,
+            errors.LocalRayletDiedError,
+            errors.OutOfMemoryError,
+        )
         queue = deque((item, 1) for item in items)
         busy: dict[Any, tuple[Any, Item, int]] = {}
         given_up: list[str] = []
-        since = time.monotonic()
+        succeeded, losses, since = 0, 0, time.monotonic()
         with progress(len(items), description) as bar:
             while queue or busy:
-                while queue and (worker := pool.take()) is not None:
+                while queue and (worker := pool.take(len(queue))) is not None:
                     item, attempt = queue.popleft()
                     place = logs.Place(logs.here().stage, logs.name_of(item), attempt)
                     busy[worker.remote(item, place)] = (worker, item, attempt)
-                if not busy:
-                    if time.monotonic() - since > ROOM_WAIT_S:
-                        raise Incomplete(
-                            f"{description}: no machine of the cluster is left that could do it; "
-                            f"{len(queue)} of {len(items)} are not done"
-                        )
-                    time.sleep(1.0)
+                if not queue:
+                    pool.release()
+                waiting = [*busy, *pool.starting]
+                done, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_S) if waiting else ([], [])
+                if not done:
+                    since = self._wait_for_room(pool, since, description, len(queue) + len(busy))
                     continue
-                (done,), _ = ray.wait(list(busy), num_returns=1)
-                worker, item, attempt = busy.pop(done)
                 since = time.monotonic()
+                if done[0] in pool.starting:
+                    pool.started(done[0])
+                    continue
+                worker, item, attempt = busy.pop(done[0])
+                name = logs.name_of(item)
                 try:
-                    result = ray.get(done)
-                except ray.exceptions.RayTaskError as error:
+                    result = ray.get(done[0])
+                except errors.RayTaskError as error:
                     # The exception of the work itself, rather than Ray's wrapping of it.
                     cause = error.cause if isinstance(error.cause, BaseException) else error
                     raise cause from error
-                except ray.exceptions.RayError as error:
+                except lost as error:
                     pool.drop(worker)
-                    name, why = logs.name_of(item), first_line(error)
+                    why = first_line(error)
+                    losses += 1
+                    if not succeeded and losses >= MAX_LOSSES:
+                        raise Incomplete(
+                            f"{description}: {losses} workers died and none has done anything yet: {why}"
+                        ) from error
                     if attempt < MAX_ATTEMPTS:
                         log.warning("%s: attempt %d of %s lost: %s", description, attempt, name, why)
                         queue.append((item, attempt + 1))
@@ -158,6 +172,7 @@ class RayExecutor:
                     result = on_lost(item, why)
                 else:
                     pool.give(worker)
+                    succeeded += 1
                 yield item, result
                 bar.update(1)
         if given_up:
@@ -166,6 +181,25 @@ class RayExecutor:
                 f"the first: {given_up[0]}; if memory ran out, ask for more with "
                 "run.resources.*.memory_gb or take smaller batches"
             )
+
+    def _wait_for_room(self, pool: Tasks | Pool, since: float, description: str, left: int) -> float:
+        """Called while nothing happens; returns since when there has been no machine for the work.
+
+        Raises:
+            Incomplete: if that has lasted too long. Machines that are busy may take as long as they like.
+        """
+        if pool.fitting() > 0:
+            time.sleep(0 if pool.starting else 1.0)
+            return time.monotonic()
+        if time.monotonic() - since > ROOM_WAIT_S:
+            raise Incomplete(
+                f"{description}: no machine of the cluster is left that could do it; {left} are not done"
+            )
+        time.sleep(1.0)
+        return since
+
+    def fitting(self, work: Work) -> Callable[[], int]:
+        return lambda: count_fitting(self.ray, self.config.run, work)
 
     def room(self, work: Work) -> int:
         """How many workers of a kind the cluster has room for now.
@@ -186,75 +220,6 @@ class RayExecutor:
         self.contexts.close()
         if "ray" in self.__dict__:
             self.ray.shutdown()
-
-
-class _Tasks:
-    """A remote function, handed out for as many calls as may wait at once."""
-
-    def __init__(self, task: Any, most: int) -> None:
-        self.task, self.free = task, most
-
-    def take(self) -> Any:
-        if self.free == 0:
-            return None
-        self.free -= 1
-        return self.task
-
-    def give(self, worker: Any) -> None:
-        self.free += 1
-
-    drop = give
-
-
-class _Pool:
-    """At most `most` actors, made when there is an item for them and room in the cluster."""
-
-    def __init__(
-        self, ray: ModuleType, make: Callable[[], Any], most: int, fitting: Callable[[], int]
-    ) -> None:
-        self.ray, self.make, self.most, self.fitting = ray, make, most, fitting
-        self.idle: list[Any] = []
-        self.alive: dict[Any, Any] = {}  # an actor's method, which `take` hands out → the actor
-
-    def take(self) -> Any:
-        if self.idle:
-            return self.idle.pop()
-        # One for which there is no room would keep its item for ever.
-        if len(self.alive) >= self.most or len(self.alive) >= self.fitting():
-            return None
-        actor = self.make()
-        call = actor.call  # asked for again, it is another object
-        self.alive[call] = actor
-        return call
-
-    def give(self, worker: Any) -> None:
-        self.idle.append(worker)
-
-    def drop(self, worker: Any) -> None:
-        self.ray.kill(self.alive.pop(worker))
-
-    def close(self) -> None:
-        for actor in self.alive.values():
-            self.ray.kill(actor)
-
-
-class _Worker:
-    """A Ray actor around what the factory makes.
-
-    It is made in the first call, not with the actor: an actor that cannot be made is reported as dead, and
-    the factory's own exception is lost.
-    """
-
-    def __init__(self, factory: Callable[[], Callable[[Any], Any]]) -> None:
-        self.factory = factory
-
-    @cached_property
-    def function(self) -> Callable[[Any], Any]:
-        return self.factory()
-
-    def call(self, item: Any, place: logs.Place) -> Any:
-        with logs.item(place):
-            return self.function(item)
 
 
 def record_folder() -> dict[str, str]:

@@ -1,96 +1,59 @@
 """Mirrors a run into MLflow. Files are the truth; nothing is ever read back from here to compute with.
 
-The only file that imports mlflow. Only the driver process writes: one pipeline run, below it a run per
-stage, below those a run per trained model (its curves) and one per sweep point with γ as the step axis.
+Only the driver process writes: one pipeline run, below it a run per stage, below those a run per trained
+model (its curves) and one per sweep point with γ as the step axis. All writes but the first go through one
+thread (`tracking_writer.py`), so that the pipeline waits for MLflow at its end alone.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
-import sqlite3
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from jobs.sweep_points import axes, point_key, point_metrics, point_name
+from filelock import FileLock
+
+from jobs.sweep_points import point_key, point_name
+from jobs.tracking_curves import Curves
+from jobs.tracking_store import Run, Store, is_server, now_ms, open_store, piece_lock
+from jobs.tracking_sweep import Sweep
+from jobs.tracking_writer import Writer
 from pipeline.artifacts import provenance
 from pipeline.config import Config
-from pipeline.config_errors import ConfigError, hide_credentials
+from pipeline.config_errors import hide_credentials
 from pipeline.config_files import dump_config
-from pipeline.progress import progress
+from pipeline.errors import Incomplete
 from pipeline.rows import CellRow
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
-
     from pipeline.recommend import Recommendation
 
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
-BATCH = 1000  # MLflow's limit of metrics in one request
+INTERRUPTED_S = 5.0  # what somebody who pressed Ctrl-C waits for; `ray job stop` kills soon after
 MOST_COMPARED = 93  # runs in one compare link; the page is known to stay usable with so many
 
 
-def tracking_uri(config: Config) -> str:
-    """The configured store, or a sqlite file in the storage folder."""
-    return config.tracking.uri or f"sqlite:///{Path(config.storage).resolve()}/mlflow.db"
-
-
-def tracking_problem(uri: str) -> str | None:
-    """Why this store cannot be used, or None. Asks a server for its health, for at most 5 seconds."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
-        return "MLflow no longer keeps runs in plain folders: use sqlite:///FILE or a server's http address"
-    if parts.scheme == "sqlite":
-        if not uri.startswith("sqlite:///"):
-            return "a sqlite file is written sqlite:///relative/path or sqlite:////absolute/path"
-        return _sqlite_problem(Path(uri.removeprefix("sqlite:///")))
-    elif parts.scheme in ("http", "https"):
-        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-        except urllib.error.HTTPError as error:
-            if error.code not in (401, 403):  # a server that asks for a login is there
-                return f"{address} answers {error.code} {error.reason}"
-        except (OSError, ValueError) as error:
-            return f"no server answers at {address}: {getattr(error, 'reason', error)}"
-    return None
-
-
-def _sqlite_problem(file: Path) -> str | None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            return None if os.access(file.parent, os.W_OK) else f"the folder {file.parent} cannot be written"
-        with closing(sqlite3.connect(file)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.rollback()
-    except (OSError, sqlite3.Error) as error:
-        return f"{file} cannot be written: {error}"
-    return None
-
-
 class Tracker:
-    """One pipeline run in MLflow, as a context: FINISHED, FAILED or KILLED follows from how it is left."""
+    """One pipeline run in MLflow, as a context: FINISHED, FAILED or KILLED follows from how it is left.
 
-    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, run_id: str) -> None:
-        self.client, self.uri = client, uri
-        self.experiment_id, self.run_id = experiment_id, run_id
-        self.sweep_id: str | None = None
-        self.cell_runs: list[str] = []  # ids, best first
-        self.measured = False
+    Methods queue what they are told and return at once. Leaving the context waits for what is queued.
+    """
+
+    def __init__(self, config: Config, store: Store, run: Run) -> None:
+        self.config, self.store, self.run = config, store, run
+        self.writer = Writer()
+        self.sweep: Sweep | None = None
+        self.locks: list[FileLock] = []
 
     @staticmethod
     def start(config: Config) -> Tracker:
@@ -102,24 +65,14 @@ class Tracker:
         if not config.tracking.enabled:
             log.info("MLflow is off (tracking.enabled: false)")
             return NullTracker()
-        uri = tracking_uri(config)
-        problem = tracking_problem(uri)
-        if problem:
-            raise ConfigError(f"tracking.uri = {uri}: {problem}; to run without, set tracking.enabled=false")
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        try:
-            client = MlflowClient(tracking_uri=uri)
-            experiment_id = _experiment(client, config, uri)
-        except MlflowException as error:
-            raise ConfigError(f"tracking.uri = {uri}: {error.message}") from None
-        tags = {"stage": "pipeline", "dirty": str(provenance()["git_dirty"]).lower(), **_commit()}
-        run_id = client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
-        tracker = Tracker(client, uri, experiment_id, run_id)
+        run = Run(config.name, {"stage": "pipeline", "dirty": str(provenance()["git_dirty"]).lower()})
+        tracker = Tracker(config, open_store(config, run), run)
         params = {"seed": config.seed, "train_steps": config.train.steps, "executor": config.run.executor}
-        tracker._log_params(run_id, params)
-        client.log_text(run_id, dump_config(config), "config.yaml")
+        tracker.writer.put("parameters of the run", partial(tracker.store.log, run, params, (), now_ms()))
+        text = dump_config(config)
+        tracker.writer.put(
+            "config.yaml", lambda: tracker.store.client.log_text(run.known(), text, "config.yaml")
+        )
         return tracker
 
     def __enter__(self) -> Tracker:
@@ -128,43 +81,79 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.client.set_terminated(self.run_id, _status(kind))
+        """Wait for what is queued.
+
+        Raises:
+            Incomplete: if MLflow took nothing for `tracking.wait_s`, unless the body raised.
+        """
+        self.writer.put("the end of the run", partial(self.store.end, self.run, _status(kind), now_ms()))
+        if _status(kind) == "KILLED":
+            self.writer.drop_repeatable()
+            left = self.writer.finish(INTERRUPTED_S, INTERRUPTED_S)
+        else:
+            left = self.writer.finish(self.config.tracking.wait_s)
+        for held in self.locks:
+            held.release()
+        if left:
+            text = (
+                f"{left} writes are not in MLflow (last answer: {self.writer.problem or 'none'}); results "
+                f"are whole in {self.config.storage}, and the same command logs what is missing"
+            )
+            if kind is None:
+                raise Incomplete(text)
+            log.warning(text)
 
     @contextmanager
-    def stage_run(self, name: str) -> Iterator[str]:
-        """A run for one stage below the pipeline run; yields its id."""
-        run_id = self._child(self.run_id, name, {"stage": name}).info.run_id
-        with _ending(lambda status: self.client.set_terminated(run_id, status)):
-            yield run_id
+    def stage_run(self, name: str) -> Iterator[Run]:
+        """A run for one stage below the pipeline run."""
+        run = Run(name, {"stage": name}, self.run)
+        self.writer.put(f"the run of stage {name}", partial(self.store.make, run))
+        with _ending(lambda status: self._end(run, status)):
+            yield run
 
     @contextmanager
-    def follow(self, stage_run: str, files: Mapping[str, Path]) -> Iterator[None]:
+    def follow(
+        self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None
+    ) -> Iterator[None]:
         """Mirror growing metrics files as curves while the body runs, and what is left when it ends.
 
         Args:
             files: model name → its `metrics.jsonl`, which need not exist yet. Each gets a run of its name
                 below `stage_run`; a file whose folder was mirrored whole before is left alone.
+            upload_to: folder among the artifacts of `stage_run` that the finished models go to.
         """
-        curves = _Curves(self, stage_run, files)
+        models = self._curves(stage_run, files)
         stop = threading.Event()
 
         def poll() -> None:
             while not stop.wait(POLL_S):
-                curves.poll()
+                for model in models:
+                    model.poll()
 
         thread = threading.Thread(target=poll, name="mlflow-curves", daemon=True)
 
         def finish(status: str) -> None:
             stop.set()
             thread.join()
-            curves.poll()
-            curves.close(status)
+            for model in models:
+                model.poll()
+                if upload_to and status == "FINISHED":
+                    model.upload(upload_to)
+                model.close(status)
 
         thread.start()
         with _ending(finish):
             yield
 
-    def log_sweep(self, stage_run: str, sweep_id: str, rows: Iterable[CellRow]) -> None:
+    def log_models(self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> None:
+        """Mirror the finished models that are not in MLflow yet, as `follow` would have done."""
+        for model in self._curves(stage_run, files):
+            model.poll(wait=True)
+            if upload_to:
+                model.upload(upload_to, wait=True)
+            model.close("FINISHED")
+
+    def log_sweep(self, stage_run: Run, sweep_id: str, rows: Iterable[CellRow]) -> None:
         """One run per sweep point, acceptance and speed against γ as the step. Safe to repeat.
 
         Args:
@@ -173,112 +162,80 @@ class Tracker:
         points: dict[str, list[CellRow]] = {}
         for row in rows:
             points.setdefault(point_key(row), []).append(row)
-        present = self._cells(sweep_id)
-        missing = [key for key in points if key not in present]
-        with progress(len(missing), "mlflow") as bar:
-            for key in missing:
-                present[key] = self._log_point(stage_run, sweep_id, key, points[key])
-                bar.update(1)
-        self.sweep_id = sweep_id
-        self.measured = any(row.speedup is not None for cells in points.values() for row in cells)
-        ranked = sorted(
-            points, key=lambda key: -max(row.speedup or row.acceptance or 0.0 for row in points[key])
-        )
-        self.cell_runs = [present[key] for key in ranked]
+        self.sweep = sweep = Sweep(self.store, sweep_id, points, self._lock(sweep_id))
+        self.writer.put("the points of the sweep", sweep.find, repeatable=True)
+        for key, cells in points.items():
+            run = Run(point_name(cells[0]), sweep.tags | {"cell_key": key}, stage_run)
+            self.writer.put(f"sweep point {run.name}", partial(sweep.log, key, run), repeatable=True)
+        self.writer.put("lock of the sweep", sweep.lock.release)
 
-    def log_advice(self, run_id: str, advice: Iterable[Recommendation]) -> None:
+    def log_advice(self, run: Run, advice: Iterable[Recommendation]) -> None:
         """What to deploy in each place: a tag in words, and where there is a choice its expected speedup."""
         for one in advice:
             place = f"{one.dataset}.{one.context}"
-            text = one.why
+            text, points = one.why, []
             if one.choice:
                 cell = one.choice
                 text = f"{cell.drafter} {cell.policy} B={cell.budget} γ={cell.gamma}"
                 for name, value in zip(("", "_low", "_high"), cell.expected, strict=True):
-                    self.client.log_metric(run_id, f"recommend/speedup{name}.{place}", value)
-            self.client.set_tag(run_id, f"recommend.{place}", text)
+                    points.append((f"recommend/speedup{name}.{place}", value, 0))
+            tags = {f"recommend.{place}": text}
+            self.writer.put(
+                f"the advice for {place}", partial(self.store.log, run, {}, points, now_ms(), tags)
+            )
 
-    def log_files(self, run_id: str, paths: Iterable[Path]) -> None:
+    def log_files(self, run: Run, paths: Iterable[Path]) -> None:
         """Files as artifacts of a run."""
         for path in paths:
-            self.client.log_artifact(run_id, str(path))
+            self.writer.put(path.name, partial(self.store.upload, run, path, None), repeatable=True)
 
-    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
-        """A folder as artifacts of a run, below `name`."""
-        self.client.log_artifacts(run_id, str(folder), name)
+    def log_folder(self, run: Run, folder: Path, name: str) -> None:
+        """The files of a folder as artifacts of a run, below `name`."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            below = str(Path(name) / path.parent.relative_to(folder))
+            self.writer.put(path.name, partial(self.store.upload, run, path, below), repeatable=True)
 
     def links(self) -> list[str]:
         """Lines for the end of a run: where to look, and how to start the UI where no server runs."""
-        server = urlsplit(self.uri).scheme in ("http", "https")
-        base = (
-            hide_credentials(self.uri).replace("***@", "").rstrip("/") if server else "http://127.0.0.1:5000"
-        )
+        uri = hide_credentials(self.store.uri)
+        server = is_server(self.store.uri)
+        base = uri.replace("***@", "").rstrip("/") if server else "http://127.0.0.1:5000"
+        experiment = self.store.experiment_id
         lines = []
         if not server:
-            store = shlex.quote(hide_credentials(self.uri))
-            lines.append(f"start the MLflow UI: mlflow ui --backend-store-uri {store} --port 5000")
-        lines.append(f"this run: {base}/#/experiments/{self.experiment_id}/runs/{self.run_id}")
-        if self.sweep_id:
-            search = quote(f"tags.sweep_id = '{self.sweep_id}' AND tags.stage = 'cell'", safe="")
-            metric = quote("`speed/best_speedup`" if self.measured else "`accept/rate`", safe="")
+            lines.append(f"start the MLflow UI: mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000")
+        lines.append(f"this run: {base}/#/experiments/{experiment}/runs/{self.run.id}")
+        if self.sweep:
+            search = quote(f"tags.sweep_id = '{self.sweep.sweep_id}' AND tags.stage = 'cell'", safe="")
+            metric = quote("`speed/best_speedup`" if self.sweep.measured else "`accept/rate`", safe="")
             lines.append(
-                f"the sweep: {base}/#/experiments/{self.experiment_id}/runs?searchFilter={search}"
+                f"the sweep: {base}/#/experiments/{experiment}/runs?searchFilter={search}"
                 f"&orderByKey=metrics.{metric}&orderByAsc=false&compareRunsMode=CHART"
             )
-            runs = quote(json.dumps(self.cell_runs[:MOST_COMPARED], separators=(",", ":")), safe="")
-            experiments = quote(json.dumps([self.experiment_id]), safe="")
+            runs = quote(json.dumps(self.sweep.best(MOST_COMPARED), separators=(",", ":")), safe="")
+            experiments = quote(json.dumps([experiment]), safe="")
             lines.append(f"compare: {base}/#/compare-runs?runs={runs}&experiments={experiments}")
         return lines
 
-    def _child(self, parent: str, name: str, tags: dict[str, str]) -> Run:
-        tags = {"mlflow.parentRunId": parent, **tags, **_commit()}
-        return self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+    def _end(self, run: Run, status: str) -> None:
+        self.writer.put(f"the end of stage {run.name}", partial(self.store.end, run, status, now_ms()))
 
-    def _search(self, query: str) -> Iterator[Run]:
-        token: str | None = None
-        while True:
-            page = self.client.search_runs([self.experiment_id], query, max_results=5000, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+    def _lock(self, piece: str) -> FileLock:
+        self.locks.append(piece_lock(self.config, piece))
+        return self.locks[-1]
 
-    def _cells(self, sweep_id: str) -> dict[str, str]:
-        """Finished points of a sweep, key → run id. Those that a killed process left half-written go."""
-        finished = {}
-        for run in self._search(f"tags.sweep_id = '{sweep_id}' and tags.stage = 'cell'"):
-            if run.info.status == "FINISHED":
-                finished[run.data.tags["cell_key"]] = run.info.run_id
-            else:
-                self.client.delete_run(run.info.run_id)
-        return finished
-
-    def _log_point(self, stage_run: str, sweep_id: str, key: str, cells: Sequence[CellRow]) -> str:
-        tags = {"stage": "cell", "sweep_id": sweep_id, "cell_key": key}
-        run_id = self._child(stage_run, point_name(cells[0]), tags).info.run_id
-        self._log_params(run_id, axes(cells[0]), point_metrics(cells))
-        self.client.set_terminated(run_id, "FINISHED")
-        return str(run_id)
-
-    def _log_params(
-        self, run_id: str, params: Mapping[str, object], points: Sequence[tuple[str, float, int]] = ()
-    ) -> None:
-        """Parameters and (name, value, step) points of a run in as few requests as MLflow allows."""
-        from mlflow.entities import Metric, Param
-
-        now = int(time.time() * 1000)
-        metrics: list[Metric] = [Metric(name, float(value), now, step) for name, value, step in points]
-        entities = [Param(name, str(value)) for name, value in params.items()]
-        self.client.log_batch(run_id, metrics[:BATCH], entities)
-        for first in range(BATCH, len(metrics), BATCH):
-            self.client.log_batch(run_id, metrics[first : first + BATCH])
+    def _curves(self, stage_run: Run, files: Mapping[str, Path]) -> list[Curves]:
+        return [
+            Curves(self.store, self.writer, self._lock(path.parent.name), stage_run, name, path)
+            for name, path in files.items()
+        ]
 
 
 class NullTracker(Tracker):
     """Takes everything and keeps nothing: `tracking.enabled: false`."""
 
     def __init__(self) -> None:
-        self.run_id = ""
+        self.run = Run("", {})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -286,87 +243,32 @@ class NullTracker(Tracker):
         return None
 
     @contextmanager
-    def stage_run(self, name: str) -> Iterator[str]:
-        yield ""
+    def stage_run(self, name: str) -> Iterator[Run]:
+        yield self.run
 
     @contextmanager
-    def follow(self, stage_run: str, files: Mapping[str, Path]) -> Iterator[None]:
+    def follow(
+        self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None
+    ) -> Iterator[None]:
         yield
 
-    def log_sweep(self, stage_run: str, sweep_id: str, rows: Iterable[CellRow]) -> None:
+    def log_models(self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> None:
         return None
 
-    def log_advice(self, run_id: str, advice: Iterable[Recommendation]) -> None:
+    def log_sweep(self, stage_run: Run, sweep_id: str, rows: Iterable[CellRow]) -> None:
         return None
 
-    def log_files(self, run_id: str, paths: Iterable[Path]) -> None:
+    def log_advice(self, run: Run, advice: Iterable[Recommendation]) -> None:
         return None
 
-    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
+    def log_files(self, run: Run, paths: Iterable[Path]) -> None:
+        return None
+
+    def log_folder(self, run: Run, folder: Path, name: str) -> None:
         return None
 
     def links(self) -> list[str]:
         return []
-
-
-class _Curves:
-    """What of each metrics file is mirrored. A step is logged once, however often its file is rewritten."""
-
-    def __init__(self, tracker: Tracker, stage_run: str, files: Mapping[str, Path]) -> None:
-        self.tracker, self.stage_run = tracker, stage_run
-        self.files: dict[str, Path] = {}
-        for name, path in files.items():
-            query = f"tags.artifact = '{path.parent.name}' and attributes.status = 'FINISHED'"
-            if not any(tracker._search(query)):
-                self.files[name] = path
-        self.runs: dict[str, str] = {}
-        self.logged: dict[str, set[float]] = {name: set() for name in self.files}
-
-    def poll(self) -> None:
-        """Log the rows that are new. A store that fails is tried again the next time."""
-        from mlflow.exceptions import MlflowException
-
-        from pipeline.training import read_metrics  # imports torch
-
-        for name, path in self.files.items():
-            rows = [row for row in read_metrics(path) if row["step"] not in self.logged[name]]
-            if not rows:
-                continue
-            points = [
-                (key, value, int(row["step"])) for row in rows for key, value in row.items() if key != "step"
-            ]
-            try:
-                if name not in self.runs:
-                    tags = {"stage": "curves", "artifact": path.parent.name}
-                    self.runs[name] = self.tracker._child(self.stage_run, name, tags).info.run_id
-                self.tracker._log_params(self.runs[name], {"model": name}, points)
-            except MlflowException as error:
-                log.warning("MLflow did not take the curves of %s: %s", name, hide_credentials(str(error)))
-            else:
-                self.logged[name] |= {row["step"] for row in rows}
-
-    def close(self, status: str) -> None:
-        for run_id in self.runs.values():
-            self.tracker.client.set_terminated(run_id, status)
-
-
-def _experiment(client: MlflowClient, config: Config, uri: str) -> str:
-    name = config.tracking.experiment
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        server = urlsplit(uri).scheme in ("http", "https")  # a server has its own place for artifacts
-        place = None if server else (Path(config.storage).resolve() / "mlartifacts").as_uri()
-        return str(client.create_experiment(name, artifact_location=place))
-    if found.lifecycle_stage == "deleted":
-        raise ConfigError(
-            f"tracking.experiment = {name}: it was deleted in MLflow; restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}` or choose another name"
-        )
-    return str(found.experiment_id)
-
-
-def _commit() -> dict[str, str]:
-    return {"git_commit": provenance()["git_sha"] or "unknown"}
 
 
 @contextmanager

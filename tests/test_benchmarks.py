@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks import gpu
+from benchmarks import gpu, scale
 from benchmarks.baselines import huggingface
 from benchmarks.decoding import check
 from benchmarks.grid import grid_rows
@@ -156,6 +156,30 @@ def test_a_rank_that_trains_something_else_is_noticed() -> None:
 def test_a_storage_counts_once() -> None:
     whole = torch.zeros(10)
     assert storage_bytes([whole], [whole[:5], torch.zeros(3)], [whole[5:]]) == [40, 12, 0]
+
+
+def test_a_sweep_is_scanned_resumed_and_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 40th of its cells, in this process: what the rows claim of real work is asserted as they are made."""
+    monkeypatch.setattr(scale, "apart", lambda function, *given: function(*given))
+    contexts = "data.contexts=[{name: a, tokens: 96}, {name: b, tokens: 128}]"
+    small = ("sweep.policies=[streaming]", "sweep.gammas=[1, 2, 4, 8]", "sweep.budgets=[16, full]")
+    inline = ("run.executor=inline", "sweep.num_evaluators=1", "data.prompts=2")
+    rows = {one.row: one for one in scale.scale_rows([contexts, *small, *inline], nodes=())}
+    assert len(rows) == 7
+    cells = 2 * 2 * 2 * 2 * 4 * 2  # sources, contexts, drafters, budgets, γ, thresholds
+    assert f"{cells} cells × 2 prompts = {2 * cells} rows" in rows["driver memory: stage sweep"].note
+    assert f"{cells // 4} runs, one a curve" in rows["tracking: time per curve"].note
+    assert " of 4 items" in rows["orchestration per cell"].note
+    assert all(one.value is not None and one.value > 0 for one in rows.values())
+
+
+def test_throughput_counts_once_every_evaluator_is_up() -> None:
+    """Two workers of which the second comes at 3 s: four results in the two seconds after."""
+    results = [(1, 1.0), (1, 2.0), (2, 3.0), (1, 3.5), (2, 4.0), (1, 4.5), (2, 5.0)]
+    assert scale.steady_rate(results) == pytest.approx(2.0)
+    one, two, four = scale.throughput_rows({1: 9.0, 2: 18.0, 4: 27.0})
+    assert (one.value, two.value, four.value) == (9.0, 2.0, 3.0)
+    assert (one.met, two.met, four.met) == (None, True, False)
 
 
 def test_gpu_rows_at_toy_size_on_any_device() -> None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from jobs import ray_cluster
 from jobs.ray_cluster import check_nodes, count_fitting, installed, request
 from jobs.ray_executor import RayExecutor
+from jobs.ray_pool import Worker
 from pipeline.errors import BadData
 from tests.tiny import tiny_config
 
@@ -112,6 +113,19 @@ def test_what_can_never_be_placed_fails_at_once(started: RayExecutor, resources:
 
 
 @pytest.mark.ray
+def test_work_is_done_in_the_room_that_others_leave(started: RayExecutor) -> None:
+    """Four workers are asked for, and there is room for one: no item waits for an actor that cannot start."""
+    ray = started.ray
+    cpus = ray.cluster_resources()["CPU"]
+    other = ray.remote(num_cpus=cpus - 0.5)(Worker).remote(list)
+    ray.get(other.ready.remote())
+    executor = asking(started, {})
+    pairs = sorted(executor.map_actors(lambda: abs, [-3, 4, -5, 6], "abs", 4, "teach"))
+    ray.kill(other)
+    assert pairs == [(-5, 5), (-3, 3), (4, 4), (6, 6)]
+
+
+@pytest.mark.ray
 def test_other_versions_on_a_machine_are_named(started: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = started.ray
     check_nodes(ray)  # this machine is like itself
@@ -120,7 +134,8 @@ def test_other_versions_on_a_machine_are_named(started: RayExecutor, monkeypatch
     monkeypatch.setattr(ray_cluster, "provenance", lambda: {"python": "3.99.0", "versions": {"torch": "9.9"}})
     with pytest.raises(BadData, match="machines of the cluster differ") as told:
         check_nodes(ray)
-    address = ray.nodes()[0]["NodeManagerAddress"]
-    assert f"{address} has torch {here['torch']}, this process has 9.9" in str(told.value)
-    assert f"{address} has python {here['python']}, this process has 3.99.0" in str(told.value)
+    (node,) = ray.nodes()
+    machine = f"{node['NodeManagerAddress']} (node {node['NodeID'][:8]})"
+    assert f"{machine} has torch {here['torch']}, this process has 9.9" in str(told.value)
+    assert f"{machine} has python {here['python']}, this process has 3.99.0" in str(told.value)
     assert "code" not in str(told.value)

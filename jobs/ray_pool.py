@@ -1,0 +1,113 @@
+"""What does items on Ray: a task that is called again and again, or a pool of actors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+from pipeline import logs
+
+log = logging.getLogger(__name__)
+
+
+class Tasks:
+    """A remote function, handed out for as many calls as may wait at once."""
+
+    starting: dict[Any, Any]
+
+    def __init__(self, task: Any, most: int, fitting: Callable[[], int]) -> None:
+        self.task, self.free, self.fitting, self.starting = task, most, fitting, {}
+
+    def take(self, wanted: int) -> Any:
+        if self.free == 0:
+            return None
+        self.free -= 1
+        return self.task
+
+    def give(self, worker: Any) -> None:
+        self.free += 1
+
+    drop = give
+
+    def started(self, reference: Any) -> None:
+        raise AssertionError("tasks have nothing to start")
+
+    def release(self) -> None:
+        return None
+
+
+class Pool:
+    """At most `most` actors. An item is handed to an actor that runs already: one for which the cluster has no
+    room, because others use it, would keep its item while the rest of the pool is idle."""
+
+    def __init__(
+        self, ray: ModuleType, make: Callable[[], Any], most: int, fitting: Callable[[], int]
+    ) -> None:
+        self.ray, self.make, self.most, self.fitting = ray, make, most, fitting
+        self.starting: dict[Any, Any] = {}  # reference that resolves when it runs → actor
+        self.idle: list[Any] = []  # methods, which `take` hands out
+        self.alive: dict[Any, Any] = {}  # method → actor
+
+    def take(self, wanted: int) -> Any:
+        """An idle actor's method, or None; then as many more are started as there are items and room."""
+        if self.idle:
+            return self.idle.pop()
+        missing = min(self.most - len(self.alive), wanted) - len(self.starting)
+        if missing > 0:
+            room = self.fitting() - len(self.alive) - len(self.starting)
+            for _ in range(min(missing, room)):
+                actor = self.make()
+                self.starting[actor.ready.remote()] = actor
+        return None
+
+    def started(self, reference: Any) -> None:
+        """An actor runs, or has died before; then another is started when one is asked for."""
+        actor = self.starting.pop(reference)
+        try:
+            self.ray.get(reference)
+        except self.ray.exceptions.RayActorError as error:
+            log.warning("a worker died while it started: %s", str(error).strip().splitlines()[0])
+            return
+        call = actor.call  # asked for again, it is another object
+        self.alive[call] = actor
+        self.idle.append(call)
+
+    def give(self, worker: Any) -> None:
+        self.idle.append(worker)
+
+    def drop(self, worker: Any) -> None:
+        self.ray.kill(self.alive.pop(worker))
+
+    def release(self, everyone: bool = False) -> None:
+        """Let go of actors that have nothing to do: others may wait for their room."""
+        for actor in self.starting.values():
+            self.ray.kill(actor)
+        self.starting = {}
+        for worker in list(self.alive) if everyone else self.idle:
+            self.ray.kill(self.alive.pop(worker))
+        self.idle = []
+
+
+class Worker:
+    """A Ray actor around what the factory makes.
+
+    It is made in the first call, not with the actor: an actor that cannot be made is reported as dead, and
+    the factory's own exception is lost.
+    """
+
+    def __init__(self, factory: Callable[[], Callable[[Any], Any]]) -> None:
+        self.factory = factory
+
+    def ready(self) -> None:
+        """Returns once the actor runs."""
+
+    @cached_property
+    def function(self) -> Callable[[Any], Any]:
+        return self.factory()
+
+    def call(self, item: Any, place: logs.Place) -> Any:
+        with logs.item(place):
+            return self.function(item)
