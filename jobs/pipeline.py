@@ -10,7 +10,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import ValidationError
 
 from jobs.executor import Executor, NoExecutor, make_executor
 from jobs.prepare import prepare
@@ -23,7 +25,8 @@ from jobs.tracking import Tracker
 from jobs.tracking_store import Run
 from jobs.train import Watch, pretrain, target_ref, train
 from pipeline.artifacts import Artifact, read_rows
-from pipeline.config import Config
+from pipeline.config import Config, Work
+from pipeline.config_errors import ConfigError
 from pipeline.errors import BadData, Incomplete, is_full_disk
 from pipeline.models import ModelRef
 from pipeline.report.summary import Stage, Summary
@@ -95,15 +98,27 @@ def settled(config: Config) -> Config:
     follows from the GPUs that are asked for: a worker sees all GPUs of its machine, asked for or not.
 
     Raises:
-        ConfigError: in a Ray job, if the storage is relative to the job's own copy of the code.
+        ConfigError: in a Ray job, if storage or a model lies in the job's own copy of the code; if some kinds
+            of work ask for GPUs and others for none.
     """
     if in_ray_job() and config.run.executor == "ray":
         check_storage(config.storage)
+        for role in ("target", "drafter"):
+            path = getattr(getattr(config, role), "path", "/")
+            if not Path(path).is_absolute() and Path(path).is_dir():
+                raise ConfigError(
+                    f"{role}.path = {path} is relative, and this job's working directory is a copy that goes "
+                    "when it ends: give an absolute path that all nodes share, or a hub id"
+                )
     data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
     changes: dict[str, Any] = {"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
     if config.run.executor == "ray" and config.run.device == "auto":
-        device = "cuda" if config.run.needs("measure").gpus else "cpu"
-        changes["run"] = config.run.model_copy(update={"device": device})
+        needs = [config.run.needs(work) for work in get_args(Work) if work != "prepare"]
+        device = "cuda" if any(need.gpus for need in needs) else "cpu"
+        try:
+            changes["run"] = type(config.run).model_validate({**config.run.model_dump(), "device": device})
+        except ValidationError as error:
+            raise ConfigError(f"run.device = auto: {error.errors()[0]['msg']}") from None
     models = {
         role: model.model_copy(update={"path": str(folder.resolve())})
         for role, model in (("target", config.target), ("drafter", config.drafter))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.submit import in_ray_job
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.config import Config
 from pipeline.data.decontaminate import find_contaminated, index_evaluation
@@ -44,12 +45,25 @@ def prepare(config: Config, executor: Executor) -> Artifact:
     readers = make_readers(data, config.seed)
     shards = [shard for reader in readers.values() for shard in reader.shards()]
     files = local_files(readers, shards)
+    if in_ray_job():
+        check_shared([file for own in files.values() for file in own])
     inputs = stage_inputs(config, files)
     artifact = open_artifact(Path(config.storage), "prepare", inputs)
     with artifact.claim() as unfinished:
         if unfinished:
             read_and_pack(config, executor, readers, shards, files, artifact, inputs)
     return artifact
+
+
+def check_shared(files: list[Path]) -> None:
+    """Raise BadData where a job reads data out of its own copy of the code: each job has another."""
+    own = Path.cwd().resolve()
+    for file in files:
+        if file.resolve().is_relative_to(own):
+            raise BadData(
+                f"{file.resolve().relative_to(own)} lies in the working directory that is sent with a Ray "
+                "job: give data on an absolute path that all nodes share, with data.root or in the sources"
+            )
 
 
 def read_and_pack(

@@ -40,8 +40,8 @@ class Tasks:
 
 
 class Pool:
-    """At most `most` actors. An item is handed to an actor that runs already: one for which the cluster has no
-    room, because others use it, would keep its item while the rest of the pool is idle."""
+    """At most `most` actors. An item is handed to an actor that runs already: one for which the cluster has
+    no room, because others use it, would keep its item while the rest of the pool is idle."""
 
     def __init__(
         self, ray: ModuleType, make: Callable[[], Any], most: int, fitting: Callable[[], int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import uuid
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from pipeline.errors import BadData, NotFinite
 from pipeline.stopping import Stopped
 from pipeline.train_job import TrainJob, is_first_worker, run_job
 
-COMPLAINT = ".error.json"  # what a training worker leaves for the driver
-STOP = ".stop"  # what the driver leaves for the workers
+COMPLAINT = ".error-{}.json"  # what a training worker leaves for the driver of the launch
+STOP = ".stop-{}"  # what the driver leaves for the workers
 STOP_WAIT_S = 60  # that they have to write a checkpoint
 ERRORS: dict[str, type[Exception]] = {"BadData": BadData, "NotFinite": NotFinite}
 MAX_RETRIES = 2  # of the training group, after a worker died
@@ -27,20 +28,25 @@ log = logging.getLogger(__name__)
 
 def train_on_ray(job: TrainJob) -> None:
     """Run a training job on `train.num_workers` workers and wait for it. Ray must run already."""
-    job = replace(job, deepspeed=read_settings(job.config.train.deepspeed))
+    job = replace(job, deepspeed=read_settings(job.config.train.deepspeed), launch=uuid.uuid4().hex[:8])
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    run, train = job.config.run, job.config.train
-    gpu = run.gpus_per_task > 0
-    resources = {"CPU": run.cpus_per_task, **({"GPU": run.gpus_per_task} if gpu else {})}
+    train, needs = job.config.train, job.config.run.needs("train")
+    gpu = bool(needs.gpus)
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": int((needs.memory_gb or 0) * 1e9)}
     first = next(iter(job.outputs.values()))
+    environment = {"OMP_NUM_THREADS": str(max(1, int(needs.cpus or 1)))}
+    if not gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=gpu, resources_per_worker=resources
+            num_workers=train.num_workers,
+            use_gpu=gpu,
+            resources_per_worker={name: amount for name, amount in wanted.items() if amount},
         ),
         run_config=RunConfig(
             # Ray Train resumes by name from its storage; our checkpoints lie in the artifact itself, so
@@ -48,15 +54,26 @@ def train_on_ray(job: TrainJob) -> None:
             name=first.name,
             storage_path=str(first.parent.resolve() / ".ray_train"),
             failure_config=FailureConfig(max_failures=MAX_RETRIES),
-            worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
+            worker_runtime_env={"env_vars": environment},
         ),
     )
-    complaint = first / COMPLAINT
-    complaint.unlink(missing_ok=True)
-    fit_or_stop(trainer, first / STOP)
-    if complaint.exists():
-        told = json.loads(complaint.read_text(encoding="utf-8"))
-        raise ERRORS[told["type"]](told["text"])
+    complaint, stop = complaint_of(job), stop_of(job)
+    try:
+        fit_or_stop(trainer, stop)
+        if complaint.exists():
+            told = json.loads(complaint.read_text(encoding="utf-8"))
+            raise ERRORS[told["type"]](told["text"])
+    finally:
+        complaint.unlink(missing_ok=True)
+        stop.unlink(missing_ok=True)
+
+
+def complaint_of(job: TrainJob) -> Path:
+    return next(iter(job.outputs.values())) / COMPLAINT.format(job.launch)
+
+
+def stop_of(job: TrainJob) -> Path:
+    return next(iter(job.outputs.values())) / STOP.format(job.launch)
 
 
 def fit_or_stop(trainer: Any, stop: Path) -> None:
@@ -70,7 +87,6 @@ def fit_or_stop(trainer: Any, stop: Path) -> None:
     """
     from ray.train import TrainingFailedError
 
-    stop.unlink(missing_ok=True)
     done: Future[None] = Future()
 
     def fit() -> None:
@@ -110,20 +126,31 @@ def train_worker(settings: dict[str, Any]) -> None:
     """One Ray Train worker: the training job over a DeepSpeed engine.
 
     Ray Train starts the group again after any exception. That helps after a lost machine, not after bad data
-    or a diverged loss, which all ranks meet alike: those are written down, and the driver raises them.
+    or a diverged loss: those are written down for the driver, which raises them. Where one rank alone meets
+    them, it ends the group, whose other ranks would wait for it; the group that is started again leaves at
+    once.
     """
     from jobs.deepspeed_engine import deepspeed_engine
 
     job: TrainJob = settings["job"]
-    stop = next(iter(job.outputs.values())) / STOP
+    complaint, stop = complaint_of(job), stop_of(job)
+    if complaint.exists():
+        return
     try:
         run_job(job, deepspeed_engine(job.config, job.deepspeed), stop.exists)
     except Stopped as stopped:
         log.info("%s", stopped)
-    except tuple(ERRORS.values()) as error:
+    except NotFinite as error:  # found in losses that are averaged over all ranks: all are here
         if is_first_worker():
-            told = {"type": type(error).__name__, "text": str(error)}
-            write_json(next(iter(job.outputs.values())) / COMPLAINT, told)
+            complain(complaint, error)
+    except BadData as error:
+        complain(complaint, error)
+        if job.config.train.num_workers > 1:
+            raise
+
+
+def complain(complaint: Path, error: Exception) -> None:
+    write_json(complaint, {"type": type(error).__name__, "text": str(error)})
 
 
 def read_settings(path: str) -> dict[str, Any]:

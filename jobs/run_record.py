@@ -24,7 +24,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from jobs import Terminated
+from jobs import Terminated, was_terminated
 from pipeline import events, logs
 from pipeline.artifacts import fingerprint, write_json
 from pipeline.config import Config, ScratchModel
@@ -226,7 +226,7 @@ class RunRecord:
         while not self.over.wait(REFRESH_S):
             try:
                 self._read_training()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a line that another machine is writing
                 self._complain(error)
             self.write()
             for stage in self.status.stages:
@@ -248,7 +248,7 @@ class RunRecord:
             else:
                 self.written = text
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: OSError | ValueError) -> None:
         if not self.complained:
             print(f"{self.folder} cannot be kept; the run goes on without: {error}", file=sys.stderr)
         self.complained = True
@@ -265,7 +265,8 @@ def how_it_ended(error: BaseException | None) -> tuple[State, str]:
     if isinstance(error, Incomplete):
         return "incomplete", line
     if isinstance(error, KeyboardInterrupt):
-        return "killed", "terminated (SIGTERM)" if isinstance(error, Terminated) else "interrupted (Ctrl-C)"
+        terminated = isinstance(error, Terminated) or was_terminated()
+        return "killed", "terminated (SIGTERM)" if terminated else "interrupted (Ctrl-C)"
     return "failed", f"{type(error).__name__}: {line}"
 
 

@@ -1,9 +1,9 @@
 """What a storage folder holds, who uses it, and the removal of what nothing needs.
 
 An artifact is needed if a finished report is made from it, directly or through others: manifests name the
-fingerprints of their inputs. So is one that was finished after the last report: its own may be to come. Where
-that cannot be told, because a run lives or a manifest that matters is missing or damaged, nothing that is
-complete is removed.
+fingerprints of their inputs. So is one that was worked on after the last report: its own may be to come.
+Where that cannot be told, because a run lives or a manifest that matters is missing or damaged, nothing that
+is complete is removed.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ def _measure(path: Path) -> tuple[int, float]:
 
 
 def _mark_needed(found: list[Stored]) -> None:
-    """From every report down, and from what is younger than all of them. A damaged report is one that a rerun
-    mends, so it counts."""
+    """From every report down, and from what is younger than all of them, unfinished work too. A damaged
+    report is one that a rerun mends, so it counts."""
     by_fingerprint = {one.fingerprint: one for one in found}
     waiting = [one for one in found if one.stage == "report" and one.state != UNFINISHED]
     last = min((one.age_s for one in waiting), default=float("inf"))
-    waiting += [one for one in found if one.state == COMPLETE and one.age_s < last]
+    waiting += [one for one in found if one.state != DAMAGED and one.age_s < last]
     while waiting:
         one = waiting.pop()
         if not one.needed:

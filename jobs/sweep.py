@@ -106,12 +106,15 @@ def run_phases(
     run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
     if config.sweep.mode != "measure":
         run.replay()
-    if run.failures and config.sweep.predicts:
-        log.warning("sweep: speeds are predicted when every prompt is replayed, so not in this run")
-    # What predictions point at is decided once, so only from whole rows.
     if config.sweep.predicts and not run.failures:
         run.calibrate()
-    if config.sweep.mode != "replay":
+    # What predictions point at is decided once, so only from whole rows; and what would be measured before
+    # they point would be measured again.
+    if config.sweep.predicts and run.failures:
+        log.warning(
+            "sweep: speeds are predicted and measured when every prompt is replayed, so not in this run"
+        )
+    elif config.sweep.mode != "replay":
         run.measure()
     if config.sweep.predicts and not run.failures:
         run.recheck()
@@ -162,8 +165,8 @@ class Phases:
     def give_up(self, task: SweepTask, why: str) -> Evaluated:
         """A task that killed its worker each time is a failure of all its prompts; the others go on."""
         if isinstance(task, CalibrateTask):
-            log.warning("sweep: no speed is predicted at %s: %s", task.context, why)
-            return Evaluated()
+            log.error("sweep: no steps were timed at %s: %s", task.context, why)
+            return Evaluated(failed=1)
         prompts = read_rows(task.prompts, Prompt)[task.first : task.last]
         mode: Mode = "replay" if isinstance(task, ReplayTask) else "measure"
         error = Incomplete(f"its worker died each time: {why}")

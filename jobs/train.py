@@ -15,6 +15,7 @@ from jobs.executor import Executor
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.checkpoints import CHECKPOINTS
 from pipeline.config import AnyModel, Config, PretrainedModel
+from pipeline.errors import Incomplete
 from pipeline.models import ModelRef, model_ref
 from pipeline.train_job import TrainJob
 from pipeline.training import MEMORY, METRICS
@@ -136,6 +137,9 @@ def launch(
     with watch({name: folder / METRICS for name, folder in job.outputs.items()}):
         executor.train(job)
     seconds = time.perf_counter() - began
+    for artifact in missing.values():
+        if not (artifact.path / "model").exists():
+            raise Incomplete(f"training ended without a model in {artifact.path}; its checkpoints are kept")
     for name, artifact in missing.items():
         # Whoever wants more steps has another fingerprint: nothing will go on from here.
         shutil.rmtree(artifact.path / CHECKPOINTS, ignore_errors=True)

@@ -9,6 +9,7 @@ is reused is compared with its checksums first: what is damaged is removed and m
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -231,18 +232,22 @@ class Artifact:
             manifest = self.manifest
         except ValueError:
             return [MANIFEST]
-        if manifest.get("checksum") != checksum(manifest):
+        own = [] if manifest.get("checksum") == checksum(manifest) else [MANIFEST]
+        files = manifest.get("files")
+        if not isinstance(files, dict):
             return [MANIFEST]
 
         def differs(name: str) -> bool:
-            file, known = self.path / name, manifest["files"][name]
-            if not file.is_file() or file.stat().st_size != known["bytes"]:
+            file, known = self.path / name, files[name]
+            if not file.is_file() or file.stat().st_size != known.get("bytes"):
                 return True
-            return file_sha256(file) != known["sha256"]
+            return file_sha256(file) != known.get("sha256")
 
-        names = list(manifest["files"])
+        # A manifest that is damaged itself may name anything.
+        root = self.path.resolve()
+        names = [name for name in files if (self.path / name).resolve().is_relative_to(root)]
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-            return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+            return own + [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
 
     def clear_damage(self, whole: bool) -> None:
         """Remove what is damaged, and the manifest with it; nothing where all is well or unfinished."""
@@ -260,7 +265,7 @@ class Artifact:
             # Files of one piece share what stands before the first dot, and are made together; summaries say
             # which pieces of their folder are done.
             for part in [
-                *file.parent.glob(f"{file.name.split('.')[0]}.*"),
+                *file.parent.glob(f"{glob.escape(file.name.split('.')[0])}.*"),
                 *file.parent.glob("*.summary.json"),
             ]:
                 part.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+
 from pipeline.config_sweep import Baseline, Sweep, family
 from pipeline.drafting import Chance
 from pipeline.kv import View, view_of
@@ -161,7 +163,14 @@ def make_failure(
     cell: ViewCell = ALL_VIEWS,
     length: DraftLength = EVERY_LENGTH,
 ) -> FailedCell:
-    """A cell, or where γ is 0 all cells of a view, of one drafter and prompt; by default of all views."""
+    """A cell, or where γ is 0 all cells of a view, of one drafter and prompt; by default of all views.
+
+    Raises:
+        AcceleratorError: if that is the error. It leaves the process without its GPU, and every cell after it
+            would fail too.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
     given = make_cell(drafter, prompt, cell, length, Chance(0.0, sweep.seeds[0]))
     return FailedCell(
         **given.model_dump(),

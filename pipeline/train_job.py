@@ -38,7 +38,8 @@ class TrainJob:
     """One launch of the workers. Pretraining has no `teach` and no `drafter`.
 
     `outputs` maps "target" and "drafter", or variant names, to their artifact folders; `deepspeed` is the
-    content of the config's settings file.
+    content of the config's settings file. `launch` names this launch and no other, in the files by which
+    driver and workers tell each other something.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class TrainJob:
     teach: Path | None = None
     drafter: ModelRef | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    launch: str = ""
 
     @property
     def device(self) -> torch.device:

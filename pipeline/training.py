@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -256,5 +257,8 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     with disk_errors(temporary):
         export_model(model, tokenizer, temporary)
     write_text(temporary / "README.md", card)
+    for file in temporary.iterdir():  # the checkpoints go next
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
     shutil.rmtree(folder / "model", ignore_errors=True)
     temporary.rename(folder / "model")

@@ -50,8 +50,8 @@ class Shelf:
         self.other = self.drafted("full_only")
         inputs = {"teach": self.teach.fingerprint, "drafters": {"multi_view": self.drafter.fingerprint}}
         self.sweep = make(storage, "sweep", inputs)
-        self.report = make(storage, "report", {"sweep": self.sweep.fingerprint, "rows": {"a.jsonl": "00"}})
         self.half = make(storage, "sample", {"prepare": self.prepare.fingerprint}, finish=False)
+        self.report = make(storage, "report", {"sweep": self.sweep.fingerprint, "rows": {"a.jsonl": "00"}})
         self.needed = {
             a.path.name
             for a in (self.prepare, self.target, self.teach, self.drafter, self.sweep, self.report)
@@ -139,6 +139,8 @@ def test_without_remove_nothing_goes(shelf: Shelf) -> None:
 def test_what_is_in_use_stays_and_so_does_what_it_may_use(shelf: Shelf) -> None:
     """The run at work may be about to sweep the drafter that no report uses yet."""
     free = make(shelf.storage, "teach", {"left": "half-made"}, finish=False)
+    for path in (free.path, *free.path.iterdir()):
+        os.utime(path, (0, 0))  # long before the report
     with FileLock(shelf.storage / ".locks" / f"{shelf.half.path.name}.lock"):
         done = command(shelf.storage, "--remove")
     assert shelf.names == shelf.needed | {shelf.half.path.name, shelf.other.path.name}
@@ -147,6 +149,11 @@ def test_what_is_in_use_stays_and_so_does_what_it_may_use(shelf: Shelf) -> None:
 
 def test_what_is_younger_than_every_report_may_get_one(shelf: Shelf) -> None:
     young = shelf.drafted("young")
+    begun = make(shelf.storage, "sample", {"prepare": "again"}, finish=False)
+    command(shelf.storage, "--remove")
+    # The one that is begun may use any of those that are complete.
+    assert shelf.names == shelf.needed | {young.path.name, begun.path.name, shelf.other.path.name}
+    shutil.rmtree(begun.path)
     command(shelf.storage, "--remove")
     assert shelf.names == shelf.needed | {young.path.name}
 

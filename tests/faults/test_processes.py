@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import Tally
+from tests.faults.test_storage import marks
 from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail, wait_until
 
 # Python's sources take long enough to encode that a task can be met at work.
@@ -116,7 +117,11 @@ def test_a_node_is_lost_and_the_others_finish(toy: Toy, tally: Tally, tmp_path: 
 @pytest.mark.parametrize(
     ("stage", "pattern"),
     [
-        pytest.param(stage, pattern, marks=pytest.mark.fault(f"kill -9 of the driver in stage {stage}"))
+        pytest.param(
+            stage,
+            pattern,
+            marks=marks(f"kill -9 of the driver in stage {stage}", stage in ("train", "sweep")),
+        )
         for stage, pattern in (
             ("prepare", "prepare-*/documents/*"),
             ("pretrain", "pretrain-target-*/checkpoints/*/complete.json"),
@@ -148,14 +153,11 @@ def test_the_driver_on_ray_is_killed(toy: Toy, tally: Tally, tmp_path: Path) -> 
     driver = toy.start(storage, executor="ray")
     wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
     family = psutil.Process(driver.pid).children(recursive=True)
-    evaluators = workers(driver, "_Worker")
     driver.kill()
     driver.wait()
-    # Ray's own idle agents may stay for minutes; nobody may go on working on the storage.
-    _, alive = psutil.wait_procs(evaluators, timeout=60)
-    assert evaluators and not alive
-    for process in psutil.wait_procs(family, timeout=0)[1]:
-        process.kill()
+    # At once: whatever of Ray still runs must not spoil what the next run makes.
     assert toy.run(storage) == 0, tail(storage)
+    for process in psutil.wait_procs(family, timeout=0)[1]:
+        process.kill()  # Ray's own idle agents may stay for minutes
     tally.lost += missing(outcome(storage), expected)
     assert tally.lost == 0

@@ -35,8 +35,16 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def marks(name: str, always: bool) -> list[pytest.MarkDecorator]:
+    """Of faults that are alike, two are tried with every run of the tests."""
+    return [pytest.mark.fault(name), *([] if always else [pytest.mark.long])]
+
+
+OFTEN = ("a damaged file of labels", "a damaged manifest")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.fault(name)) for name in DAMAGE], ids=str
+    "name", [pytest.param(name, marks=marks(name, name in OFTEN)) for name in DAMAGE], ids=str
 )
 def test_damage_is_named_and_mended(toy: Toy, tally: Tally, tmp_path: Path, name: str, attempt: int) -> None:
     """The log names the file, what is not damaged is kept, and the end is as if nothing had been."""
@@ -90,7 +98,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 @pytest.mark.parametrize(
     "stage",
     [
-        pytest.param(stage, marks=pytest.mark.fault(f"disk full in stage {stage}"))
+        pytest.param(stage, marks=marks(f"disk full in stage {stage}", stage in ("teach", "train")))
         for stage in ("prepare", "pretrain", "teach", "train", "sweep", "report")
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file
 
 from jobs.run_record import RECORDS
 from tests.configs import MINIMAL
@@ -139,7 +141,14 @@ def outcome(storage: Path) -> dict[str, Any]:
                 for row in map(json.loads, file.read_text().splitlines()):
                     piece = f"{name} step {row['step']}"
                     assert piece not in pieces, f"{piece} was counted twice"
-                    pieces[piece] = {k: round(v, 4) for k, v in row.items() if k not in CLOCKED}
+                    pieces[piece] = {k: v for k, v in row.items() if k not in CLOCKED}
+            elif file.suffix == ".safetensors":
+                pieces[name] = {weight: float(value.norm()) for weight, value in load_file(file).items()}
+            elif stage == "report" and file.name == "cells.jsonl":
+                for row in map(json.loads, file.read_text().splitlines()):
+                    piece = f"{name} cell {[row[k] for k in CELL_KEY if k != 'prompt_id']}"
+                    assert piece not in pieces, f"{piece} was counted twice"
+                    pieces[piece] = row["acceptance"]
             elif stage == "sweep" and file.suffix == ".jsonl" and file.parent.name == "rows":
                 for row in map(json.loads, file.read_text().splitlines()):
                     cell = [row[k] for k in CELL_KEY]
@@ -160,4 +169,13 @@ CELL_KEY = (
 def missing(found: dict[str, Any], expected: dict[str, Any]) -> int:
     """How many pieces are absent, too many, or not what they should be."""
     names = found.keys() | expected.keys()
-    return sum(found.get(name) != expected.get(name) for name in names)
+    return sum(not same(found.get(name), expected.get(name)) for name in names)
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Equal, numbers up to the rounding of another engine or number of workers."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-5)
+    return bool(ours == theirs)
