@@ -21,7 +21,7 @@ from pipeline.work import Vocabulary, hours, rates_of, work
 from tests.configs import MINIMAL, SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU = Device("cuda", 0)
+GPU, CPU = Device("cuda", 0), Device("cpu", 0)
 DRAFTER = Shape(parameters=1000, layers=1, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 TARGET = Shape(parameters=5000, layers=2, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 SHAPES = {"target": TARGET, "drafter": DRAFTER}
@@ -58,6 +58,21 @@ def test_optimizer_state_by_hand(stage: int | None, weights: int, gradients: int
     """1000 parameters, 4 workers, a bucket of 100 elements."""
     sharding = Sharding(stage, 1 if stage is None else 4, bucket=100, live=200)
     assert sharding.state_bytes(1000, GPU) == (weights, gradients, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        (0, 4000),  # a copy of all gradients
+        (1, 0),
+        (2, 400),  # a second bucket
+        (3, 0.8 * (1800 + 1400)),  # 1.8 times what is gathered and reduced
+    ],
+)
+def test_a_cpu_holds_more_by_hand(stage: int, more: float) -> None:
+    """1000 parameters, 4 workers, a bucket of 100 elements, 200 gathered at once."""
+    sharding = Sharding(stage, 4, bucket=100, live=200)
+    assert sum(sharding.state_bytes(1000, CPU)) - sum(sharding.state_bytes(1000, GPU)) == more
 
 
 def test_settings_of_deepspeed_are_read() -> None:
