@@ -12,7 +12,7 @@ import pytest
 from pipeline.artifacts import read_rows, write_rows
 from pipeline.rows import FailedCell, PromptRow
 from tests.faults.conftest import Tally
-from tests.faults.test_processes import workers
+from tests.faults.test_processes import SLOW, workers
 from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail, wait_until
 
 LONG, SPARE_MB = 24_000, 24
@@ -78,13 +78,13 @@ def test_what_kills_its_worker_is_recorded_and_the_rest_is_done(
     toy: Toy, tally: Tally, tmp_path: Path
 ) -> None:
     """As the kernel does where memory runs out: three times, then the run goes on without it."""
-    expected, storage = toy.clean(), tmp_path / "runs"
-    assert toy.run(storage, stage="train") == 0, tail(storage)
-    driver = toy.start(storage, executor="ray")
+    expected, storage = toy.clean(SLOW), tmp_path / "runs"
+    assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
+    driver = toy.start(storage, SLOW, executor="ray")
     wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
     killed: set[int] = set()
     while driver.poll() is None and len(killed) < 3:
-        for worker in workers(driver, "_Worker.call"):
+        for worker in workers(driver, "Worker.call"):
             worker.kill()
             killed.add(worker.pid)
     assert driver.wait(300) == 4, tail(storage)
@@ -95,6 +95,6 @@ def test_what_kills_its_worker_is_recorded_and_the_rest_is_done(
     failed = [cell for file in sweep.glob("failed/*.jsonl") for cell in read_rows(file, FailedCell)]
     assert {cell.drafter for cell in failed} == {"full_only", "multi_view"}
     assert len({cell.prompt_id for cell in failed}) == 8
-    assert toy.run(storage) == 0, tail(storage)
+    assert toy.run(storage, SLOW) == 0, tail(storage)
     tally.lost += missing(outcome(storage), expected)
     assert tally.lost == 0

@@ -21,6 +21,8 @@ STDLIB = (
     'data.sources=[{"kind": "text", "name": "stdlib", "files": ["stdlib"], "test_fraction": 0.2, '
     '"validation_fraction": 0.1}]'
 )
+# So that a slice of prompts takes long enough to be met at work.
+SLOW = f"sweep.gammas={[*range(1, 65)]}"
 
 
 def workers(above: subprocess.Popen[str] | psutil.Process, doing: str) -> list[psutil.Process]:
@@ -60,12 +62,12 @@ def test_a_killed_data_task_is_done_again(toy: Toy, tally: Tally, tmp_path: Path
 @pytest.mark.long
 @pytest.mark.fault("kill -9 of an evaluator in the middle of its cells")
 def test_a_killed_evaluator_is_replaced(toy: Toy, tally: Tally, tmp_path: Path) -> None:
-    expected, storage = toy.clean(), tmp_path / "runs"
-    assert toy.run(storage, stage="train") == 0, tail(storage)
-    driver = toy.start(storage, executor="ray")
+    expected, storage = toy.clean(SLOW), tmp_path / "runs"
+    assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
+    driver = toy.start(storage, SLOW, executor="ray")
     # Of two slices of prompts the first is written, so that it works on the second.
     wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
-    (victim, *_) = wait_until(lambda: workers(driver, "_Worker.call"), driver, "an evaluator at work")
+    (victim, *_) = wait_until(lambda: workers(driver, "Worker.call"), driver, "an evaluator at work")
     victim.kill()
     finish(driver, storage)
     assert "replay: attempt 1 of" in log_of(storage).read_text()
@@ -95,15 +97,15 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.long
 @pytest.mark.fault("kill -9 of a whole Ray node while it evaluates")
 def test_a_node_is_lost_and_the_others_finish(toy: Toy, tally: Tally, tmp_path: Path, cluster: Any) -> None:
-    expected, storage = toy.clean(), tmp_path / "runs"
-    assert toy.run(storage, stage="train") == 0, tail(storage)
-    options = [f"run.ray_address={cluster.address}", "run.cpus_per_task=1", "sweep.num_evaluators=2"]
+    expected, storage = toy.clean(SLOW), tmp_path / "runs"
+    assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
+    options = [SLOW, f"run.ray_address={cluster.address}", "run.cpus_per_task=1", "sweep.num_evaluators=2"]
     driver = toy.start(storage, *options, executor="ray")
     wait_until(lambda: "replay:" in log_of(storage).read_text(), driver, "replay")
     victim = next(iter(cluster.worker_nodes))
 
     raylet = psutil.Process(victim.all_processes["raylet"][0].process.pid)
-    wait_until(lambda: workers(raylet, "_Worker.call"), driver, "an evaluator on the node")
+    wait_until(lambda: workers(raylet, "Worker.call"), driver, "an evaluator on the node")
     # A machine that fails takes its workers with it; a raylet alone leaves them some seconds.
     for child in raylet.children(recursive=True):
         child.kill()
@@ -148,15 +150,15 @@ def test_the_driver_is_killed_and_the_same_command_resumes(
 @pytest.mark.long
 @pytest.mark.fault("kill -9 of the driver on Ray while it evaluates")
 def test_the_driver_on_ray_is_killed(toy: Toy, tally: Tally, tmp_path: Path) -> None:
-    expected, storage = toy.clean(), tmp_path / "runs"
-    assert toy.run(storage, stage="train") == 0, tail(storage)
-    driver = toy.start(storage, executor="ray")
+    expected, storage = toy.clean(SLOW), tmp_path / "runs"
+    assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
+    driver = toy.start(storage, SLOW, executor="ray")
     wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
     # At once: whatever of Ray still runs must not spoil what the next run makes.
-    assert toy.run(storage) == 0, tail(storage)
+    assert toy.run(storage, SLOW) == 0, tail(storage)
     for process in psutil.wait_procs(family, timeout=0)[1]:
         process.kill()  # Ray's own idle agents may stay for minutes
     tally.lost += missing(outcome(storage), expected)
