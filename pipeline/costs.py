@@ -135,9 +135,9 @@ class Sharding:
         Weights and gradients take 4 B a parameter, AdamW's two moments 8 B. From stage 1 on each worker has
         moments of its share, with a master copy of them and their gradient; stage 2 also drops other
         workers' gradients, stage 3 their weights, up to what is gathered for use. Gradients travel through a
-        bucket, of which a CPU touches what is filled only. On a CPU, by measurement, stage 0 reduces a copy of
-        all gradients, stage 2 fills a second bucket while it reduces the first, and what stage 3 gathers and
-        frees lies in the heap.
+        bucket, of which a CPU touches what is filled only. On a CPU, by measurement, stage 0 reduces a copy
+        of all gradients, stage 2 fills a second bucket while it reduces the first, and what stage 3 gathers
+        and frees lies in the heap.
         """
         whole, part = FP32 * parameters, FP32 * parameters // self.workers
         cpu = device.kind == "cpu"

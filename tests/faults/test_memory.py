@@ -5,15 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.artifacts import read_rows, write_rows
+from pipeline.logs import read_lines
 from pipeline.rows import FailedCell, PromptRow
 from tests.faults.conftest import Tally
-from tests.faults.test_processes import SLOW, workers
-from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail, wait_until
+from tests.faults.test_processes import SLOW
+from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail
 
 LONG, SPARE_MB = 24_000, 24
 
@@ -71,6 +74,17 @@ def test_the_other_cells_go_on(tally: Tally, tmp_path: Path) -> None:
     assert not (tmp_path / "failed" / "measure.jsonl").exists()
 
 
+def working_on(storage: Path, cell: str) -> set[int]:
+    """Processes of the newest run whose logs say that they have begun this item, and not that it is done."""
+    last: dict[int, tuple[str, str]] = {}
+    newest = max(storage.glob("run-records/*"), default=None)
+    for file in newest.glob("worker-*.jsonl") if newest else ():
+        for line in read_lines(file):
+            if line["message"] in ("begun", "done", "failed"):
+                last[line["pid"]] = (line["message"], line["cell"])
+    return {pid for pid, doing in last.items() if doing == ("begun", cell)}
+
+
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.fault("an evaluator killed each time it tries one slice")
@@ -81,12 +95,12 @@ def test_what_kills_its_worker_is_recorded_and_the_rest_is_done(
     expected, storage = toy.clean(SLOW), tmp_path / "runs"
     assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
     driver = toy.start(storage, SLOW, executor="ray")
-    wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
     killed: set[int] = set()
     while driver.poll() is None and len(killed) < 3:
-        for worker in workers(driver, "Worker.call"):
-            worker.kill()
-            killed.add(worker.pid)
+        for pid in working_on(storage, "replay-tales-64-00008.jsonl") - killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        time.sleep(0.02)
     assert driver.wait(300) == 4, tail(storage)
     log = log_of(storage).read_text()
     assert "given up after 3 attempts" in log and "the same command tries them again" in log

@@ -126,8 +126,11 @@ def artifact(storage: Path, stage: str) -> Path | None:
 def outcome(storage: Path) -> dict[str, Any]:
     """Everything a finished run made, by a name for each piece: hashes, losses, rows, table cells."""
     pieces: dict[str, Any] = {}
+    reports = sorted(storage.glob("report-*/manifest.json"), key=lambda file: file.stat().st_mtime)
     for folder in sorted(storage.glob("*-*/")):
         stage = folder.name.rpartition("-")[0]
+        if stage == "report" and folder != reports[-1].parent:
+            continue  # of a run that ended with failures
         if folder.name == RECORDS:
             continue
         if not (folder / "manifest.json").exists():
