@@ -36,6 +36,7 @@ from pipeline.artifacts import MANIFEST, read_all
 from pipeline.config import Config
 from pipeline.config_files import load_config
 from pipeline.events import Began, Event, Items, listening
+from pipeline.memory import peak_bytes
 from pipeline.report.tables import Axes, cell_rows
 from pipeline.rows import CellRow, PromptRow
 
@@ -258,12 +259,6 @@ def whole_run(config: Config) -> int:
     """The driver's memory where it goes on to the report, with tracking."""
     run_pipeline(config)
     return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held. `ru_maxrss` would begin at what its parent held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def swept(config: Config, folder: Path) -> list[CellRow]:

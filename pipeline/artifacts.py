@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from pipeline.events import Opened, tell
+from pipeline.memory import peak_bytes
 
 log = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ class Artifact:
             "format": FORMAT,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_bytes(),
             "inputs": json.loads(json.dumps(inputs, default=lambda m: m.model_dump(mode="json"))),
             "counts": counts,
             "provenance": provenance(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pipeline.decoding import Round, autoregressive, speculate
 from pipeline.drafting import Chance, DraftSource, Sampler
 from pipeline.kv import FULL, PrefixView, View
 from pipeline.lean import DecodeModel
+from pipeline.memory import peak_bytes
 from pipeline.rows import Prompt
 from pipeline.slots import slots_for
 from pipeline.steps import Compile, Side
@@ -249,4 +249,4 @@ class Bench:
         seconds = clock(self.device) - began
         if self.device.type == "cuda":
             return seconds, torch.cuda.max_memory_allocated(self.device)
-        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return seconds, peak_bytes()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pipeline.checkpoints import disk_errors, latest, load_weights, resume, save
 from pipeline.config import Pretrain, Train
 from pipeline.engine import Engine
 from pipeline.errors import NotFinite
+from pipeline.memory import peak_bytes
 from pipeline.models import export_model
 from pipeline.progress import progress
 from pipeline.stopping import Stopped, signals_put_off
@@ -195,11 +195,8 @@ def check_finite(
 
 def write_memory(engine: Engine, folder: Path) -> None:
     """`memory.json`: the most bytes that each rank has held, of the GPU or, on a CPU, of the process."""
-    if engine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(engine.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ranks = engine.gather(peak)
+    cuda = engine.device.type == "cuda"
+    ranks = engine.gather(torch.cuda.max_memory_allocated(engine.device) if cuda else peak_bytes())
     if engine.rank == 0:
         write_json(folder / MEMORY, {"device": engine.device.type, "ranks": ranks})
 

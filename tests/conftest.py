@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,11 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedModel
 
+from jobs.pipeline import run_pipeline
 from pipeline.config import Pretrain, ScratchModel
 from pipeline.models import build_scratch
+from tests.data.conftest import story
+from tests.toys import toy_config
 
 VOCABULARY = 97
 
@@ -98,3 +103,25 @@ def drafter(target: PreTrainedModel, make_model: Callable[..., PreTrainedModel])
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        (folder / f"tale{number:02d}.txt").write_text(story(number))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The storage of a finished run. Tests that change it copy it first."""
+    storage = tmp_path_factory.mktemp("finished")
+    run_pipeline(toy_config(corpus, storage))
+    return storage
+
+
+@pytest.fixture
+def storage(finished: Path, tmp_path: Path) -> Path:
+    """A finished storage to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "runs"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -14,74 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.generate import generate
 from jobs.pipeline import run_pipeline
 from jobs.run_record import RECORDS
 from pipeline.artifacts import MANIFEST, checksum, file_sha256, read_rows
-from pipeline.config import Config
-from pipeline.errors import BadData, Incomplete, NotFinite
+from pipeline.errors import Incomplete, NotFinite
 from pipeline.prompt_replay import PromptReplay
 from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
-from tests.configs import MINIMAL
-from tests.data.conftest import story
+from tests.toys import PROMPTS, artifact, toy_config
 
-PROMPTS = 12
 REWRITTEN = ("summary.json", "report.html")  # by every run, as they tell about it
-
-
-def toy_config(
-    corpus: Path, storage: Path, change: Callable[[dict[str, Any]], object] | None = None
-) -> Config:
-    """Two label shards, two replay tasks, both modes; `change` edits the values."""
-    values = copy.deepcopy(MINIMAL)
-    values |= {"storage": str(storage)}
-    source = {"kind": "text", "name": "tales", "files": ["*.txt"], "validation_fraction": 0.1}
-    values["data"] |= {
-        "root": str(corpus), "sources": [{**source, "test_fraction": 0.3}], "prompts": PROMPTS,
-        "prompts_per_document": 2, "max_sequences": 40,
-    }  # fmt: skip
-    values["labels"] = {"sequences_per_shard": 20}
-    values["train"] |= {"steps": 8, "learning_rate": 3e-3, "validation_budgets": [16, "full"]}
-    # Long enough that the target does not say one token again and again.
-    for role, steps in (("target", 250), ("drafter", 60)):
-        rates = {"learning_rate": 0.02, "warmup_steps": 10}
-        values[role]["pretrain"] = {"steps": steps, "batch_sequences": 4, **rates}
-    measure = {"drafters": ["multi_view"], "budgets": [16], "gammas": [2], "prompts": 2, "repeats": 1}
-    measure["predict"] = False
-    values["sweep"] |= {"mode": "both", "measure": measure}
-    values["report"] = {"bootstrap_samples": 100}
-    if change:
-        change(values)
-    return Config.model_validate(values)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        (folder / f"tale{number:02d}.txt").write_text(story(number))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The storage of a finished run. Tests that change it copy it first."""
-    storage = tmp_path_factory.mktemp("finished")
-    run_pipeline(toy_config(corpus, storage))
-    return storage
-
-
-@pytest.fixture
-def storage(finished: Path, tmp_path: Path) -> Path:
-    """A finished storage to spoil."""
-    return Path(shutil.copytree(finished, tmp_path / "runs"))
-
-
-def artifact(storage: Path, stage: str) -> Path:
-    (folder,) = (f for f in storage.glob(f"{stage}-*") if f.name.rpartition("-")[0] == stage)
-    return folder
 
 
 def reseal(folder: Path) -> None:
@@ -372,39 +312,3 @@ def test_mlflow_mirrors_a_run_and_what_a_rerun_adds(
         assert {one.value for one in prompts} == {PROMPTS}
     names = {file.path for file in client.list_artifacts(below(second)["report"])}
     assert {"report.html", "summary.json", "figures"} <= names
-
-
-# ── generate ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(("drafter", "budget"), [(None, 16), ("full_only", "full")])
-def test_generate_prints_the_targets_own_text(
-    corpus: Path, finished: Path, capsys: pytest.CaptureFixture[str], drafter: str | None, budget: Any
-) -> None:
-    prompt = story(3)[:150]
-    generate(
-        toy_config(corpus, finished), prompt=prompt, drafter=drafter, policy="chunk_topk", budget=budget,
-        gamma=3, threshold=0.0, temperature=0.0, max_new_tokens=20, seed=0,
-    )  # fmt: skip
-    *text, stats = capsys.readouterr().out.rstrip("\n").split("\n")
-    folder = artifact(finished, "pretrain-target") / "model"
-    target, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    given = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    written = target.generate(given, max_new_tokens=20, do_sample=False)[0, given.shape[1] :]
-    assert "\n".join(text) == tokenizer.decode(written, skip_special_tokens=True)
-    assert re.fullmatch(
-        rf"\[{drafter or 'multi_view'}, chunk_topk budget {budget}, γ 3: acceptance [01]\.\d+, τ [1-4]\.\d+, "
-        r"[\d.]+ tokens/s, autoregressive [\d.]+, speedup [\d.]+, same tokens\]",
-        stats,
-    ), stats
-
-
-def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: Path) -> None:
-    def call(storage: Path, drafter: str | None) -> None:
-        generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.3, 0.0, 4, 0)
-
-    with pytest.raises(BadData, match="no drafter 'best'; there are full_only, multi_view"):
-        call(finished, "best")
-    with pytest.raises(BadData, match="run `budgetdraft run CONFIG` first"):
-        call(tmp_path / "empty", None)
-    assert not (tmp_path / "empty").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +31,14 @@ from tests.configs import MINIMAL, SCRATCH
 from tests.data.conftest import story
 
 ROOT = Path(__file__).resolve().parent.parent
+# Started by a small process: the count of a child begins at what its parent held, here all of pytest.
+PEAK_OF = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    file.write(str(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(done.returncode)
+"""
 GPU = Device("cuda", 0)
 CONTEXTS = [{"name": "64", "tokens": 64}, {"name": "96", "tokens": 96}]
 
@@ -199,13 +206,10 @@ def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], int]:
         """A command, and the largest resident bytes of its process."""
-        call = [sys.executable, "-m", "jobs", *arguments]
-        with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdout and process.stderr
-            out, error = process.stdout.read().decode(), process.stderr.read().decode()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        return subprocess.CompletedProcess(call, process.returncode, out, error), usage.ru_maxrss * 1024
+        peak, command = tmp_path / "peak", [sys.executable, "-m", "jobs", *arguments]
+        call = [sys.executable, "-c", PEAK_OF, str(peak), *command]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done, int(peak.read_text())
 
     refused, _ = run("plan", str(config), "--json", "--memory-gb", "0.001", "--tflops", "1")
     assert refused.returncode == 3
@@ -217,3 +221,5 @@ def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
     expected = max(peak["total"] for peak in planned if peak["stage"] in ("pretrain target", "teach"))
     assert expected - planned[0]["base"] > 0.25 * expected  # a test of more than the imports
     assert expected == pytest.approx(actual, rel=0.2)
+    manifests = [json.loads(file.read_text()) for file in storage.glob("*/manifest.json")]
+    assert max(made["peak_memory_bytes"] for made in manifests) == pytest.approx(actual, rel=0.1)

@@ -1,0 +1,48 @@
+"""`budgetdraft generate`, on the drafters of a finished toy run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jobs.generate import generate
+from pipeline.errors import BadData
+from tests.data.conftest import story
+from tests.toys import artifact, toy_config
+
+
+@pytest.mark.parametrize(("drafter", "budget"), [(None, 16), ("full_only", "full")])
+def test_generate_prints_the_targets_own_text(
+    corpus: Path, finished: Path, capsys: pytest.CaptureFixture[str], drafter: str | None, budget: Any
+) -> None:
+    prompt = story(3)[:150]
+    generate(
+        toy_config(corpus, finished), prompt=prompt, drafter=drafter, policy="chunk_topk", budget=budget,
+        gamma=3, threshold=0.0, temperature=0.0, max_new_tokens=20, seed=0,
+    )  # fmt: skip
+    *text, stats = capsys.readouterr().out.rstrip("\n").split("\n")
+    folder = artifact(finished, "pretrain-target") / "model"
+    target, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = target.generate(given, max_new_tokens=20, do_sample=False)[0, given.shape[1] :]
+    assert "\n".join(text) == tokenizer.decode(written, skip_special_tokens=True)
+    assert re.fullmatch(
+        rf"\[{drafter or 'multi_view'}, chunk_topk budget {budget}, γ 3: acceptance [01]\.\d+, τ [1-4]\.\d+, "
+        r"[\d.]+ tokens/s, autoregressive [\d.]+, speedup [\d.]+, same tokens\]",
+        stats,
+    ), stats
+
+
+def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    def call(storage: Path, drafter: str | None) -> None:
+        generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.3, 0.0, 4, 0)
+
+    with pytest.raises(BadData, match="no drafter 'best'; there are full_only, multi_view"):
+        call(finished, "best")
+    with pytest.raises(BadData, match="run `budgetdraft run CONFIG` first"):
+        call(tmp_path / "empty", None)
+    assert not (tmp_path / "empty").exists()
