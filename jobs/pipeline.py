@@ -74,7 +74,7 @@ def run_pipeline(config: Config, until: str = "report") -> Path:
     """
     config = settled(config)
     with RunRecord(config, until) as record:
-        tracker = Tracker.start(config)
+        tracker = Tracker.start(config, record.folder)
         try:
             with tracker, closing(make_executor(config)) as executor:
                 return run_stages(config, until, Stages(executor, tracker, record))

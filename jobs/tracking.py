@@ -56,8 +56,11 @@ class Tracker:
         self.locks: list[FileLock] = []
 
     @staticmethod
-    def start(config: Config) -> Tracker:
+    def start(config: Config, record: Path | None = None) -> Tracker:
         """Open the store, make the experiment where it is missing, begin the pipeline run.
+
+        Args:
+            record: folder of the run's record. Runs of other records whose driver was killed are ended.
 
         Raises:
             ConfigError: if the store cannot be reached or the experiment was deleted.
@@ -65,10 +68,13 @@ class Tracker:
         if not config.tracking.enabled:
             log.info("MLflow is off (tracking.enabled: false)")
             return NullTracker()
-        run = Run(config.name, {"stage": "pipeline", "dirty": str(provenance()["git_dirty"]).lower()})
+        tags = {"stage": "pipeline", "dirty": str(provenance()["git_dirty"]).lower()}
+        run = Run(config.name, tags | ({"record": record.name} if record else {}))
         tracker = Tracker(config, open_store(config, run), run)
         params = {"seed": config.seed, "train_steps": config.train.steps, "executor": config.run.executor}
         tracker.writer.put("parameters of the run", partial(tracker.store.log, run, params, (), now_ms()))
+        if record:
+            tracker.writer.put("the end of killed runs", partial(tracker.store.end_killed, record.parent))
         text = dump_config(config)
         tracker.writer.put(
             "config.yaml", lambda: tracker.store.client.log_text(run.known(), text, "config.yaml")

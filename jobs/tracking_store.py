@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from jobs.run_record import lives
 from jobs.tracking_writer import Refused
-from pipeline.artifacts import LOCKS, provenance
+from pipeline.artifacts import LOCKS, provenance, write_text
 from pipeline.config import Config
 from pipeline.config_errors import ConfigError
 
@@ -84,6 +85,14 @@ def piece_lock(config: Config, piece: str) -> FileLock:
     return FileLock(_locks(config) / f"mlflow-{piece}.lock", thread_local=False)
 
 
+def storage_id(config: Config) -> str:
+    """What tells this storage from others that mirror into the same store. To be called with a lock held."""
+    file = _locks(config) / "storage-id"
+    if not file.exists():
+        write_text(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
+
+
 def _locks(config: Config) -> Path:
     folder = Path(config.storage).resolve() / LOCKS
     try:
@@ -114,7 +123,7 @@ def open_store(config: Config, run: Run) -> Store:
 
             try:
                 client = MlflowClient(tracking_uri=uri)
-                store = Store(client, uri, _experiment(client, config, uri))
+                store = Store(client, uri, _experiment(client, config, uri), storage_id(config))
                 store.make(run)
             except MlflowException as error:
                 raise ConfigError(f"tracking.uri = {uri}: {error.message}") from None
@@ -173,14 +182,15 @@ class Run:
 class Store:
     """An experiment in MLflow. Every write may be repeated and then changes nothing."""
 
-    def __init__(self, client: MlflowClient, uri: str, experiment_id: str) -> None:
-        self.client, self.uri, self.experiment_id = client, uri, experiment_id
+    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, storage: str) -> None:
+        self.client, self.uri, self.experiment_id, self.storage = client, uri, experiment_id, storage
 
     def make(self, run: Run) -> None:
         """Make a run that is not there yet."""
         if run.id:
             return
-        tags = {**run.tags, "git_commit": provenance()["git_sha"] or "unknown", "write_id": run.write_id}
+        commit = provenance()["git_sha"] or "unknown"
+        tags = {**run.tags, "git_commit": commit, "write_id": run.write_id, "storage_id": self.storage}
         if run.parent:
             tags["mlflow.parentRunId"] = run.parent.known()
         found = next(self.search(f"tags.write_id = '{run.write_id}'"), None) if run.asked else None
@@ -235,10 +245,26 @@ class Store:
     def whole(self, query: str) -> list[MlflowRun]:
         """The finished runs that a query finds. Those that a killed process left unfinished are deleted.
 
-        To be called with a lock held: what another process is writing at present is unfinished as well.
+        To be called with a lock of the storage held: what another process is writing at present is
+        unfinished as well. Another storage's unfinished runs are its own.
         """
         found = list(self.search(query))
         for run in found:
-            if run.info.status == "RUNNING":
+            if run.info.status == "RUNNING" and run.data.tags.get("storage_id") == self.storage:
                 self.client.delete_run(run.info.run_id)
         return [run for run in found if run.info.status == "FINISHED"]
+
+    def end_killed(self, records: Path) -> None:
+        """Give the pipeline runs of this storage whose driver was killed, and their stages, an end.
+
+        Args:
+            records: folder of the storage's run records, which say whether a driver lives.
+        """
+        running = f"attributes.status = 'RUNNING' and tags.storage_id = '{self.storage}'"
+        for run in list(self.search(f"{running} and tags.stage = 'pipeline'")):
+            record = run.data.tags.get("record")
+            if record is None or lives(records / record):
+                continue
+            below = self.search(f"{running} and tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+            for one in [*below, run]:
+                self.client.set_terminated(one.info.run_id, "KILLED")
