@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,8 @@ from pipeline.artifacts import provenance
 from pipeline.config import Run, Work
 from pipeline.errors import BadData
 
+# In the environment of a submitted job: what its own process holds, by Ray's names, as JSON.
+HELD = "BUDGETDRAFT_HELD_BY_ENTRYPOINT"
 ANSWER_S = 60.0  # a machine that has not said by then what is installed on it counts as broken
 
 
@@ -25,28 +29,41 @@ def request(run: Run, work: Work) -> dict[str, Any]:
     return options
 
 
+def machines(ray: ModuleType) -> list[dict[str, float]]:
+    """What every machine that is alive has, without what this job's own process holds of it."""
+    held = json.loads(os.environ.get(HELD, "{}"))
+    own = ray.get_runtime_context().get_node_id() if held else None
+    return [
+        {
+            name: amount - (held.get(name, 0) if node["NodeID"] == own else 0)
+            for name, amount in node["Resources"].items()
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 def count_fitting(ray: ModuleType, run: Run, work: Work, at_least: int = 0) -> int:
-    """How many workers of a kind fit the machines that are alive, if nothing else ran there.
+    """How many workers of a kind fit the machines that are alive, if no other job ran there.
 
     Raises:
         BadData: if fewer than `at_least` do. Ray itself would wait for ever.
     """
     needs = run.needs(work)
-    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": (needs.memory_gb or 0) * 1e9}
-    wanted = {name: amount for name, amount in wanted.items() if amount}
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": (needs.memory_gb or 0) * 1e9}
+    wanted = {name: amount for name, amount in asked.items() if amount}
+    alive = machines(ray)
     room = sum(
         min((int(have.get(name, 0) / amount) for name, amount in wanted.items()), default=1_000_000)
-        for have in machines
+        for have in alive
     )
     if room < at_least:
         most = {
-            name: max((have.get(name, 0) for have in machines), default=0)
-            for name in ("CPU", "GPU", "memory")
+            name: max((have.get(name, 0) for have in alive), default=0) for name in ("CPU", "GPU", "memory")
         }
         raise BadData(
             f"no machine of the cluster can take {work} work, which asks for {needs.cpus:g} CPUs, "
-            f"{needs.gpus:g} GPUs and {needs.memory_gb or 0:g} GB of memory: of {len(machines)} machines the "
+            f"{needs.gpus:g} GPUs and {needs.memory_gb or 0:g} GB of memory: of {len(alive)} machines the "
             f"largest have {most['CPU']:g} CPUs, {most['GPU']:g} GPUs, {most['memory'] / 1e9:.1f} GB; lower "
             f"run.resources.{work} (or run.cpus_per_task, run.gpus_per_task)"
         )

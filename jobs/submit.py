@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import json
 import logging
 import os
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import was_terminated
+from jobs.ray_cluster import HELD
 from pipeline.artifacts import COMMIT, provenance
 from pipeline.config import Config
 from pipeline.config_errors import ConfigError, hide_credentials
@@ -164,11 +166,16 @@ def send(client: JobSubmissionClient, job: Job, entrypoint: str, folder: Path, n
     """
     code = provenance()
     commit = f"{code['git_sha'] or 'unknown'}{'+dirty' if code['git_dirty'] else ''}"
+    held = {"CPU": job.cpus or 0, "memory": (job.memory_gb or 0) * GIGABYTE}
     environment = {
         "working_dir": str(folder),
         "excludes": list(EXCLUDES),
         # Read by the job's supervisor, which has these variables too.
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_wait_s), COMMIT: commit},
+        "env_vars": {
+            "RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_wait_s),
+            COMMIT: commit,
+            HELD: json.dumps({name: amount for name, amount in held.items() if amount}),
+        },
     }
     metadata = {
         "name": name,

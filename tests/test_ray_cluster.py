@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobs import ray_cluster
-from jobs.ray_cluster import check_nodes, count_fitting, installed, request
+from jobs.ray_cluster import HELD, check_nodes, count_fitting, installed, request
 from jobs.ray_executor import RayExecutor
 from jobs.ray_pool import Worker
 from pipeline.errors import BadData
@@ -22,9 +22,13 @@ RAY: dict[str, Any] = {"run.executor": "ray", "run.ray_address": "local", "run.c
 
 def machines(*resources: dict[str, float], dead: int = 0) -> Any:
     """Stands in for the module ray: these machines live, and so many more have died."""
-    nodes = [{"Alive": True, "Resources": given} for given in resources]
-    nodes += [{"Alive": False, "Resources": {"CPU": 1000.0, "GPU": 8.0, "memory": 1e12}}] * dead
-    return SimpleNamespace(nodes=lambda: nodes)
+    nodes: list[dict[str, Any]] = [
+        {"NodeID": str(number), "Alive": True, "Resources": given} for number, given in enumerate(resources)
+    ]
+    lost = {"CPU": 1000.0, "GPU": 8.0, "memory": 1e12}
+    nodes += [{"NodeID": "dead", "Alive": False, "Resources": lost}] * dead
+    here = SimpleNamespace(get_node_id=lambda: "0")  # this process runs on the first of them
+    return SimpleNamespace(nodes=lambda: nodes, get_runtime_context=lambda: here)
 
 
 def run_of(**changes: Any) -> Any:
@@ -47,6 +51,16 @@ def run_of(**changes: Any) -> Any:
 def test_room_is_counted_by_machine(changes: dict[str, Any], expected: int) -> None:
     ray = machines({"CPU": 4.0, "memory": 16e9}, {"CPU": 10.0, "memory": 64e9}, dead=2)
     assert count_fitting(ray, run_of(**changes), "replay") == expected
+
+
+def test_what_the_jobs_own_process_holds_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = machines({"CPU": 2.0, "memory": 16e9}, {"CPU": 2.0, "memory": 16e9})
+    assert count_fitting(ray, run_of(cpus_per_task=2), "train") == 2
+    monkeypatch.setenv(HELD, '{"CPU": 1}')
+    assert count_fitting(ray, run_of(cpus_per_task=2), "train") == 1
+    assert count_fitting(ray, run_of(cpus_per_task=1), "train") == 1 + 2
+    monkeypatch.setenv(HELD, '{"memory": 15e9}')
+    assert count_fitting(ray, run_of(resources={"train": {"memory_gb": 2}}), "train") == 0 + 2
 
 
 def test_drafters_share_a_gpu_and_the_target_has_one_alone() -> None:

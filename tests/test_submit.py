@@ -146,8 +146,9 @@ def test_a_job_is_followed_to_its_end(head: Head, checkout: Path, tmp_path: Path
     assert told["metadata"].keys() == {"name", "stage", "git_commit", "submitted_by"}
     assert (told["metadata"]["name"], told["metadata"]["stage"]) == ("minimal", "prepare")
     commit = told["metadata"]["git_commit"]
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": "77", "BUDGETDRAFT_COMMIT": commit}
-    assert told["runtime_env"]["env_vars"] == variables
+    variables = told["runtime_env"]["env_vars"]
+    assert json.loads(variables.pop("BUDGETDRAFT_HELD_BY_ENTRYPOINT")) == {"CPU": 0.5, "memory": 1e8}
+    assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": "77", "BUDGETDRAFT_COMMIT": commit}
     manifest = json.loads((Path(last) / "manifest.json").read_text())
     sha, _, mark = commit.partition("+")
     known = manifest["provenance"]
