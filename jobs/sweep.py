@@ -9,7 +9,6 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from jobs.executor import Executor
 from jobs.teach import sampled_chances
@@ -25,7 +24,7 @@ from pipeline.evaluate import (
     MeasureTask,
     ReplayTask,
     SweepTask,
-    evaluated,
+    earlier,
     failures_of,
 )
 from pipeline.events import Evaluated, tell
@@ -81,48 +80,17 @@ def sweep(
     with artifact.claim() as unfinished:
         if not unfinished:
             return artifact, 0
-        return artifact, run_phases(
-            config, executor, prepare, teach, sample, scratch, trained, names, artifact, inputs
-        )
-
-
-def run_phases(
-    config: Config,
-    executor: Executor,
-    prepare: Artifact,
-    teach: Artifact,
-    sample: Artifact | None,
-    scratch: dict[str, Artifact],
-    trained: dict[str, Artifact],
-    names: list[str],
-    artifact: Artifact,
-    inputs: dict[str, Any],
-) -> int:
-    """Every phase that the config asks for; returns the number of failures."""
-    began = time.perf_counter()
-    target = target_ref(config, scratch)
-    drafters = [Drafter(n, ref(config, trained[n]), positions(config, scratch, n)) for n in names]
-    drafters += baselines(config, scratch)
-    run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
-    if config.sweep.mode != "measure":
-        run.replay()
-    if config.sweep.predicts and not run.failures:
-        run.calibrate()
-    # What predictions point at is decided once, so only from whole rows; and what would be measured before
-    # they point would be measured again.
-    if config.sweep.predicts and run.failures:
-        log.warning(
-            "sweep: speeds are predicted and measured when every prompt is replayed, so not in this run"
-        )
-    elif config.sweep.mode != "replay":
-        run.measure()
-    if config.sweep.predicts and not run.failures:
-        run.recheck()
-    if run.failures:
-        log.error("sweep: %d failed; see %s", run.failures, artifact.path / "failed")
-    else:
-        artifact.finish(inputs, {"rows": run.rows}, time.perf_counter() - began)
-    return run.failures
+        began = time.perf_counter()
+        drafters = [Drafter(n, ref(config, trained[n]), positions(config, scratch, n)) for n in names]
+        drafters += baselines(config, scratch)
+        target = target_ref(config, scratch)
+        run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
+        run.all()
+        if run.failures:
+            log.error("sweep: %d failed; see %s", run.failures, artifact.path / "failed")
+        else:
+            artifact.finish(inputs, {"rows": run.rows}, time.perf_counter() - began)
+        return artifact, run.failures
 
 
 class Phases:
@@ -146,6 +114,23 @@ class Phases:
         self.files = [file for file in files if read_rows(file, Prompt)]
         self.drafters, self.rows, self.failures = drafters, 0, 0
         self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
+
+    def all(self) -> None:
+        """Every phase that the config asks for."""
+        if self.sweep.mode != "measure":
+            self.replay()
+        if self.sweep.predicts and not self.failures:
+            self.calibrate()
+        # What predictions point at is decided once, so only from whole rows; and what would be measured
+        # before they point would be measured again.
+        if self.sweep.predicts and self.failures:
+            log.warning(
+                "sweep: speeds are predicted and measured when every prompt is replayed, so not in this run"
+            )
+        elif self.sweep.mode != "replay":
+            self.measure()
+        if self.sweep.predicts and not self.failures:
+            self.recheck()
 
     def run(self, tasks: Sequence[SweepTask], what: str, work: Work = "measure", actors: int = 1) -> None:
         """Timings are taken by one worker at a time, so that they do not disturb each other.
@@ -266,17 +251,6 @@ class Phases:
 
     def times(self) -> list[StepTimes]:
         return read_all(self.folder / STEPS, StepTimes)
-
-
-def earlier(task: SweepTask) -> Evaluated | None:
-    """What a task gave in an earlier run; None where something is left to do."""
-    if not task.output.exists():
-        return None
-    if isinstance(task, CalibrateTask):
-        return Evaluated(rows=len(read_rows(task.output, StepTimes)))
-    if failures_of(task).exists():
-        return None
-    return evaluated(read_rows(task.output, PromptRow))
 
 
 def make_evaluator(config: Config, target: ModelRef, drafters: list[Drafter], tokenizer: Path) -> Evaluator:

@@ -121,12 +121,12 @@ class Evaluator:
 
     def __call__(self, task: SweepTask) -> Evaluated:
         """Do a task unless its rows are there; failed cells are written apart and tried again next time."""
+        if done := earlier(task):
+            return done
         if isinstance(task, CalibrateTask):
             return Evaluated(rows=self.calibrate(task))
         failures = failures_of(task)
         again = len(read_rows(failures, FailedCell)) if failures.exists() else 0
-        if task.output.exists() and not again:
-            return evaluated(read_rows(task.output, PromptRow))
         rows: list[PromptRow] = []
         failed: list[FailedCell] = []
         for row in self.replay(task) if isinstance(task, ReplayTask) else self.measure(task):
@@ -198,24 +198,21 @@ class Evaluator:
 
     def calibrate(self, task: CalibrateTask) -> int:
         """Step times of one representative of each kind of draft source: the trained ones have one shape."""
-        if not task.output.exists():
-            kinds: dict[str | None, Contender] = {}
-            for one in self.contenders:
-                kinds.setdefault(one.drafter.baseline, one)
-            target, new_tokens = self.target[1], self.config.data.max_new_tokens
-            prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
-            times: list[StepTimes] = []
-            for one in kinds.values():
-                try:
-                    times += step_times(
-                        self.sweep, self.sides, target, one.drafter, one.fast, prompt, new_tokens
-                    )
-                except CELL_ERRORS as error:
-                    name = one.drafter.name
-                    log.warning("no speed is predicted for %s at %s: %s", name, task.context, error)
-            write_rows(task.output.parent.parent / SIZES, self.sizes())
-            write_rows(task.output, times)
-        return len(read_rows(task.output, StepTimes))
+        kinds: dict[str | None, Contender] = {}
+        for one in self.contenders:
+            kinds.setdefault(one.drafter.baseline, one)
+        target, new_tokens = self.target[1], self.config.data.max_new_tokens
+        prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
+        times: list[StepTimes] = []
+        for one in kinds.values():
+            try:
+                times += step_times(self.sweep, self.sides, target, one.drafter, one.fast, prompt, new_tokens)
+            except CELL_ERRORS as error:
+                name = one.drafter.name
+                log.warning("no speed is predicted for %s at %s: %s", name, task.context, error)
+        write_rows(task.output.parent.parent / SIZES, self.sizes())
+        write_rows(task.output, times)
+        return len(times)
 
     def sizes(self) -> list[ModelSize]:
         """The target's, and every drafter's that has a model of its own."""
@@ -233,6 +230,17 @@ class Evaluator:
             )
             for name, (model, fast) in models.items()
         ]
+
+
+def earlier(task: SweepTask) -> Evaluated | None:
+    """What a task gave before; None where something is left to do."""
+    if not task.output.exists():
+        return None
+    if isinstance(task, CalibrateTask):
+        return Evaluated(rows=len(read_rows(task.output, StepTimes)))
+    if failures_of(task).exists():
+        return None
+    return evaluated(read_rows(task.output, PromptRow))
 
 
 def evaluated(rows: Sequence[PromptRow], failed: int = 0, retried: int = 0) -> Evaluated:
