@@ -37,8 +37,9 @@ test: setup ## run the tests
 	$(BIN)/python -m pytest -q
 
 test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
-	$(BIN)/python -m pytest -q -m "fault or long" --tries $(TRIES) \
-		--faults-json faults.json --faults-table docs/reliability.md
+	@# With =, or pytest takes these files for tests and does not find the options.
+	$(BIN)/python -m pytest -q -m "fault or long" --tries=$(TRIES) \
+		--faults-json=faults.json --faults-table=docs/reliability.md
 
 bench: setup ## correctness, then every timed row beside its target; writes bench.json
 	$(BIN)/python -m benchmarks
