@@ -36,8 +36,8 @@ demo: setup ## train a target and three drafters on Python's own sources, and re
 test: setup ## run the tests
 	$(BIN)/python -m pytest -q
 
+# Options with =, or pytest takes the files for tests and does not find the options.
 test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
-	@# With =, or pytest takes these files for tests and does not find the options.
 	$(BIN)/python -m pytest -q -m "fault or long" --tries=$(TRIES) \
 		--faults-json=faults.json --faults-table=docs/reliability.md
 
