@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.rows import Row, gpu_name, table, write
+from benchmarks.rows import Row, table, write
+from pipeline.hardware import gpu_name
 
-GROUPS = ("decoding", "training", "memory", "grid", "scale", "zero", "gpu")
+GROUPS = ("decoding", "training", "memory", "grid", "scale", "zero", "gate", "gpu")
 
 
 def main() -> int:
@@ -68,6 +69,11 @@ def main() -> int:
 
         print("ZeRO", flush=True)
         rows += zero_rows()
+    if "gate" in groups:
+        from benchmarks.gate import gate_rows
+
+        print("the gate's error rates", flush=True)
+        rows += gate_rows(given.storage)
     write(rows, given.output)
     print(f"\n{table(rows)}\n\n{given.output.resolve()}")
     return 0

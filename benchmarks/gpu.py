@@ -10,12 +10,13 @@ runs in the tests.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.pairs import NEVER, Ours, Pair, random_llama
 from benchmarks.rows import Row, interleaved, median, ratios, row
@@ -60,9 +61,11 @@ class Setting:
     drafter: dict[str, Any] = field(default_factory=lambda: LLAMA_68M)
     places: tuple[Place, ...] = PLACES
     gammas: tuple[int, ...] = (2, 4, 8, 16, 32)
-    budget: int = 512
+    budget: int = 512  # of speculation
+    budgets: tuple[int, ...] = (256, 512, 1024, 2048)  # of draft steps
     new_tokens: int = 256
     repeats: int = 5
+    inner: int = 50  # calls in a row that are timed as one
 
     @property
     def room(self) -> int:
@@ -90,7 +93,7 @@ def random_side(model: DecodeModel, tokens: int, kept: int, room: int, compile: 
     return side
 
 
-def of_one(step: Callable[[], object], device: str, inner: int = 50) -> Callable[[], float]:
+def of_one(step: Callable[[], object], device: str, inner: int) -> Callable[[], float]:
     """Seconds of one step, in runs of `inner` without waiting between them."""
 
     def run() -> float:
@@ -123,9 +126,7 @@ def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
     """All rows of decoding on this device; `bandwidth` is its measured copy bandwidth, bytes a second."""
     large = random_llama(setting.dtype, setting.device, **setting.target)
     small = random_llama(setting.dtype, setting.device, **setting.drafter)
-    embedding = large.get_input_embeddings().weight
-    tied = large.get_output_embeddings().weight is embedding
-    weights = sum(p.nbytes for p in large.parameters()) - (0 if tied else embedding.nbytes)
+    weights, own = weights_read(large), weights_read(small)
     target, drafter = decode_model(large), decode_model(small)
 
     found = [draft_row(setting, drafter)]
@@ -147,8 +148,16 @@ def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
         found.append(row(label, ratios(verified, plain), wanted, at_most=True))
         drafting = random_side(drafter, place.tokens, setting.budget, setting.room, setting.compile)
         found += speculation_rows(setting, place, side, drafting)
+        found += step_rows(setting, place, side, drafter, plain, (weights, own), bandwidth)
         del side, drafting
     return [replace(one, device=name) for one in found]
+
+
+def weights_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a step reads: all but the embedding, unless it is the head too."""
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding.nbytes)
 
 
 def draft_row(setting: Setting, drafter: DecodeModel) -> Row:
@@ -156,7 +165,7 @@ def draft_row(setting: Setting, drafter: DecodeModel) -> Row:
     pair_12 = torch.full((1, 2), 5, device=setting.device)
     step_1 = torch.full((1,), 3, device=setting.device)
     draft = partial(side.draft, Rule(), 16, pair_12, step_1, None)
-    times = interleaved({"draft": of_one(draft, setting.device, 10)}, setting.repeats)["draft"]
+    times = interleaved({"draft": of_one(draft, setting.device, setting.inner)}, setting.repeats)["draft"]
     label = f"GPU draft step of a 68M drafter, B = {setting.budget}, in a graph"
     return row(label, [1e3 * seconds / 16 for seconds in times], 0.2, at_most=True, unit=" ms")
 
@@ -169,9 +178,64 @@ def step_times(setting: Setting, side: Side) -> tuple[list[float], list[float]]:
     token_11 = pair_12[:, 1:].contiguous()
     advance = partial(side.advance, Rule(), token_11, zero_1, None)
     verify = partial(side.verify, Rule(), pair_12, draft, zero_1, best, None, None, zero_1 + 15)
-    runs = {"advance": of_one(advance, device), "verify": of_one(verify, device)}
+    runs = {
+        "advance": of_one(advance, device, setting.inner),
+        "verify": of_one(verify, device, setting.inner),
+    }
     times = interleaved(runs, setting.repeats)
     return times["advance"], times["verify"]
+
+
+def step_rows(
+    setting: Setting,
+    place: Place,
+    side: Side,
+    drafter: DecodeModel,
+    plain: Sequence[float],
+    weights: tuple[int, int],
+    bandwidth: float,
+) -> list[Row]:
+    """Latencies at one context, with the share of the copy bandwidth that reading weights and KV once makes.
+
+    Args:
+        side: the target behind its prefix; graphs that speculation has captured on it are used again.
+        plain: seconds of its AR steps.
+        weights: bytes that a pass of target and of drafter reads beside the KV.
+        bandwidth: measured copy bandwidth, bytes a second.
+    """
+    device, gammas = setting.device, sorted({*setting.gammas, place.gamma})
+    sampler = synthetic_sampler(place.acceptance, place.gamma, device)
+    pair_12, zero_1 = torch.full((1, 2), 5, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    read = weights[0] + side.model.geometry.num_bytes(1, place.tokens)
+
+    found = [latency(f"GPU AR step, {place.name}", plain, read, bandwidth)]
+    for gamma in gammas:
+        draft_1T = torch.full((1, gamma), 5, device=device)
+        best_1T = torch.ones(1, gamma, device=device, dtype=setting.dtype)
+        uniforms_1T1 = sampler.uniforms(gamma + 1)
+        verify = partial(side.verify, sampler.rule, pair_12, draft_1T, zero_1, best_1T, None, uniforms_1T1)
+        times = timed(partial(verify, zero_1 + gamma), setting)
+        found.append(latency(f"GPU verify, {place.name}, γ = {gamma}", times, read, bandwidth))
+    for budget in setting.budgets:
+        drafting = random_side(drafter, place.tokens, budget, setting.room, setting.compile)
+        read = weights[1] + drafter.geometry.num_bytes(1, budget)
+        for gamma in gammas:
+            uniforms_T1 = sampler.uniforms(gamma, by_row=False)
+            draft = partial(drafting.draft, sampler.rule, gamma, pair_12, zero_1 + 3, uniforms_T1)
+            name = f"GPU draft, {place.name}, B = {budget}, γ = {gamma}"
+            found.append(latency(name, timed(draft, setting), gamma * read, bandwidth))
+    return found
+
+
+def timed(step: partial[object], setting: Setting) -> list[float]:
+    return interleaved({"step": of_one(step, setting.device, setting.inner)}, setting.repeats)["step"]
+
+
+def latency(name: str, seconds: Sequence[float], num_bytes: int, bandwidth: float) -> Row:
+    """Milliseconds; in the note, the share of the bandwidth with its interval."""
+    share, low, high = median([num_bytes / one / bandwidth for one in seconds])
+    note = f"{share:.2f} [{low:.2f}, {high:.2f}] of copy bandwidth"
+    return row(name, [1e3 * one for one in seconds], unit=" ms", note=note)
 
 
 def speculation_rows(setting: Setting, place: Place, target: Side, drafter: Side) -> list[Row]:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.rows import Row, gpu_name, interleaved, ratios, row
+from benchmarks.rows import Row, interleaved, ratios, row
 from kernels import accept, chunk_select, distill_loss, reference, verify_attention
+from pipeline.hardware import gpu_name
 
 TOKENS, HEADS, WIDTH, BUDGET = 16_384, 32, 128, 1024  # a layer of Llama-2-7B at 16K
 POSITIONS, HIDDEN, VOCABULARY = 8192, 768, 131_072

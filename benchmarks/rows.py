@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.hardware import cpu_name
+
 LIBRARIES = ("torch", "transformers", "triton", "liger_kernel", "ray", "mlflow")
 
 
@@ -84,19 +86,6 @@ def interleaved(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Repeat by repeat."""
     return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def cpu_name() -> str:
-    model = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def gpu_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 def environment() -> tuple[dict[str, str], str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from jobs import raise_on_sigterm, was_terminated
+from jobs import cli_registry, raise_on_sigterm, was_terminated
 from jobs.doctor import check_name_clash
 from jobs.doctor import doctor as run_doctor
 from pipeline.config import Config
@@ -37,6 +37,8 @@ Exit codes:
   3    bad data: an input is missing or cannot be used
   4    incomplete: some work failed or diverged, a disk is full, MLflow is out of reach; what is done is
        kept, and the same command does the rest (doctor: a check failed)
+  5    gate: the candidate is worse than what is tolerated
+  6    gate: not enough evidence
   130  interrupted (Ctrl-C); the same command resumes
   143  terminated (SIGTERM); the same command resumes
 """
@@ -387,6 +389,9 @@ def check_machine(
     """Check versions, devices, storage, tracking and, with a CONFIG, its data and models."""
     loaded = _load(config, overrides, executor, storage) if config else None
     raise typer.Exit(run_doctor(loaded))
+
+
+app.add_typer(cli_registry.commands)
 
 
 def main() -> None:

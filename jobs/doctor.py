@@ -165,6 +165,16 @@ def _sources(config: Config) -> Iterator[Check]:
     from pipeline.data.reading import looks_local
     from pipeline.data.sources import make_readers
 
+    if config.data.prepared is not None:
+        from jobs.prepare import prepared_elsewhere
+
+        try:
+            found = prepared_elsewhere(config, Path(config.data.prepared))
+        except BadData as error:
+            yield Check("fail", "data", str(error))
+        else:
+            yield Check("ok", "data", f"{found.path}, prepared elsewhere")
+        return
     try:
         readers = make_readers(config.data, config.seed)
     except BadData as error:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from jobs.executor import Executor, NoExecutor, make_executor
 from jobs.prepare import prepare
+from jobs.register import register
 from jobs.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
 from jobs.run_record import RunRecord
 from jobs.submit import check_storage, in_ray_job
@@ -77,7 +78,10 @@ def run_pipeline(config: Config, until: str = "report") -> Path:
         tracker = Tracker.start(config, record.folder)
         try:
             with tracker, closing(make_executor(config)) as executor:
-                return run_stages(config, until, Stages(executor, tracker, record))
+                made = run_stages(config, until, Stages(executor, tracker, record))
+            if config.registry and until == "report":
+                register(config, made, tracker.run.known())
+            return made
         except Exception as error:
             if not is_full_disk(error):
                 raise

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from jobs.prepare import prepared_elsewhere
 from jobs.teach import label_tasks
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.config import AnyModel, Config, ScratchModel
@@ -90,7 +91,7 @@ def shape_of(config: Config, role: str, vocab: int) -> Shape:
 def facts_of(config: Config, vocab: int) -> Facts:
     """Exact counts of a complete stage prepare; else estimates for a vocabulary of so many entries."""
     data = config.data
-    readers = make_readers(data, config.seed)
+    readers = {} if data.prepared else make_readers(data, config.seed)
     places = [
         Place(source.name, context.name)
         for source in data.sources
@@ -116,6 +117,8 @@ def prepared_data(config: Config, readers: Readers) -> Artifact | None:
     Raises:
         BadData: if a local source or tokenizer is missing, unless another source is on the hub.
     """
+    if config.data.prepared is not None:
+        return prepared_elsewhere(config, Path(config.data.prepared))
     try:
         check_tokenizers(config)
         shards = [shard for reader in readers.values() for shard in reader.shards()]

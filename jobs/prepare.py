@@ -5,14 +5,16 @@ Wiring alone: what is computed is in `pipeline/data`.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.submit import in_ray_job
-from pipeline.artifacts import Artifact, open_artifact
+from pipeline.artifacts import FORMAT, MANIFEST, Artifact, open_artifact
 from pipeline.config import Config
 from pipeline.data.decontaminate import find_contaminated, index_evaluation
 from pipeline.data.documents import Reader, Shard, bad_row_counts, find_copies, read_shard
@@ -23,11 +25,13 @@ from pipeline.data.sources import (
     make_readers,
     origins,
     plan_prompts,
+    settings,
     stage_inputs,
     write_prompts,
 )
 from pipeline.data.tokenizer import check_tokenizers, sample_text, save_new_tokenizer, save_target_tokenizer
 from pipeline.errors import BadData
+from pipeline.events import Opened, tell
 
 if TYPE_CHECKING:
     from jobs.executor import Executor
@@ -41,6 +45,8 @@ def prepare(config: Config, executor: Executor) -> Artifact:
             if target and drafter cannot share a tokenizer.
     """
     data = config.data
+    if data.prepared is not None:
+        return prepared_elsewhere(config, Path(data.prepared))
     check_tokenizers(config)
     readers = make_readers(data, config.seed)
     shards = [shard for reader in readers.values() for shard in reader.shards()]
@@ -53,6 +59,34 @@ def prepare(config: Config, executor: Executor) -> Artifact:
         if unfinished:
             read_and_pack(config, executor, readers, shards, files, artifact, inputs)
     return artifact
+
+
+def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
+    """The finished stage prepare of `data.prepared`, under the fingerprint that it was made with.
+
+    Raises:
+        BadData: if it is not finished, damaged, or of other settings; names the fields.
+    """
+    name = f"data.prepared = {folder}"
+    artifact = Artifact(folder.expanduser().resolve(), "prepare", "")
+    if in_ray_job():
+        check_shared([artifact.path])
+    if not artifact.complete:
+        raise BadData(f"{name}: there is no {MANIFEST}; give the folder that `budgetdraft prepare` printed")
+    if bad := artifact.damaged():
+        raise BadData(f"{name}: damaged or missing: {', '.join(bad[:5])}; copy the folder again")
+    manifest = artifact.manifest
+    given, made = json.loads(json.dumps(settings(config))), manifest["inputs"]
+    if manifest["stage"] != artifact.stage or manifest["format"] != FORMAT:
+        raise BadData(f"{name} is of stage {manifest['stage']}, format {manifest['format']}: prepare it anew")
+    differ = [f"data.{field}" for field in given["data"] if given["data"][field] != made["data"].get(field)]
+    differ += ["seed"] if given["seed"] != made["seed"] else []
+    if differ:
+        raise BadData(
+            f"{name} was made with other settings of {', '.join(differ)}: prepare it with this config"
+        )
+    tell(Opened(artifact.path))
+    return replace(artifact, fingerprint=manifest["fingerprint"])
 
 
 def check_shared(files: list[Path]) -> None:

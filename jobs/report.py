@@ -8,6 +8,7 @@ every run writes these two anew, beside the cached files and outside the manifes
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -68,7 +69,13 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
     analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
     own = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
     memory = training_memory(inputs.trained)
-    summary = analysis.model_copy(update={"stages": (*inputs.stages, own), "training_memory": memory})
+    run = {
+        "config": config.name,
+        "prepared": os.path.relpath(inputs.prepare.path, artifact.path),
+        "stages": (*inputs.stages, own),
+        "training_memory": memory,
+    }
+    summary = analysis.model_copy(update=run)
     page = PageInputs(
         config=config,
         summary=summary,
@@ -133,7 +140,8 @@ def _draw(
     write_rows(artifact.path / CELLS, cells)
     write_rows(artifact.path / PREDICTED, list(predictions.predicted))
     write_rows(artifact.path / AGAIN, list(predictions.again))
-    write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude={"stages"}))
+    of_the_run = {"config", "prepared", "stages"}
+    write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude=of_the_run))
     figures = draw_all(cells, summary.acceptance, axes, artifact.path / FIGURES)
     counts = {"cells": len(cells), "failed": len(failed), "figures": figures}
     artifact.finish(identity, counts, time.perf_counter() - began, leave_out=(SUMMARY, PAGE))

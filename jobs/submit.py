@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in what a job runs
 # Beside what .gitignore, .rayignore and Ray itself leave out.
 EXCLUDES = ("/.git/", "/.venv/", "/runs/")
 POLL_S = 0.5
@@ -36,7 +37,13 @@ GIGABYTE = 10**9
 
 def in_ray_job() -> bool:
     """Whether this process is what a Ray job runs."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return JOB_CONFIG in os.environ
+
+
+def job_id() -> str | None:
+    """The submission id of the Ray job that this process runs for: what `budgetdraft submit` printed."""
+    given = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+    return given.get("metadata", {}).get("job_submission_id")
 
 
 def check_storage(storage: str) -> None:

@@ -21,9 +21,10 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
+from jobs.submit import job_id
 from jobs.sweep_points import point_key, point_name
 from jobs.tracking_curves import Curves
-from jobs.tracking_store import Run, Store, is_server, now_ms, open_store, piece_lock
+from jobs.tracking_store import RAY_JOB, Run, Store, is_server, now_ms, open_store, piece_lock
 from jobs.tracking_sweep import Sweep
 from jobs.tracking_writer import Writer
 from pipeline.artifacts import provenance
@@ -69,7 +70,9 @@ class Tracker:
             log.info("MLflow is off (tracking.enabled: false)")
             return NullTracker()
         tags = {"stage": "pipeline", "dirty": str(provenance()["git_dirty"]).lower()}
-        run = Run(config.name, tags | ({"record": record.name} if record else {}))
+        job = job_id()
+        tags |= ({"record": record.name} if record else {}) | ({RAY_JOB: job} if job else {})
+        run = Run(config.name, tags)
         tracker = Tracker(config, open_store(config, run), run)
         params = {"seed": config.seed, "train_steps": config.train.steps, "executor": config.run.executor}
         tracker.writer.put("parameters of the run", partial(tracker.store.log, run, params, (), now_ms()))

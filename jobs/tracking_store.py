@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.entities import Run as MlflowRun
 
+RAY_JOB = "ray_job"  # tag of a pipeline run: the submission id of its job
 BATCH = 1000  # MLflow's limit of metrics and parameters in one request
 OPENING_S = 300  # the tables of a new database take seconds; much longer means that something hangs
 

@@ -287,11 +287,6 @@ class Artifact:
         Args:
             leave_out: files that later runs write anew.
         """
-        files = {
-            str(file.relative_to(self.path)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file() and not file.name.startswith(".") and file.name not in (MANIFEST, *leave_out)
-        }
         manifest = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -302,9 +297,19 @@ class Artifact:
             "inputs": json.loads(json.dumps(inputs, default=lambda m: m.model_dump(mode="json"))),
             "counts": counts,
             "provenance": provenance(),
-            "files": files,
         }
-        write_json(self.path / MANIFEST, {**manifest, "checksum": checksum(manifest)})
+        seal(self.path, manifest, leave_out)
+
+
+def seal(folder: Path, manifest: dict[str, Any], leave_out: Collection[str] = ()) -> None:
+    """Write a manifest with the checksums of the files that lie there now, and of itself."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(".") and file.name not in (MANIFEST, *leave_out)
+    }
+    manifest = {**manifest, "files": files}
+    write_json(folder / MANIFEST, {**manifest, "checksum": checksum(manifest)})
 
 
 def checksum(manifest: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 `checkpoints/step-N/` holds the fp32 weights and AdamW's moments by parameter name, one safetensors file each,
 and `complete.json`, which is written last and has the checksums. The newest two are kept: a damaged one is
-removed, and training goes on from the one before.
+removed, and training goes on from the one before. Kept beside them is the best one, where training asks.
 """
 
 from __future__ import annotations
@@ -70,8 +70,11 @@ def latest(folder: Path) -> Path | None:
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def save(engine: Engine, folder: Path, step: int, unlogged: list[dict[str, float]]) -> None:
+def save(engine: Engine, folder: Path, step: int, unlogged: list[dict[str, float]], best: int = 0) -> None:
     """Write a checkpoint; it counts once its marker is there. Called by all workers; rank 0 writes.
+
+    Args:
+        best: the step of a checkpoint that stays beside the newest two.
 
     Raises:
         OSError: on rank 0, if the disk is full or failing; what was written of this checkpoint is removed.
@@ -88,7 +91,7 @@ def save(engine: Engine, folder: Path, step: int, unlogged: list[dict[str, float
     except OSError:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    kept = complete(folder)[-KEPT:]
+    kept = [*complete(folder)[-KEPT:], checkpoint_folder(folder, best)]
     for old in folder.glob(f"{CHECKPOINTS}/step-*"):
         if old not in kept:
             shutil.rmtree(old)

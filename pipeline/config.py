@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config_data import Data
 from pipeline.config_group import Group
+from pipeline.config_registry import Registry
 from pipeline.config_sweep import Decode, Policy, Report, Sweep, check_budget, family
 
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
@@ -48,6 +49,13 @@ class Pretrain(Group):
     learning_rate: float = Field(1e-3, gt=0, description="peak, AdamW")
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(0.01, ge=0)
+    compile: bool = Field(False, description="compile forward pass and loss; for run.executor: inline")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="points of the validation curve (every train.validate_every steps) without a lower loss "
+        "after which training ends; the best point's weights are kept. Default: all steps, the last weights",
+    )
 
 
 class ScratchModel(Group):
@@ -304,6 +312,7 @@ class Config(Group):
     report: Report = Report()
     run: Run = Run()
     tracking: Tracking = Tracking()
+    registry: Registry | None = Field(None, description="what a finished run registers; default: nothing")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -365,9 +374,18 @@ class Config(Group):
             )
         if self.decode.compile == "cudagraphs" and self.run.device == "cpu":
             raise ValueError("decode.compile is cudagraphs, which needs a GPU, but run.device is cpu")
+        if self.registry:
+            swept, trained = self.sweep.drafters, [drafter.name for drafter in self.train.drafters]
+            evaluated = [name for name in trained if not swept or name in swept or family(name) in swept]
+            self.registry.check(evaluated, self.tracking.enabled)
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}
         if losses - {"cross_entropy"} and self.labels.top_k == 0:
             raise ValueError("kl and total_variation losses need labels.top_k > 0")
+        scratch = [model.pretrain for model in (self.target, self.drafter) if model.kind == "scratch"]
+        if any(one.patience for one in scratch) and self.data.validation_prompts == 0:
+            raise ValueError("pretrain.patience needs data.validation_prompts above 0")
+        if any(one.compile for one in scratch) and self.run.executor != "inline":
+            raise ValueError("pretrain.compile is for run.executor: inline; workers on Ray do not compile")
         if self.data.tokenizer.kind == "target" and self.target.kind == "scratch":
             raise ValueError("a scratch target has no tokenizer: set data.tokenizer.kind: bpe")
         return self

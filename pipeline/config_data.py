@@ -111,6 +111,11 @@ class Tokenizer(Group):
 
 class Data(Group):
     root: str = Field(".", description="folder that relative source paths start from")
+    prepared: str | None = Field(
+        None,
+        description="folder of a finished stage prepare of these settings, made elsewhere, in place of "
+        "reading the sources",
+    )
     sources: tuple[AnySource, ...] = Field(min_length=1)
     tokenizer: Tokenizer = Tokenizer()
     sequence_tokens: int = Field(ge=32, description="tokens of one training sequence, prefix + continuation")
@@ -122,6 +127,15 @@ class Data(Group):
     prompts_per_document: int = Field(4, ge=1, description="most non-overlapping prompts from one document")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="bad rows beyond this share fail the stage")
     documents_per_shard: int = Field(64, ge=1, description="documents that one task reads and packs")
+
+    @model_validator(mode="after")
+    def _prepared_has_a_tokenizer(self) -> Data:
+        if self.prepared is not None and self.tokenizer.kind == "target":
+            raise ValueError(
+                "prepared needs tokenizer.kind: bpe, which lies beside the data; where the tokenizer is the "
+                "target's own, give the sources"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Data:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.config import Config
+from pipeline.config_group import Group
 
 # Where each value was written, by its path of keys and list indexes.
 Origins = dict[tuple[str | int, ...], str]
@@ -39,7 +39,9 @@ def show(value: object) -> str:
     return text if len(text) <= 70 else text[:69] + "…"
 
 
-def explain(error: ValidationError, values: Mapping[str, Any], origins: Origins, file: str) -> str:
+def explain(
+    error: ValidationError, values: Mapping[str, Any], origins: Origins, file: str, schema: type[Group]
+) -> str:
     """One screen: per problem the field, what was given, what is allowed, what it means, where it stands."""
     problems: dict[str, list[str]] = {}
     for details in error.errors(include_url=False):
@@ -49,7 +51,7 @@ def explain(error: ValidationError, values: Mapping[str, Any], origins: Origins,
         if details["type"] == "misplaced_switch":
             field = details["ctx"]["field"]
             details["loc"], details["input"] = (*details["loc"], field), items[field]
-        place = _locate(details["loc"], values)
+        place = _locate(details["loc"], values, schema)
         # A value that fits no member of a union has one error a member: the first one tells all.
         problems.setdefault(place.shown, _tell(details, place, origins, file))
     texts = ["\n".join(lines) for lines in problems.values()]
@@ -69,6 +71,7 @@ class _Place:
     description: str | None
     group: type[BaseModel]  # the group that holds the field
     kinds: list[type[BaseModel]]  # what this group may be instead, where a `kind` chooses
+    schema: type[Group]  # of the whole file
 
 
 def _tell(details: ErrorDetails, place: _Place, origins: Origins, file: str) -> list[str]:
@@ -135,9 +138,9 @@ def _kind(group: type[BaseModel]) -> str:
     return str(get_args(group.model_fields["kind"].annotation)[0])
 
 
-def _locate(loc: tuple[str | int, ...], values: Any) -> _Place:
+def _locate(loc: tuple[str | int, ...], values: Any, schema: type[Group]) -> _Place:
     """Follow pydantic's location through the schema, leaving out its names of union members."""
-    place = _Place((), "", Config, [], None, Config, [])
+    place = _Place((), "", schema, [], None, schema, [], schema)
     about_key = loc[-1:] == ("[key]",)  # the last step says that the key itself is wrong
     for step in loc[:-1] if about_key else loc:
         annotation, members = place.annotation, _members(place.annotation)
@@ -216,7 +219,7 @@ def _suggest(name: str, place: _Place) -> str:
     if others:
         return f"it belongs to kind {' and '.join(others)}, and this is kind {_kind(place.group)}"
     elsewhere: dict[str, list[str]] = {}
-    for path in _all_fields(Config, ""):
+    for path in _all_fields(place.schema, ""):
         elsewhere.setdefault(path.rpartition(".")[2], []).append(path)
     near = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
     if near:

@@ -11,13 +11,16 @@ import difflib
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.config_errors import ConfigError, Origins, explain, hide_credentials, show
+from pipeline.config_group import Group
+
+Schema = TypeVar("Schema", bound=Group)
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,6 +55,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A pipeline's config; errors as of `load_group`."""
+    return load_group(Config, path, overrides)
+
+
+def load_group(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
     """Read a config file, what it extends, and `overrides`, and check the result.
 
     Raises:
@@ -61,9 +69,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(override, values, origins)
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error, values, origins, str(path))) from None
+        raise ConfigError(explain(error, values, origins, str(path), schema)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -117,7 +125,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]
 def _near_files(path: Path) -> str:
     folders = {folder.resolve(): folder for folder in (Path("conf"), path.parent)}
     files = {file.stem: str(file) for folder in folders.values() for file in sorted(folder.glob("*.yaml"))}
-    near = difflib.get_close_matches(path.stem, files, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.stem, files, n=3, cutoff=0.6)
     if near:
         return "; did you mean " + " or ".join(files[stem] for stem in near) + "?"
     return f"; there are {', '.join(sorted(files.values()))}" if files else ""

@@ -279,7 +279,9 @@ def attend(
             "models with sliding-window attention, logit soft-capping or padding masks are not supported"
         )
     if view_cache is None:
-        output = causal_attention(query, key, value, scaling)
+        # A cache of transformers' own, as under `generate`, has more keys than there are queries.
+        own = causal_attention if query.shape[2] == key.shape[2] else suffix_attention
+        output = own(query, key, value, scaling)
     else:
         output = view_cache.attend(module.layer_idx, query, key, value, scaling)  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None

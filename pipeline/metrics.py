@@ -238,7 +238,7 @@ def _paired_draws(
 
 
 @lru_cache(maxsize=16)
-def _draw_counts(units: int, samples: int, seed: int) -> Floats:
+def draw_counts(units: int, samples: int, seed: int) -> Floats:
     """[B, N] how often each unit is drawn. Cached: cells with equally many documents share them."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(units, np.full(units, 1 / units), size=samples).astype(np.float64)
@@ -246,7 +246,7 @@ def _draw_counts(units: int, samples: int, seed: int) -> Floats:
 
 def _resampled_ratios(num: Floats, den: Floats, samples: int, seed: int) -> Floats:
     """[B] pooled ratios of the resamples; NaN where a resample has a denominator of zero."""
-    counts = _draw_counts(len(num), samples, seed)
+    counts = draw_counts(len(num), samples, seed)
     pooled = counts @ np.stack([num, den], axis=1)
     return np.divide(pooled[:, 0], pooled[:, 1], out=np.full(samples, np.nan), where=pooled[:, 1] > 0)
 

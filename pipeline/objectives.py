@@ -18,6 +18,7 @@ from pipeline.errors import NotFinite
 from pipeline.kv import FULL, View, ViewCache, read_continuation, read_hidden, read_prefix, view_of
 from pipeline.losses import LOSSES, States, plain_head
 from pipeline.rows import Continuation, Prompt
+from pipeline.training import WATCHED
 
 PREFIX_MULTIPLE = 64  # tokens
 
@@ -47,6 +48,11 @@ class NextToken:
         self.length = group.sequence_tokens or config.data.sequence_tokens
         self.spare = config.data.sequence_tokens - self.length
         self.tokens_per_micro = self.micro * (self.length - 1)
+        self.step_loss = (
+            torch.compile(next_token_loss, fullgraph=True, dynamic=False)
+            if group.compile
+            else next_token_loss
+        )
         self.validation = validation
 
     def rows(self, step: int, micro: int) -> list[int]:
@@ -56,7 +62,7 @@ class NextToken:
     def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         start = int(np.random.default_rng([self.seed, step, micro]).integers(0, self.spare + 1))
         tokens_BS = self.tokens.rows(self.rows(step, micro))[:, start : start + self.length]
-        value = next_token_loss(model, tokens_BS.to(self.device))
+        value = self.step_loss(model, tokens_BS.to(self.device))
         return value, {"next_token": value}
 
     def name_batch(self, step: int, micro: int) -> str:
@@ -68,7 +74,7 @@ class NextToken:
             float(next_token_loss(model, torch.tensor([prompt.tokens[: self.length]], device=self.device)))
             for prompt in self.validation
         ]
-        return {"validation/next_token": sum(losses) / len(losses)} if losses else {}
+        return {WATCHED: sum(losses) / len(losses)} if losses else {}
 
 
 def next_token_loss(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:

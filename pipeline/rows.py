@@ -85,6 +85,7 @@ class PromptRow(Cell):
     where its shapes were compiled already.
     `prefill_s` has one prefill of the drafter for all measured views; `peak_memory_bytes` is that of the
     device while the cell decodes, with the caches of all measured cells of the prompt in it.
+    `hardware` is what a measured row was timed on.
     """
 
     mode: Mode
@@ -114,6 +115,7 @@ class PromptRow(Cell):
     compile_s: float | None = None
     ar_num_tokens: int | None = None
     peak_memory_bytes: int | None = None
+    hardware: str | None = None
     text: str | None = None
 
 

@@ -20,6 +20,7 @@ from kernels import dispatch
 from pipeline import logs
 from pipeline.artifacts import read_rows
 from pipeline.batches import LabelledSequences, Shards
+from pipeline.checkpoints import step_of
 from pipeline.config import Config, ScratchModel, Variant
 from pipeline.engine import Engine
 from pipeline.models import ModelRef, build_scratch, load_model, pick_device
@@ -95,24 +96,19 @@ def pretrain(
     # Target and drafter must not start from the same random numbers.
     seed = config.seed + (name == "drafter")
     plan = Plan(spec.pretrain, config.train, spec.pretrain.steps)
-    card = (
-        f"# Scratch {name}\n\nA {spec.layers}-layer, {spec.hidden}-wide Llama, pretrained by next-token "
-        f"prediction for {plan.steps} steps of {spec.pretrain.batch_sequences} sequences of "
-        f"{spec.pretrain.sequence_tokens or config.data.sequence_tokens} tokens. "
-        f"Data: {describe_data(config)}.\n"
-    )
     model = build_scratch(spec, tokenizer, seed)
     if plan.steps == 0:
         if is_first_worker():
-            write_model(model, tokenizer, folder, card)
+            write_model(model, tokenizer, folder, scratch_card(config, spec, name, 0))
         return
     engine = make_engine(model.train(), plan)
     tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
     prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
-    fit(engine, objective, plan, folder, name, stop)
+    trained = fit(engine, objective, plan, folder, name, stop)
     if engine.rank == 0:
-        export(build_scratch(spec, tokenizer, seed), tokenizer, folder, card)
+        card = scratch_card(config, spec, name, step_of(trained))
+        export(build_scratch(spec, tokenizer, seed), tokenizer, folder, trained, card)
 
 
 def distil(
@@ -145,14 +141,14 @@ def distil(
     data = LabelledSequences(job.teach / "labels", config.labels.temperature)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)
-    fit(engine, objective, plan, folder, name, stop)
+    trained = fit(engine, objective, plan, folder, name, stop)
     if engine.rank == 0:
         scores = {
             key.removeprefix("validation/acceptance_"): value
             for key, value in read_metrics(folder / METRICS)[-1].items()
             if key.startswith("validation/")
         }
-        export(fresh(), tokenizer, folder, drafter_card(config, variant, steps, scores))
+        export(fresh(), tokenizer, folder, trained, drafter_card(config, variant, steps, scores))
 
 
 def validation_prompts(prepare: Path) -> list[Prompt]:
@@ -175,6 +171,16 @@ def validation_pairs(prepare: Path, teach: Path) -> list[tuple[Prompt, Continuat
 def describe_data(config: Config) -> str:
     sources = [f"{s.name} ({s.kind})" for s in config.data.sources if "train" in s.use]
     return ", ".join(sources)
+
+
+def scratch_card(config: Config, spec: ScratchModel, name: str, steps: int) -> str:
+    """The model card of a pretrained model; `steps` are those that its weights have seen."""
+    return (
+        f"# Scratch {name}\n\nA {spec.layers}-layer, {spec.hidden}-wide Llama, pretrained by next-token "
+        f"prediction for {steps} steps of {spec.pretrain.batch_sequences} sequences of "
+        f"{spec.pretrain.sequence_tokens or config.data.sequence_tokens} tokens. "
+        f"Data: {describe_data(config)}.\n"
+    )
 
 
 def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str, float]) -> str:

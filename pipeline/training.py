@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import write_json, write_text
-from pipeline.checkpoints import disk_errors, latest, load_weights, resume, save
+from pipeline.checkpoints import (
+    checkpoint_folder,
+    disk_errors,
+    latest,
+    load_weights,
+    resume,
+    save,
+    step_of,
+)
 from pipeline.config import Pretrain, Train
 from pipeline.engine import Engine
 from pipeline.errors import NotFinite
@@ -34,6 +42,7 @@ from pipeline.stopping import Stopped, signals_put_off
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 METRICS = "metrics.jsonl"
 MEMORY = "memory.json"
+WATCHED = "validation/next_token"  # the loss that `patience` goes by
 NORM = "norm"  # of the gradient, beside the losses of a step
 NAMED_MICROS = 12  # micro-batches that an error names
 
@@ -66,6 +75,7 @@ class Plan:
         self.clip = train.clip
         self.micro_batches = group.batch_sequences // train.micro_batch_sequences
         self.checkpoint_every, self.validate_every = train.checkpoint_every, train.validate_every
+        self.patience = group.patience if isinstance(group, Pretrain) else None
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine to 0."""
@@ -82,12 +92,16 @@ def fit(
     folder: Path,
     name: str,
     stop: Callable[[], bool] | None = None,
-) -> None:
+) -> Path:
     """Train up to `plan.steps`, from the last good checkpoint in `folder` if there is one.
 
     Args:
         stop: asked on rank 0 after every step: whether to write a checkpoint and leave. By default Ctrl-C and
             SIGTERM are put off until a step is done, and act after the checkpoint.
+
+    Returns:
+        The checkpoint whose weights are wanted: the last, or with `plan.patience` that of the lowest
+        validation loss.
 
     Raises:
         NotFinite: if a loss or gradient norm is NaN or infinite; the text names the step, the sequences of
@@ -97,6 +111,7 @@ def fit(
     resumed = resume(engine, folder)
     start = resumed.step
     log = MetricsLog(folder / METRICS, start) if engine.rank == 0 else None
+    curve = Curve(plan.patience, log.rows if log else [], folder)
     mine = range(engine.rank, plan.micro_batches, engine.world_size)
     window = Window(engine, resumed.unlogged)
     if engine.device.type == "cuda":
@@ -105,6 +120,9 @@ def fit(
     bar = progress(plan.steps, f"train {name}", start) if engine.rank == 0 else _silent()
     with signals_put_off() if stop is None else nullcontext(stop) as asked, bar:
         for step in range(start, plan.steps):
+            # Asked at the beginning: a run that was killed before its export ends here too.
+            if engine.share(int(curve.flat)):
+                break
             sums: dict[str, Tensor] = {}
             for micro in mine:
                 with engine.autocast():
@@ -117,7 +135,10 @@ def fit(
             timed += 1
             done, last = step + 1, step + 1 == plan.steps
             stopped = bool(engine.share(int(engine.rank == 0 and asked())))
-            checkpoint = done % plan.checkpoint_every == 0 or last
+            validated = done % plan.validate_every == 0 or last
+            checkpoint = (
+                done % plan.checkpoint_every == 0 or last or (validated and plan.patience is not None)
+            )
             logged = done % LOG_EVERY == 0 or checkpoint
             if logged or stopped:  # before every checkpoint, which must be a good one
                 steps = window.fetch()
@@ -128,17 +149,53 @@ def fit(
                 row = window.row()
                 row["train/learning_rate"] = plan.rate(step)
                 row["train/tokens_per_s"] = timed * plan.micro_batches * objective.tokens_per_micro / seconds
-            if done % plan.validate_every == 0 or last:
+            if validated:
                 row |= objective.validate(engine.model)
             if row and log:
                 log.write(done, row)
+                curve.add(done, row)
             if checkpoint or stopped:
-                save(engine, folder, done, window.steps)
+                save(engine, folder, done, window.steps, curve.best)
                 write_memory(engine, folder)
             if stopped and not last:
                 raise Stopped(f"training {name} was asked to stop and did after step {done} of {plan.steps}")
             if row:
                 since, timed = time.perf_counter(), 0
+    newest = latest(folder)
+    assert newest is not None, "the loop ends with a checkpoint"
+    return checkpoint_folder(folder, engine.share(curve.best or step_of(newest)))
+
+
+class Curve:
+    """The validation losses so far by step, where training may end by them; on rank 0 alone.
+
+    Args:
+        rows: what `metrics.jsonl` in `folder` holds already.
+    """
+
+    def __init__(self, patience: int | None, rows: Sequence[dict[str, float]], folder: Path) -> None:
+        self.patience = patience
+        self.losses: dict[int, float] = {}
+        for row in rows:
+            self.add(int(row["step"]), row)
+        # Where a damaged checkpoint is removed, the best one before it may be gone already.
+        while self.best and not checkpoint_folder(folder, self.best).exists():
+            del self.losses[self.best]
+
+    def add(self, step: int, row: dict[str, float]) -> None:
+        if self.patience is not None and WATCHED in row:
+            self.losses[step] = row[WATCHED]
+
+    @property
+    def best(self) -> int:
+        """The step of the lowest loss, the first of equal ones; 0 where there is none."""
+        return min(self.losses, key=self.losses.__getitem__, default=0)
+
+    @property
+    def flat(self) -> bool:
+        """Whether `patience` points in a row were no better than one before them."""
+        later = [step for step in self.losses if step > self.best]
+        return self.patience is not None and len(later) >= self.patience
 
 
 class Window:
@@ -219,8 +276,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        rows = read_metrics(path)
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
+        self.rows = [row for row in read_metrics(path) if row["step"] <= start]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, step: int, row: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -235,15 +292,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write the weights of the last checkpoint as `model/`, a Hugging Face folder with its card.
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, checkpoint: Path, card: str
+) -> None:
+    """Write the weights of a checkpoint as `model/`, a Hugging Face folder with its card.
 
     Args:
         model: any model of the right shape on the CPU; it receives the weights.
     """
-    newest = latest(folder)
-    assert newest is not None, "the loop ends with a checkpoint"
-    load_weights(model, newest)
+    load_weights(model, checkpoint)
     write_model(model, tokenizer, folder, card)
 
 

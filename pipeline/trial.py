@@ -21,6 +21,7 @@ from pipeline.cells import (
 from pipeline.config_sweep import Sweep
 from pipeline.decoding import Round
 from pipeline.drafting import Chance, DraftSource, LookupDrafts, ModelDrafts
+from pipeline.hardware import describe
 from pipeline.kv import PrefixView
 from pipeline.lean import DecodeModel
 from pipeline.measure import Bench, Timed, timed_prefill
@@ -139,7 +140,7 @@ class Trial:
         """One row a prompt; what the prompts shared, time and compilation, is divided among them."""
         bench, (cell, length) = self.bench, key
         kv_bytes = self.views.kv_bytes(cell)
-        share = 1 / len(bench.prompts)
+        share, hardware = 1 / len(bench.prompts), describe(bench.device)
         for row, prompt in enumerate(bench.prompts):
             ours, rounds = runs[0].tokens[row], runs[0].rounds[row]
             expected = plain[0].tokens[row]
@@ -179,6 +180,7 @@ class Trial:
                     "compile_s": compile_s * share,
                     "ar_num_tokens": len(expected) - 1,
                     "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
+                    "hardware": hardware,
                     "text": self.tokenizer.decode(ours, skip_special_tokens=True),
                 }
             )

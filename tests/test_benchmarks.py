@@ -188,7 +188,7 @@ def test_gpu_rows_at_toy_size_on_any_device() -> None:
     places = tuple(replace(place, tokens=64) for place in gpu.PLACES)
     setting = gpu.Setting(
         device="cpu", compile="none", dtype=torch.float32, target=toy, drafter=toy, places=places,
-        gammas=(2, 4), budget=16, new_tokens=12, repeats=2,
+        gammas=(2, 4), budget=16, budgets=(16, 32), new_tokens=12, repeats=2, inner=2,
     )  # fmt: skip
     rows = gpu.rows(setting, 1e10, "toy")
     names = {one.row.replace("B = 16", "B = 512") for one in rows}
@@ -200,5 +200,25 @@ def test_gpu_rows_at_toy_size_on_any_device() -> None:
         assert missing.value is None and missing.met is None and missing.target
     best = [one for one in rows if "best γ" in one.note]
     assert [one.target for one in best] == [6.55, 4.46, 2.10] and all(one.synthetic for one in best)
+    wanted: set[str] = set()
+    for place in places:
+        wanted.add(f"GPU AR step, {place.name}")
+        for gamma in {2, 4, place.gamma}:
+            wanted.add(f"GPU verify, {place.name}, γ = {gamma}")
+            wanted |= {f"GPU draft, {place.name}, B = {budget}, γ = {gamma}" for budget in (16, 32)}
+    assert wanted == {one.row for one in rows if " of copy bandwidth" in one.note}
     gpu.check("cpu")
     assert all(one.value is not None and one.value > 0 and one.device == "toy" for one in rows)
+
+
+def test_the_share_of_the_bandwidth_is_of_weights_and_kv() -> None:
+    """By hand, in fp32: a tied head of 32,000 × 32, a layer, the norms; KV of 64 entries."""
+    model = gpu.random_llama(hidden=32, layers=1, heads=2, intermediate=64)
+    weights = 4 * (32_000 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32)
+    assert gpu.weights_read(model) == weights
+    kv = gpu.decode_model(model).geometry.num_bytes(1, 64)
+    assert kv == 4 * 2 * 64 * 32
+    told = gpu.latency("a step", [2e-3, 1e-3, 4e-3], weights + kv, 1e10)
+    assert (told.value, told.low, told.high, told.unit) == (2.0, 1.0, 4.0, " ms")
+    shares = [(weights + kv) / seconds / 1e10 for seconds in (2e-3, 4e-3, 1e-3)]
+    assert told.note == "{:.2f} [{:.2f}, {:.2f}] of copy bandwidth".format(*shares)

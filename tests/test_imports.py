@@ -22,7 +22,7 @@ COMES_ALONG = {"pydantic_core"}
 ONLY_IN = {
     "ray": ("jobs/ray_*.py", "jobs/submit.py"),
     "deepspeed": ("jobs/deepspeed_engine.py",),
-    "mlflow": ("jobs/tracking*.py",),
+    "mlflow": ("jobs/tracking*.py", "jobs/regist*.py"),
 }
 DECODING_CORE = ("kv", "policies", "slots", "lean", "steps", "decoding", "replay", "metrics", "models")
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
 from pipeline.policies import select
@@ -30,6 +30,17 @@ def test_full_view_equals_a_plain_forward(target: PreTrainedModel) -> None:
     cache = ViewCache(views, capacity=15)
     rest = read_continuation(target, cache, tokens[:, 60:], torch.arange(60, 75).unsqueeze(0))
     torch.testing.assert_close(rest, plain[:, 60:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_transformers_own_is_read_to_its_end(target: PreTrainedModel) -> None:
+    """In pieces of several tokens and of one, as `generate` and its assistants read."""
+    tokens = random_tokens(2, 40)
+    plain = eager_twin(target)(input_ids=tokens).logits
+    cache, pieces = DynamicCache(), []
+    for start, end in ((0, 30), (30, 31), (31, 37), (37, 40)):
+        pieces.append(target(input_ids=tokens[:, start:end], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), plain, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,8 @@ def test_the_logged_rate_is_the_one_used(uninterrupted: Path) -> None:
 # ── gradients and precision ───────────────────────────────────────────────────────────────────────
 
 
-def next_token(workshop: Workshop, micro: int) -> tuple[NextToken, Plan]:
-    group = Pretrain(steps=5, batch_sequences=4, learning_rate=2e-3, warmup_steps=2)
+def next_token(workshop: Workshop, micro: int, compile: bool = False) -> tuple[NextToken, Plan]:
+    group = Pretrain(steps=5, batch_sequences=4, learning_rate=2e-3, warmup_steps=2, compile=compile)
     changes = {"train.micro_batch_sequences": micro, "train.clip": 0.5, "train.checkpoint_every": 99}
     pretrain = {f"{model}.pretrain.batch_sequences": 4 for model in ("target", "drafter")}
     config = tiny_config(changes | pretrain)
@@ -230,6 +231,23 @@ def test_accumulated_micro_batches_are_one_batch_and_a_plain_loop(
     for state in trained.values():
         for name, value in plain.state_dict().items():
             torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_a_compiled_step_is_the_plain_one(
+    workshop: Workshop, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients, from one whole graph, without generating code for it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    objective, _ = next_token(workshop, micro=2, compile=True)
+    plain, _ = next_token(workshop, micro=2)
+    assert objective.step_loss is not next_token_loss and plain.step_loss is next_token_loss
+    models = [make_model(layers=1, seed=3), make_model(layers=1, seed=3)]
+    values = [one.loss(model, 0, 0)[0] for one, model in zip((objective, plain), models, strict=True)]
+    torch.testing.assert_close(values[0], values[1])
+    for value in values:
+        value.backward()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_bfloat16_keeps_fp32_weights_and_similar_losses(workshop: Workshop, uninterrupted: Path) -> None:

@@ -87,9 +87,7 @@ def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]
     """All that the prepared data depends on; local files by size and time of change."""
     stats = {str(file): file.stat() for own in files.values() for file in own}
     inputs: dict[str, Any] = {
-        # Not the root: files are known by their full paths, and a job's working folder is another each time.
-        "data": config.data.model_dump(mode="json", exclude={"root"}),
-        "seed": config.seed,
+        **settings(config),
         "files": fingerprint({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}),
     }
     if config.data.tokenizer.kind == "target":
@@ -102,6 +100,12 @@ def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]
             "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in own},
         }
     return inputs
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What of a config the prepared data depends on."""
+    # Not the root: files are known by their full paths, and a job's working folder is another each time.
+    return {"data": config.data.model_dump(mode="json", exclude={"root", "prepared"}), "seed": config.seed}
 
 
 def origins(readers: dict[str, Reader[Any]], files: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:

@@ -51,12 +51,12 @@ def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
         _places(cells), pairs, _budgets(axes), OVER
     ):
         key = place._replace(drafter=drafter, budget=budget, control=control)
-        paired = _shared(cells, [key, key._replace(drafter=baseline)], prompts == "not_looping")
+        paired = paired_rows(cells, [key, key._replace(drafter=baseline)], prompts == "not_looping")
         if paired:
             found.append(
                 Gain(
                     **key._asdict(),
-                    **_difference(paired, resampling)._asdict(),
+                    **pooled_difference(paired, resampling)._asdict(),
                     **_counts(paired[0]),
                     baseline=baseline,
                     prompts=prompts,
@@ -84,7 +84,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
         if len(seeds) < 2:
             continue
         keys = [side[seed] for side in (first, second) for seed in seeds]
-        shared = _shared(cells, keys, prompts == "not_looping")
+        shared = paired_rows(cells, keys, prompts == "not_looping")
         if not shared:
             continue
         sides = shared[: len(seeds)], shared[len(seeds) :]
@@ -94,7 +94,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
             seed=resampling.seed,
             clusters=documents(shared[0]),
         )
-        by_seed = [_difference(pair, resampling).mean for pair in zip(*sides, strict=True)]
+        by_seed = [pooled_difference(pair, resampling).mean for pair in zip(*sides, strict=True)]
         found.append(
             FamilyGain(
                 **key._asdict(),
@@ -118,12 +118,12 @@ def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[Contr
         budget: Budget | None = axes.smallest_budget if key.control == "no_prefix" else key.budget
         if budget is None:
             continue
-        paired = _shared(cells, [key._replace(control=None, budget=budget), key], False)
+        paired = paired_rows(cells, [key._replace(control=None, budget=budget), key], False)
         if paired:
             found.append(
                 ControlGap(
                     **key._asdict(),
-                    **_difference(paired, resampling)._asdict(),
+                    **pooled_difference(paired, resampling)._asdict(),
                     **_counts(paired[0]),
                     real_budget=budget,
                 )
@@ -155,7 +155,7 @@ def _gain_order(gain: Gain, axes: Axes) -> tuple[float | str, ...]:
     return (*order[:5], axes.drafter_order(gain.baseline), *order[5:])
 
 
-def _shared(cells: Cells, keys: Sequence[CellKey], without_looping: bool) -> list[list[PromptRow]]:
+def paired_rows(cells: Cells, keys: Sequence[CellKey], without_looping: bool) -> list[list[PromptRow]]:
     """Each cell's rows of the prompts that all of them hold and propose something in, in one order.
 
     Empty where there is no such prompt.
@@ -183,7 +183,7 @@ def _stacked(side: Iterable[Sequence[PromptRow]]) -> tuple[list[list[Count]], li
     return [accepted for accepted, _ in counts], [proposed for _, proposed in counts]
 
 
-def _difference(paired: Sequence[Sequence[PromptRow]], resampling: Resampling) -> metrics.Interval:
+def pooled_difference(paired: Sequence[Sequence[PromptRow]], resampling: Resampling) -> metrics.Interval:
     first, second = paired
     return metrics.paired_difference(
         accepted_of_proposed(first),

@@ -132,9 +132,12 @@ class Check(Row):
 class Summary(Row):
     """`summary.json`. All acceptance figures are shares, intervals are 95 % over documents.
 
-    `compile_s` is what compiling for the measured cells took, outside all timings.
+    `compile_s` is what compiling for the measured cells took, outside all timings. `config` is the name of
+    the config of the present run, `prepared` the folder of its prepared data as seen from the report's.
     """
 
+    config: str = ""
+    prepared: str = ""
     stages: tuple[Stage, ...] = ()
     lossless: Lossless
     replay_check: ReplayCheck

@@ -1,0 +1,89 @@
+"""Commands around MLflow's model registry. `cli.py` turns their errors into exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.config_files import load_group
+from pipeline.config_gate import GateConfig
+
+commands = typer.Typer()
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Registered model; default: the only one.")
+]
+TrackingOption = Annotated[
+    str,
+    typer.Option("--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="Where MLflow is."),
+]
+LOCAL = "sqlite:///runs/mlflow.db"
+SIDE = (
+    "an alias, a version's number, the id of the MLflow run or Ray job that registered it; or finished "
+    "results, RESULTS or RESULTS:DRAFTER, such as runs/report-…:multi_view"
+)
+
+
+@commands.command("gate", short_help="Compare a candidate with the champion: pass, fail, or not known yet.")
+def gate_candidate(
+    candidate: Annotated[str, typer.Option(metavar="RUN", help=f"Who wants to be champion: {SIDE}.")],
+    baseline: Annotated[str, typer.Option(metavar="RUN", help="Whom it is compared with.")] = "champion",
+    config: Annotated[Path, typer.Option(metavar="FILE", help="Margins and error rate.")] = Path(
+        "conf/gate.yaml"
+    ),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OVERRIDES", help="field=value of it, such as margins.acceptance=0.02."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where gate.json, gate.md and gate.png go.")
+    ] = Path("gate"),
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Make a candidate that passes the champion.")
+    ] = False,
+    tracking_uri: TrackingOption = LOCAL,
+) -> None:
+    """Compare a candidate with a baseline, prompt by prompt; exit code 5: fail, 6: not enough evidence."""
+    loaded = load_group(GateConfig, config, overrides or [])
+    from jobs.gate import EXIT_CODES, JSON, decide
+
+    decision = decide(candidate, baseline, loaded, output, tracking_uri, promote)
+    typer.echo("\n".join([decision.verdict.replace("_", " "), *decision.reasons]), err=True)
+    if promote and decision.verdict == "pass":
+        typer.echo(f"{decision.model} version {decision.candidate.version} is the champion now", err=True)
+    typer.echo((output / JSON).resolve())
+    raise typer.Exit(EXIT_CODES[decision.verdict])
+
+
+@commands.command("pull", short_help="Fetch a registered drafter as a Hugging Face folder.")
+def pull_drafter(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="REFERENCE",
+            help="champion or another alias, a version's number, or the id of the MLflow run or Ray job that "
+            "registered it.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    model: ModelOption = None,
+    tracking_uri: TrackingOption = LOCAL,
+) -> None:
+    """Fetch a registered drafter into a new folder that plain from_pretrained loads; files are checked."""
+    from jobs.registry import pull, resolve
+
+    version = resolve(tracking_uri, model, reference)
+    made = pull(version, folder)
+    typer.echo(f"{version}: {version.tags['drafter']}, trained for {version.tags['budgets']}", err=True)
+    typer.echo(made)
+
+
+@commands.command("rollback", short_help="Make the champion before the present one champion again.")
+def roll_back(model: ModelOption = None, tracking_uri: TrackingOption = LOCAL) -> None:
+    """Move the alias champion back by one step; exit code 3 if there is no champion before."""
+    from jobs.registry import rollback
+
+    before, now = rollback(tracking_uri, model)
+    typer.echo(f"champion: version {before} → version {now}")

@@ -1,0 +1,232 @@
+"""`budgetdraft gate`: a candidate against a baseline, by statistics; writes gate.json, gate.md, gate.png."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jobs import registry
+from pipeline.artifacts import write_json, write_text
+from pipeline.comparison import Comparison, GatedCell, compare
+from pipeline.config_errors import ConfigError
+from pipeline.config_gate import GateConfig
+from pipeline.evidence import Evidence, read_evidence
+from pipeline.gate import Verdict
+from pipeline.metrics import Interval
+from pipeline.rows import Row
+
+JSON, MARKDOWN, FIGURE = "gate.json", "gate.md", "gate.png"
+STRIP = 25  # characters of the figure in the Markdown table
+SAID: dict[Verdict, str] = {
+    "pass": "pass",
+    "fail": "fail: the candidate is worse than what is tolerated",
+    "not_enough_evidence": "not enough evidence",
+}
+
+
+EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 5, "not_enough_evidence": 6}
+
+
+class Side(Row):
+    """Who was compared. `version` is the number in the registry; None where finished results were named."""
+
+    reference: str
+    version: int | None
+    drafter: str
+    config: str
+    hardware: str
+    budgets: list[int | Literal["full"]]
+
+
+class Decision(Row):
+    """`gate.json`. `model` is the registered one, None for finished results; `baseline` None: no champion."""
+
+    verdict: Verdict
+    reasons: list[str]
+    model: str | None
+    candidate: Side
+    baseline: Side | None
+    target: str
+    prompts: str
+    gate: GateConfig
+    cells: list[GatedCell]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reference stands for."""
+
+    reference: str
+    version: registry.Version | None
+    evidence: Evidence
+
+    @property
+    def side(self) -> Side:
+        known = self.evidence.model_dump(include={"drafter", "config", "hardware", "budgets"})
+        number = self.version.number if self.version else None
+        return Side(reference=self.reference, version=number, **known)
+
+
+def decide(
+    candidate: str, baseline: str, config: GateConfig, output: Path, tracking_uri: str, promote: bool
+) -> Decision:
+    """Compare, write the three files into `output`, and with `promote` make a candidate that passes champion.
+
+    Args:
+        candidate, baseline: a report folder or its summary.json, RESULTS or RESULTS:DRAFTER; else what
+            `jobs.registry.resolve` takes. A baseline `champion` that nobody is yet lets any candidate pass.
+
+    Raises:
+        BadData: if a reference stands for nothing, or the two were not evaluated alike.
+        ConfigError: if `promote` is asked for results that no registry holds.
+    """
+    if promote and (is_results(candidate) or is_results(baseline)):
+        raise ConfigError("--promote is for drafters in the registry: name both by version, alias or run")
+    own = find(candidate, config, tracking_uri)
+    other = find_baseline(baseline, own, config, tracking_uri)
+    if other is None:
+        said: Comparison = Comparison("pass", ["There is no champion yet: nothing was compared."], [])
+    else:
+        said = compare(own.evidence, other.evidence, config)
+    decision = Decision(
+        verdict=said.verdict,
+        reasons=said.reasons,
+        model=own.version.model if own.version else None,
+        candidate=own.side,
+        baseline=other.side if other else None,
+        target=own.evidence.target,
+        prompts=own.evidence.prompts,
+        gate=config,
+        cells=said.cells,
+    )
+    write(decision, output)
+    if promote and decision.verdict == "pass" and own.version:
+        registry.promote(own.version, output / JSON)
+    return decision
+
+
+def find(reference: str, config: GateConfig, tracking_uri: str) -> Found:
+    if is_results(reference):
+        results, drafter = split_results(reference)
+        return Found(reference, None, read_evidence(results, drafter))
+    version = registry.resolve(tracking_uri, config.model, reference)
+    return Found(reference, version, registry.evidence_of(version))
+
+
+def find_baseline(reference: str, candidate: Found, config: GateConfig, tracking_uri: str) -> Found | None:
+    """As `find`; None for the champion of the candidate's model where it has none yet."""
+    if reference == registry.CHAMPION and candidate.version:
+        model = candidate.version.model
+        if registry.champion_of(tracking_uri, model) is None:
+            return None
+    return find(reference, config, tracking_uri)
+
+
+def is_results(reference: str) -> bool:
+    """Whether it names a folder or file, and not something in the registry, whatever lies in this folder."""
+    return "/" in reference or reference.startswith(("report-", "summary.json"))
+
+
+def split_results(reference: str) -> tuple[Path, str | None]:
+    """RESULTS or RESULTS:DRAFTER."""
+    results, colon, drafter = reference.rpartition(":")
+    return (Path(results), drafter) if colon and not Path(reference).exists() else (Path(reference), None)
+
+
+def write(decision: Decision, output: Path) -> None:
+    """All three files; without cells there is nothing to draw."""
+    from pipeline.report.forest import draw  # matplotlib is slow to import
+
+    output.mkdir(parents=True, exist_ok=True)
+    if decision.cells:
+        draw(decision.cells, title(decision), output / FIGURE)
+    else:
+        (output / FIGURE).unlink(missing_ok=True)
+    write_text(output / MARKDOWN, markdown(decision))
+    write_json(output / JSON, decision.model_dump(mode="json"))
+
+
+def title(decision: Decision) -> str:
+    sides = [f"{side.drafter} ({side.config})" for side in (decision.candidate, decision.baseline) if side]
+    return f"{' against '.join(sides)}: {SAID[decision.verdict]}"
+
+
+def markdown(decision: Decision) -> str:
+    """The summary for a CI service."""
+    lines = [f"## Gate: {SAID[decision.verdict]}", "", *(f"- {reason}" for reason in decision.reasons), ""]
+    lines += ["| | drafter | config | trained on budgets | version | hardware of timings |", "|---" * 6 + "|"]
+    for name, side in (("candidate", decision.candidate), ("baseline", decision.baseline)):
+        if side:
+            budgets = ", ".join(map(str, side.budgets)) or "none"
+            version = f"{decision.model} {side.version}" if side.version else side.reference
+            timed = side.hardware or "none"
+            lines.append(f"| {name} | `{side.drafter}` | {side.config} | {budgets} | {version} | {timed} |")
+    if decision.cells:
+        lines += ["", *cell_table(decision)]
+    return "\n".join(lines) + "\n"
+
+
+def cell_table(decision: Decision) -> list[str]:
+    """A line a cell, with its interval drawn: the figure, where no image can be shown."""
+    chance = f"{100 * decision.gate.error_rate:g} %"
+    known = [(cell.low, cell.high, cell.floor, cell.difference) for cell in decision.cells]
+    at = [100 * value for values in known for value in values if value is not None]
+    return [
+        "Differences and bounds are in points of acceptance, or % of speedup; `┊` is the least that is "
+        f"tolerated. A lower bound errs with a chance of {chance}, and so do all upper bounds together.",
+        "",
+        "| cell | of | candidate | baseline | difference | bounds | drawn | tolerated | documents | "
+        "prompts, looping | without looping | `other_prompt` | outcome |",
+        "|---" * 13 + "|",
+        *(cell_line(cell, min(at), max(at)) for cell in decision.cells),
+    ]
+
+
+def cell_line(cell: GatedCell, least: float, most: float) -> str:
+    speed = cell.metric == "speed"
+    sides = [f"{x:.2f}×" if speed else f"{100 * x:.1f} %" for x in (cell.candidate, cell.baseline)]
+    known = cell.low is not None and cell.high is not None
+    bounds = f"[{points(cell.low)}, {points(cell.high)}]" if known else "too few documents"
+    parts = [
+        cell.name,
+        cell.metric,
+        *sides,
+        points(cell.difference),
+        bounds,
+        f"`{strip(cell, least, most)}`",
+        points(cell.floor),
+        str(cell.num_documents),
+        f"{cell.num_prompts}, {cell.num_looping}",
+        with_interval(cell.not_looping),
+        with_interval(cell.other_prompt),
+        {
+            "pass": "pass",
+            "fail": "**fail**",
+            "open": f"open, needs {cell.documents_needed or 'no number of'} documents",
+        }[cell.outcome],
+    ]
+    return f"| {' | '.join(parts)} |"
+
+
+def strip(cell: GatedCell, least: float, most: float) -> str:
+    """The interval as text, from `least` to `most` in percent."""
+
+    def column(value: float) -> int:
+        return round((100 * value - least) / ((most - least) or 1) * (STRIP - 1))
+
+    drawn = ["·"] * STRIP
+    if cell.low is not None and cell.high is not None:
+        for at in range(column(cell.low), column(cell.high) + 1):
+            drawn[at] = "─"
+    drawn[column(cell.floor)] = "┊"
+    drawn[column(cell.difference)] = "●"
+    return "".join(drawn)
+
+
+def points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}"
+
+
+def with_interval(found: Interval | None) -> str:
+    return f"{points(found.mean)} [{points(found.low)}, {points(found.high)}]" if found else ""

@@ -1,0 +1,207 @@
+"""Two evidences side by side: the cells that both hold, prompt by prompt, as ratios to compare."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import numpy as np
+
+from pipeline.config_gate import GateConfig
+from pipeline.errors import BadData
+from pipeline.evidence import Evidence
+from pipeline.metrics import Floats
+from pipeline.report.axes import CellKey, Cells, PromptRows, budget_order
+from pipeline.report.differences import paired_rows
+from pipeline.report.speed import decoded
+from pipeline.report.tables import accepted_of_proposed, documents, group, replayed_or_measured
+from pipeline.rows import Count, PromptRow
+
+Metric = Literal["acceptance", "speed"]
+Ratio = tuple[Sequence[Count], Sequence[Count]]  # what stands above and below, per prompt
+SIDES = CANDIDATE, BASELINE = "candidate", "baseline"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A cell of both sides over the same N prompts, or batches of prompts that were decoded together.
+
+    `rows` [N] are the candidate's (of a batch the first), `units` [N] the names of what each is resampled
+    with. The ratios pool to acceptance rates, or to mean logarithms of decode speedups; `floor` is the least
+    difference on that scale.
+    """
+
+    key: CellKey
+    metric: Metric
+    floor: float
+    num_prompts: int
+    rows: Sequence[PromptRow]
+    units: Sequence[str]
+    candidate: Ratio
+    baseline: Ratio
+
+    def shown(self, value: float) -> float:
+        """A difference, or bound of one, as users read it: of speed, candidate ÷ baseline − 1."""
+        return math.expm1(value) if self.metric == "speed" else value
+
+    def rates(self) -> tuple[float, float]:
+        """The acceptance rates of candidate and baseline, or the geometric means of their speedups."""
+        candidate, baseline = (sum(above) / sum(below) for above, below in (self.candidate, self.baseline))
+        return (math.exp(candidate), math.exp(baseline)) if self.metric == "speed" else (candidate, baseline)
+
+
+def check_comparable(candidate: Evidence, baseline: Evidence) -> None:
+    """Raise BadData where the two were evaluated behind different targets, or on different prompts."""
+    for field, what in (("target", "another target or tokenizer"), ("prompts", "other prompts")):
+        own, other = getattr(candidate, field), getattr(baseline, field)
+        if own != other:
+            raise BadData(
+                f"the candidate {candidate.drafter} ({candidate.config}) was evaluated with {what} than the "
+                f"baseline {baseline.drafter} ({baseline.config}), by fingerprint {own} and {other}: "
+                "evaluate both alike"
+            )
+
+
+def both_sides(candidate: Evidence, baseline: Evidence) -> Cells:
+    """The rows of both that tell of acceptance, controls included, by cell and prompt."""
+    return {
+        by_side(key, side): rows
+        for side, evidence in zip(SIDES, (candidate, baseline), strict=True)
+        for key, rows in replayed_or_measured(evidence.rows).items()
+    }
+
+
+def acceptance_pairs(cells: Cells, config: GateConfig) -> list[Paired]:
+    """All cells of the gate's γ and temperatures, over the prompts that propose something.
+
+    Both sides propose in the same prompts: the texts are the target's.
+
+    Raises:
+        BadData: if the sides do not hold the same cells and prompts; names one that differs.
+    """
+    pairs = []
+    for key in common_keys(cells, config):
+        other = key._replace(drafter=BASELINE)
+        if differing := cells[key].keys() ^ cells[other].keys():
+            raise BadData(
+                f"only one side has prompt {min(differing)!r} in {place(key)} ({len(differing)} prompts "
+                "differ): run the sweep that lacks them again"
+            )
+        sides = paired_rows(cells, [key, other], without_looping=False)
+        if not sides:
+            raise BadData(f"no prompt of {place(key)} proposes anything: evaluate longer continuations")
+        ratios = [accepted_of_proposed(side) for side in sides]
+        floor = -config.margins.acceptance
+        rows = sides[0]
+        pairs.append(Paired(key, "acceptance", floor, len(rows), rows, documents(rows), *ratios))
+    return pairs
+
+
+def common_keys(cells: Cells, config: GateConfig) -> list[CellKey]:
+    """The candidate's keys of the cells to compare, ordered; BadData where the baseline has others."""
+    for name, wanted in (("gamma", config.gammas), ("temperature", config.temperatures)):
+        there = sorted({getattr(key, name) for key in cells})
+        for value in wanted:
+            if value not in there:
+                raise BadData(
+                    f"nothing was evaluated at {name} {value:g}, which the gate compares: only {there}"
+                )
+    own, other = (
+        {key._replace(drafter=CANDIDATE) for key in cells if key.drafter == side and compared(key, config)}
+        for side in SIDES
+    )
+    if differing := own ^ other:
+        first = min(differing, key=order)
+        side = BASELINE if first in own else CANDIDATE
+        raise BadData(
+            f"the {side} was not evaluated in {place(first)} ({len(differing)} cells differ): evaluate both "
+            "in the same cells"
+        )
+    return sorted(own, key=order)
+
+
+def speed_pairs(candidate: Evidence, baseline: Evidence, config: GateConfig) -> tuple[list[Paired], str]:
+    """Cells that both sides measured, over the prompts that they have in common; and why there are none."""
+    for side, evidence in zip(SIDES, (candidate, baseline), strict=True):
+        if not evidence.hardware:
+            return [], f"no speed of the {side} was measured"
+    if candidate.hardware != baseline.hardware:
+        return [], (
+            f"the candidate's speed was measured on {candidate.hardware}, the baseline's on "
+            f"{baseline.hardware}: measure both on the same hardware"
+        )
+    own, other = (
+        {by_side(key, CANDIDATE): speedups(rows) for key, rows in group(evidence.rows, "measure").items()
+         if compared(key, config)}
+        for evidence in (candidate, baseline)
+    )  # fmt: skip
+    assert config.margins.speed is not None
+    floor = math.log1p(-config.margins.speed)
+    pairs = []
+    for key in sorted(own.keys() & other.keys(), key=order):
+        batches = sorted(own[key].keys() & other[key].keys())
+        rows = [own[key][batch][0] for batch in batches]
+        logs = [[math.log(side[key][batch][1]) for batch in batches] for side in (own, other)]
+        if batches:
+            ratios = [(values, [1] * len(batches)) for values in logs]
+            prompts = sum(map(len, batches))
+            pairs.append(Paired(key, "speed", floor, prompts, rows, documents(rows), *ratios))
+    return (
+        pairs,
+        "" if pairs else "no cell and prompt of the gate's γ and temperatures was measured on both sides",
+    )
+
+
+def speedups(rows: PromptRows) -> dict[tuple[str, ...], tuple[PromptRow, float]]:
+    """The prompts decoded together → the first row, and their decode speedup over AR beside them."""
+    batches: dict[str, list[PromptRow]] = defaultdict(list)
+    for row in rows.values():
+        batches[row.together_with or row.prompt_id].append(row)
+    found = {}
+    for batch in batches.values():
+        ours = sum(map(decoded, batch)) / sum(median(row.decode_s) for row in batch)
+        plain = sum(row.ar_num_tokens or 0 for row in batch) / sum(median(row.ar_decode_s) for row in batch)
+        found[tuple(sorted(row.prompt_id for row in batch))] = batch[0], ours / plain
+    return found
+
+
+def sums(pairs: Sequence[Paired]) -> Floats:
+    """[U units, K cells, S sides, R above and below] what each unit's prompts sum to in each cell."""
+    names = sorted({unit for pair in pairs for unit in pair.units})
+    number = {unit: index for index, unit in enumerate(names)}
+    sums_UKSR = np.zeros((len(number), len(pairs), 2, 2))
+    for cell, pair in enumerate(pairs):
+        members = [number[unit] for unit in pair.units]
+        for side, ratio in enumerate((pair.candidate, pair.baseline)):
+            for part, values in enumerate(ratio):
+                np.add.at(sums_UKSR[:, cell, side, part], members, values)
+    return sums_UKSR
+
+
+def by_side(key: CellKey, side: str) -> CellKey:
+    """With the side in place of the drafter: both may have one name. Greedily the seed decides nothing."""
+    return key._replace(drafter=side, seed=key.seed if key.temperature else 0)
+
+
+def compared(key: CellKey, config: GateConfig) -> bool:
+    return (
+        key.control is None
+        and not key.threshold
+        and key.gamma in config.gammas
+        and key.temperature in config.temperatures
+    )
+
+
+def order(key: CellKey) -> tuple[str | float, ...]:
+    at = budget_order(key.budget)
+    return key.dataset, key.context, key.policy, key.gamma, key.temperature, key.seed, at
+
+
+def place(key: CellKey) -> str:
+    """A cell in words."""
+    sampling = f", temperature {key.temperature:g}, seed {key.seed}" if key.temperature else ""
+    return f"{key.dataset}, context {key.context}, {key.policy}, B = {key.budget}, γ = {key.gamma}{sampling}"

@@ -1,0 +1,153 @@
+"""A trained drafter in use: a target and a drafter from their folders, and prompts that they continue.
+
+`budgetdraft generate` and other Python programs use the same; decoding and its clock are those of the sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.config_sweep import check_budget
+from pipeline.decoding import speculate
+from pipeline.drafting import Chance, ModelDrafts
+from pipeline.errors import BadData
+from pipeline.kv import View, view_of
+from pipeline.lean import DecodeModel, decode_model
+from pipeline.measure import Bench, Sides, timed_prefill
+from pipeline.models import ModelRef, load_model, model_folder, pick_device, stop_tokens
+from pipeline.rows import Prompt
+from pipeline.steps import Compile
+
+
+@dataclass
+class Reading:
+    """Prompts that both models have read, ready to be continued until the pair reads others."""
+
+    bench: Bench
+    source: ModelDrafts
+    gamma: int
+    eos: frozenset[int]
+
+    def stream(self, chance: Chance) -> Iterator[list[list[int]]]:
+        """All tokens so far of each prompt: after the prefill, then after every round."""
+        firsts, sampler = self.bench.start(chance)
+        written = [[first] for first in firsts]
+        yield written
+        limit, eos = self.bench.limit, self.eos
+        for rounds in speculate(self.bench.target, self.source, firsts, self.gamma, limit, eos, sampler):
+            for tokens, one in zip(written, rounds, strict=True):
+                tokens += one.tokens if one else ()
+            yield written
+
+
+@dataclass
+class Pair:
+    """A target and a drafter, the tokenizer that they share, and the caches that they decode with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    target: DecodeModel
+    drafter: DecodeModel
+    eos: frozenset[int]
+    sides: Sides = field(repr=False)
+
+    def continue_prompts(
+        self,
+        prompts: Sequence[str],
+        policy: str,
+        budget: int | Literal["full"],
+        gamma: int,
+        max_new_tokens: int,
+        threshold: float = 0.0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """The target's own continuations, decoded together: its greedy ones, or samples at a temperature.
+
+        Args:
+            policy: which prefix entries the drafter keeps; see `pipeline.policies`.
+            budget: how many of them, per layer and KV head; "full" keeps all.
+            gamma: proposals a round.
+            max_new_tokens: the most tokens of each continuation.
+            threshold: stop drafting behind a proposal with less probability; 0 drafts γ.
+            temperature: 0 is greedy.
+            seed: of sampling.
+
+        Raises:
+            BadData: if there is no prompt, or an empty one.
+            ValueError: for a policy or budget that does not exist.
+        """
+        check_budget(budget)
+        reading = self.read(prompts, view_of(policy, budget), gamma, max_new_tokens, threshold)
+        *_, written = reading.stream(Chance(temperature, seed))
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+
+    def read(
+        self, prompts: Sequence[str], view: View, gamma: int, max_new_tokens: int, threshold: float
+    ) -> Reading:
+        """Let both models read the prompts, the drafter behind a view of each.
+
+        Raises:
+            BadData: if there is no prompt, or an empty one.
+        """
+        if not prompts:
+            raise BadData("there is no prompt to continue")
+        asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
+        bench = Bench(self.sides, self.target, asked, gamma)
+        views = [timed_prefill(self.drafter, prompt, [view])[0][0] for prompt in asked]
+        source = ModelDrafts(bench.drafter(self.drafter, views), threshold)
+        return Reading(bench, source, gamma, self.eos)
+
+    def prompt(self, number: int, text: str, max_new_tokens: int) -> Prompt:
+        """A prompt as the sweep has them."""
+        tokens = self.tokenizer(text)["input_ids"]
+        if not tokens:
+            raise BadData("the prompt is empty")
+        return Prompt(
+            prompt_id=str(number),
+            document_id=str(number),
+            dataset="serving",
+            context="serving",
+            split="test",
+            tokens=tokens,
+            max_new_tokens=max_new_tokens,
+        )
+
+
+def load_pair(
+    target: str | Path | ModelRef,
+    drafter: str | Path | ModelRef,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
+    compile: Compile = "none",
+    prefill_chunk: int = 2048,
+) -> Pair:
+    """Load a target and a drafter.
+
+    Args:
+        target: a folder or hub id; a `ModelRef` where more than the path is to be said, such as the dtype.
+        drafter: likewise; a folder that the pipeline has made, or `budgetdraft pull` has fetched.
+        tokenizer: its folder; default: the drafter's, where the pipeline puts the one that both share.
+        device: "auto" is the GPU where there is one.
+        compile: "inductor", or "cudagraphs" on a GPU; a shape is compiled when it first comes up.
+        prefill_chunk: tokens of a prefix that are computed at once.
+
+    Raises:
+        BadData: if there is no model or tokenizer in a folder, or the target has another vocabulary.
+        ValueError: if a GPU is asked for and there is none.
+    """
+    target, drafter = (
+        given if isinstance(given, ModelRef) else ModelRef(str(given)) for given in (target, drafter)
+    )
+    folder = Path(tokenizer) if tokenizer else model_folder(drafter)
+    try:
+        shared = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadData(f"{folder} holds no tokenizer: name the folder of one as `tokenizer`") from error
+    models = [load_model(ref, len(shared), pick_device(device)) for ref in (target, drafter)]
+    large, small = (decode_model(model, prefill_chunk) for model in models)
+    return Pair(shared, large, small, stop_tokens(models[0]), Sides(compile))
