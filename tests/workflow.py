@@ -1,0 +1,118 @@
+"""Runs the shell steps of a GitHub workflow on this machine, in order, each as a runner would.
+
+By hand, with the servers up (docs/containers.md); `@FILE` stands for what is in a file:
+
+    python -m tests.workflow .github/workflows/sweep.yml sweep FOLDER inputs.config=conf/cluster.yaml \\
+        secrets.RAY_TOKEN=@FILE vars.RAY_API_SERVER_ADDRESS=…
+
+Steps that use an action are left out, and so is `Install`: this environment is the one that is meant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BIN = Path(sys.executable).parent
+LEFT_OUT = ("Install",)
+SHELL = ("bash", "--noprofile", "--norc", "-eo", "pipefail")
+EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
+# Condition of a step → whether it runs, by the outcomes of steps so far, by name.
+CONDITIONS = {
+    None: lambda outcomes: "failure" not in outcomes.values(),
+    "always()": lambda outcomes: True,
+    "cancelled()": lambda outcomes: False,
+    "${{ !cancelled() && steps.submit.outcome == 'success' }}": lambda outcomes: (
+        outcomes["Submit and follow"] == "success"
+    ),
+}
+
+
+def read_workflow(path: Path) -> dict[str, Any]:
+    """Its YAML, with the key `on`, which YAML 1.1 takes for a truth value, under that name."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {"on" if key is True else key: value for key, value in values.items()}
+
+
+def resolve(text: str, given: Mapping[str, str]) -> str:
+    """A value with its expressions filled in: alternatives with `||`, of names in `given` and literals."""
+
+    def value(found: re.Match[str]) -> str:
+        terms = [term.strip() for term in found[1].split("||")]
+        known = (term.strip("'") if term.startswith("'") else given.get(term, "") for term in terms)
+        return next(filter(None, known), "")
+
+    return EXPRESSION.sub(value, str(text))
+
+
+def run_job(
+    path: Path, job: str, checkout: Path, folder: Path, given: Mapping[str, str], programs: Path
+) -> dict[str, str]:
+    """Run the shell steps of one job; returns the outcome of each step by name: success, failure, skipped.
+
+    What a step prints goes to `<name>.log` in `folder`, where the files lie that steps write for the runner.
+
+    Args:
+        given: values of expressions, such as `inputs.config`.
+        programs: folder that is searched for commands first.
+    """
+    workflow = read_workflow(path)
+    job_env = workflow.get("env", {}) | workflow["jobs"][job].get("env", {})
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / name for name in ("GITHUB_ENV", "GITHUB_STEP_SUMMARY")}
+    for file in files.values():
+        file.touch()
+    outcomes: dict[str, str] = {}
+    for step in workflow["jobs"][job]["steps"]:
+        name = step.get("name", step.get("uses"))
+        if "run" not in step or name in LEFT_OUT:
+            continue
+        if not CONDITIONS[step.get("if")](outcomes):
+            outcomes[name] = "skipped"
+            continue
+        own = {key: resolve(text, given) for key, text in (job_env | step.get("env", {})).items()}
+        kept = dict(line.split("=", 1) for line in files["GITHUB_ENV"].read_text().splitlines())
+        (folder / "step.sh").write_text(step["run"], encoding="utf-8")
+        with (folder / f"{name}.log").open("w") as log:
+            code = subprocess.run(
+                [*SHELL, str(folder / "step.sh")],
+                cwd=checkout,
+                env={
+                    **os.environ, **own, **kept,
+                    **{key: str(file) for key, file in files.items()},
+                    "PYTHONPATH": str(checkout),  # as an editable installation does
+                    "RUNNER_TEMP": str(folder), "PATH": f"{programs}:{BIN}:{os.environ['PATH']}",
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        outcomes[name] = "failure" if code else "success"
+    return outcomes
+
+
+def own_command(folder: Path) -> Path:
+    """A folder with `budgetdraft` as an installation has it: this interpreter, the checkout's code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "budgetdraft").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m jobs "$@"\n')
+    (folder / "budgetdraft").chmod(0o755)
+    return folder
+
+
+if __name__ == "__main__":
+    workflow, job, folder = sys.argv[1:4]
+    given = dict(pair.split("=", 1) for pair in sys.argv[4:])
+    # Secrets are read from files: the list of processes shows arguments to everyone.
+    given |= {name: Path(text[1:]).read_text() for name, text in given.items() if text.startswith("@")}
+    made = Path(folder).absolute()
+    outcomes = run_job(Path(workflow), job, Path.cwd(), made, given, own_command(made / "bin"))
+    for name, outcome in outcomes.items():
+        print(f"{outcome:<8} {name}")
+    sys.exit("failure" in outcomes.values())
