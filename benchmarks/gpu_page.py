@@ -1,0 +1,207 @@
+"""The page of the study on a GPU, from its finished report and `bench.json`; only the notes are typed in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from benchmarks.gpu import PLACES
+from benchmarks.study_tables import acceptance, check_table, markdown, points, speed
+from jobs.pipeline import run_pipeline, settled
+from pipeline.artifacts import read_all, read_rows, write_text
+from pipeline.config import Config
+from pipeline.report.summary import Check, Summary
+from pipeline.rows import CellRow, PromptRow
+
+PAIR, BASELINE = "multi_view", "full_only"
+LEAST_GAP, LEAST_SPEEDUP = 0.03, 1.5
+FIGURES = ("acceptance_by_budget_chunk_topk", "speedup_by_context")
+
+
+def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
+    """`README.md`, `summary.json`, `bench.json` and figures into `output`.
+
+    Args:
+        bench: what `python -m benchmarks --only gpu` wrote on the same GPU.
+        notes: Markdown, what was tried and did not work.
+    """
+    config = settled(config)
+    report = run_pipeline(config).parent
+    summary = Summary.model_validate_json((report / "summary.json").read_text(encoding="utf-8"))
+    cells = read_rows(report / "cells.jsonl", CellRow)
+    made = json.loads((report / "manifest.json").read_text(encoding="utf-8"))
+    sweep = Path(config.storage) / f"sweep-{made['inputs']['sweep']}"
+    rows = read_all(sweep / "rows", PromptRow)
+    system = json.loads(bench.read_text(encoding="utf-8"))
+    # The γ that is decoded too, where there are several the largest: acceptance falls with it.
+    gamma = max(config.sweep.measure.gammas or config.sweep.gammas)
+    smallest = min(budget for budget in config.sweep.budgets if budget != "full")
+    checks = [
+        *gains(summary, smallest, gamma),
+        *gaps(summary, smallest, gamma),
+        *speedups(cells),
+        *system_checks(system),
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    drawn = [name for name in FIGURES if (report / "figures" / f"{name}.png").exists()]
+    for name in drawn:
+        shutil.copyfile(report / "figures" / f"{name}.png", output / f"{name}.png")
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("benchmarks", "."), undefined=jinja2.StrictUndefined
+    ).get_template("gpu.md.j2")
+    page = template.render(
+        config=config,
+        hardware=sorted({row.hardware for row in rows if row.hardware}),
+        made=json.loads((sweep / "manifest.json").read_text(encoding="utf-8"))["provenance"],
+        gamma=gamma,
+        checks=check_table([check.model_dump() for check in checks]),
+        accepted=accepted_table(cells, gamma),
+        measured=measured_table(cells),
+        system=system_table(system),
+        paper=paper_table(system),
+        figures=drawn,
+        findings=summary.findings,
+        notes=notes.read_text(encoding="utf-8").strip(),
+    )
+    write_text(output / "README.md", page + "\n")
+    whole = summary.model_copy(update={"checks": tuple(checks)})
+    write_text(output / "summary.json", whole.model_dump_json() + "\n")
+    shutil.copyfile(bench, output / "bench.json")
+
+
+# ── what was to be reached ────────────────────────────────────────────────────────────────────────
+
+
+def gains(summary: Summary, smallest: int, gamma: int) -> Iterator[Check]:
+    """`multi_view` against `full_only` behind the smallest budget, in every place."""
+    for gain in summary.headline:
+        if (gain.drafter, gain.baseline, gain.budget) != (PAIR, BASELINE, smallest):
+            continue
+        if gain.control is None and gain.gamma == gamma and gain.prompts == "all":
+            yield Check(
+                row=f"{PAIR} − {BASELINE}, B = {smallest}, {place(gain)}: lower bound",
+                value=gain.low,
+                target="above 0",
+                met=gain.low > 0,
+                note=f"{points(gain)} points, {gain.num_documents} documents",
+            )
+
+
+def gaps(summary: Summary, smallest: int, gamma: int) -> Iterator[Check]:
+    """`multi_view` against itself behind another document's KV."""
+    for gap in summary.controls:
+        if (gap.drafter, gap.budget, gap.control, gap.gamma) == (PAIR, smallest, "other_prompt", gamma):
+            yield Check(
+                row=f"{PAIR} − its own other_prompt, B = {smallest}, {place(gap)}",
+                value=gap.mean,
+                target=f"at least {LEAST_GAP}",
+                met=gap.mean >= LEAST_GAP,
+                note=f"{points(gap)} points, {gap.num_documents} documents",
+            )
+
+
+def speedups(cells: Sequence[CellRow]) -> Iterator[Check]:
+    """The fastest measured cell of the trained pair at every context and temperature."""
+    timed = [cell for cell in cells if cell.mode == "measure" and cell.drafter == PAIR and cell.speedup]
+    for context, temperature in dict.fromkeys((cell.context, cell.temperature) for cell in timed):
+        here = [cell for cell in timed if (cell.context, cell.temperature) == (context, temperature)]
+        best = max(here, key=lambda cell: cell.speedup or 0)
+        assert best.speedup is not None
+        yield Check(
+            row=f"decode speed ÷ our own AR, {context}, temperature {temperature:g}",
+            value=best.speedup,
+            target=f"above {LEAST_SPEEDUP}",
+            met=best.speedup > LEAST_SPEEDUP,
+            note=f"{speed(best)}; the fastest of {len(here)} cells: {best.dataset}, B = {best.budget}, "
+            f"γ = {best.gamma}",
+        )
+
+
+def system_checks(system: Sequence[dict[str, Any]]) -> Iterator[Check]:
+    for row in system:
+        if row["target"] is not None:
+            sign = "at most" if row["at_most"] else "at least"
+            target = f"{sign} {row['target']:g}"
+            yield Check(row=row["row"], value=row["value"], target=target, met=row["met"], note=row["note"])
+
+
+def place(cell: Any) -> str:
+    return f"{cell.dataset} {cell.context}, temperature {cell.temperature:g}"
+
+
+# ── tables ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def accepted_table(cells: Sequence[CellRow], gamma: int) -> str:
+    """Every drafter by place and budget, replayed or expected, with and without its own prefix."""
+    here = [cell for cell in cells if cell.mode != "measure" and cell.gamma == gamma]
+    drafters = list(dict.fromkeys((cell.drafter, cell.control) for cell in here))
+    found = {(c.dataset, c.context, c.temperature, c.budget, c.drafter, c.control): c for c in here}
+    heads = [name if control is None else f"{name}, {control}" for name, control in drafters]
+    rows = []
+    for key in dict.fromkeys((c.dataset, c.context, c.temperature, c.budget) for c in here):
+        shown = [found.get((*key, *drafter)) for drafter in drafters]
+        first = next(cell for cell in shown if cell)
+        texts = [f"{first.num_looping} of {first.num_prompts}", *map(with_interval, shown)]
+        rows.append([*key[:2], f"{key[2]:g}", key[3], *texts])
+    return markdown(["data", "context", "temperature", "B", "looping", *heads], rows)
+
+
+def with_interval(cell: CellRow | None) -> str:
+    if cell is None or cell.acceptance_low is None or cell.acceptance_high is None:
+        return ""
+    return f"{acceptance(cell)} [{100 * cell.acceptance_low:.1f}, {100 * cell.acceptance_high:.1f}]"
+
+
+def measured_table(cells: Sequence[CellRow]) -> str:
+    head = ["data", "context", "temperature", "drafter", "B", "γ", "acceptance", "speedup", "end to end",
+            "AR tokens/s", "peak memory, MiB", "exact"]  # fmt: skip
+    return markdown(
+        head,
+        [
+            [
+                c.dataset, c.context, f"{c.temperature:g}", c.drafter, c.budget, c.gamma, with_interval(c),
+                speed(c), f"{c.end_to_end_speedup or 0:.2f}", f"{c.ar_tokens_per_s or 0:.0f}",
+                f"{(c.peak_memory_bytes or 0) / 2**20:.0f}",
+                f"{c.exact_prompts} of {c.num_prompts}" if c.exact_prompts is not None else "",
+            ]
+            for c in cells
+            if c.mode == "measure"
+        ],
+    )  # fmt: skip
+
+
+def system_table(system: Sequence[dict[str, Any]]) -> str:
+    return markdown(
+        ["what", "value", "note"],
+        [
+            [
+                row["row"],
+                f"{row['value']:.3g}{row['unit']} [{row['low']:.3g}, {row['high']:.3g}]",
+                row["note"],
+            ]
+            for row in system
+            if row["value"] is not None
+        ],
+    )
+
+
+def paper_table(system: Sequence[dict[str, Any]]) -> str:
+    """What the paper claims at each context, beside the best γ here at the acceptance that it reports."""
+    rows = []
+    for one in PLACES:
+        ours = [
+            row
+            for row in system
+            if row["synthetic"] and f", {one.name}, " in row["row"] and "best γ" in row["note"]
+        ]
+        told = [f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in ours if row["value"]]
+        rows.append([one.name, f"{one.acceptance:g}", one.gamma, f"{one.claimed:.2f}", "; ".join(told)])
+    return markdown(
+        ["context", "acceptance", "the paper's γ", "its speedup", "here, best γ, synthetic"], rows
+    )
