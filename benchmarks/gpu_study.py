@@ -1,4 +1,4 @@
-"""The study of conf/gpu.yaml on a machine that is lent for a while; docs/gpu.md has the whole way.
+"""The study of conf/gpu.yaml on a machine that is rented for a while; docs/gpu.md has the whole way.
 
     python -m benchmarks.gpu_study carry PREPARED FOLDER
     python -m benchmarks.gpu_study run CONFIG [OVERRIDES …] --storage DIR --output DIR --minutes 8.5

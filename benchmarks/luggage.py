@@ -1,4 +1,4 @@
-"""What travels to a machine that is lent for an hour, and what comes back: artifacts without their bulk.
+"""What travels to a GPU machine rented for an hour, and what comes back: artifacts without their bulk.
 
 A light copy of an artifact lacks what nobody will read where it goes (documents, labels) and holds models in
 the precision that they are evaluated in. Its manifest lists the files that are there, under the fingerprint
@@ -27,7 +27,7 @@ from pipeline.errors import BadData
 log = logging.getLogger(__name__)
 
 PART = "study.tar.gz."
-# A lent machine gives back few files, none above 16 MiB and 64 MiB in all; bench.json and a log come too.
+# For machines that give back few files, none above 16 MiB, 64 MiB in all; bench.json and a log come too.
 PART_BYTES, MOST_BYTES = 15 * 2**20, 60 * 2**20
 DOCUMENTS, MODEL = "documents", "model"
 

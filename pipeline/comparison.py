@@ -37,10 +37,10 @@ class GatedCell(Row):
     autoregressive decoding (geometric means over prompts). `difference` is candidate − baseline; of speed,
     candidate ÷ baseline − 1. `floor` is the least that is tolerated. `low` is a lower bound that holds alone,
     `high` an upper bound that holds together with those of all cells; None over too few documents.
-    `documents_needed` would decide an open cell if its true difference is the observed one,
-    `documents_if_equal` if there is none; None where no number does. `not_looping` is the difference without
-    looping prompts, `other_prompt` that of the control, with 95 % intervals; None of speed, and where there
-    are no such rows.
+    `documents_needed` would decide, as far as it hangs on an open cell, if its true difference is the
+    observed one, `documents_if_equal` if there is none; None where no number does. `not_looping` is the
+    difference without looping prompts, `other_prompt` that of the control, with 95 % intervals; None of
+    speed, and where there are no such rows.
     """
 
     name: str
@@ -116,10 +116,11 @@ def gated_cell(
     enough = units >= config.least_documents
     needed: list[int | None] = [None, None]
     if not enough:
-        outcome, needed = "open", [config.least_documents] * 2
-    elif outcome == "open":
+        outcome = "open"
+    if outcome == "open":
         assumed = float(found.difference[number]), 0.0
         needed = [units_needed(found, number, true, pair.floor, units) for true in assumed]
+        needed = [most and max(most, config.least_documents) for most in needed]
     candidate, baseline = pair.rates()
     beside: list[Interval | None] = [None, None]
     if pair.metric == "acceptance":
@@ -186,7 +187,8 @@ def enough_prompts(opened: list[GatedCell]) -> list[str]:
         needed, cell = min(below, key=by_number) if below else max(known, key=by_number)
         told.append(
             f"If the differences are truly as observed, {many(needed, cell)} would be enough to decide with "
-            f"a chance of 80 %; now there are {cell.num_prompts} of {cell.num_documents} ({cell.name})."
+            f"a chance of at least 80 %; now there are {cell.num_prompts} of {cell.num_documents} "
+            f"({cell.name})."
         )
     else:
         told.append("Their differences equal what is tolerated: no number of prompts decides that.")

@@ -32,7 +32,7 @@ from pipeline.metrics import Floats, draw_counts
 
 Outcome = Literal["pass", "fail", "open"]
 Verdict = Literal["pass", "fail", "not_enough_evidence"]
-POWER = 0.8  # the chance of a verdict with as many documents as `units_needed` says
+POWER = 0.8  # the least chance of a verdict with as many documents as `units_needed` says
 
 
 class Bounds(NamedTuple):
@@ -107,16 +107,18 @@ def verdict(cells: Sequence[Outcome]) -> Verdict:
 
 
 def units_needed(found: Bounds, cell: int, difference: float, floor: float, units: int) -> int | None:
-    """How many units would decide an open cell, with a chance of 80 %, if so large is its true difference.
+    """How many units a verdict takes that hangs on this cell, if so large is its true difference.
 
-    An error shrinks with the root of the number of units: n · ((width + z) · error ÷ |difference − floor|)².
-    None where the difference is the floor: then no number does.
+    Below the floor the cell alone fails the candidate, with a chance of 80 %. Above it all K cells have to
+    pass, for which each must miss with a chance of at most 20 % ÷ K. An error shrinks with the root of the
+    number of units: n · ((width + z) · error ÷ |difference − floor|)². None where the difference is the
+    floor: then no number does.
     """
     gap = difference - floor
     if gap == 0:
         return None
-    width = found.alone[cell] if gap > 0 else found.together[cell]
-    errors = (float(width) + NormalDist().inv_cdf(POWER)) * float(found.error[cell])
+    width, misses = (found.alone[cell], len(found.error)) if gap > 0 else (found.together[cell], 1)
+    errors = (float(width) + NormalDist().inv_cdf(1 - (1 - POWER) / misses)) * float(found.error[cell])
     return max(math.ceil(units * (errors / gap) ** 2), units + 1)
 
 
