@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults bench lint format clean distclean
+.PHONY: help setup demo test test-long test-faults bench lint format clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the pinned dependencies (skipped while neither file changed)
 
@@ -36,9 +36,12 @@ demo: setup ## train a target and three drafters on Python's own sources, and re
 test: setup ## run the tests
 	$(BIN)/python -m pytest -q
 
+test-long: setup ## the tests that `make test` leaves out: a cluster, servers, the images' install steps
+	$(BIN)/python -m pytest -q -m "long and not fault" --long
+
 # Options with =, or pytest takes the files for tests and does not find the options.
 test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
-	$(BIN)/python -m pytest -q -m "fault or long" --tries=$(TRIES) \
+	$(BIN)/python -m pytest -q -m fault --long --tries=$(TRIES) \
 		--faults-json=faults.json --faults-table=docs/reliability.md
 
 bench: setup ## correctness, then every timed row beside its target; writes bench.json

@@ -27,18 +27,18 @@ VOCABULARY = 97
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run what takes long, too")
     parser.addoption("--tries", type=int, default=1, help="how often each test of a fault is tried")
     parser.addoption("--faults-json", metavar="FILE", help="write what came of every fault")
     parser.addoption("--faults-table", metavar="FILE", help="write the same as a Markdown page")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long is for `make test-faults`, which asks for the list."""
-    if config.getoption("faults_json"):
+    if config.getoption("long"):
         return
     for item in items:
         if item.get_closest_marker("long"):
-            item.add_marker(pytest.mark.skip(reason="takes long: make test-faults runs it"))
+            item.add_marker(pytest.mark.skip(reason="takes long: make test-long test-faults"))
 
 
 @dataclass

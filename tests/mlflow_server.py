@@ -71,7 +71,8 @@ class MlflowServer:
 
 
 class Proxy:
-    """Passes requests on to a server, as `behave` says: "pass", "lose" the answer, or "refuse" to pass it on.
+    """Passes requests on to a server, as `behave` says: "pass", "lose" the answer, "refuse" to pass it on,
+    or answer with a status, such as "413".
 
     `seen` lists (method, path, what was done).
     """
@@ -102,6 +103,9 @@ class Proxy:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if action == "refuse":
             request.send_error(503)
+            return
+        if action.isdecimal():
+            request.send_error(int(action))
             return
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "connection")}
         server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -157,4 +161,5 @@ def mirrored(uri: str, experiment: str) -> dict[str, object]:
     return pieces
 
 
-OWN_TAGS = ("write_id", "mlflow.parentRunId", "mlflow.artifactLocation")  # these differ between two mirrors
+# These differ between two mirrors.
+OWN_TAGS = ("write_id", "record", "mlflow.parentRunId", "mlflow.artifactLocation")
