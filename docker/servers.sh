@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # The servers of compose.yaml from packages, where there are no containers: PostgreSQL, an MLflow server on it, and a
-# Ray head with two workers, all on this machine's loopback.
+# Ray head with two workers.
+#
+# PostgreSQL, MLflow and Ray's dashboard listen on loopback only. RAY'S OTHER SERVERS LISTEN ON EVERY INTERFACE, and no
+# option of Ray changes that: they ask for the token, but its metrics ask for nothing. On a network that others are in,
+# put a firewall before this machine.
 #
 #   docker/servers.sh start   # its last line is a file of variables to source
 #   docker/servers.sh stop    # ends them; what they stored stays until the folder is removed
 #
-# SERVERS       folder of data, logs and secrets; /tmp/budgetdraft-servers
+# SERVERS       folder of data, logs and secrets, which has to be yours; /tmp/budgetdraft-servers
 # PORTS         the first of 12 ports that are free; 18000
 # RAY_CPUS      of each of the three Ray nodes; 1
 # PYTHON        of an environment that has this project; .venv/bin/python
@@ -129,11 +133,24 @@ three_nodes() {
   [ "$(ray status --address "$RAY_HEAD" | grep -c '^ 1 node_')" = 3 ]
 }
 
+# Whoever owns the folder could read the secrets in it and say which processes `stop` ends.
+own_folder() {
+  if [ -L "$SERVERS" ] || ! [ -d "$SERVERS" ] || ! [ -O "$SERVERS" ]; then
+    fail "SERVERS=$SERVERS is no folder of yours: name another one"
+  fi
+}
+
 start() {
+  [ -e "$SERVERS" ] || mkdir -p "$SERVERS"
+  own_folder
   compgen -G "$SERVERS/*.pid" > /dev/null && fail "there are servers in $SERVERS already: stop them first"
   [ -x "$PYTHON" ] || fail "PYTHON=$PYTHON is no Python: run make setup, or name another one"
-  mkdir -p "$SERVERS"
-  chmod 711 "$SERVERS" # the user postgres looks for its own folder in it
+  chmod 700 "$SERVERS"
+  # The user postgres passes through to its own folder, and nobody else.
+  if [ "$(id -u)" = 0 ]; then
+    chgrp postgres "$SERVERS"
+    chmod 710 "$SERVERS"
+  fi
   [ -s "$SERVERS/token" ] || make_secret "$SERVERS/token"
   PATH="$(cd "$(dirname "$PYTHON")" && pwd):$PATH" # jobs run the `python` that the head finds
   export PATH RAY_HEAD="127.0.0.1:$RAY_PORT" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$SERVERS/token"
@@ -159,12 +176,23 @@ family() {
   for child in $(pgrep -P "$1"); do family "$child"; done
 }
 
+# Whether a process is a server of this folder: after a restart of the machine another one may have its id.
+ours() {
+  grep --quiet --text --fixed-strings -e "$SERVERS/" "/proc/$1/cmdline" 2> /dev/null
+}
+
 stop() {
   local file pid members deadline
+  [ -e "$SERVERS" ] || return 0
+  own_folder
   for name in ray3 ray2 ray1 mlflow postgres; do
     file="$SERVERS/$name.pid"
     [ -e "$file" ] || continue
     pid="$(cat "$file")"
+    if ! ours "$pid"; then
+      rm "$file"
+      continue
+    fi
     mapfile -t members < <(family "$pid")
     deadline=$((SECONDS + 20))
     kill "$pid" 2> /dev/null || true

@@ -1,10 +1,11 @@
-"""docker/: what goes into the images, who reaches the containers, and the same servers from packages."""
+"""docker/: what goes into the images, how servers start and stop, and all of them from packages."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -25,9 +26,8 @@ from tests.mlflow_server import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
-COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-SERVICES: dict[str, Any] = COMPOSE["services"]
-SECRETS = {"POSTGRES_PASSWORD": "one", "RAY_TOKEN": "two"}
+SERVICES: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+PINNED = r":\d+\.\d+(\.\d+)?-\S+@sha256:[0-9a-f]{64}"
 CLEAN_S, PIPELINES_S = 1500, 900
 AXES = ("drafter", "dataset", "context", "policy", "budget", "control", "threshold", "temperature", "seed")
 
@@ -63,8 +63,14 @@ def test_an_image_runs_as_nobody_special_and_says_how_it_is(stage: str) -> None:
     after = [line.instruction for line in dockerfile() if line.stage == stage]
     assert "RUN" not in after[after.index("USER") :]
     assert len(of(stage, "HEALTHCHECK")) == 1
+
+
+def test_foreign_images_are_pinned_by_digest() -> None:
     (base,) = of("base", "FROM")
-    assert re.fullmatch(r"python:3\.11-\S+ AS base", base)
+    assert base.startswith("python:3.11.") and re.fullmatch(f"python{PINNED} AS base", base)
+    foreign = {service["image"] for service in SERVICES.values()} - {"budgetdraft:${DEVICE:-gpu}"}
+    assert foreign - {"budgetdraft-mlflow"} == {SERVICES["postgres"]["image"]}
+    assert re.fullmatch(f"postgres{PINNED}", SERVICES["postgres"]["image"])
 
 
 def test_nothing_that_pip_is_told_stays_in_a_layer() -> None:
@@ -126,58 +132,6 @@ def test_shellcheck_finds_nothing() -> None:
     linted("shellcheck", *map(str, sorted(DOCKER.glob("*.sh"))))
 
 
-# ── compose.yaml ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_ports_are_published_on_loopback_only() -> None:
-    ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert ports.keys() == {"mlflow", "ray-head"}
-    assert all(port.startswith("${BIND:-127.0.0.1}:") for own in ports.values() for port in own)
-    assert not any("network_mode" in service for service in SERVICES.values())
-
-
-def test_secrets_come_from_the_environment_as_files() -> None:
-    named = {name: value for name, value in COMPOSE["secrets"].items() if name != "pip"}
-    assert named == {
-        "postgres_password": {"environment": "POSTGRES_PASSWORD"},
-        "ray_token": {"environment": "RAY_TOKEN"},
-    }
-    assert [re.split(r"[{:]", text)[1] for text in COMPOSE["x-needed"]] == list(SECRETS)
-    for service in SERVICES.values():
-        for variable, value in service["environment"].items():
-            assert not re.search("PASSWORD$|TOKEN$", variable) and "@" not in value.replace("mlflow@", "")
-
-
-def test_a_server_waits_for_those_that_it_needs() -> None:
-    needs = {name: list(service.get("depends_on", {})) for name, service in SERVICES.items()}
-    assert needs == {
-        "postgres": [], "mlflow": ["postgres"], "ray-head": ["mlflow"], "ray-worker": ["ray-head"],
-    }  # fmt: skip
-    conditions = [value for service in SERVICES.values() for value in service.get("depends_on", {}).values()]
-    assert all(condition == {"condition": "service_healthy"} for condition in conditions)
-    assert "healthcheck" in SERVICES["postgres"]  # the other images bring theirs
-    for name in ("ray-head", "ray-worker"):
-        assert SERVICES[name]["volumes"] == ["storage:/data"] and SERVICES[name]["shm_size"]
-
-
-def test_compose_takes_its_files() -> None:
-    if shutil.which("docker") is None:
-        pytest.skip("docker is not installed; ci.yml has it")
-    command = ["docker", "compose", "-f", "docker/compose.yaml", "-f", "docker/compose.gpu.yaml", "config"]
-
-    def config(**environment: str) -> subprocess.CompletedProcess[str]:
-        variables = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment}
-        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
-
-    done = config(**SECRETS)
-    if "unknown" in done.stderr:
-        pytest.skip("docker has no compose plugin here; ci.yml has it")
-    assert done.returncode == 0, done.stderr
-    for missing in SECRETS:
-        without = config(**{name: value for name, value in SECRETS.items() if name != missing})
-        assert without.returncode and missing in without.stderr
-
-
 # ── the start scripts ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -206,6 +160,15 @@ def test_no_ray_node_starts_without_a_token(tmp_path: Path, stand_ins: dict[str,
     assert done.stdout.splitlines()[0] == "start --head --port=7000 --block"
 
 
+def test_no_mlflow_server_starts_without_a_password(tmp_path: Path, stand_ins: dict[str, str]) -> None:
+    password = tmp_path / "password"
+    for exists in (False, True):
+        if exists:
+            password.touch()
+        done = started("docker/mlflow-server.sh", **stand_ins, POSTGRES_PASSWORD_FILE=str(password))
+        assert done.returncode == 2 and "set POSTGRES_PASSWORD" in done.stderr and not done.stdout
+
+
 def test_the_password_of_the_database_is_no_argument(tmp_path: Path, stand_ins: dict[str, str]) -> None:
     (tmp_path / "secret").write_text("s3:/@cret")
     done = started(
@@ -219,6 +182,47 @@ def test_containers_and_packages_start_the_same_scripts() -> None:
     scripts = {Path(command).name for command in commands}
     assert scripts == set(re.findall(r"\$HERE/([\w-]+\.sh)", (DOCKER / "servers.sh").read_text()))
     assert all((DOCKER / name).stat().st_mode & stat.S_IXUSR for name in (*scripts, "servers.sh"))
+
+
+def test_servers_are_kept_in_ones_own_folder_only(tmp_path: Path) -> None:
+    """Somebody else's folder, and a link, which somebody else may have put there."""
+    foreign = tmp_path / "foreign"
+    if os.geteuid() == 0:
+        foreign.mkdir()
+        os.chown(foreign, 65534, 65534)
+    else:
+        foreign = Path("/")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    for folder in (foreign, link):
+        before = sorted(folder.iterdir())
+        for what in ("start", "stop"):
+            done = started("docker/servers.sh", what, PATH=os.environ["PATH"], SERVERS=str(folder))
+            assert done.returncode == 1 and f"SERVERS={folder} is no folder of yours" in done.stderr
+        assert sorted(folder.iterdir()) == before
+
+
+def test_stop_ends_servers_of_its_folder_only(tmp_path: Path) -> None:
+    """A file with a process id stays where a machine goes down, and the id is given to another process."""
+    # No children of the test: one that has ended would be there until it is waited for.
+    commands = {"mlflow": "sleep 600", "ray1": f"tail -f {shlex.quote(str(tmp_path / 'log'))}"}
+    (tmp_path / "log").touch()
+    processes = {}
+    try:
+        for name, command in commands.items():
+            own = started("sh", "-c", f"{command} > /dev/null 2>&1 & echo $!", PATH=os.environ["PATH"])
+            (tmp_path / f"{name}.pid").write_text(own.stdout)
+            processes[name] = psutil.Process(int(own.stdout))
+        done = started("docker/servers.sh", "stop", PATH=os.environ["PATH"], SERVERS=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert {name: process.is_running() for name, process in processes.items()} == {
+            "mlflow": True, "ray1": False,
+        }  # fmt: skip
+        assert not list(tmp_path.glob("*.pid"))
+    finally:
+        for process in processes.values():
+            if process.is_running():
+                process.kill()
 
 
 # ── for real ─────────────────────────────────────────────────────────────────────────────────────────

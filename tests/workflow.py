@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,15 @@ SHELL = ("bash", "--noprofile", "--norc", "-eo", "pipefail")
 EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
 # Condition of a step → whether it runs, by the outcomes of steps so far, by name.
 CONDITIONS = {
-    None: lambda outcomes: "failure" not in outcomes.values(),
+    None: lambda outcomes: not {"failure", "cancelled"} & set(outcomes.values()),
     "always()": lambda outcomes: True,
-    "cancelled()": lambda outcomes: False,
+    "cancelled()": lambda outcomes: "cancelled" in outcomes.values(),
     "${{ !cancelled() && steps.submit.outcome == 'success' }}": lambda outcomes: (
-        outcomes["Submit and follow"] == "success"
+        "cancelled" not in outcomes.values() and outcomes["Submit and follow"] == "success"
     ),
 }
+PATIENCE_S = 60  # until a step that is to be cancelled says something
+GRACE_S = 7.5  # of a runner, between SIGINT and worse
 
 
 def read_workflow(path: Path) -> dict[str, Any]:
@@ -43,26 +47,48 @@ def read_workflow(path: Path) -> dict[str, Any]:
 
 
 def resolve(text: str, given: Mapping[str, str]) -> str:
-    """A value with its expressions filled in: alternatives with `||`, of names in `given` and literals."""
+    """A value with its expressions filled in; names that are not in `given` are empty, as on a runner.
+
+    An expression is alternatives with `||` of terms with `&&` of names, literals and comparisons with `==`.
+    """
+
+    def operand(text: str) -> str:
+        text = text.strip()
+        return text.strip("'") if text.startswith("'") else given.get(text, "")
+
+    def term(text: str) -> str:
+        left, equals, right = text.partition("==")
+        if equals:
+            return "true" if operand(left) == operand(right) else ""
+        return operand(left)
+
+    def alternative(text: str) -> str:
+        values = [term(part) for part in text.strip().strip("()").split("&&")]
+        return values[-1] if all(values) else ""
 
     def value(found: re.Match[str]) -> str:
-        terms = [term.strip() for term in found[1].split("||")]
-        known = (term.strip("'") if term.startswith("'") else given.get(term, "") for term in terms)
-        return next(filter(None, known), "")
+        return next(filter(None, map(alternative, found[1].split("||"))), "")
 
     return EXPRESSION.sub(value, str(text))
 
 
 def run_job(
-    path: Path, job: str, checkout: Path, folder: Path, given: Mapping[str, str], programs: Path
+    path: Path,
+    job: str,
+    checkout: Path,
+    folder: Path,
+    given: Mapping[str, str],
+    programs: Path,
+    cancelled_in: str | None = None,
 ) -> dict[str, str]:
-    """Run the shell steps of one job; returns the outcome of each step by name: success, failure, skipped.
+    """Run the shell steps of a job; returns each step's outcome: success, failure, skipped, cancelled.
 
     What a step prints goes to `<name>.log` in `folder`, where the files lie that steps write for the runner.
 
     Args:
         given: values of expressions, such as `inputs.config`.
         programs: folder that is searched for commands first.
+        cancelled_in: name of the step in which somebody cancels the run, once it has printed something.
     """
     workflow = read_workflow(path)
     job_env = workflow.get("env", {}) | workflow["jobs"][job].get("env", {})
@@ -81,8 +107,9 @@ def run_job(
         own = {key: resolve(text, given) for key, text in (job_env | step.get("env", {})).items()}
         kept = dict(line.split("=", 1) for line in files["GITHUB_ENV"].read_text().splitlines())
         (folder / "step.sh").write_text(step["run"], encoding="utf-8")
-        with (folder / f"{name}.log").open("w") as log:
-            code = subprocess.run(
+        output = folder / f"{name}.log"
+        with output.open("w") as log:
+            process = subprocess.Popen(
                 [*SHELL, str(folder / "step.sh")],
                 cwd=checkout,
                 env={
@@ -93,9 +120,28 @@ def run_job(
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
-            ).returncode  # fmt: skip
-        outcomes[name] = "failure" if code else "success"
+                start_new_session=True,
+            )  # fmt: skip
+            if name == cancelled_in:
+                cancel(process, output)
+                outcomes[name] = "cancelled"
+            else:
+                outcomes[name] = "failure" if process.wait() else "success"
     return outcomes
+
+
+def cancel(step: subprocess.Popen[bytes], output: Path) -> None:
+    """End a step as a runner does: SIGINT to all of it, and after a grace SIGKILL."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not output.stat().st_size:
+        assert step.poll() is None and time.monotonic() < deadline, "it said nothing to be cancelled after"
+        time.sleep(0.05)
+    os.killpg(step.pid, signal.SIGINT)
+    try:
+        step.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(step.pid, signal.SIGKILL)
+        step.wait()
 
 
 def own_command(folder: Path) -> Path:
