@@ -43,16 +43,21 @@ def gate_candidate(
     promote: Annotated[
         bool, typer.Option("--promote", help="Make a candidate that passes the champion.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --promote: also one that somebody rolled back from.")
+    ] = False,
+    model: ModelOption = None,
     tracking_uri: TrackingOption = LOCAL,
 ) -> None:
     """Compare a candidate with a baseline, prompt by prompt; exit code 5: fail, 6: not enough evidence."""
-    loaded = load_group(GateConfig, config, overrides or [])
+    named = [f"model={model}"] if model else []
+    loaded = load_group(GateConfig, config, [*(overrides or []), *named])
     from jobs.gate import EXIT_CODES, JSON, decide
 
-    decision = decide(candidate, baseline, loaded, output, tracking_uri, promote)
+    decision = decide(candidate, baseline, loaded, output, tracking_uri, promote, again)
     typer.echo("\n".join([decision.verdict.replace("_", " "), *decision.reasons]), err=True)
     if promote and decision.verdict == "pass":
-        typer.echo(f"{decision.model} version {decision.candidate.version} is the champion now", err=True)
+        typer.echo(f"{decision.model} version {decision.candidate.version} is the champion", err=True)
     typer.echo((output / JSON).resolve())
     raise typer.Exit(EXIT_CODES[decision.verdict])
 
@@ -81,9 +86,16 @@ def pull_drafter(
 
 
 @commands.command("rollback", short_help="Make the champion before the present one champion again.")
-def roll_back(model: ModelOption = None, tracking_uri: TrackingOption = LOCAL) -> None:
-    """Move the alias champion back by one step; exit code 3 if there is no champion before."""
-    from jobs.registry import rollback
+def roll_back(
+    to: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Back to this version; nothing is done if it is the champion."),
+    ] = None,
+    model: ModelOption = None,
+    tracking_uri: TrackingOption = LOCAL,
+) -> None:
+    """Move the alias champion back, by one step or to a version; exit code 3 if there is none to go to."""
+    from jobs.registry_champion import rollback
 
-    before, now = rollback(tracking_uri, model)
-    typer.echo(f"champion: version {before} → version {now}")
+    before, now = rollback(tracking_uri, model, to)
+    typer.echo(f"champion: {f'version {before}' if before else 'none'} → version {now}")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from jobs import registry
+from jobs import registry, registry_champion
 from pipeline.artifacts import write_json, write_text
 from pipeline.comparison import Comparison, GatedCell, compare
 from pipeline.config_errors import ConfigError
 from pipeline.config_gate import GateConfig
-from pipeline.evidence import Evidence, read_evidence
+from pipeline.errors import BadData
+from pipeline.evidence import Evidence, open_results, read_evidence, weights_of
 from pipeline.gate import Verdict
 from pipeline.metrics import Interval
 from pipeline.rows import Row
@@ -29,7 +30,8 @@ EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 5, "not_enough_evidence": 6
 
 
 class Side(Row):
-    """Who was compared. `version` is the number in the registry; None where finished results were named."""
+    """Who was compared. `version` is the number in the registry; of finished results None, or the champion's
+    where they were promoted against as its own."""
 
     reference: str
     version: int | None
@@ -69,24 +71,37 @@ class Found:
 
 
 def decide(
-    candidate: str, baseline: str, config: GateConfig, output: Path, tracking_uri: str, promote: bool
+    candidate: str,
+    baseline: str,
+    config: GateConfig,
+    output: Path,
+    tracking_uri: str,
+    promote: bool,
+    again: bool = False,
 ) -> Decision:
     """Compare, write the three files into `output`, and with `promote` make a candidate that passes champion.
 
     Args:
         candidate, baseline: a report folder or its summary.json, RESULTS or RESULTS:DRAFTER; else what
-            `jobs.registry.resolve` takes. A baseline `champion` that nobody is yet lets any candidate pass.
+            `jobs.registry.resolve` takes. A baseline `champion` that nobody ever was lets any candidate pass.
+            One that is the candidate itself is not compared with it.
+        promote: takes results as the baseline only if their drafter is the present champion, evaluated anew.
+        again: promote also what somebody rolled back from.
 
     Raises:
-        BadData: if a reference stands for nothing, or the two were not evaluated alike.
-        ConfigError: if `promote` is asked for results that no registry holds.
+        BadData: if a reference stands for nothing, the two were not evaluated alike, or the candidate passes
+            and must not be promoted.
+        ConfigError: if `promote` is asked for a candidate that no registry holds.
     """
-    if promote and (is_results(candidate) or is_results(baseline)):
-        raise ConfigError("--promote is for drafters in the registry: name both by version, alias or run")
+    if promote and is_results(candidate):
+        raise ConfigError("--promote is for drafters in the registry: name the candidate by version or run")
     own = find(candidate, config, tracking_uri)
-    other = find_baseline(baseline, own, config, tracking_uri)
+    other = find_baseline(baseline, own, config, tracking_uri, promote)
     if other is None:
         said: Comparison = Comparison("pass", ["There is no champion yet: nothing was compared."], [])
+    elif own.version and other.version and own.version.number == other.version.number:
+        one = "champion" if baseline == registry.CHAMPION else "baseline"
+        said = Comparison("pass", [f"The candidate is the {one} itself: nothing was compared."], [])
     else:
         said = compare(own.evidence, other.evidence, config)
     decision = Decision(
@@ -102,7 +117,7 @@ def decide(
     )
     write(decision, output)
     if promote and decision.verdict == "pass" and own.version:
-        registry.promote(own.version, output / JSON)
+        registry_champion.promote(own.version, output / JSON, again)
     return decision
 
 
@@ -114,13 +129,28 @@ def find(reference: str, config: GateConfig, tracking_uri: str) -> Found:
     return Found(reference, version, registry.evidence_of(version))
 
 
-def find_baseline(reference: str, candidate: Found, config: GateConfig, tracking_uri: str) -> Found | None:
-    """As `find`; None for the champion of the candidate's model where it has none yet."""
-    if reference == registry.CHAMPION and candidate.version:
-        model = candidate.version.model
-        if registry.champion_of(tracking_uri, model) is None:
+def find_baseline(
+    reference: str, candidate: Found, config: GateConfig, tracking_uri: str, promote: bool
+) -> Found | None:
+    """As `find`; None for the champion of the candidate's model where it never had one."""
+    if candidate.version and (promote or reference == registry.CHAMPION):
+        champion = registry_champion.champion_of(tracking_uri, candidate.version.model)
+        if reference == registry.CHAMPION and champion is None:
             return None
+        if is_results(reference):
+            check_same_drafter(reference, champion)
+            return replace(find(reference, config, tracking_uri), version=champion)
     return find(reference, config, tracking_uri)
+
+
+def check_same_drafter(reference: str, champion: registry.Version | None) -> None:
+    """Raises BadData if the results' drafter has other weights than the champion."""
+    own = weights_of(open_results(*split_results(reference)).drafter)
+    if champion is None or own != registry.weights_of(champion):
+        raise BadData(
+            f"--promote takes {reference} as the baseline only if its drafter is the champion, evaluated "
+            f"anew: its weights are not those of {champion or 'a champion, for there is none'}"
+        )
 
 
 def is_results(reference: str) -> bool:

@@ -1,8 +1,8 @@
-"""Drafters in MLflow's model registry: found, fetched, made champion. `register.py` registers them.
+"""Drafters in MLflow's model registry: found and fetched.
 
-A version belongs to the MLflow run of the pipeline that registered it, and its files are artifacts of that
-run: `hf_model/`, which plain `from_pretrained` loads, and `evidence/`, by which the gate judges it. One
-version of a model is its champion. The alias says which, and moves by `promote` and `rollback` alone.
+A version belongs to the MLflow run of the pipeline that registered it (`register.py`), and its files are
+artifacts of that run: `hf_model/`, which plain `from_pretrained` loads, and `evidence/`, by which the gate
+judges it. One version of a model is its champion (`registry_champion.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION, CHAMPION_BEFORE, NOBODY = "champion", "champion_before", "nobody"
+CHAMPION = "champion"  # alias
 HF_MODEL, EVIDENCE, CHECKSUMS = "hf_model", "evidence", "checksums.json"
 REGISTERED = "registered"  # tag REGISTERED.MODEL of a pipeline run: the version that came of it
 
@@ -64,8 +64,8 @@ def registry(uri: str) -> Iterator[MlflowClient]:
 
     try:
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except MlflowException as error:
-        raise Incomplete(hide_credentials(f"MLflow at {uri}: {error.message}")) from error
+    except (MlflowException, OSError) as error:  # its stores of artifacts raise what requests does
+        raise Incomplete(hide_credentials(f"MLflow at {uri}: {error}")) from None
 
 
 # ── finding and fetching ──────────────────────────────────────────────────────────────────────────
@@ -161,103 +161,35 @@ def fetch(version: Version, part: str, into: Path) -> Path:
     """Download `hf_model` or `evidence` of a version, and compare every file with its checksum.
 
     Raises:
-        BadData: if a file is missing or damaged.
+        BadData: if a file is missing or damaged, or none of the version's.
         Incomplete: if MLflow is out of reach.
     """
+    known = {name: digest for name, digest in checksums(version).items() if name.startswith(f"{part}/")}
     with registry(version.uri) as client:
-        checksums = Path(client.download_artifacts(version.run_id, f"{EVIDENCE}/{CHECKSUMS}", str(into)))
-        if file_sha256(checksums) != version.tags.get("checksums"):
-            raise BadData(f"{version}: its {CHECKSUMS} is damaged; register the drafter anew")
-        known = json.loads(checksums.read_text(encoding="utf-8"))
         client.download_artifacts(version.run_id, part, str(into))
-    checksums.unlink()
+    found = {str(file.relative_to(into)): file for file in (into / part).rglob("*") if file.is_file()}
+    found.pop(f"{EVIDENCE}/{CHECKSUMS}", None)
+    if strange := sorted(found.keys() - known.keys()):
+        raise BadData(
+            f"{version}: MLflow holds {', '.join(strange)}, which was not registered with it: delete it "
+            "there, or register the drafter anew"
+        )
     for name, digest in known.items():
-        if name.startswith(f"{part}/") and not (
-            (into / name).is_file() and file_sha256(into / name) == digest
-        ):
+        if name not in found or file_sha256(found[name]) != digest:
             raise BadData(f"{version}: {name} is damaged or missing in MLflow; register the drafter anew")
     return into / part
 
 
-# ── the champion ──────────────────────────────────────────────────────────────────────────────────
+def checksums(version: Version) -> dict[str, str]:
+    """The version's files → SHA-256. Errors as of `fetch`."""
+    with TemporaryDirectory() as temporary, registry(version.uri) as client:
+        file = Path(client.download_artifacts(version.run_id, f"{EVIDENCE}/{CHECKSUMS}", temporary))
+        if file_sha256(file) != version.tags.get("checksums"):
+            raise BadData(f"{version}: its {CHECKSUMS} is damaged; register the drafter anew")
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def champion_of(uri: str, model: str | None = None) -> Version | None:
-    """The present champion of a model (None: the only one); None if there is none yet."""
-    with registry(uri) as client:
-        model = model or only_model(client)
-        has = CHAMPION in aliases_of(client, model)
-    return resolve(uri, model, CHAMPION) if has else None
-
-
-def promote(version: Version, gate: Path) -> int | None:
-    """Make a version the champion; returns the number of the version that it replaces.
-
-    Args:
-        gate: the gate's `gate.json`, which must say that this version passes against the present champion,
-            or that there is none yet.
-
-    Raises:
-        BadData: if it does not.
-        Incomplete: if MLflow is out of reach.
-    """
-    try:
-        told = json.loads(gate.read_text(encoding="utf-8"))
-        verdict = told["verdict"]
-        model, candidate = told["model"], told["candidate"]["version"]
-        # Without a champion there is no baseline; results that no registry holds are one without a version.
-        baseline = None if told["baseline"] is None else told["baseline"]["version"] or "of no registry"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadData(f"{gate} is no gate.json of `budgetdraft gate` ({error!r})") from None
-    if verdict != "pass":
-        raise BadData(f"{gate} says {verdict!r}: only what passes the gate is promoted")
-    if (model, candidate) != (version.model, version.number):
-        raise BadData(f"{gate} is about {model} version {candidate}, not about {version}")
-    with registry(version.uri) as client:
-        champion = aliases_of(client, version.model).get(CHAMPION)
-        if champion == version.number:
-            raise BadData(f"{version} is the champion already")
-        if baseline != champion:
-            raise BadData(
-                f"{gate} compares with version {baseline or 'none'}, but the champion of {version.model} is "
-                f"{champion or 'none'}: run the gate again"
-            )
-        number = str(version.number)
-        client.set_model_version_tag(version.model, number, CHAMPION_BEFORE, str(champion or NOBODY))
-        client.set_model_version_tag(version.model, number, "gate", f"{verdict} against {baseline or NOBODY}")
-        move_champion(client, version.model, champion, version.number)
-    return champion
-
-
-def rollback(uri: str, model: str | None = None) -> tuple[int, int]:
-    """Make the version that the champion replaced the champion again; returns both numbers, old and new.
-
-    Raises:
-        BadData: if there is none before it.
-        Incomplete: if MLflow is out of reach.
-    """
-    with registry(uri) as client:
-        model = model or only_model(client)
-        champion = aliases_of(client, model).get(CHAMPION)
-        if champion is None:
-            raise BadData(f"{model} has no champion")
-        versions = {int(v.version): v for v in client.search_model_versions(f"name = '{model}'")}
-        before = versions[champion].tags.get(CHAMPION_BEFORE, NOBODY)
-        if before == NOBODY:
-            raise BadData(f"{model} version {champion} is the first champion: there is none to go back to")
-        if int(before) not in versions:
-            raise BadData(f"{model} version {before}, the champion before {champion}, was deleted")
-        move_champion(client, model, champion, int(before))
-        # Or two that replaced each other would be gone back and forth between.
-        client.delete_model_version_tag(model, str(champion), CHAMPION_BEFORE)
-    return champion, int(before)
-
-
-def move_champion(client: MlflowClient, model: str, expected: int | None, number: int) -> None:
-    """Set the alias. MLflow cannot compare and set, so the look at who has it comes right before."""
-    champion = aliases_of(client, model).get(CHAMPION)
-    if champion != expected:
-        raise Incomplete(
-            f"the champion of {model} became version {champion} meanwhile: look at it, then try again"
-        )
-    client.set_registered_model_alias(model, CHAMPION, str(number))
+def weights_of(version: Version) -> dict[str, str]:
+    """The version's files of weights → SHA-256. Errors as of `fetch`."""
+    known = {Path(name): digest for name, digest in checksums(version).items()}
+    return {file.name: digest for file, digest in known.items() if file.suffix == ".safetensors"}

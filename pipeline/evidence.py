@@ -31,16 +31,18 @@ from pipeline.rows import Prompt, PromptRow, Row
 EVIDENCE, EVIDENCE_ROWS = "evidence.json", "rows.jsonl.gz"
 # It names files and versions of the library that wrote it; what tokens a text gives stands in the others.
 NOT_CONTENT = "tokenizer_config.json"
+# Of config.json: what says where, by what and in what precision it was saved, beside names that begin with _.
+NOT_THE_MODEL = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
 class Evidence(Row):
     """One drafter's rows of the test prompts: every mode and control, as the sweep wrote them.
 
-    `target` is a fingerprint of the target's weights, precision and tokenizer, `prompts` one of the test
-    prompts' tokens: two drafters are comparable prompt by prompt where both are equal, whatever data they
-    were trained on. `hardware` says what measured rows were timed on; it is "" where nothing was, and names
-    the sweep where that did not note it. `config` is the name of the config of the run that made the report,
-    `budgets` those that the drafter saw in training, none if it was not trained.
+    `target` is a fingerprint of the target's weights, config, precision and tokenizer, `prompts` one of the
+    test prompts' tokens: two drafters are comparable prompt by prompt where both are equal, whatever data
+    they were trained on. `hardware` says what measured rows were timed on; it is "" where nothing was, and
+    names the sweep where that did not note it. `config` is the name of the config of the run that made the
+    report, `budgets` those that the drafter saw in training, none if it was not trained.
     """
 
     drafter: str
@@ -138,13 +140,12 @@ def evidence_of_results(found: Results) -> Evidence:
 
 
 def target_fingerprint(found: Results) -> str:
-    """Of the target's weights, by content, with what else decides its texts: precision, rope, tokenizer."""
+    """Of the target's weights, by content, and what else decides its texts: config, precision, tokenizer."""
     known = manifest(found.sweep)["inputs"]["target"]
     if isinstance(known, str):
         scratch = beside(found.report, "pretrain-target", known)
         spec = manifest(scratch)["inputs"]["model"]
-        files = sound_files(scratch, "model/")
-        weights = {Path(name).name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+        folder, weights = scratch.path / "model", weights_of(scratch)
     else:
         from pipeline.models import model_folder, model_ref  # imports torch
 
@@ -158,7 +159,15 @@ def target_fingerprint(found: Results) -> str:
     tokenizer = sound_files(found.prepare, "tokenizer/")
     tokenizer = {name: digest for name, digest in tokenizer.items() if Path(name).name != NOT_CONTENT}
     own = {"dtype": spec["dtype"], "rope_scaling": spec["rope_scaling"]}
-    return fingerprint({"weights": weights, "tokenizer": tokenizer, **own})
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = {key: saved[key] for key in saved.keys() - NOT_THE_MODEL if not key.startswith("_")}
+    return fingerprint({"weights": weights, "model": model, "tokenizer": tokenizer, **own})
+
+
+def weights_of(model: Artifact) -> dict[str, str]:
+    """A trained model's files of weights → SHA-256; errors as of `sound_files`."""
+    files = sound_files(model, "model/")
+    return {Path(name).name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
 def prompts_fingerprint(prepare: Artifact) -> str:

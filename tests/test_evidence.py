@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -107,11 +108,23 @@ def other_tokenizer(storage: Path) -> None:
     file.write_text(json.dumps(values))
 
 
+def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def other_rope(storage: Path) -> None:
+    model = artifact(storage, "pretrain-target") / "model"
+    change_config(model, lambda values: values["rope_parameters"].update(rope_theta=12345.0))
+
+
 @pytest.mark.parametrize(
     ("change", "stage", "field"),
     [
         (other_token, "prepare", "prompts"),
         (other_weight, "pretrain-target", "target"),
+        (other_rope, "pretrain-target", "target"),
         (other_tokenizer, "prepare", "target"),
     ],
 )
@@ -130,6 +143,8 @@ def test_another_content_is_another_fingerprint(
 def test_the_same_target_as_a_folder_of_ones_own(storage: Path, evidence: Evidence, tmp_path: Path) -> None:
     """By content: wherever the weights come from."""
     own = shutil.copytree(artifact(storage, "pretrain-target") / "model", tmp_path / "target")
+    saved = {"transformers_version": "4.0", "torch_dtype": "float32", "_name_or_path": "elsewhere"}
+    change_config(own, lambda values: values.update(saved))  # as another version of the library saves it
     sweep = artifact(storage, "sweep")
     manifest = json.loads((sweep / MANIFEST).read_text())
     stats = {file.name: file.stat() for file in own.iterdir() if file.suffix == ".safetensors"}

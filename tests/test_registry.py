@@ -1,4 +1,4 @@
-"""The model registry on a real MLflow: registered once, found again, fetched whole, made champion."""
+"""The model registry on a real MLflow: registered once, found again, fetched whole, gated."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import Result
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,24 +23,15 @@ from typer.testing import CliRunner
 from jobs import register as registering
 from jobs.cli import app
 from jobs.pipeline import run_pipeline
-from jobs.registry import (
-    Version,
-    champion_of,
-    evidence_of,
-    move_champion,
-    promote,
-    pull,
-    registry,
-    resolve,
-    rollback,
-)
+from jobs.registry import Version, evidence_of, pull, resolve
 from jobs.submit import JOB_CONFIG
 from pipeline.errors import BadData, Incomplete
 from pipeline.evidence import read_evidence
-from tests.mlflow_server import MlflowServer, Proxy, free_port
+from tests.mlflow_server import free_port
 from tests.registered import MODEL, Done, registered_config
-from tests.test_tracking_server import planted
-from tests.toys import artifact, toy_config
+from tests.toys import PROMPTS, artifact, toy_config
+
+CONF = Path(__file__).resolve().parent.parent / "conf/gate.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,8 @@ def done(first: Done, tmp_path: Path) -> Iterator[Done]:
         client.delete_model_version(MODEL, str(number))
     for run in set(first.pipeline_runs()) - runs:
         client.delete_run(run)
-    for key in ("champion_before", "gate"):
+    client.delete_registered_model_tag(MODEL, "champions")
+    for key in ("rolled_back", "gate"):
         client.delete_model_version_tag(MODEL, "1", key)
 
 
@@ -249,116 +242,90 @@ def test_what_is_damaged_in_the_store_is_not_fetched(
     assert not list(tmp_path.iterdir())
 
 
-# ── the champion ──────────────────────────────────────────────────────────────────────────────────
+def test_what_was_never_registered_is_not_fetched(done: Done, tmp_path: Path) -> None:
+    version = done.another()
+    strange = tmp_path / "modeling_llama.py"
+    strange.write_text("import os")
+    done.mlflow().log_artifact(version.run_id, str(strange), "hf_model")
+    with pytest.raises(BadData, match=r"hf_model/modeling_llama.py, which was not registered"):
+        pull(version, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and evidence_of(version).drafter == "full_only"
 
 
-def gate(folder: Path, candidate: int, baseline: int | None, /, **changes: Any) -> Path:
-    side = None if baseline is None else {"version": baseline}
-    said = {"verdict": "pass", "model": MODEL, "candidate": {"version": candidate}, "baseline": side}
-    (folder / "gate.json").write_text(json.dumps(said | changes))
-    return folder / "gate.json"
+# ── the gate on what is registered ────────────────────────────────────────────────────────────────
 
 
-def test_promoted_step_by_step_and_back(done: Done, tmp_path: Path) -> None:
-    one, two = resolve(done.uri, MODEL, "1"), done.another()
-    assert champion_of(done.uri, MODEL) is None
-    with pytest.raises(BadData, match="has no champion"):
-        rollback(done.uri, MODEL)
-    assert promote(one, gate(tmp_path, 1, None)) is None
-    with pytest.raises(BadData, match="first champion"):
-        rollback(done.uri)
-    assert promote(two, gate(tmp_path, two.number, 1)) == 1
-    now = resolve(done.uri, MODEL, "champion")
-    assert (now.number, now.tags["champion_before"], now.tags["gate"]) == (two.number, "1", "pass against 1")
-    assert pull(now, tmp_path / "out").is_dir()
-    assert promote(one, gate(tmp_path, 1, two.number)) == two.number
-    # Back through all that were champion, and no further.
-    assert rollback(done.uri) == (1, two.number)
-    said = CliRunner().invoke(app, ["rollback", "--tracking-uri", done.uri])
-    assert said.stdout == f"champion: version {two.number} → version 1\n", said.output
-    assert CliRunner().invoke(app, ["rollback", "--tracking-uri", done.uri]).exit_code == 3
-    found = champion_of(done.uri)
-    assert found is not None and found.number == 1
+def gate(done: Done, folder: Path, *arguments: str) -> Result:
+    """With a margin that the toy's few documents can pass."""
+    command = ["gate", "--tracking-uri", done.uri, "--model", MODEL, "--output", str(folder / "gate")]
+    wide = ["least_documents=5", "margins.acceptance=0.9", "bootstrap_samples=200"]
+    return CliRunner().invoke(app, [*command, "--config", str(CONF), *arguments, *wide])
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"verdict": "fail"}, "only what passes the gate"),
-        ({"verdict": "not_enough_evidence"}, "only what passes the gate"),
-        ({"candidate": {"version": 9}}, "is about .* version 9"),
-        ({"model": "other"}, "is about other version"),
-        ({"baseline": None}, "compares with version none, but the champion .* is 1"),
-        ({"baseline": {"version": 9}}, "compares with version 9, but the champion .* is 1"),
-        ({"baseline": {"version": None}}, "compares with version of no registry"),
-        ({"candidate": None}, "is no gate.json"),
-        ({"baseline": 1}, "is no gate.json"),
-    ],
-)
-def test_only_a_pass_against_the_present_champion_moves_it(
-    done: Done, tmp_path: Path, changes: dict[str, Any], match: str
+def champion(done: Done) -> str:
+    return str(done.mlflow().get_model_version_by_alias(MODEL, "champion").version)
+
+
+def test_a_schedule_neither_moves_the_champion_nor_undoes_a_rollback(done: Done, tmp_path: Path) -> None:
+    two = str(done.another().number)
+    first = gate(done, tmp_path, "--candidate", "1", "--promote")
+    assert first.exit_code == 0 and "There is no champion yet" in first.stderr, first.output
+    for reason in ("cells are above", "is the champion itself"):
+        again = gate(done, tmp_path, "--candidate", two, "--promote")
+        assert again.exit_code == 0 and reason in again.stderr, again.output
+        assert champion(done) == two
+    assert CliRunner().invoke(app, ["rollback", "--tracking-uri", done.uri]).exit_code == 0
+    refused = gate(done, tmp_path, "--candidate", two, "--promote")
+    assert refused.exit_code == 3 and "somebody rolled back" in refused.stderr and champion(done) == "1"
+    assert json.loads((tmp_path / "gate" / "gate.json").read_text())["verdict"] == "pass"
+    assert gate(done, tmp_path, "--candidate", two, "--promote", "--again").exit_code == 0
+    assert champion(done) == two
+    kept = done.mlflow().download_artifacts(resolve(done.uri, MODEL, two).run_id, "gate", str(tmp_path))
+    decided = json.loads((Path(kept) / "gate-against-1.json").read_text())
+    assert decided["gate"]["margins"]["acceptance"] == 0.9 and decided["cells"]
+
+
+def test_a_champion_that_was_deleted_is_no_first_one(done: Done, tmp_path: Path) -> None:
+    two = str(done.another().number)
+    for number in ("1", two):
+        assert gate(done, tmp_path, "--candidate", number, "--promote").exit_code == 0
+    done.mlflow().delete_model_version(MODEL, two)
+    refused = gate(done, tmp_path, "--candidate", "1")
+    assert refused.exit_code == 3 and "budgetdraft rollback" in refused.stderr
+
+
+def test_a_champion_that_is_evaluated_anew_is_promoted_against(
+    done: Done, corpus: Path, tmp_path: Path
 ) -> None:
-    promote(resolve(done.uri, MODEL, "1"), gate(tmp_path, 1, None))
-    two = done.another()
-    with pytest.raises(BadData, match=match):
-        promote(two, gate(tmp_path, two.number, 1, **changes))
-    assert resolve(done.uri, MODEL, "champion").number == 1
+    """On other prompts, by the run that trains the candidate on from it."""
+    assert gate(done, tmp_path, "--candidate", "1", "--promote").exit_code == 0
+    folder = pull(resolve(done.uri, MODEL, "champion"), tmp_path / "champion")
 
+    def change(values: dict[str, Any]) -> None:
+        values |= {"tracking": {"experiment": "toy", "uri": done.uri}, "registry": {"model": MODEL}}
+        target = artifact(done.storage, "pretrain-target") / "model"
+        values["target"] = {"kind": "pretrained", "path": str(target)}
+        values["drafter"] = {"kind": "pretrained", "path": str(folder)}
+        values["data"] |= {"tokenizer": {"kind": "target"}, "prompts": PROMPTS - 2}
+        values["train"] |= {"steps": 2}
+        values["train"]["variants"] = [
+            {"name": "before", "steps": 0, "sparse_weight": 0},
+            {"name": "after", "sparse_weight": 0},
+        ]
+        values["sweep"].pop("measure")
+        values["sweep"]["mode"] = "replay"
 
-def test_results_of_no_registry_are_no_champion(done: Done, tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=r"of no registry, but the champion .* is none"):
-        promote(resolve(done.uri, MODEL, "1"), gate(tmp_path, 1, None, baseline={"version": None}))
-    assert champion_of(done.uri, MODEL) is None
-
-
-def test_a_champion_that_changed_meanwhile_stays(done: Done, tmp_path: Path) -> None:
-    two = done.another()
-    promote(two, gate(tmp_path, two.number, None))
-    with registry(done.uri) as client, pytest.raises(Incomplete, match=f"version {two.number} meanwhile"):
-        move_champion(client, MODEL, None, 1)
-    assert resolve(done.uri, MODEL, "champion").number == two.number
-
-
-# ── a server that does not answer, and secrets ────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-
-
-def test_out_of_reach_is_incomplete_and_a_rerun_registers_once(
-    corpus: Path, storage: Path, server: MlflowServer, tmp_path: Path
-) -> None:
-    """The request is refused; then it is done and the answer is lost; then all is well, twice."""
-    proxy = Proxy(server.port)
-    uri = proxy.uri.replace("//", "//ann:pa55word@")
-    config = registered_config(corpus, storage, uri=uri)
-    try:
-        for action in ("refuse", "lose"):
-            proxy.behave = lambda method, path, action=action: (  # type: ignore[misc]
-                action if path.endswith("/model-versions/create") else "pass"
-            )
-            with pytest.raises(Incomplete, match="MLflow at ") as error:
-                run_pipeline(config)
-            assert "pa55word" not in str(error.value)
-        proxy.behave = lambda method, path: "pass"
-        run_pipeline(config)
-        version = resolve(uri, None, "1")
-        with pytest.raises(BadData, match=r"versions \[1\]"):
-            resolve(uri, None, "2")
-        fetched = pull(version, tmp_path / "out")
-    finally:
-        proxy.stop()
-    trained = artifact(storage, "drafter-multi_view") / "model" / "model.safetensors"
-    assert (fetched / "model.safetensors").read_bytes() == trained.read_bytes()
-    assert evidence_of(Version(server.uri, *list(vars(version).values())[1:])).drafter == "multi_view"
-    assert not planted(storage, server.folder, fetched.parent)
+    report = run_pipeline(toy_config(corpus, tmp_path / "runs", change)).parent
+    newest = str(max(done.versions()))
+    other = gate(done, tmp_path, "--candidate", newest, "--promote")
+    assert other.exit_code == 3 and "other prompts" in other.stderr, other.output
+    refused = gate(done, tmp_path, "--candidate", newest, "--baseline", f"{report}:after", "--promote")
+    assert refused.exit_code == 3 and "its weights are not those of" in refused.stderr
+    assert champion(done) == "1"
+    passed = gate(done, tmp_path, "--candidate", newest, "--baseline", f"{report}:before", "--promote")
+    assert passed.exit_code == 0 and champion(done) == newest, passed.output
+    said = json.loads((tmp_path / "gate" / "gate.json").read_text())["baseline"]
+    assert (said["drafter"], said["version"]) == ("before", 1)
 
 
 # ── the config ────────────────────────────────────────────────────────────────────────────────────
