@@ -27,13 +27,24 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """`mlflow server` on 127.0.0.1, its database and its log in one folder."""
+    """`mlflow server` on 127.0.0.1, its database and its log in one folder; as a context it is up."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = f"sqlite:///{folder}/server.db"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> MlflowServer:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
     def start(self) -> None:
         """Start it, and wait until it answers."""

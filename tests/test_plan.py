@@ -62,14 +62,6 @@ def planned_config(
     return Config.model_validate(values)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        (folder / f"tale{number:02d}.txt").write_text(story(number))
-    return folder
-
-
 def test_a_run_makes_what_was_planned(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,12 +21,8 @@ from tests.toys import artifact
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
+    with MlflowServer(tmp_path_factory.mktemp("server")) as server:
         yield server
-    finally:
-        server.kill()
 
 
 def test_out_of_reach_is_incomplete_and_a_rerun_registers_once(

@@ -27,12 +27,8 @@ ROWS = [cell(drafter=name, gamma=gamma) for name in ("a", "b", "c") for gamma in
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
+    with MlflowServer(tmp_path_factory.mktemp("server")) as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture

@@ -254,10 +254,8 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    made = MlflowServer(tmp_path)
-    made.start()
-    yield made
-    made.kill()
+    with MlflowServer(tmp_path) as server:
+        yield server
 
 
 @pytest.mark.ray

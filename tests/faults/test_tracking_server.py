@@ -19,13 +19,10 @@ AWAY_S = 3.0
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path / "server")
-    server.folder.mkdir()
-    try:
-        server.start()
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with MlflowServer(folder) as server:
         yield server
-    finally:
-        server.kill()
 
 
 def finished(server: MlflowServer, stage: str) -> int:
