@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -12,12 +14,14 @@ from pipeline.artifacts import provenance
 from pipeline.config_sweep import family
 from pipeline.recommend import Choice
 from pipeline.report.summary import FamilyGain
-from pipeline.rows import CellRow, PredictedRow, PromptRow
+from pipeline.rows import CellRow, Count, PredictedRow, PromptRow
 
 if TYPE_CHECKING:
     from benchmarks.study import Study
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
+# What is compared behind the smallest budget: the paper's loss, and the same two trained with forward KL.
+PAPER, KL = ("multi_view", "full_only"), ("kl", "full_only_kl")
 CHANGES = {
     "full_only": "L_A only, no sparse branch (Table 3)",
     "lambda_1": "λ = 1 instead of 0.5 (Table 3)",
@@ -47,11 +51,11 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             gamma=GAMMA,
             smallest=SMALLEST,
             checks=check_table(checks),
-            headline=headline_table(grid.summary.families),
+            headline=headline_table(grid.summary.families, PAPER),
+            headline_kl=headline_table(studies["ablations"].summary.families, KL),
             grid=grid_table(grid),
             prediction=prediction_table(grid),
             sources=measured_table(studies["table-2"].cells),
-            seed_spread=seed_spread(grid.summary.families),
             ablations=ablation_table(rows),
             ablation_words=ablation_words(rows),
             gammas=gamma_table(studies["figure-3"].cells),
@@ -95,45 +99,42 @@ def same(families: Sequence[FamilyGain], gain: FamilyGain, **changes: object) ->
     return next((g for g in families if all(getattr(g, n) == v for n, v in wanted.items())), None)
 
 
-def headline_table(families: Sequence[FamilyGain]) -> str:
-    """`multi_view` − `full_only` behind the smallest budget, over three training seeds."""
+def headline(families: Sequence[FamilyGain], pair: tuple[str, str]) -> list[FamilyGain]:
+    """The gains of one family over the other behind the smallest budget, over all prompts."""
+    wanted = (*pair, SMALLEST, None, "all", GAMMA)
+    return [
+        gain
+        for gain in families
+        if (gain.drafter, gain.baseline, gain.budget, gain.control, gain.prompts, gain.gamma) == wanted
+    ]
+
+
+def when(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def explained(families: Sequence[FamilyGain], gain: FamilyGain) -> str:
+    """The share of a gain that is there under `other_prompt`; empty where there is no clear gain."""
+    other = same(families, gain, control="other_prompt")
+    return f"{100 * min(max(other.mean / gain.mean, 0), 1):.0f} %" if other and gain.low > 0 else ""
+
+
+def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str:
+    """One family against the other behind the smallest budget, over three training seeds."""
     rows = []
-    for gain in families:
-        wanted = (gain.drafter, gain.baseline, gain.budget, gain.control, gain.prompts, gain.gamma)
-        if wanted != ("multi_view", "full_only", SMALLEST, None, "all", GAMMA):
-            continue
+    for gain in headline(families, pair):
         varied, other, full = (
             same(families, gain, **changes)
             for changes in ({"prompts": "not_looping"}, {"control": "other_prompt"}, {"budget": "full"})
         )
-        share = ""
-        if other and gain.low > 0:
-            share = f"{100 * min(max(other.mean / gain.mean, 0), 1):.0f} %"
+        shown = [points(one) if one else "" for one in (gain, varied, other)]
         rows.append(
-            [
-                gain.dataset,
-                gain.context,
-                "greedy" if gain.temperature == 0 else f"{gain.temperature:g}",
-                points(gain),
-                points(varied) if varied else "",
-                points(other) if other else "",
-                share,
-                points(full) if full else "",
-                gain.num_documents,
-            ]
-        )
-    head = ["data", "context", "temperature", "B = 64", "without looping texts", "under other_prompt",
+            [gain.dataset, gain.context, when(gain.temperature), *shown, explained(families, gain),
+             points(full) if full else "", gain.num_documents]
+        )  # fmt: skip
+    head = ["data", "context", "decoded", f"B = {SMALLEST}", "without looping texts", "under other_prompt",
             "explained by it", "full cache", "documents"]  # fmt: skip
     return markdown(head, rows)
-
-
-def seed_spread(families: Sequence[FamilyGain]) -> float:
-    """The widest range of one gain over its training seeds, in the headline's places."""
-    return max(
-        max(gain.by_seed) - min(gain.by_seed)
-        for gain in families
-        if (gain.budget, gain.control, gain.prompts, gain.gamma) == (SMALLEST, None, "all", GAMMA)
-    )
 
 
 def grid_table(grid: Study) -> str:
@@ -258,31 +259,26 @@ def places_of(cells: Sequence[CellRow]) -> list[tuple[str, str]]:
 
 
 Ablation = tuple[str, str, dict[tuple[int | str, float], metrics.Interval]]
+BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
 
 
 def ablation_rows(studies: Mapping[str, Study]) -> list[Ablation]:
-    """Every changed drafter minus multi_view of the same seed: (name, data set, (budget, temperature) →)."""
-    rows = [row for name in ("table-3", "ablations", "on-policy") for row in studies[name].rows]
-    by_drafter: dict[str, dict[tuple[Any, ...], PromptRow]] = {}
-    for row in rows:
+    """Every changed family minus multi_view, seed by seed: (name, data set, (budget, temperature) →)."""
+    cells: dict[tuple[Any, ...], dict[str, dict[str, PromptRow]]] = defaultdict(lambda: defaultdict(dict))
+    for row in (row for name in ("table-3", "ablations", "on-policy") for row in studies[name].rows):
         if row.gamma == GAMMA and not row.control and row.budget in (SMALLEST, "full") and row.num_proposed:
-            place = (row.dataset, row.budget, row.temperature, row.prompt_id)
-            by_drafter.setdefault(family(row.drafter), {})[place] = row
-    base = by_drafter["multi_view"]
-    found: list[Ablation] = []
-    for name in CHANGES:
-        ours = by_drafter.get(name, {})
-        for dataset in dict.fromkeys(str(place[0]) for place in base):
-            cells = {}
-            for budget in (SMALLEST, "full"):
-                for temperature in (0.0, 1.0):
-                    shared = [p for p in base if p in ours and p[:3] == (dataset, budget, temperature)]
-                    if shared:
-                        cells[budget, temperature] = difference(
-                            [ours[place] for place in shared], [base[place] for place in shared]
-                        )
-            found.append((name, dataset, cells))
-    return found
+            cell = cells[family(row.drafter), row.dataset, row.budget, row.temperature]
+            cell[row.drafter.partition("~")[2]][row.prompt_id] = row
+    budgets: tuple[int | str, ...] = (SMALLEST, "full")
+    places = list(product(budgets, (0.0, 1.0)))
+    return [
+        (
+            name,
+            dataset,
+            {at: difference(cells[name, dataset, *at], cells["multi_view", dataset, *at]) for at in places},
+        )
+        for name, dataset in product(CHANGES, dict.fromkeys(str(key[1]) for key in cells))
+    ]
 
 
 def ablation_table(rows: Sequence[Ablation]) -> str:
@@ -306,7 +302,7 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
     lines = []
     for name in dict.fromkeys(name for name, _, _ in rows):
         parts = []
-        for temperature, when in ((0.0, "greedily"), (1.0, "at temperature 1")):
+        for temperature, how in ((0.0, "greedily"), (1.0, "at temperature 1")):
             told = [cells[SMALLEST, temperature] for other, _, cells in rows if other == name]
             up, down = sum(i.low > 0 for i in told), sum(i.high < 0 for i in told)
             verdict = "makes no clear difference"
@@ -315,18 +311,25 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
             elif down >= 2 and not up:
                 verdict = "hurts"
             worst, best = min(i.mean for i in told), max(i.mean for i in told)
-            parts.append(f"{verdict} {when} ({100 * worst:+.1f} to {100 * best:+.1f} points)")
+            parts.append(f"{verdict} {how} ({100 * worst:+.1f} to {100 * best:+.1f} points)")
         lines.append(f"- `{name}`, {CHANGES[name]}: {parts[0]}, {parts[1]}")
     return "\n".join(lines)
 
 
-def difference(ours: Sequence[PromptRow], theirs: Sequence[PromptRow]) -> metrics.Interval:
-    sides = [
-        ([row.num_accepted for row in side], [row.num_proposed or 0 for row in side])
-        for side in (ours, theirs)
-    ]
-    clusters = [row.document_id for row in ours]
-    return metrics.paired_difference(*sides, samples=SAMPLES, seed=SEED, clusters=clusters)
+def difference(ours: BySeed, theirs: BySeed) -> metrics.Interval:
+    """Two families over the training seeds that both have and the prompts that all of these drafters hold."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    prompts = sorted(set.intersection(*(set(side[seed]) for side in (ours, theirs) for seed in seeds)))
+
+    def counts(side: BySeed) -> tuple[list[list[Count]], list[list[Count]]]:
+        rows = [[side[seed][prompt] for prompt in prompts] for seed in seeds]
+        accepted = [[row.num_accepted for row in one] for one in rows]
+        return accepted, [[row.num_proposed or 0 for row in one] for one in rows]
+
+    clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
+    return metrics.seeded_difference(
+        counts(ours), counts(theirs), samples=SAMPLES, seed=SEED, clusters=clusters
+    )
 
 
 def advice_table(grid: Study) -> str:
