@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from pipeline import metrics
 from pipeline.artifacts import provenance
 from pipeline.config_sweep import family
+from pipeline.metrics import Interval, seeded_difference
 from pipeline.recommend import Choice
 from pipeline.report.summary import FamilyGain
 from pipeline.rows import CellRow, Count, PredictedRow, PromptRow
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.study import Study
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
+HOW = (0.0, "greedily"), (1.0, "at temperature 1")
 # What is compared behind the smallest budget: the paper's loss, and the same two trained with forward KL.
 PAPER, KL = ("multi_view", "full_only"), ("kl", "full_only_kl")
 CHANGES = {
@@ -38,7 +39,8 @@ CHANGES = {
 
 def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -> str:
     grid, adaptive = studies["table-1"], studies["adaptive"]
-    config, rows = grid.config, ablation_rows(studies)
+    cells = families_of(studies)
+    config, rows = grid.config, ablation_rows(cells)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("benchmarks", "."), undefined=jinja2.StrictUndefined
     ).get_template("study.md.j2")
@@ -58,6 +60,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             sources=measured_table(studies["table-2"].cells),
             ablations=ablation_table(rows),
             ablation_words=ablation_words(rows),
+            nothing_kept=nothing_kept(cells),
             gammas=gamma_table(studies["figure-3"].cells),
             adaptive=adaptive_table(adaptive.cells),
             adaptive_words=adaptive_words(adaptive.cells),
@@ -258,27 +261,47 @@ def places_of(cells: Sequence[CellRow]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((c.dataset, c.context) for c in cells))
 
 
-Ablation = tuple[str, str, dict[tuple[int | str, float], metrics.Interval]]
+Ablation = tuple[str, str, dict[tuple[int | str, float], Interval]]
 BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
+Families = Mapping[tuple[str, str, int | str, float], BySeed]  # variant, data set, budget, temperature →
 
 
-def ablation_rows(studies: Mapping[str, Study]) -> list[Ablation]:
-    """Every changed family minus multi_view, seed by seed: (name, data set, (budget, temperature) →)."""
-    cells: dict[tuple[Any, ...], dict[str, dict[str, PromptRow]]] = defaultdict(lambda: defaultdict(dict))
+def families_of(studies: Mapping[str, Study]) -> Families:
+    """The rows that ablations compare; the three contexts of a data set are pooled."""
+    cells: dict[tuple[str, str, int | str, float], dict[str, dict[str, PromptRow]]] = {}
     for row in (row for name in ("table-3", "ablations", "on-policy") for row in studies[name].rows):
-        if row.gamma == GAMMA and not row.control and row.budget in (SMALLEST, "full") and row.num_proposed:
-            cell = cells[family(row.drafter), row.dataset, row.budget, row.temperature]
-            cell[row.drafter.partition("~")[2]][row.prompt_id] = row
+        if row.gamma == GAMMA and not row.control and row.num_proposed:
+            by_seed = cells.setdefault(
+                (family(row.drafter), row.dataset, row.budget, row.temperature), defaultdict(dict)
+            )
+            by_seed[row.drafter.partition("~")[2]][row.prompt_id] = row
+    return cells
+
+
+def change(cells: Families, name: str, dataset: str, budget: int | str, temperature: float) -> Interval:
+    """What one changed family is accepted more than `multi_view`, seed by seed."""
+    ours, theirs = (cells[one, dataset, budget, temperature] for one in (name, "multi_view"))
+    return difference(ours, theirs)
+
+
+def ablation_rows(cells: Families) -> list[Ablation]:
+    """Every change in every data set: (name, data set, (budget, temperature) →)."""
     budgets: tuple[int | str, ...] = (SMALLEST, "full")
-    places = list(product(budgets, (0.0, 1.0)))
+    datasets = dict.fromkeys(dataset for _, dataset, *_ in cells)
     return [
-        (
-            name,
-            dataset,
-            {at: difference(cells[name, dataset, *at], cells["multi_view", dataset, *at]) for at in places},
-        )
-        for name, dataset in product(CHANGES, dict.fromkeys(str(key[1]) for key in cells))
+        (name, dataset, {at: change(cells, name, dataset, *at) for at in product(budgets, (0.0, 1.0))})
+        for name, dataset in product(CHANGES, datasets)
     ]
+
+
+def nothing_kept(cells: Families) -> str:
+    """What B = 0 among the trained budgets is worth where nothing of the prefix is kept."""
+    datasets = dict.fromkeys(dataset for _, dataset, *_ in cells)
+    return "; ".join(
+        f"{how} "
+        + ", ".join(f"{points(change(cells, 'with_b_0', dataset, 0, t))} ({dataset})" for dataset in datasets)
+        for t, how in HOW
+    )
 
 
 def ablation_table(rows: Sequence[Ablation]) -> str:
@@ -302,7 +325,7 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
     lines = []
     for name in dict.fromkeys(name for name, _, _ in rows):
         parts = []
-        for temperature, how in ((0.0, "greedily"), (1.0, "at temperature 1")):
+        for temperature, how in HOW:
             told = [cells[SMALLEST, temperature] for other, _, cells in rows if other == name]
             up, down = sum(i.low > 0 for i in told), sum(i.high < 0 for i in told)
             verdict = "makes no clear difference"
@@ -316,7 +339,7 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
     return "\n".join(lines)
 
 
-def difference(ours: BySeed, theirs: BySeed) -> metrics.Interval:
+def difference(ours: BySeed, theirs: BySeed) -> Interval:
     """Two families over the training seeds that both have and the prompts that all of these drafters hold."""
     seeds = sorted(ours.keys() & theirs.keys())
     prompts = sorted(set.intersection(*(set(side[seed]) for side in (ours, theirs) for seed in seeds)))
@@ -327,9 +350,7 @@ def difference(ours: BySeed, theirs: BySeed) -> metrics.Interval:
         return accepted, [[row.num_proposed or 0 for row in one] for one in rows]
 
     clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
-    return metrics.seeded_difference(
-        counts(ours), counts(theirs), samples=SAMPLES, seed=SEED, clusters=clusters
-    )
+    return seeded_difference(counts(ours), counts(theirs), samples=SAMPLES, seed=SEED, clusters=clusters)
 
 
 def advice_table(grid: Study) -> str:

@@ -1,0 +1,161 @@
+"""The study of conf/paper-small: what its page says of rows, and all of it at a toy size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import study, study_tables
+from benchmarks.study_tables import BySeed
+from pipeline.metrics import Interval
+from pipeline.report.summary import FamilyGain, Summary
+from pipeline.rows import PromptRow
+from tests.test_books import made_books
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = (
+    "data.tokenizer.vocab_size=400",
+    "data.sequence_tokens=288",
+    "data.contexts=[{name: 1K, tokens: 96}, {name: 2K, tokens: 128}, {name: 4K, tokens: 192}]",
+    "data.max_new_tokens=16",
+    "data.prompts=4",
+    "data.validation_prompts=2",
+    "target={kind: scratch, layers: 2, hidden: 32, heads: 2, kv_heads: 2, intermediate: 64, "
+    "max_positions: 288, pretrain: {steps: 40, batch_sequences: 4, learning_rate: 0.02}}",
+    "drafter={kind: scratch, layers: 1, hidden: 32, heads: 2, kv_heads: 2, intermediate: 64, "
+    "max_positions: 288, pretrain: {steps: 10, batch_sequences: 4, sequence_tokens: 96}}",
+    "labels.max_sequences=16",
+    "labels.top_k=8",
+    "train.steps=3",
+    "train.warmup_steps=1",
+    "train.window_tokens=16",
+    "train.min_prefix_tokens=64",
+    "train.checkpoint_every=3",
+    "train.validate_every=3",
+    "sweep.gammas=[2, 4]",
+    "sweep.measure.prompts=1",
+    "sweep.measure.repeats=1",
+    "decode.compile=none",
+    "report.bootstrap_samples=100",
+    "report.least_documents=2",
+    "tracking.enabled=false",
+    "run.executor=inline",
+)
+
+
+def make_row(prompt: str, accepted: int, proposed: int, document: str = "d") -> PromptRow:
+    return PromptRow(
+        drafter="a", dataset="x", context="1K", policy="chunk_topk", budget=64, control=None, gamma=4,
+        temperature=0.0, seed=0, mode="replay", prompt_id=prompt, document_id=document, num_tokens=63,
+        num_rounds=20, num_proposed=proposed, num_accepted=accepted, reached=[], kept=[], repetition_rate=0.0,
+        looping=False, in_trained_range=True, drafter_kv_bytes=1,
+    )  # fmt: skip
+
+
+def test_a_difference_is_of_what_both_families_hold() -> None:
+    """Seeds that one of them lacks, and prompts that any drafter lacks, count on neither side."""
+    ours: BySeed = {
+        "1": {"p": make_row("p", 30, 100, "d"), "q": make_row("q", 10, 50, "e"), "r": make_row("r", 50, 50)},
+        "2": {"p": make_row("p", 50, 100, "d"), "q": make_row("q", 20, 50, "e")},
+        "3": {"p": make_row("p", 100, 100), "q": make_row("q", 50, 50)},
+    }
+    theirs: BySeed = {
+        "1": {"p": make_row("p", 20, 80, "d"), "q": make_row("q", 10, 20, "e")},
+        "2": {"p": make_row("p", 10, 80, "d"), "q": make_row("q", 10, 20, "e")},
+    }
+    found = study_tables.difference(ours, theirs)
+    by_seed = [40 / 150 - 30 / 100, 70 / 150 - 20 / 100]
+    assert found.mean == pytest.approx(np.mean(by_seed))
+    # Every resample takes two of two documents and two of two seeds: all there can be, by hand.
+    pooled = {
+        ("1", "p"): 30 / 100 - 20 / 80, ("1", "q"): 10 / 50 - 10 / 20, ("1", "both"): by_seed[0],
+        ("2", "p"): 50 / 100 - 10 / 80, ("2", "q"): 20 / 50 - 10 / 20, ("2", "both"): by_seed[1],
+    }  # fmt: skip
+    possible = [
+        np.mean([pooled[first, documents], pooled[second, documents]])
+        for documents in ("p", "q", "both")
+        for first, second in itertools.product("12", repeat=2)
+    ]
+    assert (found.low, found.high) == pytest.approx((min(possible), max(possible)))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [
+        ([(0.01, 0.03), (0.02, 0.03), (-0.01, 0.02)], "helps"),
+        ([(0.01, 0.03), (-0.02, 0.03), (-0.01, 0.02)], "makes no clear difference"),
+        ([(0.01, 0.03), (0.02, 0.03), (-0.03, -0.02)], "makes no clear difference"),
+        ([(-0.03, -0.01), (-0.03, -0.02), (-0.01, 0.02)], "hurts"),
+    ],
+)
+def test_a_change_helps_where_two_data_sets_say_so_and_none_the_contrary(
+    bounds: list[tuple[float, float]], verdict: str
+) -> None:
+    nothing = Interval(0.0, -0.01, 0.01)
+    rows: list[study_tables.Ablation] = [
+        ("kl", f"data-{k}", {(64, 0.0): Interval((low + high) / 2, low, high), (64, 1.0): nothing})
+        for k, (low, high) in enumerate(bounds)
+    ]
+    (line,) = study_tables.ablation_words(rows).splitlines()
+    greedily, sampling = line.partition(": ")[2].split(" points), ")
+    assert greedily.startswith(f"{verdict} greedily")
+    assert sampling.startswith("makes no clear difference at temperature 1 (+0.0 to +0.0")
+
+
+def gain(mean: float, low: float, control: str | None = None) -> FamilyGain:
+    return FamilyGain(
+        drafter="multi_view", baseline="full_only", dataset="x", context="1K", policy="chunk_topk", budget=64,
+        control=control, gamma=4, temperature=0.0, seed=0, mean=mean, low=low, high=mean + 0.01,
+        num_prompts=9, num_documents=9, prompts="all", num_seeds=3, by_seed=[mean] * 3,
+    )  # fmt: skip
+
+
+def test_a_row_of_the_headline_is_met_by_its_lower_bound_and_says_what_the_control_explains() -> None:
+    clear = [gain(0.08, 0.06), gain(0.06, 0.04, "other_prompt")]
+    (row,) = study.headline_checks(clear, study_tables.PAPER)
+    assert (row["value"], row["met"]) == (0.06, True)
+    assert row["note"] == "+8.0 [+6.0, +9.0] points, 75 % of it under other_prompt"
+    unclear = [gain(0.01, -0.01), gain(0.01, -0.01, "other_prompt")]
+    (row,) = study.headline_checks(unclear, study_tables.PAPER)
+    assert row["met"] is False and "other_prompt" not in str(row["note"]), "no gain, so no share of one"
+
+
+@pytest.mark.long
+def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
+    """Every config runs, every row of what was to be reached is there, and a second call only writes."""
+    made_books(tmp_path / "data")
+    grid = [{"row": "grid", "value": 2.0, "target": 3, "at_most": True, "met": True, "note": ""}]
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+
+    def written(folder: str) -> tuple[dict[str, bytes], str]:
+        command = [
+            sys.executable, "-m", "benchmarks.study", "--storage", str(tmp_path / "runs"),
+            "--output", str(tmp_path / folder), "--grid", str(tmp_path / "grid.json"),
+            f"data.root={tmp_path / 'data'}", *TOY,
+        ]  # fmt: skip
+        environment = {**os.environ, "COLUMNS": "100"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}, done.stderr
+
+    files, _ = written("first")
+    assert set(files) == {"README.md", "summary.json", "table-1.png", "table-2.png", "figure-3.png"}
+    summary = Summary.model_validate_json(files["summary.json"])
+    rows = " ".join(check.row for check in summary.checks)
+    wanted = ("replay = decoding", "prediction error", "recommended ÷ best", "plan: labels", "plan, peak")
+    assert all(row in rows for row in (*wanted, "multi_view − full_only", "kl − full_only_kl", "grid"))
+    (replayed,) = (check for check in summary.checks if check.row.startswith("replay = decoding"))
+    assert replayed.met and replayed.value == 1
+    amounts = [check for check in summary.checks if check.row.startswith("plan: ")]
+    assert len(amounts) == 3 and all(check.met for check in amounts), amounts
+    page = files["README.md"].decode()
+    assert all(f"| `{name}` |" in page for name in study_tables.CHANGES)
+    again, told = written("second")
+    assert again["summary.json"] == files["summary.json"] and "train" not in told
