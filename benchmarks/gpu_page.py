@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from benchmarks.gpu import PLACES
-from benchmarks.study_tables import acceptance, check_table, markdown, points, speed
+from benchmarks.page_parts import acceptance, check_table, end_to_end, markdown, points, speed
 from jobs.pipeline import run_pipeline, settled
 from pipeline.artifacts import read_all, read_rows, write_text
 from pipeline.config import Config
@@ -147,15 +147,9 @@ def accepted_table(cells: Sequence[CellRow], gamma: int) -> str:
     for key in dict.fromkeys((c.dataset, c.context, c.temperature, c.budget) for c in here):
         shown = [found.get((*key, *drafter)) for drafter in drafters]
         first = next(cell for cell in shown if cell)
-        texts = [f"{first.num_looping} of {first.num_prompts}", *map(with_interval, shown)]
+        texts = [f"{first.num_looping} of {first.num_prompts}", *map(acceptance, shown)]
         rows.append([*key[:2], f"{key[2]:g}", key[3], *texts])
     return markdown(["data", "context", "temperature", "B", "looping", *heads], rows)
-
-
-def with_interval(cell: CellRow | None) -> str:
-    if cell is None or cell.acceptance_low is None or cell.acceptance_high is None:
-        return ""
-    return f"{acceptance(cell)} [{100 * cell.acceptance_low:.1f}, {100 * cell.acceptance_high:.1f}]"
 
 
 def measured_table(cells: Sequence[CellRow]) -> str:
@@ -165,8 +159,8 @@ def measured_table(cells: Sequence[CellRow]) -> str:
         head,
         [
             [
-                c.dataset, c.context, f"{c.temperature:g}", c.drafter, c.budget, c.gamma, with_interval(c),
-                speed(c), f"{c.end_to_end_speedup or 0:.2f}", f"{c.ar_tokens_per_s or 0:.0f}",
+                c.dataset, c.context, f"{c.temperature:g}", c.drafter, c.budget, c.gamma, acceptance(c),
+                speed(c), end_to_end(c), f"{c.ar_tokens_per_s or 0:.0f}",
                 f"{(c.peak_memory_bytes or 0) / 2**20:.0f}",
                 f"{c.exact_prompts} of {c.num_prompts}" if c.exact_prompts is not None else "",
             ]

@@ -3,7 +3,8 @@
     python -m benchmarks.study --storage runs --output docs/results/paper-small
 
 What is complete in the storage is reused, so that a second call only writes. Every figure comes from the
-reports of the runs; nothing is typed in.
+reports of the runs; nothing is typed in. Each stage runs in a process of its own, whose peak memory is then
+the stage's.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import study_tables as tables
 from jobs.pipeline import run_pipeline, settled
+from jobs.sweep import RECHECKED, ROWS
 from pipeline.artifacts import read_all, read_rows, write_text
 from pipeline.config import Config
 from pipeline.config_files import dump_config, load_config
 from pipeline.report.summary import FamilyGain, Summary
 from pipeline.rows import CellRow, PredictedRow, PromptRow
 
-CONFIGS = ("table-1", "table-2", "table-3", "figure-3", "ablations", "on-policy", "adaptive")
+CONFIGS = ("table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy")
 FOLDER = "conf/paper-small"
 FIGURES = {
     "table-1": "acceptance_by_budget_chunk_topk",
@@ -37,7 +40,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Study:
-    """One finished run: its config, its report, and the rows of its sweep."""
+    """One finished run: its config, its report, and the rows of its sweep, those measured again apart."""
 
     config: Config
     report: Path
@@ -45,6 +48,7 @@ class Study:
     cells: list[CellRow]
     predicted: list[PredictedRow]
     rows: list[PromptRow]
+    rechecked: list[PromptRow]
 
 
 def main() -> None:
@@ -80,18 +84,23 @@ def main() -> None:
 
 
 def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
-    loaded = load_config(Path(FOLDER) / f"{name}.yaml", [*overrides, f"storage={json.dumps(storage)}"])
-    config = settled(loaded)
+    file = Path(FOLDER) / f"{name}.yaml"
+    given = [*overrides, f"storage={json.dumps(storage)}"]
+    for stage in ("teach", "train", "sweep"):
+        subprocess.run([sys.executable, "-m", "jobs", stage, str(file), *given], check=True)
+    config = settled(load_config(file, given))
     report = run_pipeline(config).parent
     summary = Summary.model_validate_json((report / "summary.json").read_text(encoding="utf-8"))
     inputs = json.loads((report / "manifest.json").read_text())["inputs"]
+    swept = Path(storage) / f"sweep-{inputs['sweep']}"
     return Study(
         config,
         report,
         summary,
         read_rows(report / "cells.jsonl", CellRow),
         read_rows(report / "predicted.jsonl", PredictedRow),
-        read_all(Path(storage) / f"sweep-{inputs['sweep']}" / "rows", PromptRow),
+        read_all(swept / ROWS, PromptRow),
+        read_all(swept / RECHECKED, PromptRow),
     )
 
 
@@ -150,21 +159,34 @@ def headline_checks(families: Sequence[FamilyGain], pair: tuple[str, str]) -> It
 
 
 def plan_checks(studies: Mapping[str, Study], storage: Path) -> Iterator[dict[str, object]]:
-    """What `budgetdraft plan` says beforehand against what there was: bytes, rows and memory.
+    """What `budgetdraft plan` says before anything has run against what there was: amounts and memory."""
+    plans = {name: planned(studies[name].config) for name in ("table-1", "table-2", "table-3")}
 
-    Memory is that of the process that ran the stage, so it is compared where one ran alone.
-    """
-    for name, stage, what, counted in (
-        ("table-1", "teach", "labels on disk", "label_bytes"),
-        ("table-3", "sweep", "rows of replay", "rows"),
-        ("table-2", "sweep", "rows measured", "rows"),
-        ("table-3", "sweep", "sweep replay", ""),
-        ("table-2", "sweep", "sweep measure", ""),
+    def manifest(name: str, stage: str) -> Any:
+        return json.loads((artifact(studies[name], storage, stage) / "manifest.json").read_text())
+
+    grid = studies["table-1"]
+    sequences = manifest("table-1", "prepare")["counts"]["sequences"]
+    for name, what, found in (
+        ("table-1", "training tokens", sequences * grid.config.data.sequence_tokens),
+        ("table-1", "labels on disk", manifest("table-1", "teach")["counts"]["label_bytes"]),
+        ("table-3", "rows of replay", manifest("table-3", "sweep")["counts"]["rows"]),
+        ("table-2", "rows measured", manifest("table-2", "sweep")["counts"]["rows"]),
+        ("table-1", "rows measured", sum(row.mode == "measure" for row in grid.rows)),
+        ("table-1", "rows measured once more", len(grid.rechecked)),
     ):
-        manifest = json.loads((artifact(studies[name], storage, stage) / "manifest.json").read_text())
-        found = manifest["counts"][counted] if counted else manifest["peak_memory_bytes"]
-        kind = "plan" if counted else "plan, peak memory"
-        yield within(f"{kind}: {what}, {name}", planned(studies[name])[what], found)
+        yield within(f"plan: {what}, {name}", plans[name][what], found)
+    trained = {peak.model: max(peak.ranks) for peak in grid.summary.training_memory}
+    drafters = [
+        trained[f"drafter-{drafter.name}"] for drafter in grid.config.train.drafters if drafter.steps != 0
+    ]
+    for name, stage, found in (
+        ("table-1", "pretrain target", trained["pretrain-target"]),
+        ("table-1", "train", max(drafters)),
+        ("table-3", "sweep replay", manifest("table-3", "sweep")["peak_memory_bytes"]),
+        ("table-2", "sweep measure", manifest("table-2", "sweep")["peak_memory_bytes"]),
+    ):
+        yield within(f"plan, peak memory: {stage}, {name}", plans[name][stage], found)
 
 
 def within(row: str, planned: float, found: float) -> dict[str, object]:
@@ -172,16 +194,22 @@ def within(row: str, planned: float, found: float) -> dict[str, object]:
     return check(row, ratio, "0.8 to 1.2", 0.8 <= ratio <= 1.2, f"planned {planned:,.0f}, was {found:,.0f}")
 
 
-def planned(study: Study) -> dict[str, float]:
-    """Amounts and peaks by name, as `budgetdraft plan` says in a process of its own, which it counts in."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(dump_config(study.config))
-        file.flush()
-        command = [sys.executable, "-m", "jobs", "plan", file.name, "--json", "--tflops", "1"]
+def planned(config: Config) -> dict[str, float]:
+    """Amounts and peaks by name, as `budgetdraft plan` says where nothing has run.
+
+    In a process of its own, which it counts in.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        file = Path(empty) / "config.yaml"
+        file.write_text(dump_config(config.model_copy(update={"storage": str(Path(empty) / "runs")})))
+        command = [sys.executable, "-m", "jobs", "plan", str(file), "--json", "--tflops", "1"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     document = json.loads(text)
     found = {amount["name"]: float(amount["value"]) for amount in document["amounts"]}
-    return found | {peak["stage"]: float(peak["each"]) for peak in document["memory"]}
+    stages = {peak["stage"].partition(" ")[0]: peak for peak in document["memory"]}
+    peaks = {peak["stage"]: float(peak["each"]) for peak in document["memory"]}
+    # Of training the plan names the variant that takes most.
+    return found | peaks | {"train": float(stages["train"]["each"])}
 
 
 def artifact(study: Study, storage: Path, stage: str) -> Path:

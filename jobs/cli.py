@@ -364,9 +364,11 @@ def plan_costs(
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(
-            min=1e-6, metavar="X", help="Effective TFLOP/s; default: measured here, for scratch models."
-        ),
+        typer.Option(min=1e-6, metavar="X", help="Effective TFLOP/s; default: measured, for scratch models."),
+    ] = None,
+    step_ms: Annotated[
+        float | None,
+        typer.Option(min=1e-6, metavar="X", help="Milliseconds of an AR step; default: as for --tflops."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")] = False,
 ) -> None:
@@ -376,7 +378,7 @@ def plan_costs(
     set_up_logging()
     from jobs.plan import plan
 
-    plan(loaded, as_json, memory_gb, tflops)
+    plan(loaded, as_json, memory_gb, tflops, step_ms)
 
 
 @app.command("doctor", short_help="Check this machine and a config: what is wrong, what to do.")

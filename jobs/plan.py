@@ -17,9 +17,9 @@ from jobs.plan_memory import device_memory, device_of, memory, memory_problems
 from pipeline.config import AnyModel, Config, ScratchModel
 from pipeline.costs import FP32, Memory, Shape
 from pipeline.errors import BadData
-from pipeline.sweep_costs import count_sweep
+from pipeline.sweep_costs import SweepCounts, count_sweep
 from pipeline.teacher import smallest_uint
-from pipeline.work import hours, rates_of, work
+from pipeline.work import MEASURING, Rates, hours, prefills, rates_of, step_of, work
 
 GB = 1e9
 # Of a trained model's fp32 weights: itself, and with two moments in its newest checkpoints, which stay until
@@ -37,25 +37,37 @@ class Amount:
     how: str
 
 
-def plan(config: Config, as_json: bool, memory_gb: float | None, tflops: float | None) -> None:
+def plan(
+    config: Config,
+    as_json: bool,
+    memory_gb: float | None,
+    tflops: float | None,
+    step_ms: float | None = None,
+) -> None:
     """Print what every stage takes.
 
     Args:
         memory_gb: memory of the device in 10^9 bytes; default: that of `run.device` here.
         tflops: effective TFLOP/s of the device; default: measured, where both models are scratch models.
+        step_ms: milliseconds of an autoregressive step of the target behind the longest context; default:
+            measured, where it is a scratch model.
 
     Raises:
         BadData: if an input is missing, a model's config is not on disk, or something does not fit; the text
             names the field.
     """
     config = settled(config)
+    device = device_of(config)  # first: reading documents leaves memory held that no stage has
     shapes, facts = known(config)
-    device = device_of(config)
     limit = int(memory_gb * GB) if memory_gb else device_memory(device.kind)
     peaks = memory(config, shapes, facts, device)
     disk = list(disk_amounts(config, shapes, facts))
-    amounts = [*data_amounts(config, facts), *disk, *sweep_amounts(config, facts)]
+    counts = count_sweep(config, facts.prompts)
+    amounts = [*data_amounts(config, facts), *disk, *sweep_amounts(config, facts, counts)]
     rates, source = rates_of(config, shapes, device.kind, tflops)
+    step_s, step = (
+        step_of(config, shapes["target"].vocab, device.kind, step_ms) if counts.runs else (None, "")
+    )
     problems = [*disk_problems(config, disk), *memory_problems(config, shapes, facts, device, limit)]
     document = {
         "config": config.name,
@@ -63,8 +75,9 @@ def plan(config: Config, as_json: bool, memory_gb: float | None, tflops: float |
         "memory_limit_bytes": limit,
         "amounts": [asdict(amount) for amount in amounts],
         "memory": [{**asdict(peak), "each": peak.each, "total": peak.total} for peak in peaks],
-        "hours": hours(work(config, shapes, facts.labelled, facts.prompts), rates) if rates else None,
+        "hours": device_hours(config, shapes, facts, counts, rates, step_s) if rates else None,
         "rates": source,
+        "step": step,
         "problems": problems,
     }
     lines = [json.dumps(document, indent=2)] if as_json else table(document, peaks, amounts)
@@ -102,12 +115,35 @@ def disk_amounts(config: Config, shapes: Mapping[str, Shape], facts: Facts) -> I
     yield Amount("drafters on disk", FP32 * shapes["drafter"].parameters * copies, "B", how)
 
 
-def sweep_amounts(config: Config, facts: Facts) -> Iterator[Amount]:
-    counts = count_sweep(config, facts.prompts)
-    how = "at most, and what predictions point at" if config.sweep.predicts else "at most"
-    yield Amount("rows of replay", counts.replayed, "", "at most")
+def sweep_amounts(config: Config, facts: Facts, counts: SweepCounts) -> Iterator[Amount]:
+    how = "estimate: of these prompts" if facts.prompts_how.startswith("estimate") else "at most"
+    yield Amount("rows of replay", counts.replayed, "", how)
+    if config.sweep.predicts:
+        how = "estimate: the named cells, and as many as predictions can point at"
     yield Amount("rows measured", counts.measured, "", how)
+    yield Amount("rows measured once more", counts.rechecked, "", how)
     yield Amount("timed runs", counts.runs, "", how)
+
+
+def device_hours(
+    config: Config,
+    shapes: Mapping[str, Shape],
+    facts: Facts,
+    counts: SweepCounts,
+    rates: Rates,
+    step_s: float | None,
+) -> dict[str, float]:
+    """By stage. Measuring is left out where no step time is known.
+
+    Every timed run counts as autoregressive decoding of a text of full length: too much where speculation
+    pays or texts end early, too little where it does not pay. Timing single steps is not in it.
+    """
+    done = work(config, shapes, facts.labelled, facts.prompts)
+    if step_s is None:
+        return hours(done, rates)
+    spent = hours([*done, *prefills(config, shapes, facts.prompts)], rates)
+    spent[MEASURING] += counts.runs * (config.data.max_new_tokens - 1) * step_s / 3600
+    return spent
 
 
 def disk_problems(config: Config, amounts: Iterable[Amount]) -> Iterator[str]:
@@ -143,5 +179,13 @@ def table(document: Mapping[str, Any], peaks: Sequence[Memory], amounts: Sequenc
     yield f"\ndevice-hours; {document['rates']}"
     for stage, spent in (document["hours"] or {}).items():
         yield f"{stage:<24}{spent:>12.3f}"
-    if document["hours"]:
-        yield "timed decoding is not in them: it waits for memory, not for arithmetic"
+    if document["hours"] and MEASURING in document["hours"]:
+        yield (
+            f"timed decoding: runs × tokens × an autoregressive step of the target, {document['step']}; too "
+            "much where speculation pays"
+        )
+    elif document["hours"] and document["step"]:
+        yield (
+            "timed decoding is not in them: give --step-ms X, the milliseconds of an autoregressive step of "
+            "the target"
+        )

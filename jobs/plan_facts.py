@@ -1,12 +1,15 @@
 """What `budgetdraft plan` goes by: shapes of the models, and what the data hold.
 
-With a finished stage prepare its counts are exact; before, they are estimated from the sizes of local files.
+With a finished stage prepare its counts are exact; before, training sequences are estimated from the sizes of
+local files, and test prompts from those of local documents.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ from pipeline.artifacts import Artifact, open_artifact
 from pipeline.config import AnyModel, Config, ScratchModel
 from pipeline.config_data import AnySource, Data
 from pipeline.costs import Shape, pretrained_shape, scratch_shape
-from pipeline.data.documents import Reader
+from pipeline.data.documents import Document, Reader
+from pipeline.data.evaluation import places
 from pipeline.data.packing import TOKENIZER
-from pipeline.data.reading import looks_local
-from pipeline.data.sources import local_files, make_readers, stage_inputs
+from pipeline.data.reading import BadRow, looks_local
+from pipeline.data.sources import distinct, local_files, make_readers, stage_inputs
 from pipeline.data.tokenizer import check_tokenizers, read_tokenizer
 from pipeline.errors import BadData
 from pipeline.planner import Place
@@ -92,21 +96,20 @@ def facts_of(config: Config, vocab: int) -> Facts:
     """Exact counts of a complete stage prepare; else estimates for a vocabulary of so many entries."""
     data = config.data
     readers = {} if data.prepared else make_readers(data, config.seed)
-    places = [
-        Place(source.name, context.name)
-        for source in data.sources
-        if "test" in source.use
-        for context in data.contexts
-    ]
     prepared = prepared_data(config, readers)
     if prepared is None:
         sequences, how = estimate_sequences(config, readers, vocab)
         labelled = min(sequences, config.labels.max_sequences)
-        prompts = dict.fromkeys(places, data.prompts)
-        return Facts(sequences, labelled, prompts, vocab, how, "at most: data.prompts")
+        prompts, prompts_how = estimate_prompts(config, readers, vocab)
+        return Facts(sequences, labelled, prompts, vocab, how, prompts_how)
     counts = prepared.manifest["counts"]
     labelled = sum(t.last - t.first for t in label_tasks(config, prepared) if isinstance(t, LabelTask))
-    prompts = {place: counts["prompts"][f"test-{place.dataset}-{place.context}.jsonl"] for place in places}
+    prompts = {
+        Place(source.name, context.name): counts["prompts"][f"test-{source.name}-{context.name}.jsonl"]
+        for source in data.sources
+        if "test" in source.use
+        for context in data.contexts
+    }
     vocab = len(read_tokenizer(prepared.path / TOKENIZER))
     return Facts(counts["sequences"], labelled, prompts, vocab, "exact", "exact")
 
@@ -137,11 +140,15 @@ def on_hub(config: Config, source: AnySource) -> bool:
     return path is not None and not looks_local(path, Path(config.data.root))
 
 
+def bytes_per_token(vocab: int) -> float:
+    """A vocabulary's entries hold about log2(V) / 4 bytes of text: 2.2 at 512, 2.8 at 2K, 4.2 at 128K."""
+    return math.log2(vocab) / 4
+
+
 def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[int, str]:
     """Training sequences by the sizes of the local source files, and what that rests on."""
     data = config.data
-    # A vocabulary's entries hold about log2(V) / 4 bytes of text: 2.2 at 512, 2.8 at 2K, 4.2 at 128K.
-    per_token = math.log2(vocab) / 4
+    per_token = bytes_per_token(vocab)
     sequences = 0.0
     for reader in readers.values():
         source = reader.source
@@ -163,3 +170,56 @@ def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[in
             found = text / per_token / data.sequence_tokens
             sequences += share * (math.floor(found) if source.kind == "text" else found)
     return min(int(sequences), data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"
+
+
+def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict[Place, int], str]:
+    """Test prompts of every place, and what that rests on: local sources are read until there are enough.
+
+    Raises:
+        BadData: if a local file is missing.
+    """
+    data, rests_on = config.data, set()
+    prompts: dict[Place, int] = {}
+    for reader in readers.values():
+        source = reader.source
+        if "test" not in source.use:
+            continue
+        if on_hub(config, source):
+            counts = {context.name: data.prompts for context in data.contexts}
+            rests_on.add("at most: data.prompts")
+        else:
+            counts = local_prompts(reader, bytes_per_token(vocab))
+            rests_on.add(f"estimate: test documents at {bytes_per_token(vocab):.2f} bytes a token")
+        prompts |= {Place(source.name, context): count for context, count in counts.items()}
+    return prompts, "; on the hub ".join(sorted(rests_on, reverse=True))
+
+
+def local_prompts(reader: Reader[Any], per_token: float) -> dict[str, int]:
+    """Test prompts of a local source by context, were its text to have so many bytes a token."""
+    data = reader.data
+    counts = {context.name: 0 for context in data.contexts}
+    for document in distinct(test_documents(reader), Counter()):
+        tokens = int(len((document.before + document.text + document.after).encode()) / per_token)
+        for context, found in prompts_of(reader, tokens).items():
+            counts[context] = min(data.prompts, counts[context] + found)
+        if min(counts.values()) == data.prompts:
+            break
+    return counts
+
+
+def test_documents(reader: Reader[Any]) -> Iterator[Document]:
+    for shard in reader.shards():
+        for row in reader.documents(shard) if shard.split in (None, "test") else ():
+            if not isinstance(row, BadRow) and row.split == "test":
+                yield row
+
+
+def prompts_of(reader: Reader[Any], tokens: int) -> dict[str, int]:
+    """Prompts that a document of so many tokens gives at each context, as its reader makes them."""
+    source, data = reader.source, reader.data
+    if source.kind == "prompts":  # whole, at the first context that is long enough
+        smallest = min((c.tokens for c in data.contexts if c.tokens >= tokens), default=0)
+        return {context.name: int(context.tokens == smallest) for context in data.contexts}
+    in_pieces = reader.continues_text or (source.kind == "lwm" and source.task != "summary")
+    most = data.prompts_per_document if in_pieces else 1
+    return {context.name: len(places(tokens, context.tokens, most)) for context in data.contexts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,7 +11,17 @@ from jobs.report import AGAIN, CELLS, SUMMARY
 from pipeline.artifacts import read_rows
 from pipeline.errors import BadData
 from pipeline.planner import Place
-from pipeline.recommend import Choice, ModelSize, Needs, Recommendation, choices, recommend
+from pipeline.recommend import (
+    Choice,
+    Needs,
+    Recommendation,
+    Sizes,
+    choices,
+    gigabytes,
+    models_of,
+    recommend,
+    settings_text,
+)
 from pipeline.report.page import size
 from pipeline.report.summary import Summary
 from pipeline.rows import CellRow
@@ -37,45 +47,63 @@ def advise(
     summary = read_summary(folder)
     context = context_name(summary, context_tokens)
     sizes = {model.name: model for model in summary.models}
-    if memory_gb is not None and "target" not in sizes:
-        raise BadData(
-            "these results do not say how large the models are, which --memory-gb needs: run the sweep with "
-            "mode: both and measure.predict: true"
-        )
-    ranked = choices(read_rows(folder / CELLS, CellRow), read_rows(folder / AGAIN, CellRow))
+    cells = read_rows(folder / CELLS, CellRow)
+    ranked = choices(cells, read_rows(folder / AGAIN, CellRow))
     here = {p: found for p, found in ranked.items() if p.context == context and dataset in (None, p.dataset)}
     if not here:
-        known = sorted({place.dataset for place in ranked if place.context == context})
-        what = f" for data set {dataset!r}; there is {', '.join(known)}" if dataset and known else ""
-        raise BadData(f"{folder} has no measured speed at {context}{what}")
+        raise BadData(f"{folder} has no measured speed at {context}{why_none(cells, context, dataset)}")
     needs = Needs(
-        context_tokens + summary.max_new_tokens,
+        context_tokens,
+        summary.max_new_tokens,
         None if memory_gb is None else memory_gb * 1e9,
         concurrency,
         min_acceptance,
     )
+    length = summary.contexts[context]
+    if length != context_tokens:
+        yield f"{context} ({length} tokens) stands for a context of {context_tokens} tokens."
     for place, found in sorted(here.items()):
         yield from lines(recommend(place, found, summary.least_documents, needs, sizes), needs, sizes, place)
+    yield "This is for greedy decoding."
     yield "Speedups are those of decoding: both prefills are left out, and *end to end* has them in it."
+    yield "Memory is that of weights and KV: working memory (activations, logits) is not in it."
     if concurrency > 1:
         yield (
-            f"Memory is that of {concurrency} texts at once. Speeds were taken of prompts decoded alone: "
-            "decoded together, verification costs more and speculation gains less."
+            f"It is that of {concurrency} texts at once. Speeds were taken of prompts decoded alone: decoded "
+            "together, verification costs more and speculation gains less."
         )
 
 
+def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str:
+    """What the results have in place of greedy speeds at a context, or what to do."""
+    timed = [cell for cell in cells if cell.mode == "measure" and cell.context == context]
+    sampled = sorted({cell.temperature for cell in timed if dataset in (None, cell.dataset)})
+    if sampled:
+        temperatures = ", ".join(f"{temperature:g}" for temperature in sampled)
+        return (
+            f" that is greedy, only at temperature {temperatures}: add 0.0 to sweep.temperatures and to "
+            "sweep.measure.temperatures, and run it again"
+        )
+    if dataset and timed:
+        known = ", ".join(sorted({cell.dataset for cell in timed}))
+        return f" for data set {dataset!r}; there is {known}"
+    return ": set sweep.mode to both or measure, and run it again"
+
+
 def read_summary(folder: Path) -> Summary:
-    """Raises BadData if the folder is not a report, or one of another version."""
+    """Raises BadData if the folder is not a report, or one that is cut off or of another version."""
     missing = [name for name in (SUMMARY, CELLS, AGAIN) if not (folder / name).exists()]
     if missing:
         raise BadData(f"{folder} holds no {missing[0]}: name a report folder, such as runs/report-…")
     try:
-        return Summary.model_validate_json((folder / SUMMARY).read_text(encoding="utf-8"))
+        return Summary.model_validate_json((folder / SUMMARY).read_bytes())
     except ValidationError as error:
-        raise BadData(
-            f"{folder / SUMMARY} was not written by this version ({error.error_count()} fields differ): run "
-            "the stage report again"
-        ) from None
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            what = f"is not whole ({first['msg']})"
+        else:
+            what = f"was not written by this version ({error.error_count()} fields differ)"
+        raise BadData(f"{folder / SUMMARY} {what}: run the stage report again") from None
 
 
 def context_name(summary: Summary, tokens: int) -> str:
@@ -92,31 +120,41 @@ def context_name(summary: Summary, tokens: int) -> str:
     return min(enough, key=lambda name: enough[name])
 
 
-def lines(advice: Recommendation, needs: Needs, sizes: dict[str, ModelSize], place: Place) -> Iterator[str]:
+def lines(advice: Recommendation, needs: Needs, sizes: Sizes, place: Place) -> Iterator[str]:
     yield f"{place.dataset}, {place.context}:"
     if advice.choice is None:
         yield f"  {advice.why}"
-    for what, choice in (("deploy", advice.choice), ("next", advice.runner_up)):
-        if choice is not None:
-            yield f"  {what:<8}{cell_text(choice)}"
-            yield f"  {'':<8}{memory_text(choice, needs, sizes)}"
+    else:
+        yield from cell_lines("deploy", advice.choice, needs, sizes)
+        yield f"  {'':<8}{advice.why}"
+    if advice.runner_up is not None:
+        yield from cell_lines("next" if advice.choice else "best", advice.runner_up, needs, sizes)
+
+
+def cell_lines(what: str, choice: Choice, needs: Needs, sizes: Sizes) -> Iterator[str]:
+    yield f"  {what:<8}{cell_text(choice)}"
+    yield f"  {'':<8}{memory_text(choice, needs, sizes)}"
 
 
 def cell_text(choice: Choice) -> str:
     mean, low, high = choice.expected
-    acceptance = "" if choice.acceptance is None else f", acceptance {100 * choice.acceptance:.1f} %"
+    how = "by replay" if choice.acceptance_mode == "replay" else "measured"
+    acceptance = "" if choice.acceptance is None else f", acceptance {100 * choice.acceptance:.1f} % {how}"
     ends = "" if choice.end_to_end is None else f", end to end {choice.end_to_end:.2f}×"
     fresh = "on fresh repeats" if choice.again is not None else "not measured again, so rather less"
     return (
-        f"{choice.drafter}, policy {choice.policy}, budget {choice.budget}, γ {choice.gamma}: {mean:.2f}× "
-        f"[{low:.2f}, {high:.2f}] {fresh}{ends}; {choice.num_documents} documents{acceptance}"
+        f"{settings_text(choice)}: {mean:.2f}× [{low:.2f}, {high:.2f}] {fresh}{ends}; "
+        f"{choice.num_documents} documents timed{acceptance}"
     )
 
 
-def memory_text(choice: Choice, needs: Needs, sizes: dict[str, ModelSize]) -> str:
-    text = f"KV of a text: drafter {size(needs.drafter_bytes(choice, sizes))}"
-    if "target" not in sizes:
-        return text
-    target = sizes["target"].kv_bytes_per_token * needs.tokens
-    total = size(needs.bytes_of(choice, sizes))
-    return f"{text}, target {size(target)}; with weights and {needs.concurrency} text(s) {total}"
+def memory_text(choice: Choice, needs: Needs, sizes: Sizes) -> str:
+    unknown = [name for name in models_of(choice) if name not in sizes]
+    if unknown:
+        return (
+            f"KV of a text: drafter {size(choice.drafter_kv_bytes)} of the prefix; the rest is not known, as "
+            f"these results lack the size of {' and '.join(unknown)}"
+        )
+    drafter, target = size(needs.drafter_bytes(choice, sizes)), size(needs.target_bytes(sizes))
+    total = f"with weights and {needs.concurrency} text(s) {gigabytes(needs.bytes_of(choice, sizes))}"
+    return f"KV of a text: drafter {drafter}, target {target}; {total}"

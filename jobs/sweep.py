@@ -112,6 +112,7 @@ class Phases:
         self.sampled = sample.path / "continuations" if sample else None
         files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
         self.files = [file for file in files if read_rows(file, Prompt)]
+        warn_of_large_budgets(config)
         self.drafters, self.rows, self.failures = drafters, 0, 0
         self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
 
@@ -251,6 +252,19 @@ class Phases:
 
     def times(self) -> list[StepTimes]:
         return read_all(self.folder / STEPS, StepTimes)
+
+
+def warn_of_large_budgets(config: Config) -> None:
+    """Where nothing is left out, a budget's rows are those of the full cache."""
+    for context in config.data.contexts:
+        large = [b for b in config.sweep.budgets if b != "full" and b >= context.tokens]
+        if large:
+            log.warning(
+                "sweep: sweep.budgets %s keep all of the %d tokens of context %s, as full does",
+                large,
+                context.tokens,
+                context.name,
+            )
 
 
 def make_evaluator(config: Config, target: ModelRef, drafters: list[Drafter], tokenizer: Path) -> Evaluator:

@@ -180,13 +180,14 @@ class Tracker:
 
     def log_advice(self, run: Run, advice: Iterable[Recommendation]) -> None:
         """What to deploy in each place: a tag in words, and where there is a choice its expected speedup."""
+        from pipeline.recommend import settings_text  # torch is slow to import
+
         for one in advice:
             place = f"{one.dataset}.{one.context}"
             text, points = one.why, []
             if one.choice:
-                cell = one.choice
-                text = f"{cell.drafter} {cell.policy} B={cell.budget} γ={cell.gamma}"
-                for name, value in zip(("", "_low", "_high"), cell.expected, strict=True):
+                text = f"{settings_text(one.choice)}: {one.why}"
+                for name, value in zip(("", "_low", "_high"), one.choice.expected, strict=True):
                     points.append((f"recommend/speedup{name}.{place}", value, 0))
             tags = {f"recommend.{place}": text}
             self.writer.put(

@@ -1,7 +1,8 @@
 """Shapes of models, and the memory of pretraining, teaching and training by formula. Nothing is loaded.
 
-Sizes are in bytes, and memory is that of one process at its peak. What is estimated is estimated upwards:
-prefixes are as long as they can be, views as many.
+Sizes are in bytes, and memory is that of one process at its peak. Prefixes are taken to be as long as they
+can be, and views as many. The sums are no upper bounds all the same: what allocators and libraries hold
+beside the tensors is counted only as far as the constants below say, so that a process may take more.
 """
 
 from __future__ import annotations

@@ -208,6 +208,8 @@ class Evaluator:
             try:
                 times += step_times(self.sweep, self.sides, target, one.drafter, one.fast, prompt, new_tokens)
             except CELL_ERRORS as error:
+                if isinstance(error, torch.AcceleratorError):  # the process has lost its GPU
+                    raise
                 name = one.drafter.name
                 log.warning("no speed is predicted for %s at %s: %s", name, task.context, error)
         write_rows(task.output.parent.parent / SIZES, self.sizes())

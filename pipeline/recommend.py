@@ -1,18 +1,21 @@
-"""Which drafter, policy, budget and γ to deploy in one place, or not to speculate there.
+"""Which drafter, policy, budget and γ to deploy in one place, or not to speculate there; for greedy decoding.
 
 Only cells that were measured over enough documents are recommended; predictions say what to measure. The
 fastest of many is fast by luck too, so the fastest few are measured once more, and what counts is the speed
-of these fresh repeats: its interval has to lie above the speed of autoregressive decoding.
+of these fresh repeats: its interval has to lie above the speed of autoregressive decoding. The repeats are of
+the same prompts: they take away the luck of the clock, not that of the prompts. A cell that was not measured
+again counts by its first measurement, and the advice says so.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.planner import Place, cell_of
-from pipeline.rows import Cell, CellRow, Row
+from pipeline.errors import BadData
+from pipeline.planner import BASELINES, LOOKUP, Place, cell_of
+from pipeline.rows import Cell, CellRow, Mode, Row
 
 
 class ModelSize(Row):
@@ -27,7 +30,9 @@ class Choice(Cell):
     """A measured cell: decode speedup over autoregressive decoding with its 95 % interval.
 
     `again` is the speedup on fresh repeats, taken after the cell had been found to be among the fastest;
-    `end_to_end` has the prefills in it.
+    `end_to_end` has the prefills in it, and is of the fresh repeats where there are any, as `num_documents`
+    is. `acceptance` is the replay's, over all prompts, or what was measured where replay cannot know it:
+    `acceptance_mode` says which.
     """
 
     speedup: float
@@ -39,6 +44,7 @@ class Choice(Cell):
     end_to_end: float | None
     num_documents: int
     acceptance: float | None
+    acceptance_mode: Mode | None = None
     drafter_kv_bytes: int
 
     @property
@@ -50,7 +56,7 @@ class Choice(Cell):
 
 
 class Recommendation(Row):
-    """The fastest cell of a place and the next one, or None and why not.
+    """What to deploy in a place and the next best, or None, why not, and the best that was refused.
 
     `best_again` is the best speedup on fresh repeats among all cells that were measured again.
     """
@@ -64,38 +70,92 @@ class Recommendation(Row):
     best_again: float | None
 
 
+Sizes = Mapping[str, ModelSize]
+
+
+def settings_text(choice: Cell) -> str:
+    """What to set for a cell: draft source, policy, budget, γ, and the threshold where there is one."""
+    stops = f", stopping under {choice.threshold:g}" if choice.threshold else ""
+    return f"{choice.drafter}, {choice.policy}, B = {choice.budget}, γ = {choice.gamma}{stops}"
+
+
+def gigabytes(num_bytes: float) -> str:
+    """In units of 10^9 bytes, as limits of memory are given."""
+    return f"{num_bytes / 1e9:.4g} GB"
+
+
+def models_of(cell: Cell) -> tuple[str, ...]:
+    """The models that a cell holds in memory by the names of their sizes, the one that drafts last."""
+    return ("target",) if cell.drafter in BASELINES else ("target", cell.drafter)
+
+
+def size_of(name: str, sizes: Sizes) -> ModelSize:
+    """Raises BadData if the size of the model is not known."""
+    if name not in sizes:
+        raise BadData(
+            f"these results do not say how large {name} is, which a limit of memory needs: run the sweep "
+            "with sweep.mode: both and sweep.measure.predict: true"
+        )
+    return sizes[name]
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a deployment allows: memory for `concurrency` texts, a least acceptance.
 
-    `tokens` are those of a whole text, continuation included.
+    A text is a prompt of `prompt_tokens` and up to `new_tokens` more. Memory is that of weights and KV; the
+    working memory of computing, activations and logits, is not in it. All methods that take sizes raise
+    BadData where one that they need is not known.
     """
 
-    tokens: int
+    prompt_tokens: int
+    new_tokens: int
     memory_bytes: float | None = None
     concurrency: int = 1
     min_acceptance: float | None = None
 
-    def drafter_bytes(self, choice: Choice, sizes: dict[str, ModelSize]) -> int:
-        """The drafter's KV of one text: what it keeps of a prefix, and of a full cache every token."""
-        if choice.budget == "full" and choice.drafter in sizes:
-            return sizes[choice.drafter].kv_bytes_per_token * self.tokens
-        return choice.drafter_kv_bytes
+    def target_bytes(self, sizes: Sizes) -> int:
+        """The target's KV of one text."""
+        return size_of("target", sizes).kv_bytes_per_token * (self.prompt_tokens + self.new_tokens)
 
-    def bytes_of(self, choice: Choice, sizes: dict[str, ModelSize]) -> int:
-        """Weights of both models, and of each text the target's whole KV and the drafter's kept one."""
-        target = sizes["target"]
-        weights = target.weight_bytes + (sizes[choice.drafter].weight_bytes if choice.drafter in sizes else 0)
-        per_text = target.kv_bytes_per_token * self.tokens + self.drafter_bytes(choice, sizes)
-        return weights + self.concurrency * per_text
+    def drafter_bytes(self, choice: Choice, sizes: Sizes) -> int:
+        """The drafter's KV of one text: what it keeps of the prefix, and all of the continuation.
 
-    def refuses(self, choice: Choice, sizes: dict[str, ModelSize]) -> str:
+        Self-speculation keeps a cache of its own beside the target's; prompt lookup has none.
+        """
+        if choice.drafter == LOOKUP:
+            return 0
+        per_token = size_of(models_of(choice)[-1], sizes).kv_bytes_per_token
+        kept = per_token * self.prompt_tokens if choice.budget == "full" else choice.drafter_kv_bytes
+        return kept + per_token * self.new_tokens
+
+    def ar_bytes(self, sizes: Sizes) -> int:
+        """What autoregressive decoding needs: the target's weights, and its KV of every text."""
+        return size_of("target", sizes).weight_bytes + self.concurrency * self.target_bytes(sizes)
+
+    def bytes_of(self, choice: Choice, sizes: Sizes) -> int:
+        """What autoregressive decoding needs, the drafter's own weights, and its KV of every text."""
+        weights = sum(size_of(name, sizes).weight_bytes for name in models_of(choice)[1:])
+        return self.ar_bytes(sizes) + weights + self.concurrency * self.drafter_bytes(choice, sizes)
+
+    def refuses(self, choice: Choice, sizes: Sizes) -> str:
         """Why a choice is out, or ""."""
         if self.min_acceptance is not None and (choice.acceptance or 0.0) < self.min_acceptance:
             return "acceptance"
         if self.memory_bytes is not None and self.bytes_of(choice, sizes) > self.memory_bytes:
             return "memory"
         return ""
+
+    def shortage(self, out: Sequence[Choice], sizes: Sizes) -> str:
+        """What the choices that are out for memory would need, in words; "" where there are none."""
+        if self.memory_bytes is None or not out:
+            return ""
+        alone = self.ar_bytes(sizes)
+        return (
+            f"; those out for memory need at least {gigabytes(min(self.bytes_of(c, sizes) for c in out))}, "
+            f"the limit is {gigabytes(self.memory_bytes)}; autoregressive decoding alone needs "
+            f"{gigabytes(alone)}{', which does not fit either' if alone > self.memory_bytes else ''}"
+        )
 
 
 def choices(cells: Iterable[CellRow], again: Iterable[CellRow]) -> dict[Place, list[Choice]]:
@@ -108,7 +168,10 @@ def choices(cells: Iterable[CellRow], again: Iterable[CellRow]) -> dict[Place, l
     fresh = {cell_of(row): row for row in again if row.mode == "measure"}
     found: dict[Place, list[Choice]] = defaultdict(list)
     for cell, run in measured.items():
-        second = fresh.get(cell)
+        second, replay = fresh.get(cell), replayed.get(cell)
+        # Of a cell that stops early replay does not know what was proposed, and so no acceptance.
+        accepted = replay if replay and replay.acceptance is not None else run
+        latest = second or run
         found[Place(cell.dataset, cell.context)].append(
             Choice(
                 **cell.model_dump(),
@@ -118,9 +181,10 @@ def choices(cells: Iterable[CellRow], again: Iterable[CellRow]) -> dict[Place, l
                 again=second.speedup if second else None,
                 again_low=second.speedup_low if second else None,
                 again_high=second.speedup_high if second else None,
-                end_to_end=run.end_to_end_speedup,
-                num_documents=run.num_clocked or run.num_documents,
-                acceptance=replayed.get(cell, run).acceptance,
+                end_to_end=latest.end_to_end_speedup,
+                num_documents=latest.num_clocked or latest.num_documents,
+                acceptance=accepted.acceptance,
+                acceptance_mode=accepted.mode,
                 drafter_kv_bytes=run.drafter_kv_bytes,
             )
         )
@@ -132,12 +196,15 @@ def recommend(
     here: Sequence[Choice],
     least_documents: int,
     needs: Needs | None = None,
-    sizes: dict[str, ModelSize] | None = None,
+    sizes: Sizes | None = None,
 ) -> Recommendation:
-    """The fastest choice that the needs allow, if it is shown to be faster than autoregressive decoding.
+    """The first choice that the needs allow and that is shown to be faster than autoregressive decoding.
 
     Args:
-        here: the choices of one place, fastest first.
+        here: the choices of one place, by their first measurement, fastest first.
+
+    Raises:
+        BadData: if the needs limit memory and a size that this takes is not known.
     """
     fresh = [choice.again for choice in here if choice.again is not None]
 
@@ -152,22 +219,43 @@ def recommend(
             best_again=max(fresh, default=None),
         )
 
+    def best_of(found: Iterable[Choice]) -> Choice | None:
+        return max(found, key=lambda choice: choice.expected[0], default=None)
+
     if not here:
         return say("do not speculate here: no cell was measured")
-    out = [needs.refuses(choice, sizes or {}) if needs else "" for choice in here]
+    sizes = sizes or {}
+    out = [needs.refuses(choice, sizes) if needs else "" for choice in here]
     left = [choice for choice, reason in zip(here, out, strict=True) if not reason]
-    if not left:
-        return say(f"do not speculate here: every measured cell is out for {' or '.join(sorted(set(out)))}")
-    best, *others = left
-    if best.num_documents < least_documents:
-        few = f"too few documents to rank ({best.num_documents} of at least {least_documents})"
-        return say(few, None, best)
-    mean, low, high = best.expected
-    if low <= 1:
+    if needs and not left:
+        too_large = [choice for choice, reason in zip(here, out, strict=True) if reason == "memory"]
+        reasons = " or ".join(sorted(set(out)))
         return say(
-            f"do not speculate here: the best measured cell is at {mean:.2f}× [{low:.2f}, {high:.2f}] of "
-            "autoregressive decode speed",
+            f"do not speculate here: every measured cell is out for {reasons}"
+            f"{needs.shortage(too_large, sizes)}"
+        )
+    allowed = " that the needs allow" if len(left) < len(here) else ""
+    enough = [choice for choice in left if choice.num_documents >= least_documents]
+    if not enough:
+        most = max(choice.num_documents for choice in left)
+        few = f"too few documents to rank ({most} of at least {least_documents})"
+        return say(few, None, best_of(left))
+    # In the order of the first measurement: the best of the fresh repeats would be picked for its luck again.
+    shown = [choice for choice in enough if choice.expected[1] > 1]
+    if not shown:
+        best = max(enough, key=lambda choice: choice.expected[0])
+        mean, low, high = best.expected
+        return say(
+            f"do not speculate here: the best measured cell{allowed} is at {mean:.2f}× [{low:.2f}, "
+            f"{high:.2f}] of autoregressive decode speed",
             None,
             best,
         )
-    return say(f"the fastest of {len(left)} measured cells", best, others[0] if others else None)
+    chosen = shown[0]
+    why = f"the fastest of {len(left)} measured cells{allowed}"
+    if before := left.index(chosen):
+        why += f", leaving out {before} not shown to be faster than autoregressive decoding"
+    if chosen.again is None and len(left) > 1:
+        why += f", by its first measurement alone, which is of the fastest of {len(left)} and so rather high"
+    runner_up = shown[1] if len(shown) > 1 else best_of(choice for choice in enough if choice is not chosen)
+    return say(why, chosen, runner_up)

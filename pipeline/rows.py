@@ -189,6 +189,8 @@ class CellRow(Cell):
     speedup_high: float | None = None
     worst_prompt_speedup: float | None = None
     end_to_end_speedup: float | None = None
+    end_to_end_low: float | None = None
+    end_to_end_high: float | None = None
     tokens_per_s: float | None = None
     ar_tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None

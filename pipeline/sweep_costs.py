@@ -1,21 +1,33 @@
 """What a sweep comes to: its rows and timed runs, and the memory of replaying and of measuring.
 
-What is estimated is estimated upwards, as in `costs.py`: all prompts are as long as the longest context.
+Prompts are taken to be as long as the longest context, and the cells that predictions point at to be as many
+as they can be. Memory is no upper bound all the same: what libraries hold beside the tensors is not in it,
+and a process that measured on a CPU took an eighth more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
-from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks, draft_lengths, view_cells
+from pipeline.cells import (
+    Drafter,
+    DraftLength,
+    Pick,
+    ViewCell,
+    chosen,
+    chosen_drafter,
+    configured_picks,
+    draft_lengths,
+    view_cells,
+)
 from pipeline.config import Config
 from pipeline.config_sweep import Sweep
 from pipeline.costs import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.kv import View
 from pipeline.measure import LOGIT_COPIES
-from pipeline.planner import Place, plane_picks
+from pipeline.planner import BEST_PREDICTED, FASTEST_MEASURED, Place, first_seeds, plane_picks
 from pipeline.slots import slots_for
 
 REMEMBERED = 2  # prompts whose views `pipeline.prompt_replay.PromptViews` holds
@@ -44,10 +56,15 @@ def texts(sweep: Sweep, temperatures: Iterable[float]) -> tuple[int, int]:
 
 
 class SweepCounts(NamedTuple):
-    """Rows, and the runs that are timed, those of autoregressive decoding included."""
+    """Rows of replay, of measuring, and of measuring the fastest cells once more.
+
+    `runs` are those that are timed for the last two, the autoregressive ones included; prompts that are
+    decoded together share a run.
+    """
 
     replayed: int
     measured: int
+    rechecked: int
     runs: int
 
 
@@ -55,8 +72,8 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     """Rows are one a prompt, cell and text: drafters × views × lengths × texts.
 
     At most: a prompt whose continuation ends at once has none, and none has `other_prompt` where there is no
-    other document. Thresholds are replayed on greedy text only. What is measured because of its predicted
-    speed comes on top.
+    other document. Thresholds are replayed on greedy text only. Where speed is predicted, as many cells are
+    measured beside the named ones as predictions can point at.
 
     Args:
         prompts: of the test split.
@@ -64,7 +81,8 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     sweep, measure = config.sweep, config.sweep.measure
     greedy, sampled = texts(sweep, sweep.temperatures)
     timed_texts = sum(texts(sweep, measure.temperatures or sweep.temperatures))
-    replayed = measured = runs = 0
+    again = sweep.predicts and chosen(0.0, measure.temperatures)  # the fastest are found among greedy rows
+    replayed = measured = rechecked = runs = 0
     for place, count in prompts.items():
         for source in draft_sources(config):
             lengths = draft_lengths(sweep, place.context, source)
@@ -72,12 +90,19 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
             views = len(view_cells(sweep, source))
             replayed += count * views * (greedy * len(lengths) + sampled * len(fixed))
         picks, timed = picks_of(config, place), min(count, measure.prompts)
-        measured += timed * len(picks) * timed_texts
+        added, others = pointed_at(config, place, set(picks)) if sweep.predicts else (0, 0)
+        cells = len(picks) + added
+        fastest = min(FASTEST_MEASURED, cells) if again else 0
+        measured += timed * cells * timed_texts
+        rechecked += timed * fastest * timed_texts
+        # Autoregressive decoding is timed with each draft source.
+        sources = len({pick.drafter for pick in picks}) + others
+        plain = sources + min(fastest, sources)
         batches = math.ceil(timed / measure.prompts_together)
-        runs += batches * measure.repeats * timed_texts * (len(picks) + len({pick.drafter for pick in picks}))
+        runs += batches * measure.repeats * timed_texts * (cells + fastest + plain)
     if sweep.mode == "replay":
-        return SweepCounts(replayed, 0, 0)
-    return SweepCounts(replayed * (sweep.mode == "both"), measured, runs)
+        return SweepCounts(replayed, 0, 0, 0)
+    return SweepCounts(replayed * (sweep.mode == "both"), measured, rechecked, runs)
 
 
 def picks_of(config: Config, place: Place) -> list[Pick]:
@@ -85,6 +110,35 @@ def picks_of(config: Config, place: Place) -> list[Pick]:
     sources = draft_sources(config)
     picks = configured_picks(config.sweep, sources, place.context)
     return list(dict.fromkeys(picks + plane_picks(config.sweep, place, [source.name for source in sources])))
+
+
+def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, int]:
+    """The most that `pipeline.planner.worth_measuring` can add to the named cells of a place.
+
+    Returns:
+        Cells, and draft sources of which no cell is named.
+    """
+    sweep = config.sweep
+    sources = {source.name: source for source in draft_sources(config)}
+    budgets = sorted(sweep.budgets, key=lambda budget: math.inf if budget == "full" else budget)
+    gammas = sorted(sweep.gammas_of(place.context))
+    unnamed: set[Pick] = set()  # of trained drafters
+    corners, baselines = 0, 0
+    for name in first_seeds(list(sources)):
+        if sources[name].baseline:
+            cells = view_cells(sweep, sources[name])
+            baselines += not {Pick(name, cell, DraftLength(g)) for cell in cells for g in gammas} <= named
+            continue
+        for policy in sweep.policies:
+            plane = {
+                (b, g): Pick(name, ViewCell(policy, b, None), DraftLength(g)) for b in budgets for g in gammas
+            }
+            ends = {plane[b, g] for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
+            corners = max(corners, len(ends - named))
+            unnamed |= {*plane.values()} - named
+    best = min(BEST_PREDICTED, len(unnamed) - corners)
+    new = {pick.drafter for pick in unnamed} - {pick.drafter for pick in named}
+    return corners + best + baselines, min(BEST_PREDICTED, len(new))
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────

@@ -15,12 +15,18 @@ import torch
 from pipeline.cells import view_cells
 from pipeline.config import Config, ScratchModel
 from pipeline.costs import Shape
+from pipeline.decoding import autoregressive
+from pipeline.drafting import GREEDILY
+from pipeline.lean import decode_model
 from pipeline.models import build_scratch
 from pipeline.planner import Place
-from pipeline.sweep_costs import draft_sources, role_of, texts
+from pipeline.slots import slots_for
+from pipeline.steps import Side
+from pipeline.sweep_costs import draft_sources, longest, picks_of, role_of, texts
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
-TIMED_RUNS = 3
+TIMED_RUNS, TIMED_STEPS = 3, 8
+MEASURING = "sweep measure"  # the stage, as in `pipeline.sweep_costs.measure_memory`
 Rates = dict[tuple[str, bool], float]  # FLOP/s by the model's role, and whether it trains
 
 
@@ -37,7 +43,7 @@ class Work:
 def work(
     config: Config, shapes: Mapping[str, Shape], labelled: int, prompts: Mapping[Place, int]
 ) -> list[Work]:
-    """All work up to replay, validation aside. Timed decoding is not in it: it waits for memory.
+    """All work up to replay, validation aside; what is measured is `decoding_hours`.
 
     Args:
         labelled: sequences that the target labels.
@@ -82,6 +88,20 @@ def work(
     return done
 
 
+def prefills(config: Config, shapes: Mapping[str, Shape], prompts: Mapping[Place, int]) -> list[Work]:
+    """The timed prompts: read by the target, by each drafter, and once more by a target that drafts."""
+    tokens_of = {context.name: context.tokens for context in config.data.contexts}
+    done = []
+    for place, count in prompts.items():
+        tokens, timed = tokens_of[place.context], min(count, config.sweep.measure.prompts)
+        named = {pick.drafter for pick in picks_of(config, place)}
+        readers = [role_of(source) for source in draft_sources(config) if source.name in named]
+        for role in ["target", *filter(None, readers)]:
+            flops = shapes[role].forward_flops(timed * tokens, tokens / 2)
+            done.append(Work(MEASURING, role, False, flops))
+    return done
+
+
 def hours(done: Iterable[Work], rates: Rates) -> dict[str, float]:
     """Device-hours by stage."""
     total: dict[str, float] = defaultdict(float)
@@ -105,8 +125,7 @@ def rates_of(
     scratch = {role: spec for role, spec in specs.items() if isinstance(spec, ScratchModel)}
     if len(scratch) < len(specs) or (device == "cuda" and not torch.cuda.is_available()):
         return None, "not known: give --tflops X, the effective TFLOP/s of the device"
-    own = config.run.cpus_per_task if config.run.executor == "ray" else torch.get_num_threads()
-    threads = max(1, int(own)) if device == "cpu" else 1
+    threads = threads_of(config, device)
     length = min(config.data.sequence_tokens, TIMED_TOKENS)
     rates: Rates = {}
     for role, spec in scratch.items():
@@ -119,6 +138,12 @@ def rates_of(
         for (role, training), rate in rates.items()
     )
     return rates, f"estimate: FLOPs at rates measured here, of a process with {threads} threads: {measured}"
+
+
+def threads_of(config: Config, device: str) -> int:
+    """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
+    own = config.run.cpus_per_task if config.run.executor == "ray" else torch.get_num_threads()
+    return max(1, int(own)) if device == "cpu" else 1
 
 
 class Vocabulary:
@@ -166,3 +191,42 @@ def timed_step(
         seconds[training] = min(seconds[training], clock() - began)
     torch.set_num_threads(threads)
     return seconds
+
+
+def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> tuple[float | None, str]:
+    """Seconds of one autoregressive step of the target, and where they come from; None where not known.
+
+    Args:
+        vocab: entries of the target's vocabulary.
+        step_ms: as given by the user.
+    """
+    if step_ms:
+        return step_ms / 1e3, f"the given {step_ms:g} ms"
+    spec = config.target
+    if not isinstance(spec, ScratchModel) or (device == "cuda" and not torch.cuda.is_available()):
+        return None, "not known"
+    threads = threads_of(config, device)
+    seconds = timed_decoding(spec, vocab, longest(config), device) / threads
+    return seconds, f"{1e3 * seconds:.3g} ms measured here, of a process with {threads} threads"
+
+
+def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str) -> float:
+    """Seconds of decoding one token behind a prefix of so many, uncompiled, the best step.
+
+    On a CPU they are one thread's own, as in `timed_step`.
+    """
+    entries: Any = Vocabulary(vocab)
+    model = decode_model(build_scratch(spec, entries, 0).to(device, getattr(torch, spec.dtype)))
+    side = Side(model, 1, slots_for(prefix), TIMED_STEPS, "none")
+    side.cache.kept_B.fill_(prefix)
+    sampler = GREEDILY.sampler(["timed"], torch.device(device))
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    least, threads = math.inf, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(TIMED_RUNS):
+        began = clock()
+        for _ in autoregressive(side, [0], TIMED_STEPS, frozenset(), sampler):
+            ended = clock()
+            least, began = min(least, ended - began), ended
+    torch.set_num_threads(threads)
+    return least

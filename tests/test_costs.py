@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import costs
+from pipeline import costs, planner
+from pipeline.cells import configured_picks, view_cells
 from pipeline.config import Config, ScratchModel
 from pipeline.costs import Device, Shape, Sharding
 from pipeline.models import build_scratch
 from pipeline.planner import Place
-from pipeline.sweep_costs import count_sweep, measure_memory, replay_memory
-from pipeline.work import Vocabulary, hours, rates_of, work
+from pipeline.rows import PredictedRow
+from pipeline.sweep_costs import count_sweep, draft_sources, measure_memory, pointed_at, replay_memory
+from pipeline.work import Vocabulary, hours, rates_of, step_of, work
 from tests.configs import MINIMAL, SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,8 +153,52 @@ def test_rows_by_hand() -> None:
     counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 5})
     texts = 1 + 3  # greedy, and each seed of sampling
     assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
-    assert counts.measured == 2 * (1 * 3 + 3 * 3) * texts + 2 * (1 * 3) * texts
-    assert counts.runs == 5 * (counts.measured + 2 * (2 + 1) * texts)  # and autoregressive, by drafter
+    # The three best and what is not named of a plane's corners: two of multi_view's, four of full_only's.
+    assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
+    assert counts.rechecked == 2 * (3 + 3) * texts
+    plain = 2 * (2 + 2) * texts  # autoregressive, by place and drafter, and both times
+    assert counts.runs == 5 * (counts.measured + counts.rechecked + 2 * plain)
+
+    unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
+    config = config_with(data={"sources": sources}, sweep=unpredicted)
+    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
+    assert counts[1:] == ((2 + 1) * 3, 0, 5 * (2 + 1) * (3 + 1))
+
+
+@pytest.mark.parametrize(("gammas", "reached"), [([1, 2, 4, 8], True), ([2], False)])
+def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
+    """Against the choice itself, of speeds at random; where cells are many, some draws reach the bound."""
+    place, named = Place("code", "64"), {"drafters": ["multi_view"], "budgets": [16], "gammas": gammas[-1:]}
+    config = config_with(
+        sweep={
+            "mode": "both",
+            "gammas": gammas,
+            "policies": ["chunk_topk", "streaming"],
+            "baselines": ["self_speculation", "prompt_lookup"],
+            "measure": named,
+        }
+    )
+    sources = draft_sources(config)
+    here = set(configured_picks(config.sweep, sources, "64"))
+    cells, others = pointed_at(config, place, here)
+    draw, most, most_others = random.Random(0), 0, 0
+    for _ in range(300):
+        rows = [
+            PredictedRow(
+                drafter=source.name, dataset="code", context="64", policy=view.policy, budget=view.budget,
+                control=None, gamma=gamma, threshold=0, temperature=0, seed=0, num_prompts=1,
+                num_documents=1, decode_s=1, speedup=draw.random(), speedup_low=0, speedup_high=1,
+            )
+            for source in sources for view in view_cells(config.sweep, source) if not view.control
+            for gamma in gammas
+        ]  # fmt: skip
+        fastest = planner.by_place(rows)[place]
+        names = planner.first_seeds([source.name for source in sources])
+        added = {planner.pick_of(cell) for cell in planner.worth_measuring(fastest, names)} - here
+        most = max(most, len(added))
+        most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
+    assert most <= cells and most_others == others == 1
+    assert (most == cells) or not reached
 
 
 # ── hours ─────────────────────────────────────────────────────────────────────────────────────────
@@ -180,5 +227,9 @@ def test_hours_by_hand_and_from_a_measured_step() -> None:
     measured, how = rates_of(config, shapes, "cpu", None)
     assert measured is not None and measured.keys() == rates.keys()
     assert "measured here" in how and all(value > 0 for value in measured.values())
+    step_s, how = step_of(config, 300, "cpu", None)
+    assert step_s is not None and 0 < step_s < 1 and "measured here" in how
+    assert step_of(config, 300, "cpu", 12.5) == (0.0125, "the given 12.5 ms")
     if not torch.cuda.is_available():
         assert rates_of(config, shapes, "cuda", None)[0] is None
+        assert step_of(config, 300, "cuda", None)[0] is None

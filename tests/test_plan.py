@@ -17,16 +17,18 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from jobs import plan as planning
 from jobs.pipeline import run_pipeline
 from jobs.plan import plan
-from jobs.plan_facts import known, shape_of
+from jobs.plan_facts import estimate_prompts, known, shape_of
 from jobs.plan_memory import memory
 from pipeline.artifacts import read_all
 from pipeline.config import Config
 from pipeline.costs import Device, Shape
+from pipeline.data.sources import make_readers
 from pipeline.errors import BadData
 from pipeline.measure import Sides
+from pipeline.planner import Place
 from pipeline.rows import PromptRow
 from pipeline.steps import Side
-from pipeline.sweep_costs import measure_memory
+from pipeline.sweep_costs import count_sweep, measure_memory
 from tests.configs import MINIMAL, SCRATCH
 from tests.data.conftest import story
 
@@ -67,6 +69,7 @@ def test_a_run_makes_what_was_planned(
 ) -> None:
     def change(values: dict[str, Any]) -> None:
         values["data"] |= {"max_sequences": 10_000, "contexts": CONTEXTS}
+        values["data"] |= {"prompts": 12, "prompts_per_document": 1}  # more than there are documents
         values["train"]["variants"].append({"name": "untrained", "steps": 0})
         values["train"]["checkpoint_every"] = 1
         values["decode"] = {"draft_length": "adaptive"}
@@ -82,11 +85,18 @@ def test_a_run_makes_what_was_planned(
     guessed = planned()
     assert not list(tmp_path.iterdir())
     assert guessed["labelled sequences"]["how"].startswith("estimate: file sizes")
+    assert guessed["prompts tales-96"]["how"].startswith("estimate: test documents")
     run_pipeline(config, until="prepare")
     exact = planned()
     assert exact["labelled sequences"]["how"] == exact["labels on disk"]["how"] == "exact"
     sequences = exact["labelled sequences"]["value"]
-    assert guessed["labelled sequences"]["value"] == pytest.approx(sequences, rel=0.5)
+    # Of 30 files a few more or less fall to training than their share.
+    assert guessed["labelled sequences"]["value"] == pytest.approx(sequences, rel=0.25)
+    prompts = [exact[f"prompts tales-{context['name']}"]["value"] for context in CONTEXTS]
+    assert [guessed[f"prompts tales-{c['name']}"]["value"] for c in CONTEXTS] == pytest.approx(
+        prompts, rel=0.2
+    )
+    assert 2 < max(prompts) < 12
 
     cached: list[int] = []
     get = Sides.get
@@ -116,14 +126,75 @@ def test_a_run_makes_what_was_planned(
     timed = [row for row in rows if row.mode == "measure"]
     assert len(timed) == exact["rows measured"]["value"] > 0
     assert len(rows) - len(timed) == exact["rows of replay"]["value"]
+    assert guessed["rows measured"]["value"] == pytest.approx(len(timed), rel=0.2)
+    assert guessed["rows of replay"]["value"] == pytest.approx(len(rows) - len(timed), rel=0.2)
     plain = {(row.drafter, row.together_with, row.temperature, row.seed): row.ar_decode_s for row in timed}
     runs = sum(len(row.decode_s) / row.prompts_together for row in timed) + sum(map(len, plain.values()))
     assert runs == pytest.approx(exact["timed runs"]["value"])
+    assert guessed["timed runs"]["value"] == pytest.approx(runs, rel=0.2)
 
     shapes, facts = known(config)
     target, drafter = shapes["target"], shapes["drafter"]
     views = target.kv_bytes(2 * 2 * 16 + 3 * 96) + drafter.kv_bytes(2 * 16)  # of two policies, full; of one
     assert measure_memory(config, shapes, facts.prompts, GPU).kv == max(cached) + views
+
+
+def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["sweep"] |= {"baselines": ["self_speculation", "prompt_lookup"], "gammas": list(range(1, 9))}
+        values["sweep"]["measure"] |= {"predict": True}
+
+    config = planned_config(corpus, tmp_path, change)
+    planned = count_sweep(config, known(config)[1].prompts)
+    run_pipeline(config, until="sweep")
+    (swept,) = tmp_path.glob("sweep-*")
+    measured = [row for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"]
+    rechecked = read_all(swept / "rechecked", PromptRow)
+    named = 2 * 8 * (1 + 2 + 1)  # prompts × γ × views
+    assert named < len(measured) <= planned.measured <= 1.2 * len(measured)
+    assert len(rechecked) == planned.rechecked == 2 * 3
+    runs = sum(len(row.decode_s) for row in [*measured, *rechecked])
+    for rows in (measured, rechecked):
+        runs += sum({(row.drafter, row.prompt_id): len(row.ar_decode_s) for row in rows}.values())
+    assert runs <= planned.runs <= 1.25 * runs
+
+
+def test_user_prompts_and_hub_data_are_counted_before_they_are_read(tmp_path: Path) -> None:
+    """Prompts of the user go to the first context that holds them; of the hub nothing is known."""
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"prompt": "word " * count}) + "\n" for count in (10, 12, 36, 900))
+    )
+
+    def change(values: dict[str, Any]) -> None:
+        own = {"kind": "prompts", "name": "own", "files": ["own.jsonl"]}
+        values["data"] |= {"contexts": CONTEXTS, "sources": [own, {"kind": "pg19", "name": "books"}]}
+
+    config = planned_config(tmp_path, tmp_path / "runs", change)
+    prompts, how = estimate_prompts(config, make_readers(config.data, 0), 300)
+    assert prompts == {
+        Place("own", "64"): 2, Place("own", "96"): 1, Place("books", "64"): 4, Place("books", "96"): 4,
+    }  # fmt: skip
+    assert how.startswith("estimate: ") and how.endswith("; on the hub at most: data.prompts")
+
+
+def test_timed_decoding_is_in_the_hours(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = planned_config(corpus, tmp_path)
+    plan(config, as_json=True, memory_gb=None, tflops=2.0, step_ms=30.0)
+    document = json.loads(capsys.readouterr().out)
+    (runs,) = (amount["value"] for amount in document["amounts"] if amount["name"] == "timed runs")
+    shapes, _ = known(config)
+    # Two prompts of 64 tokens, read by the target and by multi_view.
+    flops = sum(2 * 64 * (2 * s.parameters + 4 * s.layers * s.query * 32) for s in shapes.values())
+    seconds = runs * 15 * 0.03 + flops / 2e12
+    assert document["hours"]["sweep measure"] == pytest.approx(seconds / 3600)
+
+    monkeypatch.setattr(planning, "device_of", lambda config: GPU)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan(config, as_json=False, memory_gb=None, tflops=2.0)
+    text = capsys.readouterr().out
+    assert "give --step-ms X" in text and "sweep measure" not in text.partition("device-hours")[2]
 
 
 def test_a_pretrained_model_is_read_from_its_config_alone(corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Predicted times against sums by hand, what is measured for them, and what is recommended."""
+"""Predicted times against sums by hand, and what is measured for them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from pipeline.cells import DraftLength, Pick, ViewCell
 from pipeline.config import Config
 from pipeline.config_sweep import Plane
 from pipeline.planner import Place
-from pipeline.recommend import Choice, ModelSize, Needs, choices, recommend
-from pipeline.report.tables import cell_rows
-from pipeline.rows import PredictedRow, PromptRow, StepTimes
+from pipeline.rows import PredictedRow, StepTimes
 from tests.configs import MINIMAL
-from tests.report.made import AXES, measured, row
+from tests.report.made import measured, row
 
 PLACE = Place("code", "64")
 FIRSTS = planner.first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
@@ -122,72 +120,3 @@ def test_the_plane_is_every_budget_and_gamma_of_one_place() -> None:
         for gamma in (2, 4)
     ]
     assert planner.plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []
-
-
-# ── recommendation ────────────────────────────────────────────────────────────────────────────────
-
-
-def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
-    """Fastest first by the first measurement; acceptance is the replay's, which has more prompts."""
-    rows: list[PromptRow] = [row(prompt=n, budget=b, accepted=6) for n in range(12) for b in (16, "full")]
-    rows += [measured(prompt=n, budget=16) for n in range(6)]  # 1.5 times the speed of AR
-    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(6)]
-    again = [measured(prompt=n, budget="full", decode_s=[2.5, 2.5]) for n in range(6)]
-    cells, fresh = cell_rows(rows, AXES, 100, 0), cell_rows(again, AXES, 100, 0)
-    fast, slow = choices(cells, fresh)[PLACE]
-    assert (fast.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
-    assert fast.expected == (fast.again, fast.again_low, fast.again_high)
-    assert (slow.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
-    assert slow.expected == (slow.speedup, slow.speedup_low, slow.speedup_high)
-    assert fast.acceptance == pytest.approx(0.6) and fast.num_documents == 3
-
-
-def test_documents_that_share_a_clock_are_one() -> None:
-    rows = [measured(prompt=n, together_with="p0", prompts_together=6) for n in range(6)]
-    (found,) = choices(cell_rows(rows, AXES, 100, 0), [])[PLACE]
-    assert found.num_documents == 1
-
-
-def choice(speedup: float, low: float, **changes: Any) -> Choice:
-    values: dict[str, Any] = {
-        **predicted("multi_view", 16, 4, speedup).model_dump(include=set(Choice.model_fields)),
-        "speedup_low": low, "again": None, "again_low": None, "again_high": None, "end_to_end": 1.0,
-        "acceptance": 0.5, "drafter_kv_bytes": 1000,
-    }  # fmt: skip
-    return Choice(**{**values, **changes})
-
-
-def test_the_fastest_that_is_allowed_is_recommended() -> None:
-    here = [choice(2.0, 1.5, budget=64, drafter_kv_bytes=4000, acceptance=0.3), choice(1.8, 1.4)]
-    sizes = {"target": ModelSize(name="target", weight_bytes=10_000, kv_bytes_per_token=100)}
-    sizes["multi_view"] = ModelSize(name="multi_view", weight_bytes=500, kv_bytes_per_token=20)
-    free = recommend(PLACE, here, 5)
-    assert free.choice == here[0] and free.runner_up == here[1]
-    # Weights 10,500, and per prompt 64 × 100 of the target beside 4,000 or 1,000 of the drafter.
-    for memory, best in ((10_500 + 2 * 10_400, here[0]), (10_500 + 2 * 10_399, here[1])):
-        needs = Needs(64, memory_bytes=memory, concurrency=2)
-        assert recommend(PLACE, here, 5, needs, sizes).choice == best
-    assert recommend(PLACE, here, 5, Needs(64, min_acceptance=0.4), sizes).choice == here[1]
-    nothing = recommend(PLACE, here, 5, Needs(64, memory_bytes=100), sizes)
-    assert nothing.choice is None and nothing.why.endswith("every measured cell is out for memory")
-    # A full cache is as long as the whole text, 20 bytes a token of this drafter.
-    whole = choice(2.0, 1.5, budget="full", drafter_kv_bytes=640)
-    assert Needs(64).drafter_bytes(whole, sizes) == 64 * 20
-    assert Needs(64).drafter_bytes(here[1], sizes) == 1000
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"low": 0.99}, "do not speculate here: the best measured cell is at 1.20× [0.99, 1.40]"),
-        (
-            {"low": 1.1, "again": 1.05, "again_low": 0.98, "again_high": 1.12},
-            "do not speculate here: the best measured cell is at 1.05× [0.98, 1.12]",
-        ),
-        ({"low": 1.1, "num_documents": 4}, "too few documents to rank (4 of at least 5)"),
-    ],
-)
-def test_what_is_not_shown_to_be_faster_is_not_recommended(changes: dict[str, Any], why: str) -> None:
-    advice = recommend(PLACE, [choice(1.2, **changes)], 5)
-    assert advice.choice is None and advice.runner_up is not None and advice.why.startswith(why)
-    assert recommend(PLACE, [], 5).choice is None

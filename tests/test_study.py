@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import study, study_tables
-from benchmarks.study_tables import BySeed
-from pipeline.metrics import Interval
+from benchmarks import study, study_ablations, study_tables
+from benchmarks.study_ablations import BySeed, Change
 from pipeline.report.summary import FamilyGain, Summary
 from pipeline.rows import PromptRow
 from tests.test_books import made_books
@@ -39,6 +38,7 @@ TOY = (
     "train.min_prefix_tokens=64",
     "train.checkpoint_every=3",
     "train.validate_every=3",
+    "sweep.budgets=[0, 64, full]",
     "sweep.gammas=[2, 4]",
     "sweep.measure.prompts=1",
     "sweep.measure.repeats=1",
@@ -70,7 +70,7 @@ def test_a_difference_is_of_what_both_families_hold() -> None:
         "1": {"p": make_row("p", 20, 80, "d"), "q": make_row("q", 10, 20, "e")},
         "2": {"p": make_row("p", 10, 80, "d"), "q": make_row("q", 10, 20, "e")},
     }
-    found = study_tables.difference(ours, theirs)
+    found = study_ablations.difference(ours, theirs)
     by_seed = [40 / 150 - 30 / 100, 70 / 150 - 20 / 100]
     assert found.mean == pytest.approx(np.mean(by_seed))
     # Every resample takes two of two documents and two of two seeds: all there can be, by hand.
@@ -84,29 +84,78 @@ def test_a_difference_is_of_what_both_families_hold() -> None:
         for first, second in itertools.product("12", repeat=2)
     ]
     assert (found.low, found.high) == pytest.approx((min(possible), max(possible)))
+    assert found.by_seed == pytest.approx(by_seed)
+    with pytest.raises(ValueError, match="no training seed or no prompt in common"):
+        study_ablations.difference({"1": {"p": make_row("p", 1, 2)}}, {"1": {"q": make_row("q", 1, 2)}})
+
+
+def test_a_difference_without_looping_texts_leaves_them_out() -> None:
+    looping = make_row("p", 90, 100).model_copy(update={"looping": True})
+    ours = {"1": {"p": looping, "q": make_row("q", 30, 100)}}
+    theirs = {"1": {"p": looping, "q": make_row("q", 20, 100)}}
+    found = study_ablations.difference(ours, theirs, without_looping=True)
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_a_change_is_clear_by_its_interval_and_by_students_t() -> None:
+    """t over 1, 2 and 3 points: 2 ± 4.303 · 1 ÷ √3 = 2 ± 2.48, not clear; over 2, 2.5, 3, ± 1.24, clear."""
+    wide = Change(0.02, 0.01, 0.03, [0.01, 0.02, 0.03])
+    assert wide.sign == 0
+    narrow = Change(0.025, 0.02, 0.03, [0.02, 0.025, 0.03])
+    assert narrow.sign == 1
+    assert Change(-0.025, -0.03, -0.02, [-0.02, -0.025, -0.03]).sign == -1
+    assert narrow._replace(low=-0.001).sign == 0, "the documents differ too much"
 
 
 @pytest.mark.parametrize(
-    ("bounds", "verdict"),
+    ("signs", "verdict"),
     [
-        ([(0.01, 0.03), (0.02, 0.03), (-0.01, 0.02)], "helps"),
-        ([(0.01, 0.03), (-0.02, 0.03), (-0.01, 0.02)], "makes no clear difference"),
-        ([(0.01, 0.03), (0.02, 0.03), (-0.03, -0.02)], "makes no clear difference"),
-        ([(-0.03, -0.01), (-0.03, -0.02), (-0.01, 0.02)], "hurts"),
+        ((1, 1, 0), "helps"),
+        ((1, 0, 0), "is clear only in data-0 (up)"),
+        ((1, 1, -1), "is clear only in data-0 (up), data-1 (up), data-2 (down)"),
+        ((-1, -1, 0), "hurts"),
+        ((0, 0, 0), "makes no clear difference"),
     ],
 )
 def test_a_change_helps_where_two_data_sets_say_so_and_none_the_contrary(
-    bounds: list[tuple[float, float]], verdict: str
+    signs: tuple[int, ...], verdict: str
 ) -> None:
-    nothing = Interval(0.0, -0.01, 0.01)
-    rows: list[study_tables.Ablation] = [
-        ("kl", f"data-{k}", {(64, 0.0): Interval((low + high) / 2, low, high), (64, 1.0): nothing})
-        for k, (low, high) in enumerate(bounds)
+    nothing = Change(0.0, -0.01, 0.01, [-0.001, 0.0, 0.001])
+
+    def told(sign: int) -> Change:
+        by_seed = [0.018 * sign, 0.02 * sign, 0.022 * sign]
+        return Change(0.02 * sign, *sorted((0.01 * sign, 0.03 * sign)), by_seed) if sign else nothing
+
+    rows: list[study_ablations.Ablation] = [
+        ("kl", f"data-{k}", {"B = 64, greedy": told(sign), "B = 64, T = 1": nothing})
+        for k, sign in enumerate(signs)
     ]
-    (line,) = study_tables.ablation_words(rows).splitlines()
-    greedily, sampling = line.partition(": ")[2].split(" points), ")
-    assert greedily.startswith(f"{verdict} greedily")
-    assert sampling.startswith("makes no clear difference at temperature 1 (+0.0 to +0.0")
+    (line,) = study_ablations.ablation_words(rows).splitlines()
+    greedily, sampling = line.partition(": ")[2].split("; ")
+    assert greedily.startswith(f"{verdict} greedily (")
+    assert sampling.startswith(
+        "makes no clear difference at temperature 1 (+0.0 to +0.0 points, seeds up to 0.2"
+    )
+
+
+def test_stopping_early_is_compared_over_the_same_prompts() -> None:
+    """The fastest of each kind, as the ratio of all their seconds, by hand."""
+
+    def timed(prompt: str, gamma: int, threshold: float, seconds: float) -> PromptRow:
+        changes = {"gamma": gamma, "threshold": threshold, "decode_s": [seconds, seconds]}
+        return make_row(prompt, 1, 2, prompt).model_copy(update=changes)
+
+    rows = [
+        timed(p, gamma, threshold, seconds)
+        for gamma, threshold, both in ((1, 0.0, (3, 3)), (2, 0.0, (2, 3)), (4, 0.4, (1, 3)), (8, 0.4, (4, 3)))
+        for p, seconds in zip("pq", both, strict=True)
+    ]
+    (found,) = study_tables.early_stops(rows).values()
+    assert (found.fixed, found.early) == (2, 4)
+    assert found.ratio.mean == pytest.approx(5 / 4)
+    assert (found.ratio.low, found.ratio.high) == pytest.approx((1, 2)), "either prompt drawn twice"
+    words = study_tables.adaptive_words({("x", "1K"): found})
+    assert "in 1 of 1 places, clearly in 0, and clearly slower in 0" in words
 
 
 def gain(mean: float, low: float, control: str | None = None) -> FamilyGain:
@@ -128,6 +177,7 @@ def test_a_row_of_the_headline_is_met_by_its_lower_bound_and_says_what_the_contr
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # three processes for each of seven configs, twice
 def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
     """Every config runs, every row of what was to be reached is there, and a second call only writes."""
     made_books(tmp_path / "data")
@@ -141,7 +191,7 @@ def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
             f"data.root={tmp_path / 'data'}", *TOY,
         ]  # fmt: skip
         environment = {**os.environ, "COLUMNS": "100"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}, done.stderr
 
@@ -154,8 +204,10 @@ def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
     (replayed,) = (check for check in summary.checks if check.row.startswith("replay = decoding"))
     assert replayed.met and replayed.value == 1
     amounts = [check for check in summary.checks if check.row.startswith("plan: ")]
-    assert len(amounts) == 3 and all(check.met for check in amounts), amounts
+    assert len(amounts) == 6 and all(check.met is not None for check in amounts)
+    memory = [check for check in summary.checks if check.row.startswith("plan, peak memory")]
+    assert len(memory) == 4 and all(check.met for check in memory), memory
     page = files["README.md"].decode()
-    assert all(f"| `{name}` |" in page for name in study_tables.CHANGES)
+    assert all(f"| `{name}` |" in page for name in study_ablations.CHANGES)
     again, told = written("second")
     assert again["summary.json"] == files["summary.json"] and "train" not in told

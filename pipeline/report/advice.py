@@ -51,5 +51,18 @@ def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Ax
     return [recommend(place, found[place], axes.least_documents) for place in places(axes) if place in found]
 
 
+def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, list[str]]:
+    """Context → the drafters that were replayed there and have no predicted speed: no step was timed."""
+    if not predictions.sizes:  # which every sweep that predicts leaves
+        return {}
+    known = {(row.drafter, row.context) for row in predictions.predicted}
+    exact = [row for row in cells if row.mode == "replay" and row.control is None and not row.threshold]
+    found: dict[str, list[str]] = {}
+    for drafter, context in dict.fromkeys((row.drafter, row.context) for row in exact):
+        if (drafter, context) not in known:
+            found.setdefault(context, []).append(drafter)
+    return found
+
+
 def places(axes: Axes) -> list[Place]:
     return [Place(dataset, context) for dataset in axes.datasets for context in axes.contexts]

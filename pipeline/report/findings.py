@@ -7,10 +7,11 @@ Where one γ has to speak for all, it is `Axes.gamma`, which the config fixes be
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.config_sweep import family
-from pipeline.report.advice import Predictions, recommendations, scores
+from pipeline.recommend import settings_text
+from pipeline.report.advice import Predictions, recommendations, scores, untimed
 from pipeline.report.axes import Axes, Cells, budget_text
 from pipeline.report.differences import Resampling, control_gaps, family_gains, gains
 from pipeline.report.speed import ar_speeds
@@ -63,6 +64,7 @@ def summarise(
         *gain_findings(summary.families, axes),
         *gain_findings(_of_single_seeds(summary), axes),
         *recommendation_findings(summary),
+        *untimed_findings(untimed(cells, predictions)),
         *speed_findings(summary, axes),
         *exactness_findings(summary),
         *doubt_findings(by_cell, cells, failed),
@@ -210,10 +212,9 @@ def speed_findings(summary: Summary, axes: Axes) -> list[str]:
                     f"{best.mean:.2f}× of autoregressive decode speed; {few}."
                 )
                 continue
-            stops = f" stopping under {best.threshold:g}" if best.threshold else ""
             what = (
-                f"{best.drafter}, {best.policy}, {budget_text(best.budget)}, γ = {best.gamma}{stops}{sampled}"
-                f" at {best.mean:.2f}× [{best.low:.2f}, {best.high:.2f}] of autoregressive decode speed"
+                f"{settings_text(best)}{sampled} at {best.mean:.2f}× [{best.low:.2f}, {best.high:.2f}] of "
+                "autoregressive decode speed"
             )
             if best.low > 1:
                 texts.append(f"{dataset}, {context}: the fastest of {len(here)} measured cells is {what}.")
@@ -236,8 +237,8 @@ def recommendation_findings(summary: Summary) -> list[str]:
         mean, low, high = choice.expected
         again = " on fresh repeats" if choice.again is not None else ""
         texts.append(
-            f"{place}: deploy {choice.drafter}, {choice.policy}, {budget_text(choice.budget)}, "
-            f"γ = {choice.gamma}: {mean:.2f}× [{low:.2f}, {high:.2f}]{again}."
+            f"{place}: deploy {settings_text(choice)}: {mean:.2f}× [{low:.2f}, {high:.2f}]{again}, "
+            f"{advice.why}."
         )
     for score in summary.prediction:
         if score.what == "plane":
@@ -247,6 +248,14 @@ def recommendation_findings(summary: Summary) -> list[str]:
                 f"worst by {100 * score.worst_error:.0f} %."
             )
     return texts
+
+
+def untimed_findings(found: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"{context}: no speed is predicted for {', '.join(drafters)}, whose steps could not be timed; the "
+        "sweep's log says why."
+        for context, drafters in found.items()
+    ]
 
 
 def exactness_findings(summary: Summary) -> list[str]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.config import Config, PretrainedModel, ScratchModel, Variant
 from pipeline.planner import by_place
+from pipeline.recommend import settings_text
 from pipeline.report.axes import Axes, budget_order
 from pipeline.report.published import CAVEAT, published_beside
 from pipeline.report.summary import Estimate, Summary
@@ -121,6 +122,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "signed": signed, "times": times, "size": size}
+    environment.filters["settings"] = settings_text
     return environment.get_template("page.html.j2")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from pipeline import metrics
 from pipeline.errors import BadData
@@ -38,39 +39,33 @@ def speed_fields(key: CellKey, rows: Sequence[PromptRow], samples: int, seed: in
                 "repeat in decode_s and ar_decode_s, as many as the cell's other prompts: delete the "
                 "measured rows in the sweep's folder and run the stage again"
             )
-    tokens, ar_tokens = [decoded(row) for row in rows], [row.ar_num_tokens or 0 for row in rows]
     batches: dict[str, list[PromptRow]] = defaultdict(list)
     for row in rows:
         batches[row.together_with or row.prompt_id].append(row)
     units = clock_units(rows)
-    speed = metrics.speedup(
-        (
-            [sum(decoded(row) for row in batch) for batch in batches.values()],
-            [_sums(row.decode_s for row in batch) for batch in batches.values()],
-        ),
-        (
-            [sum(row.ar_num_tokens or 0 for row in batch) for batch in batches.values()],
-            [_sums(row.ar_decode_s for row in batch) for batch in batches.values()],
-        ),
-        samples=samples,
-        seed=seed,
-        clusters=[units[batch[0].document_id] for batch in batches.values()],
-    )
-    decode_s = sum(sum(row.decode_s) for row in rows) / repeats
-    ar_decode_s = sum(sum(row.ar_decode_s) for row in rows) / repeats
-    prefill_s, ar_prefill_s = _total(row.prefill_s for row in rows), _total(row.ar_prefill_s for row in rows)
+    clusters = [units[batch[0].document_id] for batch in batches.values()]
+    tokens = [sum(decoded(row) for row in batch) for batch in batches.values()]
+    ar_tokens = [sum(row.ar_num_tokens or 0 for row in batch) for batch in batches.values()]
+    seconds = [_sums(row.decode_s for row in batch) for batch in batches.values()]
+    ar_seconds = [_sums(row.ar_decode_s for row in batch) for batch in batches.values()]
+    compare = partial(metrics.speedup, samples=samples, seed=seed, clusters=clusters)
+    speed = compare((tokens, seconds), (ar_tokens, ar_seconds))
     end_to_end = None
-    if prefill_s is not None and ar_prefill_s is not None:
-        rate, ar_rate = sum(tokens) / (prefill_s + decode_s), sum(ar_tokens) / (ar_prefill_s + ar_decode_s)
-        end_to_end = rate / ar_rate
+    prefills = [_total(row.prefill_s for row in batch) for batch in batches.values()]
+    ar_prefills = [_total(row.ar_prefill_s for row in batch) for batch in batches.values()]
+    if None not in (*prefills, *ar_prefills):
+        whole, ar_whole = _later(seconds, prefills), _later(ar_seconds, ar_prefills)
+        end_to_end = compare((tokens, whole), (ar_tokens, ar_whole)).overall
     return {
         "speedup": speed.overall.mean,
         "speedup_low": speed.overall.low,
         "speedup_high": speed.overall.high,
         "worst_prompt_speedup": speed.worst_prompt,
-        "end_to_end_speedup": end_to_end,
-        "tokens_per_s": sum(tokens) / decode_s,
-        "ar_tokens_per_s": sum(ar_tokens) / ar_decode_s,
+        "end_to_end_speedup": end_to_end.mean if end_to_end else None,
+        "end_to_end_low": end_to_end.low if end_to_end else None,
+        "end_to_end_high": end_to_end.high if end_to_end else None,
+        "tokens_per_s": sum(tokens) * repeats / sum(map(sum, seconds)),
+        "ar_tokens_per_s": sum(ar_tokens) * repeats / sum(map(sum, ar_seconds)),
     }
 
 
@@ -82,6 +77,11 @@ def decoded(row: PromptRow) -> int:
 def _sums(times: Iterable[list[float]]) -> list[float]:
     """Repeat by repeat."""
     return [sum(repeat) for repeat in zip(*times, strict=True)]
+
+
+def _later(seconds: Sequence[list[float]], prefills: Sequence[float | None]) -> list[list[float]]:
+    """Every repeat with the seconds of its batch's prefill, which is run once for all of them."""
+    return [[one + (first or 0.0) for one in times] for times, first in zip(seconds, prefills, strict=True)]
 
 
 def _total(values: Iterable[float | None]) -> float | None:

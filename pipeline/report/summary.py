@@ -83,7 +83,10 @@ class Lossless(Row):
 
 
 class ReplayCheck(Row):
-    """Greedy prompts of cells that were both replayed and decoded, and those with equal counts."""
+    """Greedy prompts of cells that were both replayed and decoded, and those with equal counts.
+
+    Equal are rounds, accepted tokens at every draft position, and proposals where replay knows them.
+    """
 
     rows: int
     equal: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from pipeline import metrics
 from pipeline.errors import BadData
@@ -182,8 +183,9 @@ def replay_check(prompt_rows: Sequence[PromptRow]) -> ReplayCheck:
         for prompt, row in prompts.items()
         if key.temperature == 0 and prompt in replayed.get(key, {}) and not row.num_left_out
     ]
+    counts = attrgetter("num_rounds", "num_accepted", "kept")
     equal = sum(
-        decoded.num_accepted == replay.num_accepted and replay.num_proposed in (None, decoded.num_proposed)
+        counts(decoded) == counts(replay) and replay.num_proposed in (None, decoded.num_proposed)
         for decoded, replay in pairs
     )
     return ReplayCheck(rows=len(pairs), equal=equal)

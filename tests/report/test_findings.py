@@ -2,10 +2,13 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.planner import cell_of
+from pipeline.recommend import ModelSize
+from pipeline.report.advice import Predictions
 from pipeline.report.findings import summarise
 from pipeline.report.summary import Summary
 from pipeline.report.tables import cell_rows
-from pipeline.rows import FailedCell
+from pipeline.rows import FailedCell, PredictedRow
 from tests.report.made import AXES, measured, row, sweep_rows
 
 KEYS = {
@@ -200,3 +203,28 @@ def test_doubts_are_told():
 
 def test_sweep_without_rows_has_nothing_to_find():
     assert summary_of([]).findings == []
+
+
+def test_a_drafter_that_could_not_be_timed_is_named():
+    """Its cells were replayed, and no prediction stands for them where others have one."""
+    rows = sweep_rows()
+    replayed = [cell for cell in cell_rows(rows, AXES, 10, 0) if cell.mode == "replay" and not cell.control]
+    lost, *others = sorted({cell.drafter for cell in replayed})
+    predicted = [
+        PredictedRow(
+            **cell_of(cell).model_dump(), num_prompts=1, num_documents=1, decode_s=1.0, speedup=1.0,
+            speedup_low=1.0, speedup_high=1.0,
+        )
+        for cell in replayed
+        if cell.drafter in others
+    ]  # fmt: skip
+    sizes = [ModelSize(name="target", weight_bytes=1, kv_bytes_per_token=1)]
+    context = replayed[0].context
+
+    def told(predictions: Predictions) -> list[str]:
+        found = summarise(rows, cell_rows(rows, AXES, 10, 0), (), AXES, 10, 0, predictions).findings
+        return [text for text in found if "no speed is predicted" in text]
+
+    (text,) = told(Predictions(predicted=predicted, sizes=sizes))
+    assert text.startswith(f"{context}: no speed is predicted for {lost}, whose steps could not be timed")
+    assert told(Predictions()) == [], "a sweep that predicts nothing has nothing to say of it"

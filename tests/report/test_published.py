@@ -147,6 +147,16 @@ def test_training_seeds_do_not_matter() -> None:
         "data.max_new_tokens=128",
         "train.steps=100",
         "train.variants.multi_view.sparse_weight=1",
+        "train.variants.multi_view.policy=streaming",
+        "train.weight_decay=0.5",
+        "train.clip=100",
+        "train.warmup_steps=0",
+        "train.dtype=bfloat16",
+        "train.learning_rate=1e-3",
+        "train.min_prefix_tokens=1000",
+        "labels.on_policy_fraction=0.5",
+        "labels.max_sequences=50",
+        "data.max_sequences=50",
     ],
 )
 def test_another_configuration_has_no_row(override: str) -> None:

@@ -75,6 +75,8 @@ def test_measured_cell_by_hand():
     assert cell.ar_tokens_per_s == pytest.approx(36 / 9)
     assert cell.speedup == pytest.approx(9 / 6)
     assert cell.end_to_end_speedup == pytest.approx(11 / 9)
+    # Resamples of two prompts, each with its two repeats: no ratio lies beyond the best and worst of them.
+    assert 1 <= cell.end_to_end_low < 11 / 9 < cell.end_to_end_high <= cell.speedup_high
     assert cell.worst_prompt_speedup == pytest.approx(1.5)
     assert (cell.exact_prompts, cell.target_kv_bytes, cell.peak_memory_bytes) == (1, 65536, 10**6)
 
@@ -167,3 +169,6 @@ def test_replay_is_checked_against_decoding():
     ]
     found = tables.replay_check(rows)
     assert (found.rows, found.equal) == (2, 1)
+    for changed in ({"num_rounds": rows[0].num_rounds + 1}, {"kept": [*rows[0].kept[:-1], 99]}):
+        decoded = measured(prompt=0).model_copy(update=changed)
+        assert tables.replay_check([rows[0], decoded]).equal == 0, changed

@@ -1,0 +1,305 @@
+"""What is recommended or refused of cells made by hand, the memory that it takes, and where it is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from jobs.recommend import advise, lines
+from jobs.report import ReportInputs, report
+from jobs.tracking import Tracker
+from jobs.tracking_store import Run, Store
+from pipeline.artifacts import read_rows, write_rows
+from pipeline.errors import BadData
+from pipeline.planner import Place
+from pipeline.recommend import Choice, ModelSize, Needs, choices, recommend, settings_text
+from pipeline.report.summary import Summary
+from pipeline.report.tables import cell_rows
+from pipeline.rows import CellRow, PromptRow
+from tests.report.made import AXES, artifacts, config, measured, row
+
+PLACE = Place("code", "64")
+SIZES = {
+    "target": ModelSize(name="target", weight_bytes=10_000, kv_bytes_per_token=100),
+    "multi_view": ModelSize(name="multi_view", weight_bytes=500, kv_bytes_per_token=20),
+}
+
+
+def choice(speedup: float, low: float, again: tuple[float, float] | None = None, **changes: Any) -> Choice:
+    """Speedup and the low end of its interval, first and on fresh repeats."""
+    mean, again_low = again or (None, None)
+    values: dict[str, Any] = {
+        "drafter": "multi_view", "dataset": "code", "context": "64", "policy": "chunk_topk", "budget": 16,
+        "control": None, "gamma": 4, "temperature": 0.0, "seed": 0, "speedup": speedup, "speedup_low": low,
+        "speedup_high": speedup + 0.2, "again": mean, "again_low": again_low,
+        "again_high": mean and mean + 0.05, "end_to_end": 1.0, "num_documents": 6, "acceptance": 0.5,
+        "acceptance_mode": "replay", "drafter_kv_bytes": 1000,
+    }  # fmt: skip
+    return Choice(**{**values, **changes})
+
+
+# ── which cell ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
+    """Fastest first by the first measurement; acceptance is the replay's, which has more prompts."""
+    rows: list[PromptRow] = [row(prompt=n, budget=b, accepted=6) for n in range(12) for b in (16, "full")]
+    rows += [measured(prompt=n, budget=16) for n in range(6)]  # 1.5 times the speed of AR
+    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(6)]
+    again = [measured(prompt=n, budget="full", decode_s=[2.5, 2.5]) for n in range(6)]
+    cells, fresh = cell_rows(rows, AXES, 100, 0), cell_rows(again, AXES, 100, 0)
+    fast, slow = choices(cells, fresh)[PLACE]
+    assert (fast.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
+    assert fast.expected == (fast.again, fast.again_low, fast.again_high)
+    assert (slow.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
+    assert slow.expected == (slow.speedup, slow.speedup_low, slow.speedup_high)
+    assert fast.acceptance == pytest.approx(0.6) and fast.num_documents == 3
+    # With prefills of 1.5 s and of AR's 1 s: of the fresh repeats, where there are any.
+    assert fast.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.5))
+    assert slow.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.0))
+    # The order is that of the first measurement whatever the fresh repeats say.
+    assert [c.budget for c in choices(cells, again=[])[PLACE]] == ["full", 16]
+
+
+def test_acceptance_is_measured_where_replay_cannot_know_it() -> None:
+    """Of a cell that stops early, and such a cell is not out for an acceptance that it has."""
+    rows = [row(prompt=n, accepted=6, proposed=None, threshold=0.4) for n in range(12)]
+    rows += [measured(prompt=n, accepted=7, threshold=0.4) for n in range(12)]
+    (found,) = choices(cell_rows(rows, AXES, 100, 0), [])[PLACE]
+    assert (found.acceptance, found.acceptance_mode) == (pytest.approx(0.7), "measure")
+    assert recommend(PLACE, [found], 5, Needs(48, 16, min_acceptance=0.6)).choice == found
+    assert recommend(PLACE, [found], 5, Needs(48, 16, min_acceptance=0.8)).choice is None
+
+
+def test_documents_that_share_a_clock_are_one() -> None:
+    rows = [measured(prompt=n, together_with="p0", prompts_together=6) for n in range(6)]
+    (found,) = choices(cell_rows(rows, AXES, 100, 0), [])[PLACE]
+    assert found.num_documents == 1
+
+
+def test_the_first_that_fresh_repeats_bear_out_is_recommended() -> None:
+    """Not the best of the repeats; those before it are counted, and the next is one that passes too."""
+    failed, second = choice(1.5, 1.3, (1.02, 0.99)), choice(1.4, 1.3, (1.25, 1.2), gamma=3)
+    third, low = choice(1.3, 1.1, (1.35, 1.3), gamma=2), choice(1.2, 0.9, gamma=1)
+    advice = recommend(PLACE, [failed, second, third, low], 5)
+    assert (advice.choice, advice.runner_up, advice.best_again) == (second, third, 1.35)
+    left_out = "leaving out 1 not shown to be faster than autoregressive decoding"
+    assert advice.why == f"the fastest of 4 measured cells, {left_out}"
+    # None other passes: the best of the rest is next.
+    assert recommend(PLACE, [failed, second, low], 5).runner_up == low
+    # Cells over too few documents are passed over, however fast.
+    few = choice(1.6, 1.5, (1.6, 1.5), num_documents=4)
+    assert recommend(PLACE, [few, failed, second], 5).choice == second
+
+
+def test_none_that_passes_names_the_best_by_what_counts() -> None:
+    """The fastest at first is the slower one on fresh repeats; it is also not called the next."""
+    fast, slow = choice(1.5, 1.3, (1.01, 0.97)), choice(1.4, 1.3, (1.05, 0.98), gamma=2)
+    advice = recommend(PLACE, [fast, slow], 5)
+    said = "do not speculate here: the best measured cell is at 1.05× [0.98, 1.10] of autoregressive decode"
+    assert advice.choice is None and advice.runner_up == slow and advice.why.startswith(said)
+    (_, why, best, _) = lines(advice, Needs(48, 16), SIZES, PLACE)
+    assert why == f"  {advice.why}" and best.startswith(
+        "  best    multi_view, chunk_topk, B = 16, γ = 2: 1.05×"
+    )
+    shown = list(lines(recommend(PLACE, [choice(1.5, 1.3), slow], 5), Needs(48, 16), SIZES, PLACE))
+    assert [line[:10].strip() for line in shown if line[2:10].strip()] == ["code, 64:", "deploy", "next"]
+    accurate = fast.model_copy(update={"acceptance": 0.9})
+    of_the_allowed = recommend(PLACE, [accurate, slow], 5, Needs(48, 16, min_acceptance=0.6)).why
+    assert "the best measured cell that the needs allow is at 1.01×" in of_the_allowed
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"low": 0.99}, "do not speculate here: the best measured cell is at 1.20× [0.99, 1.40]"),
+        (
+            {"low": 1.1, "again": (1.05, 0.98)},
+            "do not speculate here: the best measured cell is at 1.05× [0.98",
+        ),
+        ({"low": 1.1, "num_documents": 4}, "too few documents to rank (4 of at least 5)"),
+    ],
+)
+def test_what_is_not_shown_to_be_faster_is_not_recommended(changes: dict[str, Any], why: str) -> None:
+    advice = recommend(PLACE, [choice(1.2, **changes)], 5)
+    assert advice.choice is None and advice.runner_up is not None and advice.why.startswith(why)
+    assert recommend(PLACE, [], 5).choice is None
+
+
+def test_a_first_measurement_alone_is_said_to_be_high() -> None:
+    said = "by its first measurement alone, which is of the fastest of 2 and so rather high"
+    once, twice = choice(1.4, 1.3), choice(1.2, 1.15, (1.2, 1.15), gamma=2)
+    advice = recommend(PLACE, [once, twice], 5)
+    assert advice.choice == once and advice.why == f"the fastest of 2 measured cells, {said}"
+    assert any(said in line for line in lines(advice, Needs(48, 16), SIZES, PLACE))
+    assert "first measurement" not in recommend(PLACE, [twice, once], 5).why
+    assert "first measurement" not in recommend(PLACE, [once], 5).why, "nothing was picked"
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_fastest_that_is_allowed_is_recommended() -> None:
+    here = [choice(2.0, 1.5, budget=64, drafter_kv_bytes=4000, acceptance=0.3), choice(1.8, 1.4)]
+    free = recommend(PLACE, here, 5)
+    assert free.choice == here[0] and free.runner_up == here[1]
+    # Weights 10,500, and per text 64 × 100 of the target beside 4,000 or 1,000 of the drafter's prefix and
+    # 16 × 20 of its continuation.
+    for memory, best in ((10_500 + 2 * 10_720, here[0]), (10_500 + 2 * 10_719, here[1])):
+        needs = Needs(48, 16, memory_bytes=memory, concurrency=2)
+        assert recommend(PLACE, here, 5, needs, SIZES).choice == best
+    assert recommend(PLACE, here, 5, Needs(48, 16, min_acceptance=0.4), SIZES).choice == here[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv", "weights"),
+    [
+        ({}, 1000 + 16 * 20, 10_500),
+        ({"budget": "full", "drafter_kv_bytes": 640}, 64 * 20, 10_500),  # as long as the whole text
+        ({"drafter": "self_speculation", "policy": "snapkv"}, 1000 + 16 * 100, 10_000),
+        ({"drafter": "prompt_lookup", "policy": "none", "budget": 0, "drafter_kv_bytes": 0}, 0, 10_000),
+    ],
+)
+def test_memory_of_every_kind_of_draft_source(changes: dict[str, Any], kv: int, weights: int) -> None:
+    """A budget is of the prefix alone: every token of the continuation is kept besides."""
+    cell, needs = choice(2.0, 1.5, **changes), Needs(48, 16, concurrency=3)
+    assert needs.drafter_bytes(cell, SIZES) == kv
+    assert needs.bytes_of(cell, SIZES) == weights + 3 * (64 * 100 + kv)
+
+
+@pytest.mark.parametrize(
+    ("memory", "end"),
+    [(16_900, "needs 1.64e-05 GB"), (16_000, "needs 1.64e-05 GB, which does not fit either")],
+)
+def test_a_refusal_for_memory_says_what_would_do(memory: int, end: str) -> None:
+    """16,400 bytes of the target for a text; the drafters of 500 and 1,320 or 4,320 more."""
+    here = [choice(2.0, 1.5, budget=64, drafter_kv_bytes=4000), choice(1.8, 1.4)]
+    advice = recommend(PLACE, here, 5, Needs(48, 16, memory_bytes=memory), SIZES)
+    assert advice.choice is None and advice.why == (
+        "do not speculate here: every measured cell is out for memory; those out for memory need at least "
+        f"1.822e-05 GB, the limit is {memory / 1e9:.4g} GB; autoregressive decoding alone {end}"
+    )
+
+
+def test_a_size_that_is_not_known_is_not_nothing() -> None:
+    cell, target = choice(2.0, 1.5), {"target": SIZES["target"]}
+    with pytest.raises(BadData, match="do not say how large multi_view is"):
+        recommend(PLACE, [cell], 5, Needs(48, 16, memory_bytes=1e9), target)
+    with pytest.raises(BadData, match="do not say how large target is"):
+        recommend(PLACE, [cell], 5, Needs(48, 16, memory_bytes=1e9), {"multi_view": SIZES["multi_view"]})
+    shown = "\n".join(lines(recommend(PLACE, [cell], 5), Needs(48, 16), target, PLACE))
+    assert "drafter 1000 B of the prefix; the rest is not known" in shown
+    assert "lack the size of multi_view" in shown
+
+
+# ── where it is said ──────────────────────────────────────────────────────────────────────────────
+
+DEPLOY = "full_only, chunk_topk, B = 16, γ = 4, stopping under 0.4"
+WHY = "the fastest of 2 measured cells, leaving out 1 not shown to be faster than autoregressive decoding"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of two measured cells: the faster one fails its repeats, the other stops early."""
+    rows = [row(prompt=n, accepted=6, budget="full") for n in range(12)]
+    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(12)]
+    rows += [measured(prompt=n, accepted=7, threshold=0.4) for n in range(12)]
+    again = [measured(prompt=n, budget="full", decode_s=[4.0, 4.0]) for n in range(12)]
+    again += [measured(prompt=n, threshold=0.4, decode_s=[2.4, 2.4]) for n in range(12)]
+    storage = tmp_path_factory.mktemp("report")
+    prepare, teach, sweep = artifacts(storage, rows, [])
+    write_rows(sweep.path / "rechecked" / "all.jsonl", again)
+    return report(config(storage), ReportInputs(prepare, teach, sweep, stages=[])).path
+
+
+def summary_of(folder: Path) -> Summary:
+    return Summary.model_validate_json((folder / "summary.json").read_text())
+
+
+def test_the_settings_of_a_cell() -> None:
+    assert settings_text(choice(1.2, 1.1)) == "multi_view, chunk_topk, B = 16, γ = 4"
+    whole = choice(1.2, 1.1, budget="full", threshold=0.25)
+    assert settings_text(whole) == "multi_view, chunk_topk, B = full, γ = 4, stopping under 0.25"
+
+
+def test_every_place_says_when_to_stop_and_why(made: Path) -> None:
+    found = summary_of(made).findings
+    assert f"code, 64: deploy {DEPLOY}: 1.25× [1.25, 1.25] on fresh repeats, {WHY}." in found
+    page = " ".join(re.sub(r"<[^>]+>", " ", (made / "report.html").read_text()).split())
+    assert f"{DEPLOY} {WHY} 1.50× [1.50, 1.50] 1.25× [1.25, 1.25] 1.25×" in page
+    assert "full_only, chunk_topk, B = full, γ = 4: 0.75×" in page
+    text = list(advise(made, 64, None, None, 1, 0.65))
+    assert text[1] == (
+        f"  deploy  {DEPLOY}: 1.25× [1.25, 1.25] on fresh repeats, end to end 1.03×; 6 documents timed, "
+        "acceptance 70.0 % measured"
+    )
+    assert "lack the size of target and full_only" in text[2]
+    assert text[3] == "          the fastest of 1 measured cells that the needs allow"
+    assert "This is for greedy decoding." in text and any("(activations, logits)" in line for line in text)
+    assert any("acceptance 60.0 % by replay" in line for line in advise(made, 64, None, None, 1, None))
+
+
+def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path) -> None:
+    class Recorder:
+        """Keeps what it is told to log: run, parameters, points, time, tags."""
+
+        def __init__(self) -> None:
+            self.told: list[tuple[Any, ...]] = []
+
+        def log(self, *told: Any) -> None:
+            self.told.append(told)
+
+    recorder, run = Recorder(), Run("report", {})
+    tracker = Tracker(config(tmp_path), cast(Store, recorder), run)
+    tracker.log_advice(run, summary_of(made).recommendations)
+    assert tracker.writer.finish(5.0) == 0
+    ((_, _, points, _, tags),) = recorder.told
+    assert tags == {"recommend.code.64": f"{DEPLOY}: {WHY}"}
+    assert [value for _, value, _ in points] == pytest.approx([1.25] * 3)
+
+
+# ── what is missing ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_another_context_is_said_to_stand_for_what_was_asked(made: Path) -> None:
+    assert next(advise(made, 1, None, None, 1, None)) == "64 (64 tokens) stands for a context of 1 tokens."
+    assert next(advise(made, 64, None, None, 1, None)) == "code, 64:"
+
+
+@pytest.mark.parametrize(
+    ("temperature", "dataset", "said"),
+    [
+        (None, None, "no measured speed at 64: set sweep.mode to both or measure, and run it again"),
+        (0.7, None, "that is greedy, only at temperature 0.7: add 0.0 to sweep.temperatures"),
+        (0.7, "poems", "no measured speed at 64 for data set 'poems'; there is code"),
+    ],
+)
+def test_speeds_that_are_missing(
+    made: Path, tmp_path: Path, temperature: float | None, dataset: str | None, said: str
+) -> None:
+    cells = read_rows(made / "cells.jsonl", CellRow)
+    kept = [cell for cell in cells if cell.mode == "replay" or temperature]
+    changed = [cell.model_copy(update={"temperature": temperature or 0.0}) for cell in kept]
+    write_rows(tmp_path / "cells.jsonl", changed)
+    write_rows(tmp_path / "again.jsonl", [])
+    (tmp_path / "summary.json").write_bytes((made / "summary.json").read_bytes())
+    with pytest.raises(BadData, match=re.escape(said)):
+        list(advise(tmp_path, 64, dataset, None, 1, None))
+
+
+def test_a_summary_that_is_cut_off_is_not_one_of_another_version(made: Path, tmp_path: Path) -> None:
+    for name in ("cells.jsonl", "again.jsonl"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    whole = (made / "summary.json").read_bytes()
+    other = {"from": "elsewhere", **json.loads(whole)}
+    for content, said in (
+        (whole[: len(whole) // 2], r"summary\.json is not whole \(Invalid JSON.*run the stage report again"),
+        (json.dumps(other).encode(), r"was not written by this version \(1 fields differ\)"),
+    ):
+        (tmp_path / "summary.json").write_bytes(content)
+        with pytest.raises(BadData, match=said):
+            list(advise(tmp_path, 64, None, None, 1, None))
