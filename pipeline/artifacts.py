@@ -31,8 +31,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from pipeline.errors import BadData
 from pipeline.events import Opened, tell
 from pipeline.memory import peak_bytes
 
@@ -117,10 +118,23 @@ def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:
 
 
 def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+    """The rows of one file.
+
+    Raises:
+        BadData: if a line is not such a row; the text names file and line.
+    """
     rows: list[RowT] = []
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            row = row_type.model_validate_json(line)
+        for number, line in enumerate(file, 1):
+            try:
+                row = row_type.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = "".join(f" {part}" for part in first["loc"])
+                raise BadData(
+                    f"{path}, line {number}: no {row_type.__name__} of this version,{field} {first['msg']}: "
+                    "delete its folder and run its stage again"
+                ) from None
             # Pydantic gives each row a set of the fields it was given, most of what a row weighs; in one file
             # they are nearly always the same.
             if rows and row.model_fields_set == rows[-1].model_fields_set:

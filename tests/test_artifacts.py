@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 from filelock import Timeout
 
-from pipeline.artifacts import MANIFEST, Artifact, open_artifact, write_json, write_text
+from pipeline.artifacts import (
+    MANIFEST,
+    Artifact,
+    open_artifact,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
+from pipeline.errors import BadData
+from pipeline.recommend import ModelSize
 
 FILES = {
     "labels/shard-00000.tokens.npy": "a",
@@ -173,3 +183,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         write_json(tmp_path / "kept.json", {"new": object()})
     assert json.loads((tmp_path / "kept.json").read_text()) == {"old": True}
     assert [file.name for file in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+    """Cut off, or without a field: the file and the line, in one sentence."""
+    file = tmp_path / "sizes.jsonl"
+    sizes = [ModelSize(name=name, weight_bytes=1, kv_bytes_per_token=2) for name in "ab"]
+    write_rows(file, sizes)
+    assert read_rows(file, ModelSize) == sizes
+    whole = file.read_text()
+    file.write_text(whole[:-9])
+    with pytest.raises(BadData, match=r"sizes\.jsonl, line 2: no ModelSize of this version, Invalid JSON"):
+        read_rows(file, ModelSize)
+    file.write_text(whole.replace("weight_bytes", "weights", 1))
+    with pytest.raises(BadData, match=r"line 1: .* weight_bytes Field required: delete its folder"):
+        read_rows(file, ModelSize)
