@@ -155,7 +155,7 @@ def context_table(summary: Summary) -> str:
 
 
 def prediction_table(grid: Study) -> str:
-    head = ["data", "context", "which", "cells", "median error, %", "worst, %"]
+    head = ["data", "context", "which", "cells", "median error, %", "worst, %", "with its sign, median, %"]
     return markdown(
         head,
         [
@@ -166,6 +166,7 @@ def prediction_table(grid: Study) -> str:
                 s.cells,
                 f"{100 * s.median_error:.1f}",
                 f"{100 * s.worst_error:.1f}",
+                f"{100 * s.bias:+.1f}",
             ]
             for s in grid.summary.prediction
         ],

@@ -160,15 +160,19 @@ def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[str]) -> list[Pic
 
 
 class Score(NamedTuple):
-    """How far predicted decode times are from measured ones: |predicted ÷ measured − 1| of each cell."""
+    """How far predicted decode times are from measured ones: |predicted ÷ measured − 1| of each cell.
+
+    `bias` is the median of predicted ÷ measured − 1: below 0 where predictions are too fast.
+    """
 
     cells: int
     median_error: float
     worst_error: float
+    bias: float
 
 
 def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, float]:
-    """Of every cell that was both replayed and measured, over the prompts that were measured."""
+    """predicted ÷ measured − 1 of every cell that was both, over the prompts that were measured."""
     clockwork = Clockwork(times)
     replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
     sums: dict[Cell, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -179,11 +183,12 @@ def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, 
             total = sums[cell_of(row)]
             total[0] += seconds
             total[1] += median(row.decode_s)
-    return {cell: abs(predicted / measured - 1) for cell, (predicted, measured) in sums.items()}
+    return {cell: predicted / measured - 1 for cell, (predicted, measured) in sums.items()}
 
 
 def score(found: Collection[float]) -> Score | None:
-    return Score(len(found), median(found), max(found)) if found else None
+    sizes = [abs(error) for error in found]
+    return Score(len(found), median(sizes), max(sizes), median(found)) if found else None
 
 
 def cell_of(row: Cell) -> Cell:

@@ -66,7 +66,7 @@ def test_the_score_compares_cells_on_the_prompts_that_were_measured() -> None:
     (error,) = planner.errors([*replayed, *timed], TIMES).values()
     assert error == pytest.approx(0.1)
     assert planner.errors(replayed, TIMES) == {}
-    assert planner.score([0.1, 0.5, 0.2]) == (3, 0.2, 0.5) and planner.score([]) is None
+    assert planner.score([0.1, -0.5, -0.2]) == (3, 0.2, 0.5, -0.2) and planner.score([]) is None
 
 
 def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:

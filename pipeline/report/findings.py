@@ -245,7 +245,8 @@ def recommendation_findings(summary: Summary) -> list[str]:
             texts.append(
                 f"Predicted decode times are off by {100 * score.median_error:.0f} % in the median of the "
                 f"{score.cells} cells of the plane that scores them ({score.dataset}, {score.context}), at "
-                f"worst by {100 * score.worst_error:.0f} %."
+                f"worst by {100 * score.worst_error:.0f} %; with its sign the median is "
+                f"{100 * score.bias:+.0f} %."
             )
     return texts
 

@@ -95,6 +95,8 @@ class ReplayCheck(Row):
 class PredictionScore(Row):
     """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|.
 
+    `bias` is the median with its sign, below 0 where predictions are too fast.
+
     `what` is "plane", the cells that are measured to score predictions, or "other cells", many of which were
     picked by the predictions themselves.
     """
@@ -105,6 +107,7 @@ class PredictionScore(Row):
     cells: int
     median_error: float
     worst_error: float
+    bias: float
 
 
 class Stage(Row):
