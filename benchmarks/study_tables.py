@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,6 +41,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             drafter=config.drafter,
             steps=config.train.steps,
             made=provenance(),
+            tunables=f", `GLIBC_TUNABLES={told}`" if (told := os.environ.get("GLIBC_TUNABLES")) else "",
             gamma=GAMMA,
             smallest=SMALLEST,
             checks=check_table(checks),
