@@ -51,10 +51,17 @@ class Change(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where both this interval and Student's t over the seeds leave out 0, else 0."""
-        reach = STUDENT[len(self.by_seed)] * stdev(self.by_seed) / len(self.by_seed) ** 0.5
-        low, high = min(self.low, fmean(self.by_seed) - reach), max(self.high, fmean(self.by_seed) + reach)
+        """1 or -1 where this interval, and of several seeds Student's t too, leave out 0; else 0."""
+        low, high = self.low, self.high
+        if (seeds := len(self.by_seed)) > 1:
+            reach = STUDENT[seeds] * stdev(self.by_seed) / seeds**0.5
+            low, high = min(low, fmean(self.by_seed) - reach), max(high, fmean(self.by_seed) + reach)
         return (low > 0) - (high < 0)
+
+    @property
+    def spread(self) -> float:
+        """How far the seeds are apart; 0 of one seed."""
+        return max(self.by_seed) - min(self.by_seed)
 
 
 Ablation = tuple[str, str, dict[str, Change]]  # variant, data set, column →
@@ -150,13 +157,19 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
         for head, (_, how) in zip(heads, HOW, strict=True):
             told = {dataset: cells[head] for other, dataset, cells in rows if other == name}
             means = [one.mean for one in told.values()]
-            spread = max(max(one.by_seed) - min(one.by_seed) for one in told.values())
+            spread = max(one.spread for one in told.values())
+            seeds = f"seeds up to {100 * spread:.1f} apart" if spread else "one seed"
             parts.append(
-                f"{verdict(told)} {how} ({100 * min(means):+.1f} to {100 * max(means):+.1f} points, seeds up "
-                f"to {100 * spread:.1f} apart)"
+                f"{verdict(told)} {how} ({100 * min(means):+.1f} to {100 * max(means):+.1f} points, {seeds})"
             )
         lines.append(f"- `{name}`, {CHANGES[name]}: {parts[0]}; {parts[1]}")
     return "\n".join(lines)
+
+
+def seed_spread(rows: Sequence[Ablation]) -> float:
+    """The widest that seeds of one change are apart behind the smallest budget."""
+    heads = [head for head, column in COLUMNS.items() if column.budget == SMALLEST and not column.control]
+    return max(cells[head].spread for _, _, cells in rows for head in heads)
 
 
 def verdict(told: Mapping[str, Change]) -> str:

@@ -54,6 +54,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             ar=ar_table(studies["table-2"].summary.ar_tokens_per_s),
             ablations=ablations.ablation_table(rows),
             ablation_words=ablations.ablation_words(rows),
+            seed_spread=100 * ablations.seed_spread(rows),
             nothing_kept=ablations.nothing_kept(cells),
             gammas=gamma_table(studies["figure-3"].cells),
             adaptive=adaptive_table(adaptive.cells, early),

@@ -105,6 +105,8 @@ def test_a_change_is_clear_by_its_interval_and_by_students_t() -> None:
     assert narrow.sign == 1
     assert Change(-0.025, -0.03, -0.02, [-0.02, -0.025, -0.03]).sign == -1
     assert narrow._replace(low=-0.001).sign == 0, "the documents differ too much"
+    single = Change(0.02, 0.01, 0.03, [0.02])
+    assert (single.sign, single.spread) == (1, 0) and wide.spread == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
