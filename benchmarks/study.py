@@ -162,16 +162,18 @@ def plan_checks(studies: Mapping[str, Study], storage: Path) -> Iterator[dict[st
     """What `budgetdraft plan` says before anything has run against what there was: amounts and memory."""
     plans = {name: planned(studies[name].config) for name in ("table-1", "table-2", "table-3")}
 
-    def manifest(name: str, stage: str) -> Any:
-        return json.loads((artifact(studies[name], storage, stage) / "manifest.json").read_text())
+    def manifest(folder: Path) -> Any:
+        return json.loads((folder / "manifest.json").read_text())
 
     grid = studies["table-1"]
-    sequences = manifest("table-1", "prepare")["counts"]["sequences"]
+    sequences = manifest(grid.report / grid.summary.prepared)["counts"]["sequences"]
+    labels = manifest(artifact(grid, storage, "teach"))["counts"]["label_bytes"]
+    swept = {name: manifest(artifact(studies[name], storage, "sweep")) for name in ("table-2", "table-3")}
     for name, what, found in (
         ("table-1", "training tokens", sequences * grid.config.data.sequence_tokens),
-        ("table-1", "labels on disk", manifest("table-1", "teach")["counts"]["label_bytes"]),
-        ("table-3", "rows of replay", manifest("table-3", "sweep")["counts"]["rows"]),
-        ("table-2", "rows measured", manifest("table-2", "sweep")["counts"]["rows"]),
+        ("table-1", "labels on disk", labels),
+        ("table-3", "rows of replay", swept["table-3"]["counts"]["rows"]),
+        ("table-2", "rows measured", swept["table-2"]["counts"]["rows"]),
         ("table-1", "rows measured", sum(row.mode == "measure" for row in grid.rows)),
         ("table-1", "rows measured once more", len(grid.rechecked)),
     ):
@@ -183,8 +185,8 @@ def plan_checks(studies: Mapping[str, Study], storage: Path) -> Iterator[dict[st
     for name, stage, found in (
         ("table-1", "pretrain target", trained["pretrain-target"]),
         ("table-1", "train", max(drafters)),
-        ("table-3", "sweep replay", manifest("table-3", "sweep")["peak_memory_bytes"]),
-        ("table-2", "sweep measure", manifest("table-2", "sweep")["peak_memory_bytes"]),
+        ("table-3", "sweep replay", swept["table-3"]["peak_memory_bytes"]),
+        ("table-2", "sweep measure", swept["table-2"]["peak_memory_bytes"]),
     ):
         yield within(f"plan, peak memory: {stage}, {name}", plans[name][stage], found)
 

@@ -64,7 +64,7 @@ class Change(NamedTuple):
         return max(self.by_seed) - min(self.by_seed)
 
 
-Ablation = tuple[str, str, dict[str, Change]]  # variant, data set, column →
+Ablation = tuple[str, str, dict[str, Change]]  # variant, data set, column → where there are prompts
 
 
 class Column(NamedTuple):
@@ -89,22 +89,31 @@ COLUMNS = {
 
 def families_of(studies: Mapping[str, Study]) -> Families:
     cells: dict[tuple[str, str, int | str, float, str | None], dict[str, dict[str, PromptRow]]] = {}
-    for row in (row for name in ("table-3", "ablations", "on-policy") for row in studies[name].rows):
-        if row.gamma == GAMMA and row.num_proposed:
-            key = family(row.drafter), row.dataset, row.budget, row.temperature, row.control
-            by_seed = cells.setdefault(key, defaultdict(dict))
-            by_seed[row.drafter.partition("~")[2]][row.prompt_id] = row
+    for study in (studies[name] for name in ("table-3", "ablations", "on-policy")):
+        drafters = study.config.train.drafters
+        seeds = {one.name: str(one.seeds[0] if one.seeds else study.config.seed) for one in drafters}
+        for row in study.rows:
+            if row.gamma == GAMMA and row.num_proposed:
+                key = family(row.drafter), row.dataset, row.budget, row.temperature, row.control
+                cells.setdefault(key, defaultdict(dict))[seeds[row.drafter]][row.prompt_id] = row
     return cells
 
 
-def change(cells: Families, name: str, dataset: str, column: Column) -> Change:
-    """What one changed family is accepted more than `multi_view`, seed by seed."""
+def change(cells: Families, name: str, dataset: str, column: Column) -> Change | None:
+    """What one changed family is accepted more than `multi_view`; None where every text loops."""
     where = column.budget, column.temperature, column.control
     ours, theirs = (cells[one, dataset, *where] for one in (name, "multi_view"))
-    return difference(ours, theirs, column.without_looping)
+    if column.without_looping:
+        ours, theirs = (
+            {seed: {p: row for p, row in rows.items() if not row.looping} for seed, rows in side.items()}
+            for side in (ours, theirs)
+        )
+        if not any(ours.values()):
+            return None
+    return difference(ours, theirs)
 
 
-def difference(ours: BySeed, theirs: BySeed, without_looping: bool = False) -> Change:
+def difference(ours: BySeed, theirs: BySeed) -> Change:
     """Two families over the training seeds that both have and the prompts that all of these drafters hold.
 
     Raises:
@@ -113,8 +122,6 @@ def difference(ours: BySeed, theirs: BySeed, without_looping: bool = False) -> C
     seeds = sorted(ours.keys() & theirs.keys())
     held = [set(side[seed]) for side in (ours, theirs) for seed in seeds]
     prompts = sorted(set.intersection(*held)) if held else []
-    if without_looping:
-        prompts = [prompt for prompt in prompts if not ours[seeds[0]][prompt].looping]
     if not prompts:
         raise ValueError("two families have no training seed or no prompt in common")
 
@@ -135,16 +142,20 @@ def difference(ours: BySeed, theirs: BySeed, without_looping: bool = False) -> C
 
 def ablation_rows(cells: Families) -> list[Ablation]:
     datasets = dict.fromkeys(dataset for _, dataset, *_ in cells)
-    return [
-        (name, dataset, {head: change(cells, name, dataset, column) for head, column in COLUMNS.items()})
-        for name, dataset in product(CHANGES, datasets)
-    ]
+    rows = []
+    for name, dataset in product(CHANGES, datasets):
+        found = {head: change(cells, name, dataset, column) for head, column in COLUMNS.items()}
+        rows.append((name, dataset, {head: one for head, one in found.items() if one}))
+    return rows
 
 
 def ablation_table(rows: Sequence[Ablation]) -> str:
     return markdown(
         ["drafter", "what differs", "data", *COLUMNS],
-        [[f"`{name}`", CHANGES[name], data, *map(points, cells.values())] for name, data, cells in rows],
+        [
+            [f"`{name}`", CHANGES[name], data, *(points(cells[h]) if h in cells else "" for h in COLUMNS)]
+            for name, data, cells in rows
+        ],
     )
 
 
@@ -168,7 +179,8 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
 
 def seed_spread(rows: Sequence[Ablation]) -> float:
     """The widest that seeds of one change are apart behind the smallest budget."""
-    heads = [head for head, column in COLUMNS.items() if column.budget == SMALLEST and not column.control]
+    shown = Column(SMALLEST, 0.0), Column(SMALLEST, 1.0)
+    heads = [head for head, column in COLUMNS.items() if column in shown]
     return max(cells[head].spread for _, _, cells in rows for head in heads)
 
 
@@ -187,7 +199,9 @@ def verdict(told: Mapping[str, Change]) -> str:
 def nothing_kept(cells: Families) -> str:
     """What B = 0 among the trained budgets is worth where nothing of the prefix is kept."""
     datasets = dict.fromkeys(dataset for _, dataset, *_ in cells)
-    return "; ".join(
-        f"{how} " + ", ".join(f"{points(change(cells, 'with_b_0', d, Column(0, t)))} ({d})" for d in datasets)
-        for t, how in HOW
-    )
+    parts = []
+    for temperature, how in HOW:
+        found = {data: change(cells, "with_b_0", data, Column(0, temperature)) for data in datasets}
+        told = ", ".join(f"{points(one)} ({data})" for data, one in found.items() if one)
+        parts.append(f"{how} {told}")
+    return "; ".join(parts)

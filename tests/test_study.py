@@ -91,10 +91,15 @@ def test_a_difference_is_of_what_both_families_hold() -> None:
 
 def test_a_difference_without_looping_texts_leaves_them_out() -> None:
     looping = make_row("p", 90, 100).model_copy(update={"looping": True})
+    where = "x", 64, 0.0, None
     ours = {"1": {"p": looping, "q": make_row("q", 30, 100)}}
     theirs = {"1": {"p": looping, "q": make_row("q", 20, 100)}}
-    found = study_ablations.difference(ours, theirs, without_looping=True)
-    assert found.mean == pytest.approx(0.1)
+    column = study_ablations.Column(64, 0.0, without_looping=True)
+    cells: study_ablations.Families = {("kl", *where): ours, ("multi_view", *where): theirs}
+    found = study_ablations.change(cells, "kl", "x", column)
+    assert found and found.mean == pytest.approx(0.1)
+    cells = {key: {"1": {"p": looping}} for key in cells}
+    assert study_ablations.change(cells, "kl", "x", column) is None
 
 
 def test_a_change_is_clear_by_its_interval_and_by_students_t() -> None:
