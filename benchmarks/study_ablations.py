@@ -169,7 +169,8 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
             told = {dataset: cells[head] for other, dataset, cells in rows if other == name}
             means = [one.mean for one in told.values()]
             spread = max(one.spread for one in told.values())
-            seeds = f"seeds up to {100 * spread:.1f} apart" if spread else "one seed"
+            several = any(len(one.by_seed) > 1 for one in told.values())
+            seeds = f"seeds up to {100 * spread:.1f} apart" if several else "one seed"
             parts.append(
                 f"{verdict(told)} {how} ({100 * min(means):+.1f} to {100 * max(means):+.1f} points, {seeds})"
             )
