@@ -256,6 +256,6 @@ def recommend(
     if before := left.index(chosen):
         why += f", leaving out {before} not shown to be faster than autoregressive decoding"
     if chosen.again is None and len(left) > 1:
-        why += f", by its first measurement alone, which is of the fastest of {len(left)} and so rather high"
+        why += f", by its first measurement alone, rather high as it was picked from {len(left)}"
     runner_up = shown[1] if len(shown) > 1 else best_of(choice for choice in enough if choice is not chosen)
     return say(why, chosen, runner_up)
