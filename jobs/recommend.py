@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from jobs.report import AGAIN, CELLS, SUMMARY
 from pipeline.artifacts import read_rows
 from pipeline.errors import BadData
@@ -23,7 +21,7 @@ from pipeline.recommend import (
     settings_text,
 )
 from pipeline.report.page import size
-from pipeline.report.summary import Summary
+from pipeline.report.summary import Summary, read_summary
 from pipeline.rows import CellRow
 
 
@@ -44,7 +42,7 @@ def advise(
         BadData: if the results lack what is asked: the context, the data set, speeds, sizes.
     """
     folder = results.parent if results.is_file() else results
-    summary = read_summary(folder)
+    summary = summary_of(folder)
     context = context_name(summary, context_tokens)
     sizes = {model.name: model for model in summary.models}
     cells = read_rows(folder / CELLS, CellRow)
@@ -90,20 +88,12 @@ def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str
     return ": set sweep.mode to both or measure, and run it again"
 
 
-def read_summary(folder: Path) -> Summary:
+def summary_of(folder: Path) -> Summary:
     """Raises BadData if the folder is not a report, or one that is cut off or of another version."""
     missing = [name for name in (SUMMARY, CELLS, AGAIN) if not (folder / name).exists()]
     if missing:
         raise BadData(f"{folder} holds no {missing[0]}: name a report folder, such as runs/report-…")
-    try:
-        return Summary.model_validate_json((folder / SUMMARY).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            what = f"is not whole ({first['msg']})"
-        else:
-            what = f"was not written by this version ({error.error_count()} fields differ)"
-        raise BadData(f"{folder / SUMMARY} {what}: run the stage report again") from None
+    return read_summary(folder / SUMMARY)
 
 
 def context_name(summary: Summary, tokens: int) -> str:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from pipeline.artifacts import (
     Artifact,
     atomic_path,
@@ -25,7 +23,7 @@ from pipeline.artifacts import (
 )
 from pipeline.config import PretrainedModel
 from pipeline.errors import BadData
-from pipeline.report.summary import Summary
+from pipeline.report.summary import Summary, read_summary
 from pipeline.rows import Prompt, PromptRow, Row
 
 EVIDENCE, EVIDENCE_ROWS = "evidence.json", "rows.jsonl.gz"
@@ -83,13 +81,7 @@ def open_results(results: Path, drafter: str | None = None) -> Results:
     if stage != "report" or not (folder / "summary.json").exists():
         raise BadData(f"{results} is not a finished report: name a report folder, such as runs/report-…")
     report = Artifact(folder, stage, digest)
-    try:
-        summary = Summary.model_validate_json((folder / "summary.json").read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise BadData(
-            f"{folder / 'summary.json'} was not written by this version ({error.error_count()} fields "
-            "differ): run the stage report again"
-        ) from None
+    summary = read_summary(folder / "summary.json")
     made = manifest(report)["inputs"]
     sweep = beside(report, "sweep", made["sweep"])
     inputs = manifest(sweep)["inputs"]

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -36,11 +36,10 @@ class MlflowServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> MlflowServer:
-        try:
+        with ExitStack() as unless_up:
+            unless_up.callback(self.kill)
             self.start()
-        except BaseException:
-            self.kill()
-            raise
+            unless_up.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from pipeline.errors import BadData
 from pipeline.recommend import ModelSize, Recommendation
 from pipeline.rows import Cell, Row
 
@@ -163,3 +165,16 @@ class Summary(Row):
     prediction: tuple[PredictionScore, ...] = ()
     recommendations: tuple[Recommendation, ...] = ()
     findings: list[str]
+
+
+def read_summary(file: Path) -> Summary:
+    """Raises BadData if the file is cut off or of another version."""
+    try:
+        return Summary.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            what = f"is not whole ({first['msg']})"
+        else:
+            what = f"was not written by this version ({error.error_count()} fields differ)"
+        raise BadData(f"{file} {what}: run the stage report again") from None
