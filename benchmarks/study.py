@@ -208,10 +208,11 @@ def planned(config: Config) -> dict[str, float]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     document = json.loads(text)
     found = {amount["name"]: float(amount["value"]) for amount in document["amounts"]}
-    stages = {peak["stage"].partition(" ")[0]: peak for peak in document["memory"]}
-    peaks = {peak["stage"]: float(peak["each"]) for peak in document["memory"]}
-    # Of training the plan names the variant that takes most.
-    return found | peaks | {"train": float(stages["train"]["each"])}
+    for peak in document["memory"]:
+        # Of training the plan names the variant that takes most.
+        stage = "train" if peak["stage"].startswith("train ") else peak["stage"]
+        found[stage] = float(peak["each"])
+    return found
 
 
 def artifact(study: Study, storage: Path, stage: str) -> Path:
