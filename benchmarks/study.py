@@ -205,7 +205,7 @@ def planned(config: Config) -> dict[str, float]:
         file = Path(empty) / "config.yaml"
         file.write_text(dump_config(config.model_copy(update={"storage": str(Path(empty) / "runs")})))
         command = [sys.executable, "-m", "jobs", "plan", str(file), "--json", "--tflops", "1"]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     document = json.loads(text)
     found = {amount["name"]: float(amount["value"]) for amount in document["amounts"]}
     for peak in document["memory"]:
