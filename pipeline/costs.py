@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.distill_loss import SCRATCH_BYTES
+from pipeline.batches import PHASES
 from pipeline.config import Config, ScratchModel, Variant
 from pipeline.teacher import POSITIONS
 
@@ -19,10 +20,10 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
 # freed. Measured on training steps of Llamas of 64 to 512 channels: 1.5 to 2.1 times what is alive.
 HEAP_LIMIT, HEAP_FACTOR = 32 * 2**20, 1.8
-# On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Windows
-# start anywhere, so that each step has attentions of new lengths. Measured on drafters of 64 and 128
-# channels: about ten new products a micro-batch, .76 and 1.05 MiB each; none in fp32.
-PRODUCT_BYTES, MOST_PRODUCTS, NEW_PRODUCTS = int(0.9 * 2**20), 1024, 10
+# On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Measured on
+# drafters of 64 and 128 channels: about ten new products a micro-batch until each prefix length that windows
+# have was met, three products a length, .76 and 1.05 MiB each; none in fp32.
+PRODUCT_BYTES, MOST_PRODUCTS, NEW_PRODUCTS, PRODUCTS_A_LENGTH = int(0.9 * 2**20), 1024, 10, 3
 LOSS_COPIES = 3  # of fp32 logits: log-softmax and, in backward, the gradients before and behind it
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
@@ -217,7 +218,10 @@ def train_memory(
     if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
         logits = min(logits, SCRATCH_BYTES)
     reading = micro * starts[0] * shape.reading_bytes(FP32)
-    products = min(NEW_PRODUCTS * steps * train.batch_sequences // micro, MOST_PRODUCTS)
+    lengths = PHASES * (length - train.min_prefix_tokens) // train.window_tokens
+    products = min(
+        NEW_PRODUCTS * steps * train.batch_sequences // micro, PRODUCTS_A_LENGTH * lengths, MOST_PRODUCTS
+    )
     compiled = PRODUCT_BYTES * products if bfloat16 and device.kind == "cpu" else 0
     return Memory(
         f"train {variant.name}",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
+from pipeline.batches import PHASES, LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.config import Train, Variant
 from pipeline.errors import BadData
 
@@ -89,7 +89,9 @@ def test_the_same_seed_and_step_are_the_same_batch() -> None:
 def test_windows_lie_inside_and_do_not_overlap(
     length: int, windows: int, window_tokens: int, min_prefix: int
 ) -> None:
-    settings, covered = train(windows, window_tokens, min_prefix), set()
+    settings = train(windows, window_tokens, min_prefix)
+    covered: set[int] = set()
+    lengths: set[int] = set()
     for step in range(400):
         starts = draw(FULL_ONLY, settings, length, 0, step, 0).starts
         assert len(starts) == windows
@@ -98,6 +100,8 @@ def test_windows_lie_inside_and_do_not_overlap(
         assert min(tokens) >= min_prefix and max(tokens) < length
         assert len({start % window_tokens for start in starts}) == 1
         covered |= set(tokens)
+        lengths |= set(starts)
+    assert len({start % window_tokens for start in lengths}) <= PHASES + 1, "few prefix lengths"
     assert covered == set(range(min_prefix, length)), "every position behind the shortest prefix is trained"
 
 
