@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import study_tables as tables
 from jobs.pipeline import run_pipeline, settled
-from jobs.sweep import RECHECKED, ROWS
+from jobs.sweep import RECHECKED, ROWS, RUN_OFF
 from pipeline.artifacts import read_all, read_rows, write_text
 from pipeline.config import Config
 from pipeline.config_files import dump_config, load_config
@@ -100,7 +100,7 @@ def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
         read_rows(report / "cells.jsonl", CellRow),
         read_rows(report / "predicted.jsonl", PredictedRow),
         read_all(swept / ROWS, PromptRow),
-        read_all(swept / RECHECKED, PromptRow),
+        read_all(swept / RUN_OFF, PromptRow) + read_all(swept / RECHECKED, PromptRow),
     )
 
 
@@ -175,7 +175,7 @@ def plan_checks(studies: Mapping[str, Study], storage: Path) -> Iterator[dict[st
         ("table-3", "rows of replay", swept["table-3"]["counts"]["rows"]),
         ("table-2", "rows measured", swept["table-2"]["counts"]["rows"]),
         ("table-1", "rows measured", sum(row.mode == "measure" for row in grid.rows)),
-        ("table-1", "rows measured once more", len(grid.rechecked)),
+        ("table-1", "rows measured again", len(grid.rechecked)),
     ):
         yield within(f"plan: {what}, {name}", plans[name][what], found)
     trained = {peak.model: max(peak.ranks) for peak in grid.summary.training_memory}

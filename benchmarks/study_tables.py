@@ -303,12 +303,13 @@ def advice_table(grid: Study) -> str:
                 advice.context,
                 what + (settings_text(choice) if choice else ""),
                 speed(choice),
+                f"{choice.run_off:.2f}" if choice and choice.run_off else "",
                 interval_text(choice.expected) if choice else "",
                 "" if advice.best_again is None else f"{advice.best_again:.2f}",
                 f"{choice.end_to_end:.2f}" if choice and choice.end_to_end else "",
                 settings_text(other) if other else "",
             ]
         )
-    head = ["data", "context", "deploy", "first measured", "on fresh repeats", "best on fresh repeats",
-            "end to end", "runner-up"]  # fmt: skip
+    head = ["data", "context", "deploy", "first measured", "run-off", "on fresh repeats",
+            "best on fresh repeats", "end to end", "runner-up"]  # fmt: skip
     return markdown(head, rows)

@@ -121,7 +121,7 @@ def sweep_amounts(config: Config, facts: Facts, counts: SweepCounts) -> Iterator
     if config.sweep.predicts:
         how = "estimate: the named cells, and as many as predictions can point at"
     yield Amount("rows measured", counts.measured, "", how)
-    yield Amount("rows measured once more", counts.rechecked, "", how)
+    yield Amount("rows measured again", counts.rechecked, "", how)
     yield Amount("timed runs", counts.runs, "", how)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.sweep import PREDICTED, RECHECKED, ROWS, STEPS
+from jobs.sweep import PREDICTED, RECHECKED, ROWS, RUN_OFF, STEPS
 from pipeline.artifacts import (
     Artifact,
     file_sha256,
@@ -42,7 +42,8 @@ from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow, Promp
 
 log = logging.getLogger(__name__)
 
-CELLS, AGAIN, ANALYSIS, FIGURES = "cells.jsonl", "again.jsonl", "analysis.json", "figures"
+CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
+PLAYED, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
 
 
@@ -102,7 +103,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, RECHECKED, STEPS, "failed")
+        for folder in (ROWS, RUN_OFF, RECHECKED, STEPS, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -139,6 +140,7 @@ def _draw(
     summary = summarise(prompt_rows, cells, failed, axes, samples, seed, predictions)
     write_rows(artifact.path / CELLS, cells)
     write_rows(artifact.path / PREDICTED, list(predictions.predicted))
+    write_rows(artifact.path / PLAYED, list(predictions.run_off))
     write_rows(artifact.path / AGAIN, list(predictions.again))
     of_the_run = {"config", "prepared", "stages"}
     write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude=of_the_run))
@@ -160,11 +162,16 @@ def training_memory(trained: Sequence[Artifact]) -> tuple[RankMemory, ...]:
 def read_predictions(config: Config, sweep: Path) -> Predictions:
     """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
-    again = read_all(sweep / RECHECKED, PromptRow)
+    axes, samples = Axes.of(config), config.report.bootstrap_samples
+    run_off, again = (
+        cell_rows(read_all(sweep / folder, PromptRow), axes, samples, config.seed)
+        for folder in (RUN_OFF, RECHECKED)
+    )
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),
         read_all(sweep / STEPS, StepTimes),
         read_rows(sizes, ModelSize) if sizes.exists() else (),
-        cell_rows(again, Axes.of(config), config.report.bootstrap_samples, config.seed),
+        run_off,
+        again,
         config.sweep.measure.plane,
     )

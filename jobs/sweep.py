@@ -39,7 +39,8 @@ from pipeline.teacher import sampled_name
 log = logging.getLogger(__name__)
 
 PROMPTS_PER_TASK = 8
-ROWS, RECHECKED, STEPS, PREDICTED, PICKS = "rows", "rechecked", "steps", "predicted.jsonl", "picks.jsonl"
+ROWS, RUN_OFF, RECHECKED, STEPS = "rows", "run_off", "rechecked", "steps"
+PREDICTED, PICKS = "predicted.jsonl", "picks.jsonl"
 
 
 def sweep(
@@ -55,7 +56,7 @@ def sweep(
 
     Replay comes first. Where the config predicts, single steps are timed then, all cells' speeds predicted,
     and besides the cells that the config names the best and the extremes of each data set and context are
-    measured; last, the fastest few of each place are measured again. With failures the artifact stays
+    measured; last, the fastest few of each place are measured twice more. With failures the artifact stays
     incomplete, and the next run tries them again.
     """
     wanted = config.sweep.drafters
@@ -210,15 +211,19 @@ class Phases:
         self.run(self.measure_tasks(picks, "measure", ROWS), "measure")
 
     def recheck(self) -> None:
-        """Measure the fastest cells of each place once more: that they were found fastest is luck too."""
+        """Measure the fastest cells of each place twice more, since they were found fastest by luck too.
+
+        The run-off helps to pick one; what its speed is, only the repeats behind it can say.
+        """
         config = self.config
         rows = [row for row in read_all(self.folder / ROWS, PromptRow) if row.mode == "measure"]
         cells = cell_rows(rows, Axes.of(config), config.report.bootstrap_samples, config.seed)
-        found = choices(cells, again=[])
+        found = choices(cells, run_off=[], again=[])
         picks = {}
         for file, place in self.places():
             fastest = found.get(place, [])[: planner.FASTEST_MEASURED]
             picks[file] = tuple(planner.pick_of(choice) for choice in fastest)
+        self.run(self.measure_tasks(picks, "runoff", RUN_OFF), "run-off")
         self.run(self.measure_tasks(picks, "recheck", RECHECKED), "recheck")
 
     def places(self) -> list[tuple[Path, Place]]:

@@ -54,7 +54,7 @@ class Measure(Group):
     predict: bool = Field(
         True,
         description="mode both: time single steps, predict every cell's speed from them, measure the best "
-        "and the extremes of each data set and context too, and the fastest of these once more",
+        "and the extremes of each data set and context too, and the fastest of these twice more",
     )
     plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
 

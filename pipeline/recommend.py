@@ -1,10 +1,11 @@
 """Which drafter, policy, budget and γ to deploy in one place, or not to speculate there; for greedy decoding.
 
 Only cells that were measured over enough documents are recommended; predictions say what to measure. The
-fastest of many is fast by luck too, so the fastest few are measured once more, and what counts is the speed
-of these fresh repeats: its interval has to lie above the speed of autoregressive decoding. The repeats are of
-the same prompts: they take away the luck of the clock, not that of the prompts. A cell that was not measured
-again counts by its first measurement, and the advice says so.
+fastest of many is fast by luck too, so the fastest few are measured twice more: a run-off says, together with
+the first measurement, in which order they come, and what counts is the speed of fresh repeats behind it: its
+interval has to lie above the speed of autoregressive decoding. The repeats are of the same prompts: they take
+away the luck of the clock, not that of the prompts. A cell that was not measured again counts by its first
+measurement, and the advice says so.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ModelSize(Row):
 class Choice(Cell):
     """A measured cell: decode speedup over autoregressive decoding with its 95 % interval.
 
-    `again` is the speedup on fresh repeats, taken after the cell had been found to be among the fastest;
+    `run_off` is the speedup when it was measured a second time, as one of the fastest; `again` is that on the
+    fresh repeats behind the run-off, which decide nothing but whether it is shown to be faster than AR;
     `end_to_end` has the prefills in it, and is of the fresh repeats where there are any, as `num_documents`
     is. `acceptance` is the replay's, over all prompts, or what was measured where replay cannot know it:
     `acceptance_mode` says which.
@@ -38,6 +40,7 @@ class Choice(Cell):
     speedup: float
     speedup_low: float
     speedup_high: float
+    run_off: float | None = None
     again: float | None
     again_low: float | None
     again_high: float | None
@@ -46,6 +49,13 @@ class Choice(Cell):
     acceptance: float | None
     acceptance_mode: Mode | None = None
     drafter_kv_bytes: int
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """Sorts the fastest first: those of the run-off by the mean of it and the first measurement."""
+        if self.run_off is None:
+            return True, -self.speedup
+        return False, -(self.speedup + self.run_off) / 2
 
     @property
     def expected(self) -> tuple[float, float, float]:
@@ -158,13 +168,16 @@ class Needs:
         )
 
 
-def choices(cells: Iterable[CellRow], again: Iterable[CellRow]) -> dict[Place, list[Choice]]:
-    """Every measured greedy cell of a place, by its first measurement, fastest first."""
+def choices(
+    cells: Iterable[CellRow], run_off: Iterable[CellRow], again: Iterable[CellRow]
+) -> dict[Place, list[Choice]]:
+    """Every measured greedy cell of a place, in the order of `Choice.order`."""
     replayed: dict[Cell, CellRow] = {}
     measured: dict[Cell, CellRow] = {}
     for row in cells:
         if row.control is None and row.temperature == 0:
             (measured if row.mode == "measure" else replayed)[cell_of(row)] = row
+    played = {cell_of(row): row for row in run_off if row.mode == "measure"}
     fresh = {cell_of(row): row for row in again if row.mode == "measure"}
     found: dict[Place, list[Choice]] = defaultdict(list)
     for cell, run in measured.items():
@@ -178,6 +191,7 @@ def choices(cells: Iterable[CellRow], again: Iterable[CellRow]) -> dict[Place, l
                 speedup=run.speedup or 0.0,
                 speedup_low=run.speedup_low or 0.0,
                 speedup_high=run.speedup_high or 0.0,
+                run_off=played[cell].speedup if cell in played else None,
                 again=second.speedup if second else None,
                 again_low=second.speedup_low if second else None,
                 again_high=second.speedup_high if second else None,
@@ -188,7 +202,7 @@ def choices(cells: Iterable[CellRow], again: Iterable[CellRow]) -> dict[Place, l
                 drafter_kv_bytes=run.drafter_kv_bytes,
             )
         )
-    return {place: sorted(here, key=lambda choice: -choice.speedup) for place, here in found.items()}
+    return {place: sorted(here, key=lambda choice: choice.order) for place, here in found.items()}
 
 
 def recommend(
@@ -201,7 +215,7 @@ def recommend(
     """The first choice that the needs allow and that is shown to be faster than autoregressive decoding.
 
     Args:
-        here: the choices of one place, by their first measurement, fastest first.
+        here: the choices of one place, in the order of `Choice.order`.
 
     Raises:
         BadData: if the needs limit memory and a size that this takes is not known.
@@ -240,7 +254,7 @@ def recommend(
         most = max(choice.num_documents for choice in left)
         few = f"too few documents to rank ({most} of at least {least_documents})"
         return say(few, None, best_of(left))
-    # In the order of the first measurement: the best of the fresh repeats would be picked for its luck again.
+    # In the order given: the best of the fresh repeats would be picked for its luck again.
     shown = [choice for choice in enough if choice.expected[1] > 1]
     if not shown:
         best = max(enough, key=lambda choice: choice.expected[0])

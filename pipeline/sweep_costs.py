@@ -27,7 +27,7 @@ from pipeline.config_sweep import Sweep
 from pipeline.costs import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.kv import View
 from pipeline.measure import LOGIT_COPIES
-from pipeline.planner import BEST_PREDICTED, FASTEST_MEASURED, Place, first_seeds, plane_picks
+from pipeline.planner import BEST_PREDICTED, FASTEST_MEASURED, TIMES_AGAIN, Place, first_seeds, plane_picks
 from pipeline.slots import slots_for
 
 REMEMBERED = 2  # prompts whose views `pipeline.prompt_replay.PromptViews` holds
@@ -56,7 +56,7 @@ def texts(sweep: Sweep, temperatures: Iterable[float]) -> tuple[int, int]:
 
 
 class SweepCounts(NamedTuple):
-    """Rows of replay, of measuring, and of measuring the fastest cells once more.
+    """Rows of replay, of measuring, and of measuring the fastest cells again.
 
     `runs` are those that are timed for the last two, the autoregressive ones included; prompts that are
     decoded together share a run.
@@ -94,12 +94,12 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
         cells = len(picks) + added
         fastest = min(FASTEST_MEASURED, cells) if again else 0
         measured += timed * cells * timed_texts
-        rechecked += timed * fastest * timed_texts
+        rechecked += timed * TIMES_AGAIN * fastest * timed_texts
         # Autoregressive decoding is timed with each draft source.
         sources = len({pick.drafter for pick in picks}) + others
-        plain = sources + min(fastest, sources)
+        plain = sources + TIMES_AGAIN * min(fastest, sources)
         batches = math.ceil(timed / measure.prompts_together)
-        runs += batches * measure.repeats * timed_texts * (cells + fastest + plain)
+        runs += batches * measure.repeats * timed_texts * (cells + TIMES_AGAIN * fastest + plain)
     if sweep.mode == "replay":
         return SweepCounts(replayed, 0, 0, 0)
     return SweepCounts(replayed * (sweep.mode == "both"), measured, rechecked, runs)

@@ -155,9 +155,9 @@ def test_rows_by_hand() -> None:
     assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
     # The three best and what is not named of a plane's corners: two of multi_view's, four of full_only's.
     assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
-    assert counts.rechecked == 2 * (3 + 3) * texts
-    plain = 2 * (2 + 2) * texts  # autoregressive, by place and drafter, and both times
-    assert counts.runs == 5 * (counts.measured + counts.rechecked + 2 * plain)
+    assert counts.rechecked == 2 * 2 * (3 + 3) * texts
+    plain = 2 * (2 + 2) * texts  # autoregressive, by place and drafter, and all three times
+    assert counts.runs == 5 * (counts.measured + counts.rechecked + 3 * plain)
 
     unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
     config = config_with(data={"sources": sources}, sweep=unpredicted)

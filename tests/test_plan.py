@@ -149,12 +149,12 @@ def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
     run_pipeline(config, until="sweep")
     (swept,) = tmp_path.glob("sweep-*")
     measured = [row for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"]
-    rechecked = read_all(swept / "rechecked", PromptRow)
+    again = [read_all(swept / folder, PromptRow) for folder in ("run_off", "rechecked")]
     named = 2 * 8 * (1 + 2 + 1)  # prompts × γ × views
     assert named < len(measured) <= planned.measured <= 1.2 * len(measured)
-    assert len(rechecked) == planned.rechecked == 2 * 3
-    runs = sum(len(row.decode_s) for row in [*measured, *rechecked])
-    for rows in (measured, rechecked):
+    assert [len(rows) for rows in again] == [2 * 3] * 2 and planned.rechecked == 2 * 2 * 3
+    runs = sum(len(row.decode_s) for row in sum(again, measured))
+    for rows in (measured, *again):
         runs += sum({(row.drafter, row.prompt_id): len(row.ar_decode_s) for row in rows}.values())
     assert runs <= planned.runs <= 1.25 * runs
 

@@ -52,7 +52,7 @@ def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
     rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(6)]
     again = [measured(prompt=n, budget="full", decode_s=[2.5, 2.5]) for n in range(6)]
     cells, fresh = cell_rows(rows, AXES, 100, 0), cell_rows(again, AXES, 100, 0)
-    fast, slow = choices(cells, fresh)[PLACE]
+    fast, slow = choices(cells, [], fresh)[PLACE]
     assert (fast.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
     assert fast.expected == (fast.again, fast.again_low, fast.again_high)
     assert (slow.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
@@ -62,14 +62,33 @@ def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
     assert fast.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.5))
     assert slow.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.0))
     # The order is that of the first measurement whatever the fresh repeats say.
-    assert [c.budget for c in choices(cells, again=[])[PLACE]] == ["full", 16]
+    assert [c.budget for c in choices(cells, [], [])[PLACE]] == ["full", 16]
+
+
+def test_a_run_off_decides_between_the_fastest() -> None:
+    """By the mean of both measurements; a cell that had none comes behind those that had, however fast."""
+    speeds = {"full": (2.0, 1.2), 32: (1.9, 1.7), 16: (1.85, None)}  # first, run-off
+
+    def rows(place: int) -> list[CellRow]:
+        made = [
+            measured(prompt=n, budget=budget, decode_s=[3.0 / times[place]] * 2)
+            for n in range(6)
+            for budget, times in speeds.items()
+            if times[place] is not None
+        ]
+        return cell_rows(made, AXES, 100, 0)
+
+    found = choices(rows(0), rows(1), [])[PLACE]
+    assert [cell.budget for cell in found] == [32, "full", 16]
+    assert [cell.run_off for cell in found] == [pytest.approx(1.7), pytest.approx(1.2), None]
+    assert [cell.budget for cell in choices(rows(0), [], [])[PLACE]] == ["full", 32, 16]
 
 
 def test_acceptance_is_measured_where_replay_cannot_know_it() -> None:
     """Of a cell that stops early, and such a cell is not out for an acceptance that it has."""
     rows = [row(prompt=n, accepted=6, proposed=None, threshold=0.4) for n in range(12)]
     rows += [measured(prompt=n, accepted=7, threshold=0.4) for n in range(12)]
-    (found,) = choices(cell_rows(rows, AXES, 100, 0), [])[PLACE]
+    (found,) = choices(cell_rows(rows, AXES, 100, 0), [], [])[PLACE]
     assert (found.acceptance, found.acceptance_mode) == (pytest.approx(0.7), "measure")
     assert recommend(PLACE, [found], 5, Needs(48, 16, min_acceptance=0.6)).choice == found
     assert recommend(PLACE, [found], 5, Needs(48, 16, min_acceptance=0.8)).choice is None
@@ -77,7 +96,7 @@ def test_acceptance_is_measured_where_replay_cannot_know_it() -> None:
 
 def test_documents_that_share_a_clock_are_one() -> None:
     rows = [measured(prompt=n, together_with="p0", prompts_together=6) for n in range(6)]
-    (found,) = choices(cell_rows(rows, AXES, 100, 0), [])[PLACE]
+    (found,) = choices(cell_rows(rows, AXES, 100, 0), [], [])[PLACE]
     assert found.num_documents == 1
 
 
@@ -285,14 +304,15 @@ def test_speeds_that_are_missing(
     kept = [cell for cell in cells if cell.mode == "replay" or temperature]
     changed = [cell.model_copy(update={"temperature": temperature or 0.0}) for cell in kept]
     write_rows(tmp_path / "cells.jsonl", changed)
-    write_rows(tmp_path / "again.jsonl", [])
+    for name in ("run_off.jsonl", "again.jsonl"):
+        write_rows(tmp_path / name, [])
     (tmp_path / "summary.json").write_bytes((made / "summary.json").read_bytes())
     with pytest.raises(BadData, match=re.escape(said)):
         list(advise(tmp_path, 64, dataset, None, 1, None))
 
 
 def test_a_summary_that_is_cut_off_is_not_one_of_another_version(made: Path, tmp_path: Path) -> None:
-    for name in ("cells.jsonl", "again.jsonl"):
+    for name in ("cells.jsonl", "run_off.jsonl", "again.jsonl"):
         (tmp_path / name).write_bytes((made / name).read_bytes())
     whole = (made / "summary.json").read_bytes()
     other = {"from": "elsewhere", **json.loads(whole)}

@@ -133,10 +133,13 @@ def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, sw
 
 
 def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None:
-    """Three of each context, on the same prompts; what the summary says of them comes from these rows."""
+    """Three of each context, on the same prompts, and twice; the summary tells the second time apart."""
     rows = read_all(swept / "rechecked", PromptRow)
     again = {cell_of(row) for row in rows}
     assert Counter(cell.context for cell in again) == {"4": 3, "48": 3}
+    played = read_all(swept / "run_off", PromptRow)
+    assert Counter(cell_of(row) for row in played) == Counter(cell_of(row) for row in rows)
+    assert [row.decode_s for row in played] != [row.decode_s for row in rows]
     cells = [c for c in read_rows(report / "cells.jsonl", CellRow) if c.mode == "measure"]
     for context in ("4", "48"):
         fastest = sorted((c for c in cells if c.context == context), key=lambda c: -(c.speedup or 0))[:3]
@@ -147,6 +150,7 @@ def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None
         chosen = advice.choice or advice.runner_up
         assert advice.num_again == 3 and advice.best_again is not None
         assert chosen is not None and (chosen.again is not None) == (cell_of(chosen) in again)
+        assert (chosen.run_off is None) == (chosen.again is None)
         assert advice.choice is None or advice.choice.expected[1] > 1
     assert "What to deploy" in (report / "report.html").read_text()
 
@@ -204,5 +208,7 @@ def test_a_sweep_that_broke_off_goes_on_with_what_it_had_picked(
     run_pipeline(config)
     assert [task for task in tasks if task.parent.name == "rows"] == lost
     # With other times the fastest cells may be others, so that what was measured again is not compared.
-    kept = {file: content for file, content in kept.items() if file.parent.name != "rechecked"}
+    kept = {
+        file: content for file, content in kept.items() if file.parent.name not in ("run_off", "rechecked")
+    }
     assert [file for file, content in kept.items() if file.read_bytes() != content] == lost

@@ -20,6 +20,7 @@ class Predictions:
     predicted: Sequence[PredictedRow] = ()
     times: Sequence[StepTimes] = ()
     sizes: Sequence[ModelSize] = ()
+    run_off: Sequence[CellRow] = ()
     again: Sequence[CellRow] = ()
     plane: Plane | None = None
 
@@ -47,7 +48,7 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
 
 def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Axes) -> list[Recommendation]:
     """One for every place that was measured."""
-    found = choices(cells, predictions.again)
+    found = choices(cells, predictions.run_off, predictions.again)
     return [recommend(place, found[place], axes.least_documents) for place in places(axes) if place in found]
 
 

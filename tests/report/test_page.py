@@ -46,8 +46,8 @@ def made(tmp_path_factory) -> Path:
 
 def test_report_folder_is_complete(made):
     assert {file.name for file in made.iterdir()} == {
-        "report.html", "summary.json", "cells.jsonl", "predicted.jsonl", "again.jsonl", "analysis.json",
-        "figures", "manifest.json",
+        "report.html", "summary.json", "cells.jsonl", "predicted.jsonl", "run_off.jsonl", "again.jsonl",
+        "analysis.json", "figures", "manifest.json",
     }  # fmt: skip
     assert len(read_rows(made / "cells.jsonl", CellRow)) == 20
 
