@@ -36,6 +36,8 @@ def handlers() -> Iterator[None]:
     """The command line's, as long as the test runs."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     raise_on_sigterm()
+    # A shell that starts the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
