@@ -213,7 +213,7 @@ class Phases:
     def recheck(self) -> None:
         """Measure the fastest cells of each place twice more, since they were found fastest by luck too.
 
-        The run-off helps to pick one; what its speed is, only the repeats behind it can say.
+        The run-off picks one; what its speed is, only the repeats behind it can say.
         """
         config = self.config
         rows = [row for row in read_all(self.folder / ROWS, PromptRow) if row.mode == "measure"]
@@ -223,16 +223,18 @@ class Phases:
         for file, place in self.places():
             fastest = found.get(place, [])[: planner.FASTEST_MEASURED]
             picks[file] = tuple(planner.pick_of(choice) for choice in fastest)
-        self.run(self.measure_tasks(picks, "runoff", RUN_OFF), "run-off")
-        self.run(self.measure_tasks(picks, "recheck", RECHECKED), "recheck")
+        self.run(self.measure_tasks(picks, "runoff", RUN_OFF, planner.REPEATS_AGAIN), "run-off")
+        self.run(self.measure_tasks(picks, "recheck", RECHECKED, planner.REPEATS_AGAIN), "recheck")
 
     def places(self) -> list[tuple[Path, Place]]:
         """Prompts files with the data set and context that they are of."""
         firsts = [(file, read_rows(file, Prompt)[0]) for file in self.files]
         return [(file, Place(prompt.dataset, prompt.context)) for file, prompt in firsts]
 
-    def measure_tasks(self, picks: dict[Path, tuple[Pick, ...]], what: str, folder: str) -> list[MeasureTask]:
-        """The first prompts of every file, those decoded together a task.
+    def measure_tasks(
+        self, picks: dict[Path, tuple[Pick, ...]], what: str, folder: str, times: int = 1
+    ) -> list[MeasureTask]:
+        """The first prompts of every file, those decoded together a task, `times` the configured repeats.
 
         A file of rows is named by what was picked, and those of other picks, which an earlier run has left,
         are removed.
@@ -244,7 +246,7 @@ class Phases:
             for first in range(0, count if here else 0, measure.prompts_together):
                 last = min(first + measure.prompts_together, count)
                 output = self.output(f"{what}-{picked}", file, first, folder)
-                tasks.append(MeasureTask(file, here, first, last, output))
+                tasks.append(MeasureTask(file, here, times * measure.repeats, first, last, output))
         wanted = {task.output.name for task in tasks}
         for kind in (folder, "failed"):
             for old in (self.folder / kind).glob(f"{what}-*.jsonl"):

@@ -46,10 +46,11 @@ class ReplayTask:
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """Prompts [first, last) of one file, and the cells to measure on them."""
+    """Prompts [first, last) of one file, the cells to measure on them, and how often each is timed."""
 
     prompts: Path
     picks: tuple[Pick, ...]
+    repeats: int
     first: int
     last: int
     output: Path
@@ -168,9 +169,12 @@ class Evaluator:
         prompts = read_rows(task.prompts, Prompt)
         together = self.sweep.measure.prompts_together
         for at in range(task.first, task.last, together):
-            yield from self.measure_batch(prompts[at : min(at + together, task.last)], task.picks)
+            batch = prompts[at : min(at + together, task.last)]
+            yield from self.measure_batch(batch, task.picks, task.repeats)
 
-    def measure_batch(self, batch: list[Prompt], picks: Sequence[Pick]) -> Iterator[PromptRow | FailedCell]:
+    def measure_batch(
+        self, batch: list[Prompt], picks: Sequence[Pick], repeats: int
+    ) -> Iterator[PromptRow | FailedCell]:
         target, fast_target = self.target
         own = [pick.cell.view for pick in picks if pick.drafter == "self_speculation"]
         bench: Bench | None = None
@@ -188,6 +192,7 @@ class Evaluator:
                     one.drafter,
                     one.fast,
                     keys,
+                    repeats,
                     stop_tokens(target),
                     self.tokenizer,
                     self.warm,

@@ -1,11 +1,11 @@
 """Which drafter, policy, budget and γ to deploy in one place, or not to speculate there; for greedy decoding.
 
 Only cells that were measured over enough documents are recommended; predictions say what to measure. The
-fastest of many is fast by luck too, so the fastest few are measured twice more: a run-off says, together with
-the first measurement, in which order they come, and what counts is the speed of fresh repeats behind it: its
-interval has to lie above the speed of autoregressive decoding. The repeats are of the same prompts: they take
-away the luck of the clock, not that of the prompts. A cell that was not measured again counts by its first
-measurement, and the advice says so.
+fastest of many is fast by luck too, so the fastest few are measured twice more, with more repeats: a run-off
+says in which order they come, and what counts is the speed of fresh repeats behind it: its interval has to
+lie above the speed of autoregressive decoding. The repeats are of the same prompts: they take away the luck
+of the clock, not that of the prompts. A cell that was not measured again counts by its first measurement, and
+the advice says so.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Choice(Cell):
 
     @property
     def order(self) -> tuple[bool, float]:
-        """Sorts the fastest first: those of the run-off by the mean of it and the first measurement."""
+        """Sorts the fastest first: those of the run-off by it alone, as a fast first run put them there."""
         if self.run_off is None:
             return True, -self.speedup
-        return False, -(self.speedup + self.run_off) / 2
+        return False, -self.run_off
 
     @property
     def expected(self) -> tuple[float, float, float]:

@@ -27,7 +27,15 @@ from pipeline.config_sweep import Sweep
 from pipeline.costs import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.kv import View
 from pipeline.measure import LOGIT_COPIES
-from pipeline.planner import BEST_PREDICTED, FASTEST_MEASURED, TIMES_AGAIN, Place, first_seeds, plane_picks
+from pipeline.planner import (
+    BEST_PREDICTED,
+    FASTEST_MEASURED,
+    REPEATS_AGAIN,
+    TIMES_AGAIN,
+    Place,
+    first_seeds,
+    plane_picks,
+)
 from pipeline.slots import slots_for
 
 REMEMBERED = 2  # prompts whose views `pipeline.prompt_replay.PromptViews` holds
@@ -97,9 +105,10 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
         rechecked += timed * TIMES_AGAIN * fastest * timed_texts
         # Autoregressive decoding is timed with each draft source.
         sources = len({pick.drafter for pick in picks}) + others
-        plain = sources + TIMES_AGAIN * min(fastest, sources)
+        first = cells + sources
+        later = TIMES_AGAIN * REPEATS_AGAIN * (fastest + min(fastest, sources))
         batches = math.ceil(timed / measure.prompts_together)
-        runs += batches * measure.repeats * timed_texts * (cells + TIMES_AGAIN * fastest + plain)
+        runs += batches * measure.repeats * timed_texts * (first + later)
     if sweep.mode == "replay":
         return SweepCounts(replayed, 0, 0, 0)
     return SweepCounts(replayed * (sweep.mode == "both"), measured, rechecked, runs)

@@ -69,7 +69,8 @@ class Views:
 
 @dataclass
 class Trial:
-    """A draft source, the bench that it is measured on, the cells to measure, and the shapes that ran before.
+    """A draft source, the bench that it is measured on, the cells to measure, how
+    often, and the shapes that ran before.
 
     `model` is None for prompt lookup.
     """
@@ -79,6 +80,7 @@ class Trial:
     drafter: Drafter
     model: DecodeModel | None
     keys: list[Key]
+    repeats: int
     eos: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     warm: set[tuple[object, ...]]
@@ -101,9 +103,8 @@ class Trial:
         compile_s = dict.fromkeys(keys, 0.0)
         failures: dict[Key, Exception] = {}
         place = (self.drafter.name, *self.bench.shape, chance.temperature)
-        repeats = self.sweep.measure.repeats
         # The first runs of a shape are slow, and are thrown away.
-        for repeat in range(-(place not in self.warm), repeats):
+        for repeat in range(-(place not in self.warm), self.repeats):
             before = self.bench.sides.compile_s
             plain.append(self.bench.autoregressive(chance, self.eos))
             for key in keys:

@@ -66,7 +66,9 @@ class Bench:
         """Of the cells that the evaluator's config names."""
         drafters = [one.drafter for one in evaluator.contenders]
         picks = configured_picks(evaluator.sweep, drafters, self.prompts[0].context)
-        return MeasureTask(self.file, tuple(picks), first, last, output / "rows" / f"measure-{first}.jsonl")
+        repeats = evaluator.sweep.measure.repeats
+        file = output / "rows" / f"measure-{first}.jsonl"
+        return MeasureTask(self.file, tuple(picks), repeats, first, last, file)
 
     def measured(
         self,

@@ -157,7 +157,8 @@ def test_rows_by_hand() -> None:
     assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
     assert counts.rechecked == 2 * 2 * (3 + 3) * texts
     plain = 2 * (2 + 2) * texts  # autoregressive, by place and drafter, and all three times
-    assert counts.runs == 5 * (counts.measured + counts.rechecked + 3 * plain)
+    more = 4  # times the repeats, in the run-off and behind it
+    assert counts.runs == 5 * (counts.measured + plain + more * (counts.rechecked + 2 * plain))
 
     unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
     config = config_with(data={"sources": sources}, sweep=unpredicted)

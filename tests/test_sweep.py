@@ -133,13 +133,16 @@ def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, sw
 
 
 def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None:
-    """Three of each context, on the same prompts, and twice; the summary tells the second time apart."""
+    """Three of each context, on the same prompts, twice and more often; the summary tells the last apart."""
     rows = read_all(swept / "rechecked", PromptRow)
     again = {cell_of(row) for row in rows}
     assert Counter(cell.context for cell in again) == {"4": 3, "48": 3}
     played = read_all(swept / "run_off", PromptRow)
     assert Counter(cell_of(row) for row in played) == Counter(cell_of(row) for row in rows)
     assert [row.decode_s for row in played] != [row.decode_s for row in rows]
+    (repeats,) = {len(row.decode_s) for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"}
+    for row in (*played, *rows):
+        assert len(row.decode_s) == len(row.ar_decode_s) == 4 * repeats
     cells = [c for c in read_rows(report / "cells.jsonl", CellRow) if c.mode == "measure"]
     for context in ("4", "48"):
         fastest = sorted((c for c in cells if c.context == context), key=lambda c: -(c.speedup or 0))[:3]

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ LONG, SPARE_MB = 24_000, 24
 def measure(folder: Path, limited: bool) -> None:
     """Measure three prompts, of which the second needs more memory than there is where that is limited."""
     from pipeline.config import Pretrain, ScratchModel
-    from pipeline.evaluate import MeasureTask
     from pipeline.models import build_scratch
     from tests.conftest import FakeTokenizer, sharpen
     from tests.sweeps import Bench
@@ -41,13 +41,13 @@ def measure(folder: Path, limited: bool) -> None:
     tokens = [3 + number % 90 for number in range(LONG)]
     write_rows(bench.file, [first, second.model_copy(update={"tokens": tokens}), third])
     evaluator = bench.evaluator()
-    picks = bench.measure_task(evaluator, folder).picks
-    evaluator(MeasureTask(bench.file, picks, 0, 1, folder / "warm" / "rows" / "warm.jsonl"))
+    named = bench.measure_task(evaluator, folder)
+    evaluator(replace(named, last=1, output=folder / "warm" / "rows" / "warm.jsonl"))
     if limited:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_MB * 2**20, resource.RLIM_INFINITY))
-    evaluator(MeasureTask(bench.file, picks, 0, 3, folder / "rows" / "measure.jsonl"))
+    evaluator(replace(named, last=3, output=folder / "rows" / "measure.jsonl"))
 
 
 def in_a_process(folder: Path, limited: bool) -> None:
