@@ -146,13 +146,12 @@ def _seeds_text(gains: Sequence[Gain]) -> str:
 
 
 def _explained(real: Gain, control: Gain, axes: Axes) -> str:
-    """How much of a shown gain is there without the context."""
+    """How much of a shown gain is there without the context; over 100 % where it is larger then."""
     if few := axes.too_few(min(real.num_documents, control.num_documents)):
         return f": {few}."
     if real.low <= 0:
         return "."
-    share = min(max(control.mean / real.mean, 0.0), 1.0)
-    text = f": {share * 100:.0f} % of the gain is there without the context"
+    text = f": {round(100 * control.mean / real.mean)} % of the gain is there without the context"
     return text + (" (by an interval that reaches zero)." if control.low <= 0 <= control.high else ".")
 
 
