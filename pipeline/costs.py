@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kernels.distill_loss import SCRATCH_BYTES
+from kernels.distill_tiles import SCRATCH_BYTES
 from pipeline.batches import PHASES
 from pipeline.config import Config, ScratchModel, Variant
 from pipeline.teacher import POSITIONS

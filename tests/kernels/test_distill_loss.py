@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import distill_loss, reference
+from kernels import distill_loss, distill_tiles, distill_triton, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSSES = ["cross_entropy", "kl", "total_variation"]
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_the_oracles(
     name: str, shape: tuple[int, int, int, int], tiles: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tiles == "many":
-        monkeypatch.setattr(distill_loss, "SCRATCH_BYTES", 1)
+        monkeypatch.setattr(distill_tiles, "SCRATCH_BYTES", 1)
     for ours, theirs in both(name, backend, *inputs(*shape), weights(shape[0])):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -105,9 +105,9 @@ def test_half_precision_accumulates_in_single(name: str, dtype: torch.dtype, bac
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_labels_at_the_borders_of_blocks(dtype: torch.dtype, backend: str) -> None:
-    V = 2 * distill_loss.SPLIT_V + 1
-    border = distill_loss.BLOCK_V
-    places = [0, border - 1, border, distill_loss.SPLIT_V - 1, distill_loss.SPLIT_V, V - 2, V - 1]
+    V = 2 * distill_triton.SPLIT_V + 1
+    border = distill_triton.BLOCK_V
+    places = [0, border - 1, border, distill_triton.SPLIT_V - 1, distill_triton.SPLIT_V, V - 2, V - 1]
     hidden, head, _, _ = inputs(len(places), V, 24, 1, dtype)
     all_TK = torch.tensor(places, device=DEVICE).expand(len(places), -1)
     log_p = torch.full(all_TK.shape, 0.1, device=DEVICE).log()
@@ -211,7 +211,7 @@ def test_no_tensor_of_positions_times_vocabulary(
 ) -> None:
     T, V, H, scratch = (512, 32768, 8, 2**22) if backend == "torch" else (256, 8192, 32, 2**20)
     K = 4
-    monkeypatch.setattr(distill_loss, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(distill_tiles, "SCRATCH_BYTES", scratch)
     hidden = torch.randn(T, H, device=DEVICE, dtype=dtype).requires_grad_()
     head = torch.randn(V, H, device=DEVICE, dtype=dtype).requires_grad_()
     ids = torch.arange(T * K, device=DEVICE).reshape(T, K) * 13 % V
@@ -229,8 +229,8 @@ def test_no_tensor_of_positions_times_vocabulary(
 @pytest.mark.parametrize("H", [64, 768, 4096])
 @pytest.mark.parametrize("T", [1, 512, 8192, 131072])
 def test_tiles_fit_the_scratch_at_every_size(T: int, V: int, H: int) -> None:
-    tile_T, tile_V = distill_loss._tile_shape(T, V, H)
-    assert 16 * H * tile_V + tile_T * (8 * H + 12 * tile_V) <= distill_loss.SCRATCH_BYTES
+    tile_T, tile_V = distill_tiles.tile_shape(T, V, H)
+    assert 16 * H * tile_V + tile_T * (8 * H + 12 * tile_V) <= distill_tiles.SCRATCH_BYTES
     assert tile_T * tile_V < 8192 * 32000 / 8
     assert tile_T >= min(T, 512) and tile_V >= 1024  # large enough for a matrix product to be efficient
 
