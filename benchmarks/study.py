@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks import study_tables as tables
 from jobs.pipeline import run_pipeline, settled
-from jobs.sweep import RECHECKED, ROWS, RUN_OFF
+from jobs.sweep import ROWS
+from pipeline import planner
 from pipeline.artifacts import read_all, read_rows, write_text
 from pipeline.config import Config
 from pipeline.config_files import dump_config, load_config
@@ -100,7 +101,7 @@ def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
         read_rows(report / "cells.jsonl", CellRow),
         read_rows(report / "predicted.jsonl", PredictedRow),
         read_all(swept / ROWS, PromptRow),
-        read_all(swept / RUN_OFF, PromptRow) + read_all(swept / RECHECKED, PromptRow),
+        [row for folder in planner.LATER for row in read_all(swept / folder, PromptRow)],
     )
 
 
@@ -140,7 +141,7 @@ def own_checks(grid: Study) -> Iterator[dict[str, object]]:
             ratio,
             "at least 0.95",
             None if ratio is None else ratio >= 0.95,
-            f"of {advice.num_again} cells" if advice.choice else advice.why,
+            f"of {advice.num_again} cells; {advice.why}" if advice.choice else advice.why,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.report import AGAIN, CELLS, PLAYED, SUMMARY
+from jobs.report import AGAIN, CELLS, RUN_OFF, SUMMARY
 from pipeline.artifacts import read_rows
 from pipeline.errors import BadData
 from pipeline.planner import Place
@@ -46,7 +46,7 @@ def advise(
     context = context_name(summary, context_tokens)
     sizes = {model.name: model for model in summary.models}
     cells = read_rows(folder / CELLS, CellRow)
-    ranked = choices(cells, read_rows(folder / PLAYED, CellRow), read_rows(folder / AGAIN, CellRow))
+    ranked = choices(cells, read_rows(folder / RUN_OFF, CellRow), read_rows(folder / AGAIN, CellRow))
     here = {p: found for p, found in ranked.items() if p.context == context and dataset in (None, p.dataset)}
     if not here:
         raise BadData(f"{folder} has no measured speed at {context}{why_none(cells, context, dataset)}")
@@ -90,7 +90,7 @@ def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str
 
 def summary_of(folder: Path) -> Summary:
     """Raises BadData if the folder is not a report, or one that is cut off or of another version."""
-    missing = [name for name in (SUMMARY, CELLS, PLAYED, AGAIN) if not (folder / name).exists()]
+    missing = [name for name in (SUMMARY, CELLS, RUN_OFF, AGAIN) if not (folder / name).exists()]
     if missing:
         raise BadData(f"{folder} holds no {missing[0]}: name a report folder, such as runs/report-…")
     return read_summary(folder / SUMMARY)

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.sweep import PREDICTED, RECHECKED, ROWS, RUN_OFF, STEPS
+from jobs.sweep import PREDICTED, ROWS, STEPS
+from pipeline import planner
 from pipeline.artifacts import (
     Artifact,
     file_sha256,
@@ -43,7 +44,7 @@ from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow, Promp
 log = logging.getLogger(__name__)
 
 CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
-PLAYED, AGAIN = "run_off.jsonl", "again.jsonl"
+RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
 
 
@@ -103,7 +104,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, RUN_OFF, RECHECKED, STEPS, "failed")
+        for folder in (ROWS, *planner.LATER, STEPS, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -140,7 +141,7 @@ def _draw(
     summary = summarise(prompt_rows, cells, failed, axes, samples, seed, predictions)
     write_rows(artifact.path / CELLS, cells)
     write_rows(artifact.path / PREDICTED, list(predictions.predicted))
-    write_rows(artifact.path / PLAYED, list(predictions.run_off))
+    write_rows(artifact.path / RUN_OFF, list(predictions.run_off))
     write_rows(artifact.path / AGAIN, list(predictions.again))
     of_the_run = {"config", "prepared", "stages"}
     write_json(artifact.path / ANALYSIS, summary.model_dump(mode="json", exclude=of_the_run))
@@ -164,8 +165,7 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
     run_off, again = (
-        cell_rows(read_all(sweep / folder, PromptRow), axes, samples, config.seed)
-        for folder in (RUN_OFF, RECHECKED)
+        cell_rows(read_all(sweep / folder, PromptRow), axes, samples, config.seed) for folder in planner.LATER
     )
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),

@@ -15,7 +15,7 @@ from jobs.teach import sampled_chances
 from jobs.train import drafter_ref, model_identity, target_ref
 from pipeline import planner
 from pipeline.artifacts import Artifact, open_artifact, read_all, read_rows, write_rows
-from pipeline.cells import Drafter, Pick, chosen_drafter, configured_picks, make_failure
+from pipeline.cells import Drafter, Pick, chosen, chosen_drafter, configured_picks, make_failure
 from pipeline.config import Config, Work
 from pipeline.errors import Incomplete
 from pipeline.evaluate import (
@@ -39,7 +39,7 @@ from pipeline.teacher import sampled_name
 log = logging.getLogger(__name__)
 
 PROMPTS_PER_TASK = 8
-ROWS, RUN_OFF, RECHECKED, STEPS = "rows", "run_off", "rechecked", "steps"
+ROWS, STEPS = "rows", "steps"
 PREDICTED, PICKS = "predicted.jsonl", "picks.jsonl"
 
 
@@ -208,7 +208,9 @@ class Phases:
             here += [planner.pick_of(cell) for cell in extra if (cell.dataset, cell.context) == place]
             here += planner.plane_picks(self.sweep, place, names)
             picks[file] = tuple(dict.fromkeys(here))
-        self.run(self.measure_tasks(picks, "measure", ROWS), "measure")
+        measure = self.sweep.measure
+        at = tuple(t for t in self.sweep.temperatures if chosen(t, measure.temperatures))
+        self.run(self.measure_tasks(picks, "measure", ROWS, measure.repeats, at), "measure")
 
     def recheck(self) -> None:
         """Measure the fastest cells of each place twice more, since they were found fastest by luck too.
@@ -223,8 +225,10 @@ class Phases:
         for file, place in self.places():
             fastest = found.get(place, [])[: planner.FASTEST_MEASURED]
             picks[file] = tuple(planner.pick_of(choice) for choice in fastest)
-        self.run(self.measure_tasks(picks, "runoff", RUN_OFF, planner.REPEATS_AGAIN), "run-off")
-        self.run(self.measure_tasks(picks, "recheck", RECHECKED, planner.REPEATS_AGAIN), "recheck")
+        repeats = planner.REPEATS_AGAIN * self.sweep.measure.repeats
+        for what in planner.LATER:
+            # Greedily, at which the fastest were found.
+            self.run(self.measure_tasks(picks, what, what, repeats, (0.0,)), what)
 
     def places(self) -> list[tuple[Path, Place]]:
         """Prompts files with the data set and context that they are of."""
@@ -232,9 +236,14 @@ class Phases:
         return [(file, Place(prompt.dataset, prompt.context)) for file, prompt in firsts]
 
     def measure_tasks(
-        self, picks: dict[Path, tuple[Pick, ...]], what: str, folder: str, times: int = 1
+        self,
+        picks: dict[Path, tuple[Pick, ...]],
+        what: str,
+        folder: str,
+        repeats: int,
+        temperatures: tuple[float, ...],
     ) -> list[MeasureTask]:
-        """The first prompts of every file, those decoded together a task, `times` the configured repeats.
+        """The first prompts of every file, those decoded together a task.
 
         A file of rows is named by what was picked, and those of other picks, which an earlier run has left,
         are removed.
@@ -246,7 +255,7 @@ class Phases:
             for first in range(0, count if here else 0, measure.prompts_together):
                 last = min(first + measure.prompts_together, count)
                 output = self.output(f"{what}-{picked}", file, first, folder)
-                tasks.append(MeasureTask(file, here, times * measure.repeats, first, last, output))
+                tasks.append(MeasureTask(file, here, repeats, temperatures, first, last, output))
         wanted = {task.output.name for task in tasks}
         for kind in (folder, "failed"):
             for old in (self.folder / kind).glob(f"{what}-*.jsonl"):

@@ -1,6 +1,6 @@
 """Losses of the drafter from hidden states and head, without logits of all positions. fp32 throughout.
 
-Shape legend: T positions, H hidden width, V vocabulary, K listed tokens of a position, S splits of V.
+Shape legend: T positions, H hidden width, V vocabulary, K listed tokens of a position.
 
 Every loss here is a small function of the log-probabilities of K listed tokens (the target's arg-max, K = 1,
 or its stored top K), so that one operation carries all of them and the rest is ordinary autograd on [T, K]:
@@ -23,7 +23,7 @@ as H does not fit on chip. ∂z is scaled into [-1024, 1024] first, so that fp16
 thousands of positions.
 
 Memory beyond inputs, outputs and [T, K]: at most SCRATCH_BYTES whatever T and V are, and, for half-precision
-inputs, an fp32 copy of ∂hidden. Both backends promise it, with the same tiles.
+inputs, an fp32 copy of ∂hidden. Both backends promise it; the backward pass has the same tiles for both.
 
 Liger-Kernel (November 2026) has fused linear cross entropy (`LigerFusedLinearCrossEntropyLoss`), and fused
 linear JSD and KL against a teacher's hidden states and head or its full distribution

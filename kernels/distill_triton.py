@@ -1,4 +1,4 @@
-"""The Triton backend of `distill_loss.py`.
+"""The Triton backend of `distill_loss.py`, with its shapes; S splits of V.
 
 `forward`: `_partial_lse` multiplies a block of positions with blocks of the head and keeps a running maximum
 and sum; `_listed_logits` multiplies with the K listed rows alone. `dlogits`: `_dlogits` writes ∂z of one

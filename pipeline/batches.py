@@ -18,7 +18,7 @@ from pipeline.config import Train, Variant
 from pipeline.errors import BadData
 from pipeline.losses import TargetLabels
 
-PHASES = 4  # per window, at which windows start
+PHASES = 4  # of a window, at which windows start; and a fifth where the first lies at none of them
 
 
 class Shards:
@@ -84,6 +84,16 @@ class Draw:
     budgets: dict[int, int]
 
 
+def start_phases(train: Train, sequence_tokens: int) -> list[int]:
+    """How far from the end of a sequence, modulo the window length, windows may end.
+
+    Both ends are among them, so that every position behind the shortest prefix is trained.
+    """
+    slack = sequence_tokens - train.min_prefix_tokens - train.windows * train.window_tokens
+    quarter = -(-train.window_tokens // PHASES)
+    return sorted({slack % train.window_tokens, *range(0, min(slack, train.window_tokens - 1) + 1, quarter)})
+
+
 def draw(
     variant: Variant,
     train: Train,
@@ -107,10 +117,7 @@ def draw(
         starts = tuple(sequence_tokens - (place + 1) * C for place in range(train.windows))
         return Draw(starts, draw_budgets(variant, rng))
     # A start must leave the prefix long enough, and its window (inputs start .. start+C-1) inside.
-    slack = sequence_tokens - train.min_prefix_tokens - train.windows * C
-    # Both ends are among them, so that every position behind the shortest prefix is trained.
-    phases = sorted({slack % C, *range(0, min(slack, C - 1) + 1, -(-C // PHASES))})
-    offset = int(rng.choice(phases))
+    offset = int(rng.choice(start_phases(train, sequence_tokens)))
     places = (sequence_tokens - offset - train.min_prefix_tokens) // C
     chosen = np.sort(rng.choice(places, size=train.windows, replace=False))
     starts = tuple(int(sequence_tokens - offset - (place + 1) * C) for place in chosen)

@@ -54,7 +54,8 @@ class Measure(Group):
     predict: bool = Field(
         True,
         description="mode both: time single steps, predict every cell's speed from them, measure the best "
-        "and the extremes of each data set and context too, and the fastest of these twice more",
+        "and the extremes of each data set and context too, and the fastest of these twice more, with four "
+        "times the repeats",
     )
     plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
 

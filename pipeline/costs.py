@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.distill_tiles import SCRATCH_BYTES
-from pipeline.batches import PHASES
+from pipeline.batches import start_phases
 from pipeline.config import Config, ScratchModel, Variant
 from pipeline.teacher import POSITIONS
 
@@ -218,7 +218,7 @@ def train_memory(
     if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
         logits = min(logits, SCRATCH_BYTES)
     reading = micro * starts[0] * shape.reading_bytes(FP32)
-    lengths = PHASES * (length - train.min_prefix_tokens) // train.window_tokens
+    lengths = len(start_phases(train, length)) * (length - train.min_prefix_tokens) // train.window_tokens
     products = min(
         NEW_PRODUCTS * steps * train.batch_sequences // micro, PRODUCTS_A_LENGTH * lengths, MOST_PRODUCTS
     )

@@ -46,11 +46,12 @@ class ReplayTask:
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """Prompts [first, last) of one file, the cells to measure on them, and how often each is timed."""
+    """Prompts [first, last) of one file, the cells to measure, how often and at which temperatures."""
 
     prompts: Path
     picks: tuple[Pick, ...]
     repeats: int
+    temperatures: tuple[float, ...]
     first: int
     last: int
     output: Path
@@ -170,12 +171,10 @@ class Evaluator:
         together = self.sweep.measure.prompts_together
         for at in range(task.first, task.last, together):
             batch = prompts[at : min(at + together, task.last)]
-            yield from self.measure_batch(batch, task.picks, task.repeats)
+            yield from self.measure_batch(batch, task)
 
-    def measure_batch(
-        self, batch: list[Prompt], picks: Sequence[Pick], repeats: int
-    ) -> Iterator[PromptRow | FailedCell]:
-        target, fast_target = self.target
+    def measure_batch(self, batch: list[Prompt], task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
+        (target, fast_target), picks = self.target, task.picks
         own = [pick.cell.view for pick in picks if pick.drafter == "self_speculation"]
         bench: Bench | None = None
         for one in self.contenders:
@@ -192,7 +191,8 @@ class Evaluator:
                     one.drafter,
                     one.fast,
                     keys,
-                    repeats,
+                    task.repeats,
+                    task.temperatures,
                     stop_tokens(target),
                     self.tokenizer,
                     self.warm,

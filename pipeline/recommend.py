@@ -64,6 +64,15 @@ class Choice(Cell):
             return self.again, self.again_low, self.again_high
         return self.speedup, self.speedup_low, self.speedup_high
 
+    @property
+    def shown(self) -> bool:
+        """Whether it is shown to be faster than autoregressive decoding.
+
+        A cell that was in a run-off was picked for its first measurement, which shows nothing then: without
+        fresh repeats, as where these failed, it is not shown.
+        """
+        return self.expected[1] > 1 and (self.run_off is None or self.again is not None)
+
 
 class Recommendation(Row):
     """What to deploy in a place and the next best, or None, why not, and the best that was refused.
@@ -177,7 +186,7 @@ def choices(
     for row in cells:
         if row.control is None and row.temperature == 0:
             (measured if row.mode == "measure" else replayed)[cell_of(row)] = row
-    played = {cell_of(row): row for row in run_off if row.mode == "measure"}
+    raced = {cell_of(row): row for row in run_off if row.mode == "measure"}
     fresh = {cell_of(row): row for row in again if row.mode == "measure"}
     found: dict[Place, list[Choice]] = defaultdict(list)
     for cell, run in measured.items():
@@ -191,7 +200,7 @@ def choices(
                 speedup=run.speedup or 0.0,
                 speedup_low=run.speedup_low or 0.0,
                 speedup_high=run.speedup_high or 0.0,
-                run_off=played[cell].speedup if cell in played else None,
+                run_off=raced[cell].speedup if cell in raced else None,
                 again=second.speedup if second else None,
                 again_low=second.speedup_low if second else None,
                 again_high=second.speedup_high if second else None,
@@ -255,7 +264,7 @@ def recommend(
         few = f"too few documents to rank ({most} of at least {least_documents})"
         return say(few, None, best_of(left))
     # In the order given: the best of the fresh repeats would be picked for its luck again.
-    shown = [choice for choice in enough if choice.expected[1] > 1]
+    shown = [choice for choice in enough if choice.shown]
     if not shown:
         best = max(enough, key=lambda choice: choice.expected[0])
         mean, low, high = best.expected
@@ -266,7 +275,9 @@ def recommend(
             best,
         )
     chosen = shown[0]
-    why = f"the fastest of {len(left)} measured cells{allowed}"
+    raced = sum(choice.run_off is not None for choice in left)
+    in_it = f", by a run-off between {raced}" if chosen.run_off is not None and raced > 1 else ""
+    why = f"the fastest of {len(left)} measured cells{allowed}{in_it}"
     if before := left.index(chosen):
         why += f", leaving out {before} not shown to be faster than autoregressive decoding"
     if chosen.again is None and len(left) > 1:

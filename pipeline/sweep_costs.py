@@ -30,8 +30,8 @@ from pipeline.measure import LOGIT_COPIES
 from pipeline.planner import (
     BEST_PREDICTED,
     FASTEST_MEASURED,
+    LATER,
     REPEATS_AGAIN,
-    TIMES_AGAIN,
     Place,
     first_seeds,
     plane_picks,
@@ -58,6 +58,11 @@ def texts(sweep: Sweep, temperatures: Iterable[float]) -> tuple[int, int]:
     """Greedy and sampled continuations of one prompt at these temperatures."""
     greedy = [temperature == 0 for temperature in temperatures]
     return sum(greedy), (len(greedy) - sum(greedy)) * len(sweep.seeds)
+
+
+def measured_again(sweep: Sweep) -> bool:
+    """Whether the fastest cells are: they are found among greedy rows."""
+    return sweep.predicts and 0.0 in sweep.temperatures and chosen(0.0, sweep.measure.temperatures)
 
 
 # ── counts ────────────────────────────────────────────────────────────────────────────────────────
@@ -89,7 +94,6 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     sweep, measure = config.sweep, config.sweep.measure
     greedy, sampled = texts(sweep, sweep.temperatures)
     timed_texts = sum(texts(sweep, measure.temperatures or sweep.temperatures))
-    again = sweep.predicts and chosen(0.0, measure.temperatures)  # the fastest are found among greedy rows
     replayed = measured = rechecked = runs = 0
     for place, count in prompts.items():
         for source in draft_sources(config):
@@ -100,15 +104,15 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
         picks, timed = picks_of(config, place), min(count, measure.prompts)
         added, others = pointed_at(config, place, set(picks)) if sweep.predicts else (0, 0)
         cells = len(picks) + added
-        fastest = min(FASTEST_MEASURED, cells) if again else 0
+        fastest = min(FASTEST_MEASURED, cells) if measured_again(sweep) else 0
         measured += timed * cells * timed_texts
-        rechecked += timed * TIMES_AGAIN * fastest * timed_texts
+        rechecked += timed * len(LATER) * fastest
         # Autoregressive decoding is timed with each draft source.
         sources = len({pick.drafter for pick in picks}) + others
-        first = cells + sources
-        later = TIMES_AGAIN * REPEATS_AGAIN * (fastest + min(fastest, sources))
+        first = timed_texts * (cells + sources)
+        later = len(LATER) * REPEATS_AGAIN * (fastest + min(fastest, sources))
         batches = math.ceil(timed / measure.prompts_together)
-        runs += batches * measure.repeats * timed_texts * (first + later)
+        runs += batches * measure.repeats * (first + later)
     if sweep.mode == "replay":
         return SweepCounts(replayed, 0, 0, 0)
     return SweepCounts(replayed * (sweep.mode == "both"), measured, rechecked, runs)

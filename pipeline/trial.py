@@ -13,7 +13,6 @@ from pipeline.cells import (
     Drafter,
     DraftLength,
     ViewCell,
-    chosen,
     make_cell,
     make_failure,
     make_row,
@@ -69,8 +68,8 @@ class Views:
 
 @dataclass
 class Trial:
-    """A draft source, the bench that it is measured on, the cells to measure, how
-    often, and the shapes that ran before.
+    """A draft source, the bench that it is measured on, the cells to measure, how often and at which
+    temperatures, and the shapes that ran before.
 
     `model` is None for prompt lookup.
     """
@@ -81,6 +80,7 @@ class Trial:
     model: DecodeModel | None
     keys: list[Key]
     repeats: int
+    temperatures: tuple[float, ...]
     eos: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     warm: set[tuple[object, ...]]
@@ -91,9 +91,7 @@ class Trial:
         A cell that fails ends alone; what fails for all of them, such as AR, is raised.
         """
         self.views = Views(self.bench, self.drafter, self.model, [cell for cell, _ in self.keys])
-        for temperature in self.sweep.temperatures:
-            if not chosen(temperature, self.sweep.measure.temperatures):
-                continue
+        for temperature in self.temperatures:
             for seed in self.sweep.seeds if temperature > 0 else self.sweep.seeds[:1]:
                 yield from self.rows_of(self.keys, Chance(temperature, seed))
 

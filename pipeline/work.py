@@ -19,10 +19,10 @@ from pipeline.decoding import autoregressive
 from pipeline.drafting import GREEDILY
 from pipeline.lean import decode_model
 from pipeline.models import build_scratch
-from pipeline.planner import Place
+from pipeline.planner import FASTEST_MEASURED, LATER, Place
 from pipeline.slots import slots_for
 from pipeline.steps import Side
-from pipeline.sweep_costs import draft_sources, longest, picks_of, role_of, texts
+from pipeline.sweep_costs import draft_sources, longest, measured_again, picks_of, role_of, texts
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
 TIMED_RUNS, TIMED_STEPS = 3, 8
@@ -89,16 +89,25 @@ def work(
 
 
 def prefills(config: Config, shapes: Mapping[str, Shape], prompts: Mapping[Place, int]) -> list[Work]:
-    """The timed prompts: read by the target, by each drafter, and once more by a target that drafts."""
+    """The timed prompts: read by the target, by each drafter, and once more by a target that drafts.
+
+    Where the fastest cells are measured again, by the target each time, and by as many of the largest
+    sources as there can be cells.
+    """
     tokens_of = {context.name: context.tokens for context in config.data.contexts}
     done = []
     for place, count in prompts.items():
         tokens, timed = tokens_of[place.context], min(count, config.sweep.measure.prompts)
         named = {pick.drafter for pick in picks_of(config, place)}
-        readers = [role_of(source) for source in draft_sources(config) if source.name in named]
-        for role in ["target", *filter(None, readers)]:
-            flops = shapes[role].forward_flops(timed * tokens, tokens / 2)
-            done.append(Work(MEASURING, role, False, flops))
+        if config.sweep.predicts:
+            named |= set(config.sweep.baselines)
+        roles = [role_of(source) for source in draft_sources(config) if source.name in named]
+        each = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
+        readers = sorted(filter(None, roles), key=lambda role: -each[role])
+        reading = ["target", *readers]
+        if measured_again(config.sweep):
+            reading += len(LATER) * ["target", *readers[:FASTEST_MEASURED]]
+        done += [Work(MEASURING, role, False, each[role]) for role in reading]
     return done
 
 

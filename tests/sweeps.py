@@ -66,9 +66,10 @@ class Bench:
         """Of the cells that the evaluator's config names."""
         drafters = [one.drafter for one in evaluator.contenders]
         picks = configured_picks(evaluator.sweep, drafters, self.prompts[0].context)
-        repeats = evaluator.sweep.measure.repeats
+        measure = evaluator.sweep.measure
+        at = measure.temperatures or evaluator.sweep.temperatures
         file = output / "rows" / f"measure-{first}.jsonl"
-        return MeasureTask(self.file, tuple(picks), repeats, first, last, file)
+        return MeasureTask(self.file, tuple(picks), measure.repeats, at, first, last, file)
 
     def measured(
         self,

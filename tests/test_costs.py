@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.models import build_scratch
 from pipeline.planner import Place
 from pipeline.rows import PredictedRow
 from pipeline.sweep_costs import count_sweep, draft_sources, measure_memory, pointed_at, replay_memory
-from pipeline.work import Vocabulary, hours, rates_of, step_of, work
+from pipeline.work import Vocabulary, hours, prefills, rates_of, step_of, work
 from tests.configs import MINIMAL, SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,10 +156,10 @@ def test_rows_by_hand() -> None:
     assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
     # The three best and what is not named of a plane's corners: two of multi_view's, four of full_only's.
     assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
-    assert counts.rechecked == 2 * 2 * (3 + 3) * texts
-    plain = 2 * (2 + 2) * texts  # autoregressive, by place and drafter, and all three times
+    assert counts.rechecked == 2 * 2 * (3 + 3)  # greedily
+    plain = 2 * (2 + 2)  # autoregressive, by place and drafter, all three times
     more = 4  # times the repeats, in the run-off and behind it
-    assert counts.runs == 5 * (counts.measured + plain + more * (counts.rechecked + 2 * plain))
+    assert counts.runs == 5 * (counts.measured + plain * texts + more * (counts.rechecked + 2 * plain))
 
     unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
     config = config_with(data={"sources": sources}, sweep=unpredicted)
@@ -234,3 +235,17 @@ def test_hours_by_hand_and_from_a_measured_step() -> None:
     if not torch.cuda.is_available():
         assert rates_of(config, shapes, "cuda", None)[0] is None
         assert step_of(config, 300, "cuda", None)[0] is None
+
+
+def test_prompts_are_read_again_where_the_fastest_are_measured_again() -> None:
+    """Three times by the target, once more each time where it drafts, and by both drafters."""
+    sweep = {"mode": "both", "baselines": ["self_speculation", "prompt_lookup"], "measure": {"prompts": 2}}
+    done = prefills(config_with(sweep=sweep), SHAPES, {Place("code", "64"): 3})
+    flops = [TARGET.forward_flops(2 * 64, 32), DRAFTER.forward_flops(2 * 64, 32)]
+    roles = Counter(part.role for part in done)
+    assert roles == {"target": 3 * (1 + 1), "drafter": 3 * 2}
+    assert sum(part.flops for part in done) == 6 * sum(flops)
+    assert {part.stage for part in done} == {"sweep measure"}
+    named = sweep | {"measure": {"predict": False, "drafters": ["multi_view"], "prompts": 2}}
+    done = prefills(config_with(sweep=named), SHAPES, {Place("code", "64"): 3})
+    assert [part.flops for part in done] == [flops[0], *flops]  # the baselines are always measured

@@ -46,7 +46,10 @@ def choice(speedup: float, low: float, again: tuple[float, float] | None = None,
 
 
 def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
-    """Fastest first by the first measurement; acceptance is the replay's, which has more prompts."""
+    """Fastest first by the first measurement, whatever the fresh repeats say.
+
+    Acceptance is the replay's, which has more prompts.
+    """
     rows: list[PromptRow] = [row(prompt=n, budget=b, accepted=6) for n in range(12) for b in (16, "full")]
     rows += [measured(prompt=n, budget=16) for n in range(6)]  # 1.5 times the speed of AR
     rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(6)]
@@ -61,8 +64,6 @@ def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
     # With prefills of 1.5 s and of AR's 1 s: of the fresh repeats, where there are any.
     assert fast.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.5))
     assert slow.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.0))
-    # The order is that of the first measurement whatever the fresh repeats say.
-    assert [c.budget for c in choices(cells, [], [])[PLACE]] == ["full", 16]
 
 
 def test_a_run_off_decides_between_the_fastest() -> None:
@@ -82,6 +83,40 @@ def test_a_run_off_decides_between_the_fastest() -> None:
     assert [cell.budget for cell in found] == [32, "full", 16]
     assert [cell.run_off for cell in found] == [pytest.approx(1.7), pytest.approx(1.5), None]
     assert [cell.budget for cell in choices(rows(0), [], [])[PLACE]] == ["full", 32, 16]
+
+
+def test_a_fast_first_run_shows_nothing_where_the_repeats_behind_the_run_off_failed() -> None:
+    lucky, sound = choice(2.6, 2.4, run_off=1.5), choice(1.9, 1.8, (1.4, 1.3), budget=32, run_off=1.4)
+    found = recommend(PLACE, [lucky, sound], 5)
+    assert found.choice == sound
+    assert found.why == (
+        "the fastest of 2 measured cells, by a run-off between 2, leaving out 1 not shown to be faster than "
+        "autoregressive decoding"
+    )
+    assert recommend(PLACE, [lucky], 5).choice is None
+
+
+def test_the_report_and_the_command_follow_the_run_off(tmp_path: Path) -> None:
+    """The first measurement has the other order, and so have the fresh repeats."""
+
+    def runs(full: float, sparse: float) -> list[PromptRow]:
+        times = {"full": full, 16: sparse}
+        return [measured(prompt=n, budget=b, decode_s=[s, s]) for n in range(12) for b, s in times.items()]
+
+    rows = [row(prompt=n, budget=b) for n in range(12) for b in ("full", 16)] + runs(1.5, 2.0)
+    prepare, teach, sweep = artifacts(tmp_path, rows, [])
+    write_rows(sweep.path / "run_off" / "all.jsonl", runs(2.0, 1.2))
+    write_rows(sweep.path / "rechecked" / "all.jsonl", runs(1.8, 2.0))
+    folder = report(config(tmp_path), ReportInputs(prepare, teach, sweep, stages=[])).path
+    (advice,) = summary_of(folder).recommendations
+    assert advice.choice is not None and advice.choice.budget == 16
+    assert (advice.choice.run_off, advice.choice.again) == (pytest.approx(2.5), pytest.approx(1.5))
+    assert advice.best_again == pytest.approx(3.0 / 1.8)
+    text = list(advise(folder, 64, None, None, 1, None))
+    assert text[1].startswith("  deploy  full_only, chunk_topk, B = 16, γ = 4: 1.50×")
+    assert "by a run-off between 2" in text[3] and text[3].strip() == advice.why
+    page = " ".join(re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text()).split())
+    assert f"{advice.why} 1.50× [1.50, 1.50] 2.50× 1.50× [1.50, 1.50] 1.67×" in page
 
 
 def test_acceptance_is_measured_where_replay_cannot_know_it() -> None:

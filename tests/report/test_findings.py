@@ -100,7 +100,7 @@ def test_findings_say_what_the_figures_say(summary):
     text = "\n".join(summary.findings)
     assert "multi_view against full_only accepts +16.7 points" in text and "at B = 16 (better)" in text
     assert "Without looping prompts (10 left): +20.0 points" in text
-    assert ": -50 % of the gain is there without the context." in text  # the control takes 30 of its points
+    assert ": without the context it is the other way round." in text
     assert (
         "by full_only, the context is not being used at B = 16 (+0.0 points [+0.0, +0.0] over another" in text
     )
@@ -111,9 +111,12 @@ def test_findings_say_what_the_figures_say(summary):
     assert "trained on" not in text and "failed" not in text and "Replay" not in text
 
 
-@pytest.mark.parametrize(("kept", "share"), [(53, 75), (62, 120), (36, -10)])
-def test_share_of_a_gain_that_the_control_keeps(kept, share):
-    """As it is: more than all where another document's KV gains more, less than none where it loses."""
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(53, "75 % of the gain is there"), (62, "120 % of the gain"), (36, "the other way round")],
+)
+def test_share_of_a_gain_that_the_control_keeps(kept, said):
+    """As it is: more than all where another document's KV gains more."""
     rows = []
     for prompt in range(20):
         rows += [
@@ -121,7 +124,7 @@ def test_share_of_a_gain_that_the_control_keeps(kept, share):
             row("full_only", prompt, 38, 100, control="other_prompt"),
             row("multi_view", prompt, kept, 100, control="other_prompt"),
         ]  # fmt: skip
-    assert f": {share} % of the gain is there without the context" in "\n".join(summary_of(rows).findings)
+    assert said in "\n".join(summary_of(rows).findings)
 
 
 def test_too_few_documents_are_not_ranked():
