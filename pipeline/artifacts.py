@@ -46,8 +46,9 @@ COMMIT = (
 )
 WHOLE = ("tokenizer", "model")  # folders that are written as one
 CHECKING_THREADS = 8  # hashing leaves the interpreter's lock alone
-# Raised when the meaning of artifacts changes, so that old folders are not mistaken for new ones.
-FORMAT = 1
+# Raised when artifacts change their meaning, or a config makes others than before, so that old folders are
+# not mistaken for new ones.
+FORMAT = 2
 LIBRARIES = (
     "torch",
     "transformers",
