@@ -1,23 +1,17 @@
-"""What each change to multi_view is worth: differences over training seeds and documents, and in words."""
+"""What each change to multi_view is worth, in a table and in words, and what distilling is worth at all."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.page_parts import markdown, points
-from pipeline.config_sweep import family
-from pipeline.metrics import seeded_difference
-from pipeline.rows import Count, PromptRow
+from benchmarks.study_families import SMALLEST, Change, Column, Families, accepted, change, datasets_of
+from pipeline.config import Config
+from pipeline.metrics import Interval
 
-if TYPE_CHECKING:
-    from benchmarks.study import Study
-
-GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 CHANGES = {
+    "untrained": "not distilled at all",
     "full_only": "L_A only, no sparse branch (Table 3)",
     "lambda_1": "λ = 1 instead of 0.5 (Table 3)",
     "single_budget": "one fixed budget, 256 (Table 3)",
@@ -27,59 +21,20 @@ CHANGES = {
     "kl": "forward KL in both branches",
     "total_variation": "total variation in both branches",
     "rope_linear": "linear RoPE scaling by 4, distilled so",
-    "on_policy": "a quarter of the labels on the target's own sampled text",
+    "off_policy": "half as many sequences, each seen twice",
+    "on_policy": "a quarter of the labels on the target's own sampled text; against `off_policy`",
 }
+AGAINST = {"on_policy": "off_policy"}  # the others are compared with multi_view
 HOW = (0.0, "greedily"), (1.0, "at temperature 1")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points of t for so many training seeds
-
-BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
-# Variant, data set, budget, temperature and control →; the contexts of a data set are pooled.
-Families = Mapping[tuple[str, str, int | str, float, str | None], BySeed]
-
-
-class Change(NamedTuple):
-    """A changed family minus multi_view: the mean over training seeds with its interval, and each seed's.
-
-    The interval resamples documents and training seeds. Of few seeds it reaches no further than from the
-    least to the greatest of them, and is too narrow where they differ much.
-    """
-
-    mean: float
-    low: float
-    high: float
-    by_seed: list[float]
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where this interval, and of several seeds Student's t too, leave out 0; else 0."""
-        low, high = self.low, self.high
-        if (seeds := len(self.by_seed)) > 1:
-            reach = STUDENT[seeds] * stdev(self.by_seed) / seeds**0.5
-            low, high = min(low, fmean(self.by_seed) - reach), max(high, fmean(self.by_seed) + reach)
-        return (low > 0) - (high < 0)
-
-    @property
-    def spread(self) -> float:
-        """How far the seeds are apart; 0 of one seed."""
-        return max(self.by_seed) - min(self.by_seed)
-
+SHORT = {0.0: "greedy", 1.0: "T = 1"}
+OTHER = "under other_prompt"
 
 Ablation = tuple[str, str, dict[str, Change]]  # variant, data set, column → where there are prompts
-
-
-class Column(NamedTuple):
-    """One difference that the table shows."""
-
-    budget: int | str
-    temperature: float
-    control: str | None = None
-    without_looping: bool = False
-
 
 COLUMNS = {
     f"B = {SMALLEST}, greedy": Column(SMALLEST, 0.0),
     "without looping texts": Column(SMALLEST, 0.0, without_looping=True),
-    "under other_prompt": Column(SMALLEST, 0.0, "other_prompt"),
+    OTHER: Column(SMALLEST, 0.0, "other_prompt"),
     f"B = {SMALLEST}, T = 1": Column(SMALLEST, 1.0),
     "T = 1 under other_prompt": Column(SMALLEST, 1.0, "other_prompt"),
     "full, greedy": Column("full", 0.0),
@@ -87,64 +42,11 @@ COLUMNS = {
 }
 
 
-def families_of(studies: Mapping[str, Study]) -> Families:
-    cells: dict[tuple[str, str, int | str, float, str | None], dict[str, dict[str, PromptRow]]] = {}
-    for study in (studies[name] for name in ("table-3", "ablations", "on-policy")):
-        drafters = study.config.train.drafters
-        seeds = {one.name: str(one.seeds[0] if one.seeds else study.config.seed) for one in drafters}
-        for row in study.rows:
-            if row.gamma == GAMMA and row.num_proposed:
-                key = family(row.drafter), row.dataset, row.budget, row.temperature, row.control
-                cells.setdefault(key, defaultdict(dict))[seeds[row.drafter]][row.prompt_id] = row
-    return cells
-
-
-def change(cells: Families, name: str, dataset: str, column: Column) -> Change | None:
-    """What one changed family is accepted more than `multi_view`; None where every text loops."""
-    where = column.budget, column.temperature, column.control
-    ours, theirs = (cells[one, dataset, *where] for one in (name, "multi_view"))
-    if column.without_looping:
-        ours, theirs = (
-            {seed: {p: row for p, row in rows.items() if not row.looping} for seed, rows in side.items()}
-            for side in (ours, theirs)
-        )
-        if not any(ours.values()):
-            return None
-    return difference(ours, theirs)
-
-
-def difference(ours: BySeed, theirs: BySeed) -> Change:
-    """Two families over the training seeds that both have and the prompts that all of these drafters hold.
-
-    Raises:
-        ValueError: if they have no seed or no prompt in common.
-    """
-    seeds = sorted(ours.keys() & theirs.keys())
-    held = [set(side[seed]) for side in (ours, theirs) for seed in seeds]
-    prompts = sorted(set.intersection(*held)) if held else []
-    if not prompts:
-        raise ValueError("two families have no training seed or no prompt in common")
-
-    def counts(side: BySeed, seeds: Sequence[str]) -> tuple[list[list[Count]], list[list[Count]]]:
-        rows = [[side[seed][prompt] for prompt in prompts] for seed in seeds]
-        accepted = [[row.num_accepted for row in one] for one in rows]
-        return accepted, [[row.num_proposed or 0 for row in one] for one in rows]
-
-    clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
-    pooled, *single = (
-        seeded_difference(
-            counts(ours, some), counts(theirs, some), samples=SAMPLES, seed=SEED, clusters=clusters
-        )
-        for some in (seeds, *([seed] for seed in seeds))
-    )
-    return Change(pooled.mean, pooled.low, pooled.high, [one.mean for one in single])
-
-
 def ablation_rows(cells: Families) -> list[Ablation]:
-    datasets = dict.fromkeys(dataset for _, dataset, *_ in cells)
     rows = []
-    for name, dataset in product(CHANGES, datasets):
-        found = {head: change(cells, name, dataset, column) for head, column in COLUMNS.items()}
+    for name, dataset in product(CHANGES, datasets_of(cells)):
+        baseline = AGAINST.get(name, "multi_view")
+        found = {head: change(cells, name, dataset, column, baseline) for head, column in COLUMNS.items()}
         rows.append((name, dataset, {head: one for head, one in found.items() if one}))
     return rows
 
@@ -164,18 +66,31 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
     heads = [next(h for h, c in COLUMNS.items() if c == Column(SMALLEST, t)) for t, _ in HOW]
     lines = []
     for name in dict.fromkeys(name for name, _, _ in rows):
+        own = {dataset: cells for other, dataset, cells in rows if other == name}
         parts = []
-        for head, (_, how) in zip(heads, HOW, strict=True):
-            told = {dataset: cells[head] for other, dataset, cells in rows if other == name}
-            means = [one.mean for one in told.values()]
+        for head, (temperature, how) in zip(heads, HOW, strict=True):
+            told = {dataset: cells[head] for dataset, cells in own.items()}
             spread = max(one.spread for one in told.values())
             several = any(len(one.by_seed) > 1 for one in told.values())
             seeds = f"seeds up to {100 * spread:.1f} apart" if several else "one seed"
-            parts.append(
-                f"{verdict(told)} {how} ({100 * min(means):+.1f} to {100 * max(means):+.1f} points, {seeds})"
-            )
+            shared = "" if temperature else share_without_context(own, head)
+            parts.append(f"{verdict(told)} {how} ({span(told)} points, {seeds}{shared})")
         lines.append(f"- `{name}`, {CHANGES[name]}: {parts[0]}; {parts[1]}")
     return "\n".join(lines)
+
+
+def share_without_context(own: Mapping[str, Mapping[str, Change]], head: str) -> str:
+    """How much of a change that helps or hurts is there with another document's KV too."""
+    told = {dataset: cells[head] for dataset, cells in own.items()}
+    if verdict(told) not in ("helps", "hurts"):
+        return ""
+    shares = [100 * own[data][OTHER].mean / one.mean for data, one in told.items() if one.sign]
+    return f", {min(shares):.0f} to {max(shares):.0f} % of it {OTHER}"
+
+
+def span(told: Mapping[str, Change]) -> str:
+    means = [one.mean for one in told.values()]
+    return f"{100 * min(means):+.1f} to {100 * max(means):+.1f}"
 
 
 def seed_spread(rows: Sequence[Ablation]) -> float:
@@ -199,10 +114,112 @@ def verdict(told: Mapping[str, Change]) -> str:
 
 def nothing_kept(cells: Families) -> str:
     """What B = 0 among the trained budgets is worth where nothing of the prefix is kept."""
-    datasets = dict.fromkeys(dataset for _, dataset, *_ in cells)
     parts = []
     for temperature, how in HOW:
-        found = {data: change(cells, "with_b_0", data, Column(0, temperature)) for data in datasets}
+        found = {data: change(cells, "with_b_0", data, Column(0, temperature)) for data in datasets_of(cells)}
         told = ", ".join(f"{points(one)} ({data})" for data, one in found.items() if one)
         parts.append(f"{how} {told}")
     return "; ".join(parts)
+
+
+# ── against the drafter as it was pretrained ──────────────────────────────────────────────────────
+
+
+def scaled_only(config: Config) -> dict[str, str]:
+    """The drafters that were not distilled and whose RoPE was scaled, and how."""
+    return {
+        one.name: f"{one.rope_scaling['rope_type']}, factor {one.rope_scaling['factor']:g}"
+        for one in config.train.variants
+        if one.steps == 0 and one.rope_scaling
+    }
+
+
+def distilled(cells: Families, config: Config) -> list[str]:
+    kept = [one.name for one in config.train.variants if one.steps == 0]
+    return [name for name in dict.fromkeys(name for name, *_ in cells) if name not in kept]
+
+
+def accepted_table(cells: Families, config: Config) -> str:
+    """Behind the smallest budget: acceptance of every family, and what it has over the untrained drafter."""
+    rows = []
+    for name, data in product(["untrained", *distilled(cells, config)], datasets_of(cells)):
+        columns = [Column(SMALLEST, temperature) for temperature, _ in HOW]
+        over = [change(cells, name, data, column, "untrained") for column in columns]
+        rows.append(
+            [
+                f"`{name}`",
+                data,
+                *(percent(accepted(cells, name, data, column)) for column in columns),
+                *(points(one) if one and name != "untrained" else "" for one in over),
+            ]
+        )
+    short = SHORT.values()
+    return markdown(["drafter", "data", *short, *(f"− `untrained`, {one}" for one in short)], rows)
+
+
+def percent(share: Interval) -> str:
+    return f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def distilled_words(cells: Families, config: Config) -> str:
+    """Which distilled drafters are accepted more than the one that they were distilled from."""
+    lines = []
+    for temperature, how in HOW:
+        column, found = Column(SMALLEST, temperature), dict[str, list[str]]()
+        for name in distilled(cells, config):
+            told = {data: change(cells, name, data, column, "untrained") for data in datasets_of(cells)}
+            known = {data: one for data, one in told.items() if one}
+            says = verdict(known)
+            found.setdefault(says if says in ("helps", "hurts") else "", []).append(
+                f"`{name}` ({span(known)})"
+            )
+        more, less, neither = (", ".join(found.get(says, ())) for says in ("helps", "hurts", ""))
+        beaten = f"accepted more than `untrained`: {more}" if more else (
+            "no distillation here beats the drafter as it was pretrained"
+        )  # fmt: skip
+        rest = (f"accepted less: {less}" if less else "", f"neither clearly: {neither}" if neither else "")
+        lines.append(f"- {how.capitalize()}, " + "; ".join(filter(None, (beaten, *rest))))
+    return "\n".join(lines)
+
+
+# ── RoPE beyond the trained range ─────────────────────────────────────────────────────────────────
+
+PLACES = [Column(budget, temperature) for budget in (SMALLEST, "full") for temperature, _ in HOW]
+HEADS = [f"B = {column.budget}, {SHORT[column.temperature]}" for column in PLACES]
+
+
+def rope_table(cells: Families, config: Config) -> str:
+    """Each drafter with scaled RoPE minus the same without, neither of them distilled, by context."""
+    rows = []
+    for (name, how), data in product(scaled_only(config).items(), datasets_of(cells)):
+        for context in config.data.contexts:
+            found = rope_changes(cells, name, data, context.name)
+            rows.append(
+                [f"`{name}`", how, data, context.name, *(points(one) if one else "" for one in found)]
+            )
+    return markdown(["drafter", "RoPE", "data", "context", *HEADS], rows)
+
+
+def rope_changes(cells: Families, name: str, data: str, context: str) -> list[Change | None]:
+    return [change(cells, name, data, one._replace(context=context), "untrained") for one in PLACES]
+
+
+def beyond_range(config: Config) -> list[str]:
+    """The contexts that are longer than what the drafter was pretrained on."""
+    assert config.drafter.kind == "scratch"
+    trained = config.drafter.pretrain.sequence_tokens or config.data.sequence_tokens
+    return [one.name for one in config.data.contexts if one.tokens > trained]
+
+
+def rope_words(cells: Families, config: Config) -> str:
+    """In how many data sets and contexts beyond the trained range scaling helps, or hurts."""
+    places = list(product(datasets_of(cells), beyond_range(config)))
+    lines = []
+    for name in scaled_only(config):
+        found = [rope_changes(cells, name, *place) for place in places]
+        parts = []
+        for head, column in zip(HEADS, zip(*found, strict=True), strict=True):
+            up, down = (sum(one is not None and one.sign == sign for one in column) for sign in (1, -1))
+            parts.append(f"{head}: {up} / {down}")
+        lines.append(f"- `{name}`, places (of {len(places)}) with clearly more / less: {'; '.join(parts)}")
+    return "\n".join(lines)

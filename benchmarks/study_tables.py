@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
 import jinja2
 
 from benchmarks import study_ablations as ablations
-from benchmarks.page_parts import acceptance, check_table, end_to_end, interval_text, markdown, points, speed
-from benchmarks.study_ablations import GAMMA, SAMPLES, SEED, SMALLEST
-from pipeline import metrics
+from benchmarks import study_speed as speeds
+from benchmarks.page_parts import acceptance, check_table, markdown, points, speed
+from benchmarks.study_families import GAMMA, SMALLEST, families_of, student
+from benchmarks.study_runs import Study, commits
 from pipeline.artifacts import provenance
-from pipeline.metrics import Interval
-from pipeline.recommend import settings_text
-from pipeline.report.summary import ArSpeed, Budget, FamilyGain, Summary
-from pipeline.rows import CellRow, PredictedRow, PromptRow
-
-if TYPE_CHECKING:
-    from benchmarks.study import Study
+from pipeline.planner import cell_of
+from pipeline.report.summary import Budget, FamilyGain, Summary
+from pipeline.rows import CellRow, PredictedRow
 
 # What is compared behind the smallest budget: the paper's loss, and the same two trained with forward KL.
 PAPER, KL = ("multi_view", "full_only"), ("kl", "full_only_kl")
@@ -29,38 +27,51 @@ ACCEPTED = [("full_only~42", 0.0), (OURS, 0.0), ("untrained", 1.0), ("full_only~
 
 
 def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -> str:
-    grid, adaptive = studies["table-1"], studies["adaptive"]
-    cells = ablations.families_of(studies)
-    config, rows, early = grid.config, ablations.ablation_rows(cells), early_stops(adaptive.rows)
+    grid, adaptive, changed = studies["table-1"], studies["adaptive"], studies["ablations"]
+    cells, config = families_of(studies), grid.config
+    rows, early = ablations.ablation_rows(cells), speeds.early_stops(adaptive.rows)
+    baselines = speeds.best_baselines(grid.cells)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("benchmarks", "."), undefined=jinja2.StrictUndefined
     ).get_template("study.md.j2")
     return (
         template.render(
+            data=config.data,
             target=config.target,
             drafter=config.drafter,
             steps=config.train.steps,
             made=provenance(),
+            commits=commits(studies),
             tunables=f", `GLIBC_TUNABLES={told}`" if (told := os.environ.get("GLIBC_TUNABLES")) else "",
             gamma=GAMMA,
             smallest=SMALLEST,
             checks=check_table(checks),
             headline=headline_table(grid.summary.families, PAPER),
-            headline_kl=headline_table(studies["ablations"].summary.families, KL),
+            headline_words=headline_words(grid.summary.families, PAPER),
+            headline_kl=headline_table(changed.summary.families, KL),
+            headline_kl_words=headline_words(changed.summary.families, KL),
             grid=grid_table(grid),
             prediction=prediction_table(grid),
+            prediction_words=prediction_words(grid),
             context_use=context_table(grid.summary),
-            sources=measured_table(studies["table-2"].cells),
-            ar=ar_table(studies["table-2"].summary.ar_tokens_per_s),
+            sources=speeds.measured_table(studies["table-2"].cells),
+            baselines=speeds.baseline_table(baselines),
+            baseline_words=speeds.baseline_words(baselines),
+            ar=speeds.ar_table(studies["table-2"].summary.ar_tokens_per_s),
             ablations=ablations.ablation_table(rows),
             ablation_words=ablations.ablation_words(rows),
             seed_spread=100 * ablations.seed_spread(rows),
             nothing_kept=ablations.nothing_kept(cells),
-            gammas=gamma_table(studies["figure-3"].cells),
-            adaptive=adaptive_table(adaptive.cells, early),
-            adaptive_words=adaptive_words(early),
+            accepted=ablations.accepted_table(cells, changed.config),
+            distilled_words=ablations.distilled_words(cells, changed.config),
+            rope=ablations.rope_table(cells, changed.config),
+            rope_words=ablations.rope_words(cells, changed.config),
+            beyond=ablations.beyond_range(changed.config),
+            gammas=speeds.gamma_table(studies["figure-3"].cells),
+            adaptive=speeds.adaptive_table(adaptive.cells, early),
+            adaptive_words=speeds.adaptive_words(early),
             fewest=min(c.num_clocked or 0 for c in studies["table-2"].cells if c.mode == "measure"),
-            advice=advice_table(grid),
+            advice=speeds.advice_table(grid),
         )
         + "\n"
     )
@@ -112,8 +123,25 @@ def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
     return markdown(head, rows)
 
 
+def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str:
+    """In how many places the gain is above 0 by its interval, and in how many of these by Student's t too."""
+    parts = []
+    for temperature in (0.0, 1.0):
+        gains = [gain for gain in headline(families, pair) if gain.temperature == temperature]
+        clear = [gain for gain in gains if gain.low > 0]
+        said = f"{when(temperature)} in {len(clear)} of {len(gains)} places"
+        too = sum(len(gain.by_seed) > 1 and student(gain.by_seed)[0] > 0 for gain in clear)
+        parts.append(
+            said + (f", in {too} of them by Student's t over the training seeds too" if clear else "")
+        )
+    return f"Above 0 by the interval: {'; '.join(parts)}."
+
+
 def grid_table(grid: Study) -> str:
-    """Per data set, context and budget: acceptance, and the γ with the best predicted speed."""
+    """Per data set, context and budget: acceptance, and the γ with the best predicted speed.
+
+    Which texts loop is the target's: all drafters and budgets of a place have the same.
+    """
     replayed = {key(c): c for c in grid.cells if c.mode in ("replay", "estimate") and not c.control}
     measured = {key(c): c for c in grid.cells if c.mode == "measure"}
     predicted = [row for row in grid.predicted if row.drafter == OURS]
@@ -127,11 +155,23 @@ def grid_table(grid: Study) -> str:
             )
             for drafter, temperature in ACCEPTED
         ]
+        plain = replayed.get(key(best)._replace(gamma=GAMMA))
         found = acceptance(replayed[key(best)]), speed(best), speed(measured.get(key(best)))
-        rows.append([*place, *at_four, best.gamma, *found])
+        rows.append([*place, looping(plain), *at_four, not_looping(plain), best.gamma, *found])
     names = [f"{drafter.partition('~')[0]}, {'T = 1' if t else 'greedy'}" for drafter, t in ACCEPTED]
-    head = ["data", "context", "B", *names, "best γ", "acceptance", "predicted speedup", "measured"]
+    head = ["data", "context", "B", "looping", *names, "multi_view, greedy, without looping texts", "best γ",
+            "acceptance", "predicted speedup", "measured"]  # fmt: skip
     return markdown(head, rows)
+
+
+def looping(cell: CellRow | None) -> str:
+    return f"{cell.num_looping} of {cell.num_prompts}" if cell else ""
+
+
+def not_looping(cell: CellRow | None) -> str:
+    if cell is None or cell.acceptance_not_looping is None:
+        return ""
+    return f"{100 * cell.acceptance_not_looping:.1f}"
 
 
 def context_table(summary: Summary) -> str:
@@ -176,6 +216,18 @@ def prediction_table(grid: Study) -> str:
     )
 
 
+def prediction_words(grid: Study) -> str:
+    """How far predicted speedups are from measured ones: beside decode times, which alone are scored."""
+    measured = {cell_of(c): c.speedup for c in grid.cells if c.mode == "measure"}
+    pairs = [(row.speedup, measured.get(cell_of(row))) for row in grid.predicted]
+    off = [100 * (predicted / found - 1) for predicted, found in pairs if found]
+    return (
+        f"Of the same {len(off)} cells, predicted speedups (over all prompts, against a predicted time of "
+        f"autoregressive decoding) are {median(off):+.1f} % off the measured ones (over fewer prompts) in "
+        f"the median, {max(off, key=abs):+.1f} % at worst."
+    )
+
+
 class Key(NamedTuple):
     """A cell without its control, seed and mode."""
 
@@ -191,125 +243,3 @@ class Key(NamedTuple):
 
 def key(cell: CellRow | PredictedRow) -> Key:
     return Key(*(getattr(cell, name) for name in Key._fields))
-
-
-def measured_table(cells: Sequence[CellRow]) -> str:
-    head = ["data", "context", "source", "policy", "B", "acceptance", "speedup", "end to end", "documents",
-            "exact"]  # fmt: skip
-    return markdown(
-        head,
-        [
-            [
-                c.dataset, c.context, c.drafter, c.policy, c.budget, acceptance(c), speed(c), end_to_end(c),
-                c.num_clocked, f"{c.exact_prompts} of {c.num_prompts}",
-            ]
-            for c in cells
-            if c.mode == "measure"
-        ],
-    )  # fmt: skip
-
-
-def ar_table(speeds: Sequence[ArSpeed]) -> str:
-    return markdown(
-        ["data", "context", "tokens/s of autoregressive decoding", "documents"],
-        [
-            [s.dataset, s.context, f"{s.mean:.0f} [{s.low:.0f}, {s.high:.0f}]", s.num_documents]
-            for s in speeds
-        ],
-    )
-
-
-def gamma_table(cells: Sequence[CellRow]) -> str:
-    gammas = sorted({c.gamma for c in cells})
-    places = dict.fromkeys((c.dataset, c.context) for c in cells)
-    found = {(c.dataset, c.context, c.gamma): speed(c) for c in cells}
-    return markdown(
-        ["data", "context", *(f"γ = {gamma}" for gamma in gammas)],
-        [[*place, *(found.get((*place, gamma), "") for gamma in gammas)] for place in places],
-    )
-
-
-class EarlyStop(NamedTuple):
-    """The fastest cell of a place that stops drafts early against the fastest that does not.
-
-    Both are the fastest of what was measured, so both are rather lucky. `ratio` is of their decode times over
-    the same prompts; its interval resamples documents.
-    """
-
-    fixed: int
-    early: int
-    ratio: Interval
-
-
-def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
-    times: dict[tuple[str, str], dict[tuple[int, float], dict[str, PromptRow]]] = {}
-    for row in rows:
-        lengths = times.setdefault((row.dataset, row.context), {})
-        lengths.setdefault((row.gamma, row.threshold), {})[row.prompt_id] = row
-    found = {}
-    for place, cells in times.items():
-        seconds = {
-            length: {p: sum(row.decode_s) for p, row in cell.items()} for length, cell in cells.items()
-        }
-        fixed, early = (
-            min((one for one in seconds if bool(one[1]) is stops), key=lambda one: sum(seconds[one].values()))
-            for stops in (False, True)
-        )
-        prompts = sorted(cells[fixed])
-        ratio = metrics.bootstrap_interval(
-            [seconds[fixed][p] for p in prompts],
-            [seconds[early][p] for p in prompts],
-            samples=SAMPLES,
-            seed=SEED,
-            clusters=[cells[fixed][p].document_id for p in prompts],
-        )
-        found[place] = EarlyStop(fixed[0], early[0], ratio)
-    return found
-
-
-def adaptive_table(cells: Sequence[CellRow], early: Mapping[tuple[str, str], EarlyStop]) -> str:
-    lengths = sorted({(c.gamma, c.threshold) for c in cells})
-    found = {(c.dataset, c.context, c.gamma, c.threshold): speed(c) for c in cells}
-    names = [f"γ = {g}" + (f", stop under {t:g}" if t else "") for g, t in lengths]
-    return markdown(
-        ["data", "context", *names, "best that stops ÷ best fixed"],
-        [
-            [*place, *(found.get((*place, *one), "") for one in lengths), interval_text(early[place].ratio)]
-            for place in early
-        ],
-    )
-
-
-def adaptive_words(early: Mapping[tuple[str, str], EarlyStop]) -> str:
-    """In how many places stopping early is faster than the best fixed γ, and where intervals say so."""
-    ratios = [one.ratio for one in early.values()]
-    faster, clearly = sum(r.mean > 1 for r in ratios), sum(r.low > 1 for r in ratios)
-    slower = sum(r.high < 1 for r in ratios)
-    return (
-        f"The best cell that stops early is faster than the best fixed γ in {faster} of {len(ratios)} "
-        f"places, clearly in {clearly}, and clearly slower in {slower}; clearly means by the interval of "
-        "the ratio over the same prompts."
-    )
-
-
-def advice_table(grid: Study) -> str:
-    rows = []
-    for advice in grid.summary.recommendations:
-        choice, other = advice.choice or advice.runner_up, advice.runner_up if advice.choice else None
-        what = "" if advice.choice else f"{advice.why}. The best: "
-        rows.append(
-            [
-                advice.dataset,
-                advice.context,
-                what + (settings_text(choice) if choice else ""),
-                speed(choice),
-                f"{choice.run_off:.2f}" if choice and choice.run_off else "",
-                interval_text(choice.expected) if choice else "",
-                "" if advice.best_again is None else f"{advice.best_again:.2f}",
-                f"{choice.end_to_end:.2f}" if choice and choice.end_to_end else "",
-                settings_text(other) if other else "",
-            ]
-        )
-    head = ["data", "context", "deploy", "first measured", "run-off", "on fresh repeats",
-            "best on fresh repeats", "end to end", "runner-up"]  # fmt: skip
-    return markdown(head, rows)

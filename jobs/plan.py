@@ -117,6 +117,7 @@ def disk_amounts(config: Config, shapes: Mapping[str, Shape], facts: Facts) -> I
 
 def sweep_amounts(config: Config, facts: Facts, counts: SweepCounts) -> Iterator[Amount]:
     how = "estimate: of these prompts" if facts.prompts_how.startswith("estimate") else "at most"
+    yield Amount("cells", counts.cells, "", "at most")
     yield Amount("rows of replay", counts.replayed, "", how)
     if config.sweep.predicts:
         how = "estimate: the named cells, and as many as predictions can point at"

@@ -104,7 +104,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, *planner.LATER, STEPS, "failed")
+        for folder in (ROWS, *planner.MEASURED_AGAIN, STEPS, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -165,7 +165,8 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
     run_off, again = (
-        cell_rows(read_all(sweep / folder, PromptRow), axes, samples, config.seed) for folder in planner.LATER
+        cell_rows(read_all(sweep / folder, PromptRow), axes, samples, config.seed)
+        for folder in planner.MEASURED_AGAIN
     )
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -56,8 +56,8 @@ def sweep(
 
     Replay comes first. Where the config predicts, single steps are timed then, all cells' speeds predicted,
     and besides the cells that the config names the best and the extremes of each data set and context are
-    measured; last, the fastest few of each place are measured twice more. With failures the artifact stays
-    incomplete, and the next run tries them again.
+    measured; last, the fastest few of each place are measured twice more, greedily and with more repeats.
+    With failures the artifact stays incomplete, and the next run tries them again.
     """
     wanted = config.sweep.drafters
     names = [d.name for d in config.train.drafters if chosen_drafter(d.name, wanted)]
@@ -186,7 +186,7 @@ class Phases:
         if not ((self.folder / PICKS).exists() and (self.folder / PREDICTED).exists()):
             report = self.config.report
             predicted = planner.predict(
-                read_all(self.folder / ROWS, PromptRow),
+                self.done_rows(),
                 self.times(),
                 report.bootstrap_samples,
                 self.config.seed,
@@ -218,7 +218,7 @@ class Phases:
         The run-off picks one; what its speed is, only the repeats behind it can say.
         """
         config = self.config
-        rows = [row for row in read_all(self.folder / ROWS, PromptRow) if row.mode == "measure"]
+        rows = [row for row in self.done_rows() if row.mode == "measure"]
         cells = cell_rows(rows, Axes.of(config), config.report.bootstrap_samples, config.seed)
         found = choices(cells, run_off=[], again=[])
         picks = {}
@@ -226,7 +226,7 @@ class Phases:
             fastest = found.get(place, [])[: planner.FASTEST_MEASURED]
             picks[file] = tuple(planner.pick_of(choice) for choice in fastest)
         repeats = planner.REPEATS_AGAIN * self.sweep.measure.repeats
-        for what in planner.LATER:
+        for what in planner.MEASURED_AGAIN:
             # Greedily, at which the fastest were found.
             self.run(self.measure_tasks(picks, what, what, repeats, (0.0,)), what)
 
@@ -245,12 +245,12 @@ class Phases:
     ) -> list[MeasureTask]:
         """The first prompts of every file, those decoded together a task.
 
-        A file of rows is named by what was picked, and those of other picks, which an earlier run has left,
-        are removed.
+        A file of rows is named by what is measured and how, and those of other picks, which an earlier run
+        has left, are removed.
         """
         measure, tasks = self.sweep.measure, []
         for file, here in picks.items():
-            picked = sha256(repr(here).encode()).hexdigest()[:6]
+            picked = sha256(repr((here, repeats, temperatures)).encode()).hexdigest()[:6]
             count = min(len(read_rows(file, Prompt)), measure.prompts)
             for first in range(0, count if here else 0, measure.prompts_together):
                 last = min(first + measure.prompts_together, count)
@@ -265,6 +265,11 @@ class Phases:
 
     def output(self, what: str, file: Path, first: int, folder: str = ROWS) -> Path:
         return self.folder / folder / f"{what}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
+
+    def done_rows(self) -> Iterator[PromptRow]:
+        """File by file: the replayed rows of a large grid are gigabytes."""
+        for file in sorted((self.folder / ROWS).glob("*.jsonl")):
+            yield from read_rows(file, PromptRow)
 
     def times(self) -> list[StepTimes]:
         return read_all(self.folder / STEPS, StepTimes)

@@ -54,8 +54,8 @@ class Measure(Group):
     predict: bool = Field(
         True,
         description="mode both: time single steps, predict every cell's speed from them, measure the best "
-        "and the extremes of each data set and context too, and the fastest of these twice more, with four "
-        "times the repeats",
+        "and the extremes of each data set and context too, and of these the fastest twice more, greedily "
+        "and with four times the repeats",
     )
     plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
 

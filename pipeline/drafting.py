@@ -2,8 +2,9 @@
 
 `speculate` asks a source for the proposals of one round, and tells it what the last round ended with: the
 tokens that it has not read yet, the first being continuation token `step_B`. Everything before them was
-accepted, everything it proposed beyond them was not. What a source has read it keeps by position, so that a
-rejected token is overwritten, never taken back.
+accepted, everything it proposed beyond them was not. These are two tokens at most, so that a source has to
+have read all that it proposed but the last. What it has read it keeps by position, so that a rejected token
+is overwritten, never taken back.
 
 Shape legend: B rows, one a prompt; Q tokens not read yet; T proposals of a round; S tokens held; V
 vocabulary.

@@ -26,8 +26,8 @@ BASELINES: tuple[str, ...] = get_args(Baseline)
 LOOKUP: Baseline = "prompt_lookup"
 BEST_PREDICTED = 3  # cells of a data set and context that are measured for being the fastest by prediction
 FASTEST_MEASURED = 3  # of those that are measured again
-RUN_OFF, RECHECKED = "run_off", "rechecked"
-LATER = (RUN_OFF, RECHECKED)  # the first picks one of them; the fresh repeats behind it say how fast it is
+# Folders of the sweep: a run-off picks one of them, and the fresh repeats behind it say how fast that is.
+MEASURED_AGAIN = ("run_off", "rechecked")
 # Each with so many times the repeats of the first measurement: these cells lie close together, and a clock
 # that others disturb would order them by luck.
 REPEATS_AGAIN = 4

@@ -64,15 +64,6 @@ class Choice(Cell):
             return self.again, self.again_low, self.again_high
         return self.speedup, self.speedup_low, self.speedup_high
 
-    @property
-    def shown(self) -> bool:
-        """Whether it is shown to be faster than autoregressive decoding.
-
-        A cell that was in a run-off was picked for its first measurement, which shows nothing then: without
-        fresh repeats, as where these failed, it is not shown.
-        """
-        return self.expected[1] > 1 and (self.run_off is None or self.again is not None)
-
 
 class Recommendation(Row):
     """What to deploy in a place and the next best, or None, why not, and the best that was refused.
@@ -190,7 +181,7 @@ def choices(
     fresh = {cell_of(row): row for row in again if row.mode == "measure"}
     found: dict[Place, list[Choice]] = defaultdict(list)
     for cell, run in measured.items():
-        second, replay = fresh.get(cell), replayed.get(cell)
+        race, second, replay = raced.get(cell), fresh.get(cell), replayed.get(cell)
         # Of a cell that stops early replay does not know what was proposed, and so no acceptance.
         accepted = replay if replay and replay.acceptance is not None else run
         latest = second or run
@@ -200,7 +191,8 @@ def choices(
                 speedup=run.speedup or 0.0,
                 speedup_low=run.speedup_low or 0.0,
                 speedup_high=run.speedup_high or 0.0,
-                run_off=raced[cell].speedup if cell in raced else None,
+                # With prompts failed it is not compared: those that are left may be the easy ones.
+                run_off=race.speedup if race and race.num_prompts == run.num_prompts else None,
                 again=second.speedup if second else None,
                 again_low=second.speedup_low if second else None,
                 again_high=second.speedup_high if second else None,
@@ -263,10 +255,16 @@ def recommend(
         most = max(choice.num_documents for choice in left)
         few = f"too few documents to rank ({most} of at least {least_documents})"
         return say(few, None, best_of(left))
+    # Where the fastest were measured again, only fresh repeats show anything: the others' first measurements
+    # are no less lucky than those were.
+    raced = [choice for choice in left if choice.run_off is not None or choice.again is not None]
+    judged = [choice for choice in enough if choice.again is not None] if raced else enough
+    if not judged:
+        return say(f"no fresh repeats of the fastest cells{allowed} (they failed): run the stage sweep again")
     # In the order given: the best of the fresh repeats would be picked for its luck again.
-    shown = [choice for choice in enough if choice.shown]
+    shown = [choice for choice in judged if choice.expected[1] > 1]
     if not shown:
-        best = max(enough, key=lambda choice: choice.expected[0])
+        best = max(judged, key=lambda choice: choice.expected[0])
         mean, low, high = best.expected
         return say(
             f"do not speculate here: the best measured cell{allowed} is at {mean:.2f}× [{low:.2f}, "
@@ -275,12 +273,13 @@ def recommend(
             best,
         )
     chosen = shown[0]
-    raced = sum(choice.run_off is not None for choice in left)
-    in_it = f", by a run-off between {raced}" if chosen.run_off is not None and raced > 1 else ""
+    in_it = f", by a run-off between {len(raced)}" if chosen.run_off is not None and len(raced) > 1 else ""
     why = f"the fastest of {len(left)} measured cells{allowed}{in_it}"
     if before := left.index(chosen):
         why += f", leaving out {before} not shown to be faster than autoregressive decoding"
     if chosen.again is None and len(left) > 1:
         why += f", by its first measurement alone, rather high as it was picked from {len(left)}"
-    runner_up = shown[1] if len(shown) > 1 else best_of(choice for choice in enough if choice is not chosen)
+    others = [choice for choice in judged if choice is not chosen]
+    others = others or [choice for choice in enough if choice is not chosen and choice not in raced]
+    runner_up = shown[1] if len(shown) > 1 else best_of(others)
     return say(why, chosen, runner_up)

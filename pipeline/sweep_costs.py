@@ -30,7 +30,7 @@ from pipeline.measure import LOGIT_COPIES
 from pipeline.planner import (
     BEST_PREDICTED,
     FASTEST_MEASURED,
-    LATER,
+    MEASURED_AGAIN,
     REPEATS_AGAIN,
     Place,
     first_seeds,
@@ -62,19 +62,20 @@ def texts(sweep: Sweep, temperatures: Iterable[float]) -> tuple[int, int]:
 
 def measured_again(sweep: Sweep) -> bool:
     """Whether the fastest cells are: they are found among greedy rows."""
-    return sweep.predicts and 0.0 in sweep.temperatures and chosen(0.0, sweep.measure.temperatures)
+    return sweep.predicts and chosen(0.0, sweep.measure.temperatures)
 
 
 # ── counts ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class SweepCounts(NamedTuple):
-    """Rows of replay, of measuring, and of measuring the fastest cells again.
+    """Cells, and rows of replay, of measuring, and of measuring the fastest cells again.
 
     `runs` are those that are timed for the last two, the autoregressive ones included; prompts that are
     decoded together share a run.
     """
 
+    cells: int
     replayed: int
     measured: int
     rechecked: int
@@ -93,29 +94,35 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     """
     sweep, measure = config.sweep, config.sweep.measure
     greedy, sampled = texts(sweep, sweep.temperatures)
-    timed_texts = sum(texts(sweep, measure.temperatures or sweep.temperatures))
-    replayed = measured = rechecked = runs = 0
+    timed_greedy, timed_sampled = texts(sweep, measure.temperatures or sweep.temperatures)
+    timed_texts = timed_greedy + timed_sampled
+    replayed_cells = measured_cells = decoded_cells = replayed = measured = rechecked = runs = 0
     for place, count in prompts.items():
         for source in draft_sources(config):
             lengths = draft_lengths(sweep, place.context, source)
             fixed = [length for length in lengths if not length.threshold]
             views = len(view_cells(sweep, source))
-            replayed += count * views * (greedy * len(lengths) + sampled * len(fixed))
+            here = views * (greedy * len(lengths) + sampled * len(fixed))
+            replayed_cells, replayed = replayed_cells + here, replayed + count * here
         picks, timed = picks_of(config, place), min(count, measure.prompts)
-        added, others = pointed_at(config, place, set(picks)) if sweep.predicts else (0, 0)
+        added, others = pointed_at(config, place, set(picks)) if sweep.predicts else (0, [])
         cells = len(picks) + added
         fastest = min(FASTEST_MEASURED, cells) if measured_again(sweep) else 0
+        measured_cells += cells * timed_texts
+        decoded_cells += timed_sampled * sum(pick.length.threshold > 0 for pick in picks)  # not replayed
         measured += timed * cells * timed_texts
-        rechecked += timed * len(LATER) * fastest
+        rechecked += timed * len(MEASURED_AGAIN) * fastest
         # Autoregressive decoding is timed with each draft source.
-        sources = len({pick.drafter for pick in picks}) + others
+        sources = len({pick.drafter for pick in picks}.union(others))
         first = timed_texts * (cells + sources)
-        later = len(LATER) * REPEATS_AGAIN * (fastest + min(fastest, sources))
+        later = len(MEASURED_AGAIN) * REPEATS_AGAIN * (fastest + min(fastest, sources))
         batches = math.ceil(timed / measure.prompts_together)
         runs += batches * measure.repeats * (first + later)
     if sweep.mode == "replay":
-        return SweepCounts(replayed, 0, 0, 0)
-    return SweepCounts(replayed * (sweep.mode == "both"), measured, rechecked, runs)
+        return SweepCounts(replayed_cells, replayed, 0, 0, 0)
+    if sweep.mode == "measure":
+        return SweepCounts(measured_cells, 0, measured, rechecked, runs)
+    return SweepCounts(replayed_cells + decoded_cells, replayed, measured, rechecked, runs)
 
 
 def picks_of(config: Config, place: Place) -> list[Pick]:
@@ -125,22 +132,24 @@ def picks_of(config: Config, place: Place) -> list[Pick]:
     return list(dict.fromkeys(picks + plane_picks(config.sweep, place, [source.name for source in sources])))
 
 
-def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, int]:
+def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, list[str]]:
     """The most that `pipeline.planner.worth_measuring` can add to the named cells of a place.
 
     Returns:
-        Cells, and draft sources of which no cell is named.
+        How many cells, and draft sources of which no cell is named: those of trained drafters, which have
+        one shape, are the first of those that it can be.
     """
     sweep = config.sweep
     sources = {source.name: source for source in draft_sources(config)}
     budgets = sorted(sweep.budgets, key=lambda budget: math.inf if budget == "full" else budget)
     gammas = sorted(sweep.gammas_of(place.context))
     unnamed: set[Pick] = set()  # of trained drafters
-    corners, baselines = 0, 0
+    corners, baselines = 0, []
     for name in first_seeds(list(sources)):
         if sources[name].baseline:
             cells = view_cells(sweep, sources[name])
-            baselines += not {Pick(name, cell, DraftLength(g)) for cell in cells for g in gammas} <= named
+            if not {Pick(name, cell, DraftLength(g)) for cell in cells for g in gammas} <= named:
+                baselines.append(name)
             continue
         for policy in sweep.policies:
             plane = {
@@ -150,8 +159,9 @@ def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, int
             corners = max(corners, len(ends - named))
             unnamed |= {*plane.values()} - named
     best = min(BEST_PREDICTED, len(unnamed) - corners)
-    new = {pick.drafter for pick in unnamed} - {pick.drafter for pick in named}
-    return corners + best + baselines, min(BEST_PREDICTED, len(new))
+    timed = {pick.drafter for pick in named}
+    new = sorted({pick.drafter for pick in unnamed} - timed)[:BEST_PREDICTED]
+    return corners + best + len(baselines), new + [name for name in baselines if name not in timed]
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────

@@ -19,10 +19,10 @@ from pipeline.decoding import autoregressive
 from pipeline.drafting import GREEDILY
 from pipeline.lean import decode_model
 from pipeline.models import build_scratch
-from pipeline.planner import FASTEST_MEASURED, LATER, Place
+from pipeline.planner import FASTEST_MEASURED, MEASURED_AGAIN, Place
 from pipeline.slots import slots_for
 from pipeline.steps import Side
-from pipeline.sweep_costs import draft_sources, longest, measured_again, picks_of, role_of, texts
+from pipeline.sweep_costs import draft_sources, longest, measured_again, picks_of, pointed_at, role_of, texts
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
 TIMED_RUNS, TIMED_STEPS = 3, 8
@@ -43,7 +43,7 @@ class Work:
 def work(
     config: Config, shapes: Mapping[str, Shape], labelled: int, prompts: Mapping[Place, int]
 ) -> list[Work]:
-    """All work up to replay, validation aside; what is measured is `decoding_hours`.
+    """All work up to replay, validation aside; of what is measured, `prefills` has the reading.
 
     Args:
         labelled: sequences that the target labels.
@@ -98,15 +98,15 @@ def prefills(config: Config, shapes: Mapping[str, Shape], prompts: Mapping[Place
     done = []
     for place, count in prompts.items():
         tokens, timed = tokens_of[place.context], min(count, config.sweep.measure.prompts)
-        named = {pick.drafter for pick in picks_of(config, place)}
-        if config.sweep.predicts:
-            named |= set(config.sweep.baselines)
-        roles = [role_of(source) for source in draft_sources(config) if source.name in named]
+        picks = picks_of(config, place)
+        _, added = pointed_at(config, place, set(picks)) if config.sweep.predicts else (0, [])
+        timed_ones = {pick.drafter for pick in picks}.union(added)
+        roles = [role_of(source) for source in draft_sources(config) if source.name in timed_ones]
         each = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
         readers = sorted(filter(None, roles), key=lambda role: -each[role])
         reading = ["target", *readers]
         if measured_again(config.sweep):
-            reading += len(LATER) * ["target", *readers[:FASTEST_MEASURED]]
+            reading += len(MEASURED_AGAIN) * ["target", *readers[:FASTEST_MEASURED]]
         done += [Work(MEASURING, role, False, each[role]) for role in reading]
     return done
 

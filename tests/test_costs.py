@@ -153,6 +153,7 @@ def test_rows_by_hand() -> None:
     config = config_with(data={"sources": sources}, sweep=sweep | {"measure": timed | {"plane": plane}})
     counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 5})
     texts = 1 + 3  # greedy, and each seed of sampling
+    assert counts.cells == 2 * 2 * (3 + 3 + 1) * 3 * texts  # what is measured is among them
     assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
     # The three best and what is not named of a plane's corners: two of multi_view's, four of full_only's.
     assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
@@ -164,7 +165,10 @@ def test_rows_by_hand() -> None:
     unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
     config = config_with(data={"sources": sources}, sweep=unpredicted)
     counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
-    assert counts[1:] == ((2 + 1) * 3, 0, 5 * (2 + 1) * (3 + 1))
+    assert counts[2:] == ((2 + 1) * 3, 0, 5 * (2 + 1) * (3 + 1))
+    config = config_with(data={"sources": sources}, sweep=unpredicted | {"mode": "measure"})
+    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
+    assert counts[:3] == (2 * 3, 0, (2 + 1) * 3)
 
 
 @pytest.mark.parametrize(("gammas", "reached"), [([1, 2, 4, 8], True), ([2], False)])
@@ -199,7 +203,7 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
         added = {planner.pick_of(cell) for cell in planner.worth_measuring(fastest, names)} - here
         most = max(most, len(added))
         most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
-    assert most <= cells and most_others == others == 1
+    assert most <= cells and most_others == len(others) == 1
     assert (most == cells) or not reached
 
 
@@ -249,3 +253,27 @@ def test_prompts_are_read_again_where_the_fastest_are_measured_again() -> None:
     named = sweep | {"measure": {"predict": False, "drafters": ["multi_view"], "prompts": 2}}
     done = prefills(config_with(sweep=named), SHAPES, {Place("code", "64"): 3})
     assert [part.flops for part in done] == [flops[0], *flops]  # the baselines are always measured
+
+
+def test_what_predictions_may_point_at_is_read_too() -> None:
+    """Self-speculation has no full view to be named with; of four sources the three largest read again."""
+    variants = [*MINIMAL["train"]["variants"], {"name": "third", "budgets": {16: 1.0}}]
+    sweep = {
+        "mode": "both", "baselines": ["self_speculation"],
+        "measure": {"drafters": ["multi_view"], "budgets": ["full"], "prompts": 2},
+    }  # fmt: skip
+    config, prompts = config_with(train={"variants": variants}, sweep=sweep), {Place("code", "64"): 3}
+    roles = Counter(part.role for part in prefills(config, SHAPES, prompts))
+    assert roles == {"target": 3 * (1 + 1), "drafter": 3 + 2 * 2}
+    places = {Place("code", "64"): 1}
+    counts = count_sweep(config_with(train={"variants": variants}, sweep=sweep), places)
+    sources = 4  # each beside its own autoregressive decoding
+    cells = counts.measured // 1
+    assert counts.runs == 3 * (cells + sources + 2 * 4 * (3 + 3))
+
+
+def test_nothing_is_measured_again_where_greedy_text_is_not_timed() -> None:
+    sweep = {"mode": "both", "temperatures": [0.0, 0.7], "measure": {"temperatures": [0.7]}}
+    config, prompts = config_with(sweep=sweep), {Place("code", "64"): 3}
+    assert count_sweep(config, prompts).rechecked == 0
+    assert len(prefills(config, SHAPES, prompts)) == 1 + 2

@@ -9,7 +9,7 @@ import json
 import os
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pytest
@@ -25,7 +25,9 @@ from pipeline.config import Config
 from pipeline.config_files import load_config
 from pipeline.data.lwm import PAPER_ROWS
 from pipeline.errors import BadData
+from pipeline.planner import Place
 from pipeline.rows import CellRow, Continuation, Prompt
+from pipeline.sweep_costs import count_sweep
 from tests.conftest import sharpen
 from tests.data.conftest import bench, book, narrative, story, write_lines
 
@@ -113,18 +115,38 @@ def test_facts_of_data_variants_and_sweep() -> None:
 GRID = {"4K": tuple(range(5, 61, 5)), "8K": tuple(range(5, 31, 5)), "16K": tuple(range(5, 41, 5))}
 AT_5 = dict.fromkeys(GRID, (5,))
 ABLATIONS = ["full_only", "single_budget", "multi_view", "multi_view_lambda_1"]
-# name → variants, budgets, γ by context, and the variants of which every cell is timed
-EXPERIMENTS: dict[str, tuple[list[str], tuple[int | str, ...], dict[str, tuple[int, ...]], set[str]]] = {
-    "table-1": (
-        ["untrained", "full_only", "multi_view"],
-        (256, 512, 1024, 2048, "full"),
-        GRID,
-        {"multi_view"},
+
+
+class Experiment(NamedTuple):
+    """What is swept, and of which variants and γ every cell is timed."""
+
+    variants: list[str]
+    budgets: tuple[int | str, ...]
+    gammas: dict[str, tuple[int, ...]]
+    timed: set[str]
+    timed_gammas: dict[str, tuple[int, ...]]
+
+
+ALL_BUDGETS = (256, 512, 1024, 2048, "full")
+FIGURE = GRID | {"4K": (*GRID["4K"], 65)}
+EXPERIMENTS = {
+    "table-1": Experiment(["untrained", "full_only", "multi_view"], ALL_BUDGETS, GRID, {"multi_view"}, AT_5),
+    "table-2": Experiment(
+        ["untrained", "multi_view"], (2048, "full"), AT_5, {"untrained", "multi_view"}, AT_5
     ),
-    "table-2": (["untrained", "multi_view"], (2048, "full"), AT_5, {"untrained", "multi_view"}),
-    "table-3": (ABLATIONS, (256, 512, 1024, 2048, "full"), AT_5, {"multi_view"}),
-    "figure-3": (["multi_view"], (2048,), GRID | {"4K": (*GRID["4K"], 65)}, {"multi_view"}),
+    "table-3": Experiment(ABLATIONS, ALL_BUDGETS, AT_5, {"multi_view"}, AT_5),
+    "figure-3": Experiment(["multi_view"], (2048,), FIGURE, {"multi_view"}, FIGURE),
 }
+
+
+def timed_cells(config: Config) -> set[tuple[str, str, int | str, int]]:
+    """(context, drafter, budget, γ) of the cells that the config names for measuring."""
+    drafters = [Drafter(v.name, None, 0) for v in config.train.drafters]
+    return {
+        (context.name, pick.drafter, pick.cell.budget, pick.length.gamma)
+        for context in config.data.contexts
+        for pick in configured_picks(config.sweep, drafters, context.name)
+    }
 
 
 def test_every_experiment_is_tested() -> None:
@@ -134,18 +156,36 @@ def test_every_experiment_is_tested() -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_sweep_the_papers_grid(name: str) -> None:
     config = load_config(PAPER.parent / "paper" / f"{name}.yaml")
-    variants, budgets, gammas, timed = EXPERIMENTS[name]
+    variants, budgets, gammas, timed, timed_gammas = EXPERIMENTS[name]
     assert config.name == f"paper-{name}" and [v.name for v in config.train.variants] == variants
     assert (config.sweep.mode, config.sweep.budgets) == ("both", budgets)
     assert {c.name: config.sweep.gammas_of(c.name) for c in config.data.contexts} == gammas
     assert config.sweep.controls == ("other_prompt",)
-    drafters = [Drafter(v.name, None, 0) for v in config.train.drafters]
-    for context, here in gammas.items():
-        picks = {
-            (pick.drafter, pick.cell.budget, pick.length.gamma)
-            for pick in configured_picks(config.sweep, drafters, context)
-        }
-        assert picks == {(d, budget, gamma) for d in timed for budget in budgets for gamma in here}
+    assert timed_cells(config) == {
+        (context, drafter, budget, gamma)
+        for context, here in timed_gammas.items()
+        for drafter in timed
+        for budget in budgets
+        for gamma in here
+    }
+
+
+def test_table_1_times_few_cells_and_all_of_them_when_asked() -> None:
+    """The override is the one that the file's comment names; what is not timed is predicted."""
+    file, override = PAPER.parent / "paper" / "table-1.yaml", "sweep.measure.gammas=[]"
+    assert override in file.read_text(encoding="utf-8")
+    shipped, whole = load_config(file), load_config(file, [override])
+    assert shipped.sweep.predicts
+    places = {Place(s.name, c.name): 10 for s in shipped.data.sources for c in shipped.data.contexts}
+    counts, all_counts = count_sweep(shipped, places), count_sweep(whole, places)
+    assert counts.replayed == all_counts.replayed
+    assert 3 * counts.measured < all_counts.measured
+    assert timed_cells(whole) == {
+        (context, "multi_view", budget, gamma)
+        for context, here in GRID.items()
+        for budget in ALL_BUDGETS
+        for gamma in here
+    }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -25,7 +25,7 @@ from pipeline.costs import Device, Shape
 from pipeline.data.sources import make_readers
 from pipeline.errors import BadData
 from pipeline.measure import Sides
-from pipeline.planner import Place
+from pipeline.planner import Place, cell_of
 from pipeline.rows import PromptRow
 from pipeline.steps import Side
 from pipeline.sweep_costs import count_sweep, measure_memory
@@ -125,6 +125,7 @@ def test_a_run_makes_what_was_planned(
     rows = read_all(swept / "rows", PromptRow)
     timed = [row for row in rows if row.mode == "measure"]
     assert len(timed) == exact["rows measured"]["value"] > 0
+    assert len({cell_of(row) for row in rows}) == exact["cells"]["value"]
     assert len(rows) - len(timed) == exact["rows of replay"]["value"]
     assert guessed["rows measured"]["value"] == pytest.approx(len(timed), rel=0.2)
     assert guessed["rows of replay"]["value"] == pytest.approx(len(rows) - len(timed), rel=0.2)
@@ -142,6 +143,7 @@ def test_a_run_makes_what_was_planned(
 def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
     def change(values: dict[str, Any]) -> None:
         values["sweep"] |= {"baselines": ["self_speculation", "prompt_lookup"], "gammas": list(range(1, 9))}
+        values["sweep"] |= {"temperatures": [0.0, 0.7], "seeds": [0]}
         values["sweep"]["measure"] |= {"predict": True}
 
     config = planned_config(corpus, tmp_path, change)
@@ -150,12 +152,14 @@ def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
     (swept,) = tmp_path.glob("sweep-*")
     measured = [row for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"]
     again = [read_all(swept / folder, PromptRow) for folder in ("run_off", "rechecked")]
-    named = 2 * 8 * (1 + 2 + 1)  # prompts × γ × views
+    named = 2 * 8 * (1 + 2 + 1) * 2  # prompts × γ × views × texts
     assert named < len(measured) <= planned.measured <= 1.2 * len(measured)
     assert [len(rows) for rows in again] == [2 * 3] * 2 and planned.rechecked == 2 * 2 * 3
+    assert not any(row.temperature for rows in again for row in rows), "the fastest are greedy cells"
     runs = sum(len(row.decode_s) for row in sum(again, measured))
     for rows in (measured, *again):
-        runs += sum({(row.drafter, row.prompt_id): len(row.ar_decode_s) for row in rows}.values())
+        plain = {(row.drafter, row.prompt_id, row.temperature): row.ar_decode_s for row in rows}
+        runs += sum(map(len, plain.values()))
     assert runs <= planned.runs <= 1.25 * runs
 
 

@@ -93,7 +93,33 @@ def test_a_fast_first_run_shows_nothing_where_the_repeats_behind_the_run_off_fai
         "the fastest of 2 measured cells, by a run-off between 2, leaving out 1 not shown to be faster than "
         "autoregressive decoding"
     )
-    assert recommend(PLACE, [lucky], 5).choice is None
+    assert found.runner_up is None
+    alone = recommend(PLACE, [lucky, choice(1.3, 1.2, gamma=1)], 5)
+    assert (alone.choice, alone.runner_up) == (None, None)
+    assert alone.why == "no fresh repeats of the fastest cells (they failed): run the stage sweep again"
+
+
+def test_behind_cells_that_regressed_a_first_measurement_shows_nothing() -> None:
+    """Neither of a cell that failed both times nor of one that was too slow to be measured again."""
+    regressed = choice(1.9, 1.8, (1.0, 0.9), run_off=1.1)
+    failed, unraced = choice(2.6, 2.4, budget=32), choice(1.3, 1.2, gamma=1)
+    advice = recommend(PLACE, [regressed, failed, unraced], 5)
+    assert advice.choice is None and advice.runner_up == regressed
+    assert "the best measured cell is at 1.00× [0.90, 1.05]" in advice.why
+    # Where the needs leave none that was measured again, the first measurement has to do, and it is said.
+    small = unraced.model_copy(update={"acceptance": 0.9})
+    advice = recommend(PLACE, [regressed, failed, small], 5, Needs(48, 16, min_acceptance=0.6))
+    assert advice.choice == small and "by the run-off" not in advice.why
+
+
+def test_a_run_off_that_lost_prompts_is_not_compared() -> None:
+    rows = [measured(prompt=n, budget=b, decode_s=[1.5, 1.5]) for n in range(6) for b in (16, "full")]
+    raced = [measured(prompt=0, budget="full", decode_s=[0.5, 0.5])]
+    raced += [measured(prompt=n, budget=16, decode_s=[2.0, 2.0]) for n in range(6)]
+    cells, run_off = cell_rows(rows, AXES, 100, 0), cell_rows(raced, AXES, 100, 0)
+    assert [(c.budget, c.run_off) for c in choices(cells, run_off, [])[PLACE]] == [
+        (16, pytest.approx(1.5)), ("full", None)
+    ]  # fmt: skip
 
 
 def test_the_report_and_the_command_follow_the_run_off(tmp_path: Path) -> None:
@@ -143,8 +169,9 @@ def test_the_first_that_fresh_repeats_bear_out_is_recommended() -> None:
     assert (advice.choice, advice.runner_up, advice.best_again) == (second, third, 1.35)
     left_out = "leaving out 1 not shown to be faster than autoregressive decoding"
     assert advice.why == f"the fastest of 4 measured cells, {left_out}"
-    # None other passes: the best of the rest is next.
-    assert recommend(PLACE, [failed, second, low], 5).runner_up == low
+    # None other passes: of those that were measured again the best is next, of the others where it is alone.
+    assert recommend(PLACE, [failed, second, low], 5).runner_up == failed
+    assert recommend(PLACE, [second, low], 5).runner_up == low
     # Cells over too few documents are passed over, however fast.
     few = choice(1.6, 1.5, (1.6, 1.5), num_documents=4)
     assert recommend(PLACE, [few, failed, second], 5).choice == second
@@ -160,7 +187,8 @@ def test_none_that_passes_names_the_best_by_what_counts() -> None:
     assert why == f"  {advice.why}" and best.startswith(
         "  best    multi_view, chunk_topk, B = 16, γ = 2: 1.05×"
     )
-    shown = list(lines(recommend(PLACE, [choice(1.5, 1.3), slow], 5), Needs(48, 16), SIZES, PLACE))
+    unraced = [choice(1.5, 1.3), choice(1.4, 1.3, gamma=2)]
+    shown = list(lines(recommend(PLACE, unraced, 5), Needs(48, 16), SIZES, PLACE))
     assert [line[:10].strip() for line in shown if line[2:10].strip()] == ["code, 64:", "deploy", "next"]
     accurate = fast.model_copy(update={"acceptance": 0.9})
     of_the_allowed = recommend(PLACE, [accurate, slow], 5, Needs(48, 16, min_acceptance=0.6)).why
@@ -186,11 +214,13 @@ def test_what_is_not_shown_to_be_faster_is_not_recommended(changes: dict[str, An
 
 def test_a_first_measurement_alone_is_said_to_be_high() -> None:
     said = "by its first measurement alone, rather high as it was picked from 2"
-    once, twice = choice(1.4, 1.3), choice(1.2, 1.15, (1.2, 1.15), gamma=2)
-    advice = recommend(PLACE, [once, twice], 5)
+    once, other = choice(1.4, 1.3), choice(1.2, 1.15, gamma=2)
+    advice = recommend(PLACE, [once, other], 5)
     assert advice.choice == once and advice.why == f"the fastest of 2 measured cells, {said}"
     assert any(said in line for line in lines(advice, Needs(48, 16), SIZES, PLACE))
-    assert "first measurement" not in recommend(PLACE, [twice, once], 5).why
+    twice = other.model_copy(update={"again": 1.2, "again_low": 1.15, "again_high": 1.25})
+    assert recommend(PLACE, [once, twice], 5).choice == twice
+    assert "first measurement" not in recommend(PLACE, [once, twice], 5).why
     assert "first measurement" not in recommend(PLACE, [once], 5).why, "nothing was picked"
 
 

@@ -1,24 +1,24 @@
-"""The study of conf/paper-small: what its page says of rows, and all of it at a toy size."""
+"""The study of conf/paper-small: what was to be reached, and all of it at a toy size."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks import study, study_ablations, study_tables
-from benchmarks.study_ablations import BySeed, Change
-from pipeline.report.summary import FamilyGain, Summary
-from pipeline.rows import PromptRow
+from benchmarks import study_ablations, study_checks, study_runs, study_tables
+from pipeline.report.summary import RankMemory, Summary
+from tests.study_rows import ABLATIONS, EMPTY, gain, make_row
 from tests.test_books import made_books
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
 TOY = (
     "data.tokenizer.vocab_size=400",
     "data.sequence_tokens=288",
@@ -50,145 +50,102 @@ TOY = (
 )
 
 
-def make_row(prompt: str, accepted: int, proposed: int, document: str = "d") -> PromptRow:
-    return PromptRow(
-        drafter="a", dataset="x", context="1K", policy="chunk_topk", budget=64, control=None, gamma=4,
-        temperature=0.0, seed=0, mode="replay", prompt_id=prompt, document_id=document, num_tokens=63,
-        num_rounds=20, num_proposed=proposed, num_accepted=accepted, reached=[], kept=[], repetition_rate=0.0,
-        looping=False, in_trained_range=True, drafter_kv_bytes=1,
-    )  # fmt: skip
-
-
-def test_a_difference_is_of_what_both_families_hold() -> None:
-    """Seeds that one of them lacks, and prompts that any drafter lacks, count on neither side."""
-    ours: BySeed = {
-        "1": {"p": make_row("p", 30, 100, "d"), "q": make_row("q", 10, 50, "e"), "r": make_row("r", 50, 50)},
-        "2": {"p": make_row("p", 50, 100, "d"), "q": make_row("q", 20, 50, "e")},
-        "3": {"p": make_row("p", 100, 100), "q": make_row("q", 50, 50)},
-    }
-    theirs: BySeed = {
-        "1": {"p": make_row("p", 20, 80, "d"), "q": make_row("q", 10, 20, "e")},
-        "2": {"p": make_row("p", 10, 80, "d"), "q": make_row("q", 10, 20, "e")},
-    }
-    found = study_ablations.difference(ours, theirs)
-    by_seed = [40 / 150 - 30 / 100, 70 / 150 - 20 / 100]
-    assert found.mean == pytest.approx(np.mean(by_seed))
-    # Every resample takes two of two documents and two of two seeds: all there can be, by hand.
-    pooled = {
-        ("1", "p"): 30 / 100 - 20 / 80, ("1", "q"): 10 / 50 - 10 / 20, ("1", "both"): by_seed[0],
-        ("2", "p"): 50 / 100 - 10 / 80, ("2", "q"): 20 / 50 - 10 / 20, ("2", "both"): by_seed[1],
-    }  # fmt: skip
-    possible = [
-        np.mean([pooled[first, documents], pooled[second, documents]])
-        for documents in ("p", "q", "both")
-        for first, second in itertools.product("12", repeat=2)
-    ]
-    assert (found.low, found.high) == pytest.approx((min(possible), max(possible)))
-    assert found.by_seed == pytest.approx(by_seed)
-    with pytest.raises(ValueError, match="no training seed or no prompt in common"):
-        study_ablations.difference({"1": {"p": make_row("p", 1, 2)}}, {"1": {"q": make_row("q", 1, 2)}})
-
-
-def test_a_difference_without_looping_texts_leaves_them_out() -> None:
-    looping = make_row("p", 90, 100).model_copy(update={"looping": True})
-    where = "x", 64, 0.0, None
-    ours = {"1": {"p": looping, "q": make_row("q", 30, 100)}}
-    theirs = {"1": {"p": looping, "q": make_row("q", 20, 100)}}
-    column = study_ablations.Column(64, 0.0, without_looping=True)
-    cells: study_ablations.Families = {("kl", *where): ours, ("multi_view", *where): theirs}
-    found = study_ablations.change(cells, "kl", "x", column)
-    assert found and found.mean == pytest.approx(0.1)
-    cells = {key: {"1": {"p": looping}} for key in cells}
-    assert study_ablations.change(cells, "kl", "x", column) is None
-
-
-def test_a_change_is_clear_by_its_interval_and_by_students_t() -> None:
-    """t over 1, 2 and 3 points: 2 ± 4.303 · 1 ÷ √3 = 2 ± 2.48, not clear; over 2, 2.5, 3, ± 1.24, clear."""
-    wide = Change(0.02, 0.01, 0.03, [0.01, 0.02, 0.03])
-    assert wide.sign == 0
-    narrow = Change(0.025, 0.02, 0.03, [0.02, 0.025, 0.03])
-    assert narrow.sign == 1
-    assert Change(-0.025, -0.03, -0.02, [-0.02, -0.025, -0.03]).sign == -1
-    assert narrow._replace(low=-0.001).sign == 0, "the documents differ too much"
-    single = Change(0.02, 0.01, 0.03, [0.02])
-    assert (single.sign, single.spread) == (1, 0) and wide.spread == pytest.approx(0.02)
-
-
-@pytest.mark.parametrize(
-    ("signs", "verdict"),
-    [
-        ((1, 1, 0), "helps"),
-        ((1, 0, 0), "is clear only in data-0 (up)"),
-        ((1, 1, -1), "is clear only in data-0 (up), data-1 (up), data-2 (down)"),
-        ((-1, -1, 0), "hurts"),
-        ((0, 0, 0), "makes no clear difference"),
-    ],
-)
-def test_a_change_helps_where_two_data_sets_say_so_and_none_the_contrary(
-    signs: tuple[int, ...], verdict: str
-) -> None:
-    nothing = Change(0.0, -0.01, 0.01, [-0.001, 0.0, 0.001])
-
-    def told(sign: int) -> Change:
-        by_seed = [0.018 * sign, 0.02 * sign, 0.022 * sign]
-        return Change(0.02 * sign, *sorted((0.01 * sign, 0.03 * sign)), by_seed) if sign else nothing
-
-    rows: list[study_ablations.Ablation] = [
-        ("kl", f"data-{k}", {"B = 64, greedy": told(sign), "B = 64, T = 1": nothing})
-        for k, sign in enumerate(signs)
-    ]
-    (line,) = study_ablations.ablation_words(rows).splitlines()
-    greedily, sampling = line.partition(": ")[2].split("; ")
-    assert greedily.startswith(f"{verdict} greedily (")
-    assert sampling.startswith(
-        "makes no clear difference at temperature 1 (+0.0 to +0.0 points, seeds up to 0.2"
-    )
-
-
-def test_stopping_early_is_compared_over_the_same_prompts() -> None:
-    """The fastest of each kind, as the ratio of all their seconds, by hand."""
-
-    def timed(prompt: str, gamma: int, threshold: float, seconds: float) -> PromptRow:
-        changes = {"gamma": gamma, "threshold": threshold, "decode_s": [seconds, seconds]}
-        return make_row(prompt, 1, 2, prompt).model_copy(update=changes)
-
-    rows = [
-        timed(p, gamma, threshold, seconds)
-        for gamma, threshold, both in ((1, 0.0, (3, 3)), (2, 0.0, (2, 3)), (4, 0.4, (1, 3)), (8, 0.4, (4, 3)))
-        for p, seconds in zip("pq", both, strict=True)
-    ]
-    (found,) = study_tables.early_stops(rows).values()
-    assert (found.fixed, found.early) == (2, 4)
-    assert found.ratio.mean == pytest.approx(5 / 4)
-    assert (found.ratio.low, found.ratio.high) == pytest.approx((1, 2)), "either prompt drawn twice"
-    words = study_tables.adaptive_words({("x", "1K"): found})
-    assert "in 1 of 1 places, clearly in 0, and clearly slower in 0" in words
-
-
-def gain(mean: float, low: float, control: str | None = None) -> FamilyGain:
-    return FamilyGain(
-        drafter="multi_view", baseline="full_only", dataset="x", context="1K", policy="chunk_topk", budget=64,
-        control=control, gamma=4, temperature=0.0, seed=0, mean=mean, low=low, high=mean + 0.01,
-        num_prompts=9, num_documents=9, prompts="all", num_seeds=3, by_seed=[mean] * 3,
-    )  # fmt: skip
-
-
 def test_a_row_of_the_headline_is_met_by_its_lower_bound_and_says_what_the_control_explains() -> None:
     clear = [gain(0.08, 0.06), gain(0.06, 0.04, "other_prompt")]
-    (row,) = study.headline_checks(clear, study_tables.PAPER)
+    (row,) = study_checks.headline_checks(clear, study_tables.PAPER)
     assert (row["value"], row["met"]) == (0.06, True)
-    assert row["note"] == "+8.0 [+6.0, +9.0] points, 75 % of it under other_prompt"
+    # 8 ± 4.303 · 1 ÷ √3
+    assert row["note"] == (
+        "+8.0 [+6.0, +9.0] points, 75 % of it under other_prompt; Student's t over seeds [+5.5, +10.5]"
+    )
     unclear = [gain(0.01, -0.01), gain(0.01, -0.01, "other_prompt")]
-    (row,) = study.headline_checks(unclear, study_tables.PAPER)
+    (row,) = study_checks.headline_checks(unclear, study_tables.PAPER)
     assert row["met"] is False and "other_prompt" not in str(row["note"]), "no gain, so no share of one"
 
 
+def test_a_row_of_the_benchmark_has_its_interval_in_the_note(tmp_path: Path) -> None:
+    same = {"value": 111.4, "target": 100, "at_most": False, "met": True}
+    rows = [
+        {"row": "ratio", "low": 94.65, "high": 129.43, "note": "of 500", **same},
+        {"row": "once", "low": 111.4, "high": 111.4, "note": "asserted", **same},
+    ]
+    (tmp_path / "grid.json").write_text(json.dumps(rows))
+    notes = [row["note"] for row in study_checks.bench_checks(tmp_path / "grid.json")]
+    assert notes == ["[94.7, 129.4]; of 500", "asserted"]
+
+
+def test_memory_is_compared_where_a_process_did_what_the_plan_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labelling of the runs that found a target; the larger phase of the sweep that has several."""
+
+    def made(folder: str, **told: object) -> Path:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").write_text(json.dumps(told))
+        return tmp_path / folder
+
+    names = ("training tokens", "labels on disk", "rows of replay", "rows measured", "rows measured again")
+    stages = {
+        "pretrain target": 2.0,
+        "teach": 90.0,
+        "train": 1.0,
+        "sweep replay": 80.0,
+        "sweep measure": 70.0,
+    }
+    monkeypatch.setattr(study_checks, "planned", lambda config: dict.fromkeys(names, 1.0) | stages)
+    memory = [
+        RankMemory(model="pretrain-target", ranks=[2]),
+        *(
+            RankMemory(model=f"drafter-{one.name}", ranks=[1])
+            for one in ABLATIONS.train.drafters
+            if one.steps != 0
+        ),
+    ]
+    summary = Summary.model_construct(prepared="prepare", training_memory=tuple(memory))
+    made("prepare", counts={"sequences": 1})
+    rows = [
+        make_row("p", 1, 2).model_copy(update={"mode": "measure", "peak_memory_bytes": peak})
+        for peak in (40, 50)
+    ]
+    studies = {}
+    for number, name in enumerate(("table-1", "table-2", "table-3", "on-policy", "off-policy")):
+        made(f"teach-{number}", counts={"label_bytes": 1}, peak_memory_bytes=100 * number)
+        told = {"counts": {"rows": 1}, "peak_memory_bytes": 80}
+        swept = made(f"sweep-{number}", inputs={"teach": str(number)}, **told)
+        given = {"summary": summary, "report": tmp_path, "swept": swept, "rows": rows, "rechecked": rows[1:]}
+        studies[name] = replace(EMPTY, **given)
+    found = {str(row["row"]).partition(": ")[2]: row for row in study_checks.plan_checks(studies)}
+    assert found["teach, on-policy"]["value"] == pytest.approx(90 / 300)
+    assert found["teach, off-policy"]["value"] == pytest.approx(90 / 400)
+    both = found["sweep, replay and measure, table-1"]
+    assert (both["value"], both["met"]) == (pytest.approx(80 / 50), False)
+    assert "teach, table-1" not in found
+
+
+def test_the_page_names_the_commits_that_made_each_stage(tmp_path: Path) -> None:
+    def made(folder: str, sha: str | None, dirty: bool = False, **inputs: object) -> None:
+        (tmp_path / folder).mkdir()
+        text = json.dumps({"inputs": inputs, "provenance": {"git_sha": sha, "git_dirty": dirty}})
+        (tmp_path / folder / "manifest.json").write_text(text)
+
+    made("pretrain-target-1", "a" * 40)
+    made("teach-2", "b" * 40, True, target="1")
+    made("drafter-kl-3", "c" * 40)
+    made("drafter-on-4", None)
+    made("sweep-5", "d" * 40, teach="2", drafters={"kl": "3", "on": "4"})
+    studies = {name: replace(EMPTY, swept=tmp_path / "sweep-5") for name in ("one", "two")}
+    assert study_runs.commits(studies) == {
+        "pretrain": "aaaaaaa", "teach": "bbbbbbb+", "train": "ccccccc, unknown", "sweep": "ddddddd"
+    }  # fmt: skip
+
+
 @pytest.mark.long
-@pytest.mark.timeout(1800)  # three processes for each of seven configs, twice
+@pytest.mark.timeout(1800)  # three processes for each of eight configs, twice
 def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
     """Every config runs, every row of what was to be reached is there, and a second call only writes."""
     made_books(tmp_path / "data")
-    grid = [{"row": "grid", "value": 2.0, "target": 3, "at_most": True, "met": True, "note": ""}]
+    row = {"row": "grid", "value": 2.0, "low": 2.0, "high": 2.0, "target": 3, "at_most": True, "met": True}
+    grid = [{**row, "note": ""}]
     (tmp_path / "grid.json").write_text(json.dumps(grid))
 
     def written(folder: str) -> dict[str, bytes]:
@@ -211,7 +168,7 @@ def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
     (replayed,) = (check for check in summary.checks if check.row.startswith("replay = decoding"))
     assert replayed.met and replayed.value == 1
     planned = [check for check in summary.checks if check.row.startswith("plan")]
-    assert len(planned) == 10
+    assert len(planned) == 13
     # Texts this small end at once, so that there are fewer rows, and memory is what libraries take.
     assert all(check.value and 0.5 < check.value < 2 for check in planned), planned
     page = files["README.md"].decode()

@@ -153,7 +153,7 @@ def _explained(real: Gain, control: Gain, axes: Axes) -> str:
         return "."
     if control.high < 0:
         return ": without the context it is the other way round."
-    text = f": {max(0, round(100 * control.mean / real.mean))} % of the gain is there without the context"
+    text = f": {round(100 * control.mean / real.mean)} % of the gain is there without the context"
     return text + (" (by an interval that reaches zero)." if control.low <= 0 <= control.high else ".")
 
 

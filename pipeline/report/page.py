@@ -20,7 +20,7 @@ from pipeline.config import Config, PretrainedModel, ScratchModel, Variant
 from pipeline.planner import by_place
 from pipeline.recommend import settings_text
 from pipeline.report.axes import Axes, budget_order
-from pipeline.report.published import CAVEAT, published_beside
+from pipeline.report.published import CAVEAT, ar_beside, published_beside
 from pipeline.report.summary import Estimate, Summary
 from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow
 
@@ -107,7 +107,8 @@ def render(inputs: PageInputs) -> str:
         samples=_samples(inputs.continuations, config),
         looping_rate=config.sweep.looping_rate,
         measurement=_measurement(inputs),
-        beside=published_beside(config, inputs.cells),
+        beside=published_beside(config, inputs.cells, inputs.predicted),
+        ar_beside=ar_beside(config, inputs.summary.ar_tokens_per_s),
         caveat=CAVEAT,
     )
 

@@ -127,6 +127,20 @@ def test_share_of_a_gain_that_the_control_keeps(kept, said):
     assert said in "\n".join(summary_of(rows).findings)
 
 
+def test_a_share_below_nothing_is_shown_as_it_is() -> None:
+    """+10 points, of which the control leaves -1 on average, +9 or -11 by document."""
+    rows = []
+    for prompt in range(20):
+        kept = 39 if prompt // 2 % 2 else 59
+        rows += [
+            row("full_only", prompt, 50, 100), row("multi_view", prompt, 60, 100),
+            row("full_only", prompt, 50, 100, control="other_prompt"),
+            row("multi_view", prompt, kept, 100, control="other_prompt"),
+        ]  # fmt: skip
+    said = ": -10 % of the gain is there without the context (by an interval that reaches zero)."
+    assert said in "\n".join(summary_of(rows).findings)
+
+
 def test_too_few_documents_are_not_ranked():
     """6 documents, of which 1 is measured: figures, but no verdicts below a limit."""
     rows, ranked = sweep_rows(), ("better", "worse", "fastest", "% of the gain", "is used", "not being used")

@@ -1,0 +1,152 @@
+"""What the study was to reach, beside what it did: rows for the page and for summary.json."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.page_parts import points
+from benchmarks.study_families import student
+from benchmarks.study_runs import Study, manifest
+from benchmarks.study_tables import explained, headline, when
+from pipeline.config import Config
+from pipeline.config_files import dump_config
+from pipeline.report.summary import FamilyGain
+
+
+def check(row: str, value: float | None, target: str, met: bool | None, note: str = "") -> dict[str, object]:
+    return {"row": row, "value": value, "target": target, "met": met, "note": note}
+
+
+def own_checks(grid: Study) -> Iterator[dict[str, object]]:
+    """What the run of the whole grid shows by itself."""
+    summary = grid.summary
+    replayed = summary.replay_check
+    yield check(
+        "replay = decoding, prompt rows that were both replayed and measured",
+        replayed.equal / replayed.rows,
+        "1",
+        replayed.equal == replayed.rows,
+        f"{replayed.equal} of {replayed.rows}; round by round on tiny models: tests/test_replay.py",
+    )
+    for score in summary.prediction:
+        if score.what == "plane":
+            yield check(
+                f"prediction error of decode time, median, {score.dataset} {score.context}",
+                score.median_error,
+                "at most 0.10",
+                score.median_error <= 0.10,
+                f"{score.cells} cells, the worst {score.worst_error:.2f}",
+            )
+    for advice in summary.recommendations:
+        ratio = None
+        if advice.choice and advice.choice.again and advice.best_again and advice.num_again > 1:
+            ratio = advice.choice.again / advice.best_again
+        yield check(
+            f"recommended ÷ best measured speed on fresh repeats, {advice.dataset} {advice.context}",
+            ratio,
+            "at least 0.95",
+            None if ratio is None else ratio >= 0.95,
+            f"of {advice.num_again} cells; {advice.why}" if advice.choice else advice.why,
+        )
+
+
+def headline_checks(families: Sequence[FamilyGain], pair: tuple[str, str]) -> Iterator[dict[str, object]]:
+    """Whether the first family is accepted more than the second behind the smallest budget."""
+    for gain in headline(families, pair):
+        share = explained(families, gain)
+        yield check(
+            f"{gain.drafter} − {gain.baseline} at B = {gain.budget}, {gain.dataset} {gain.context}, "
+            f"{when(gain.temperature)}: lower bound",
+            gain.low,
+            "above 0",
+            gain.low > 0,
+            f"{points(gain)} points" + (f", {share} of it under other_prompt" if share else "") + by_t(gain),
+        )
+
+
+def by_t(gain: FamilyGain) -> str:
+    """Where three seeds alone would not show a gain, though the documents do."""
+    if len(gain.by_seed) < 2:
+        return ""
+    low, high = student(gain.by_seed)
+    return f"; Student's t over seeds [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
+    """What `budgetdraft plan` says before anything has run against what there was: amounts and memory.
+
+    A manifest has the peak of the process that finished a stage. For table 1's labels that has pretrained the
+    target too, so that labelling is compared where nothing is left to pretrain. Table 1's sweep replays and
+    measures in one process; its measured rows have the peak, also of one that was interrupted.
+    """
+    names = ("table-1", "table-2", "table-3", "on-policy", "off-policy")
+    plans = {name: planned(studies[name].config) for name in names}
+    grid = studies["table-1"]
+    sequences = manifest(grid.report / grid.summary.prepared)["counts"]["sequences"]
+    swept = {name: manifest(studies[name].swept) for name in ("table-2", "table-3")}
+    for name, what, found in (
+        ("table-1", "training tokens", sequences * grid.config.data.sequence_tokens),
+        ("table-1", "labels on disk", manifest(grid.taught)["counts"]["label_bytes"]),
+        ("table-3", "rows of replay", swept["table-3"]["counts"]["rows"]),
+        ("table-2", "rows measured", swept["table-2"]["counts"]["rows"]),
+        ("table-1", "rows measured", sum(row.mode == "measure" for row in grid.rows)),
+        ("table-1", "rows measured again", len(grid.rechecked)),
+    ):
+        yield within(f"plan: {what}, {name}", plans[name][what], found)
+    trained = {peak.model: max(peak.ranks) for peak in grid.summary.training_memory}
+    drafters = [
+        trained[f"drafter-{drafter.name}"] for drafter in grid.config.train.drafters if drafter.steps != 0
+    ]
+    sweep = max(plans["table-1"][stage] for stage in ("sweep replay", "sweep measure"))
+    swept_peak = max(row.peak_memory_bytes or 0 for row in (*grid.rows, *grid.rechecked))
+    taught = {name: manifest(studies[name].taught) for name in ("on-policy", "off-policy")}
+    for name, stage, found in (
+        ("table-1", "pretrain target", trained["pretrain-target"]),
+        ("on-policy", "teach", taught["on-policy"]["peak_memory_bytes"]),
+        ("off-policy", "teach", taught["off-policy"]["peak_memory_bytes"]),
+        ("table-1", "train", max(drafters)),
+        ("table-3", "sweep replay", swept["table-3"]["peak_memory_bytes"]),
+        ("table-2", "sweep measure", swept["table-2"]["peak_memory_bytes"]),
+    ):
+        yield within(f"plan, peak memory: {stage}, {name}", plans[name][stage], found)
+    yield within("plan, peak memory: sweep, replay and measure, table-1", sweep, swept_peak)
+
+
+def within(row: str, planned: float, found: float) -> dict[str, object]:
+    ratio = planned / found
+    return check(row, ratio, "0.8 to 1.2", 0.8 <= ratio <= 1.2, f"planned {planned:,.0f}, was {found:,.0f}")
+
+
+def planned(config: Config) -> dict[str, float]:
+    """Amounts and peaks by name, as `budgetdraft plan` says where nothing has run.
+
+    In a process of its own, which it counts in.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        file = Path(empty) / "config.yaml"
+        file.write_text(dump_config(config.model_copy(update={"storage": str(Path(empty) / "runs")})))
+        command = [sys.executable, "-m", "jobs", "plan", str(file), "--json", "--tflops", "1"]
+        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    document = json.loads(text)
+    found = {amount["name"]: float(amount["value"]) for amount in document["amounts"]}
+    for peak in document["memory"]:
+        # Of training the plan names the variant that takes most.
+        stage = "train" if peak["stage"].startswith("train ") else peak["stage"]
+        found[stage] = float(peak["each"])
+    return found
+
+
+def bench_checks(file: Path | None) -> Iterator[dict[str, object]]:
+    """The rows of the grid's benchmark, if they were given."""
+    for row in json.loads(file.read_text(encoding="utf-8")) if file else []:
+        if row["target"] is not None and row["value"] is not None:
+            sign = "at most" if row["at_most"] else "at least"
+            # A row of one repeat has none.
+            spread = f"[{row['low']:.1f}, {row['high']:.1f}]" if row["low"] < row["high"] else ""
+            note = "; ".join(filter(None, (spread, row["note"])))
+            yield check(row["row"], row["value"], f"{sign} {row['target']:g}", row["met"], note)

@@ -1,0 +1,152 @@
+"""Families of drafters over training seeds and documents: how often each is accepted, and differences."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from benchmarks.study_runs import Study
+from pipeline.config import Config, Variant
+from pipeline.config_sweep import family
+from pipeline.metrics import Interval, bootstrap_interval, seeded_difference
+from pipeline.rows import Count, PromptRow
+
+GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
+RUNS = ("table-3", "ablations", "on-policy", "off-policy")
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points of t for so many training seeds
+
+BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
+# Variant, data set, budget, temperature and control →; of all contexts.
+Families = Mapping[tuple[str, str, int | str, float, str | None], BySeed]
+
+
+def student(by_seed: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean over several training seeds by Student's t, for the seeds' luck alone."""
+    mean, reach = fmean(by_seed), STUDENT[len(by_seed)] * stdev(by_seed) / len(by_seed) ** 0.5
+    return mean - reach, mean + reach
+
+
+class Change(NamedTuple):
+    """One family minus another: the mean over training seeds with its interval, and each seed's.
+
+    The interval resamples documents and training seeds. Of few seeds it reaches no further than from the
+    least to the greatest of them, and is too narrow where they differ much.
+    """
+
+    mean: float
+    low: float
+    high: float
+    by_seed: list[float]
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where this interval, and of several seeds Student's t too, leave out 0; else 0."""
+        low, high = self.low, self.high
+        if len(self.by_seed) > 1:
+            least, most = student(self.by_seed)
+            low, high = min(low, least), max(high, most)
+        return (low > 0) - (high < 0)
+
+    @property
+    def spread(self) -> float:
+        """How far the seeds are apart; 0 of one seed."""
+        return max(self.by_seed) - min(self.by_seed)
+
+
+class Column(NamedTuple):
+    """The rows that one figure is of: of all contexts, or of one."""
+
+    budget: int | str
+    temperature: float
+    control: str | None = None
+    without_looping: bool = False
+    context: str | None = None
+
+
+def families_of(studies: Mapping[str, Study]) -> Families:
+    """Rows by family and training seed; a drafter that was not distilled stands under every seed.
+
+    It is what each seed started from, so that it can be compared with all of them.
+    """
+    cells: dict[tuple[str, str, int | str, float, str | None], dict[str, dict[str, PromptRow]]] = {}
+    for study in (studies[name] for name in RUNS):
+        drafters = study.config.train.drafters
+        seeds = {one.name: seeds_of(one, study.config) for one in drafters}
+        every = sorted({seed for own in seeds.values() for seed in own})
+        seeds |= {one.name: every for one in drafters if one.steps == 0}
+        for row in study.rows:
+            if row.gamma == GAMMA and row.num_proposed:
+                key = family(row.drafter), row.dataset, row.budget, row.temperature, row.control
+                by_seed = cells.setdefault(key, defaultdict(dict))
+                for seed in seeds[row.drafter]:
+                    by_seed[seed][row.prompt_id] = row
+    return cells
+
+
+def seeds_of(drafter: Variant, config: Config) -> list[str]:
+    return [str(seed) for seed in drafter.seeds or (config.seed,)]
+
+
+def datasets_of(cells: Families) -> list[str]:
+    return list(dict.fromkeys(dataset for _, dataset, *_ in cells))
+
+
+def rows_of(cells: Families, name: str, dataset: str, column: Column) -> BySeed:
+    by_seed = cells[name, dataset, column.budget, column.temperature, column.control]
+    return {
+        seed: {
+            prompt: row
+            for prompt, row in rows.items()
+            if column.context in (None, row.context) and not (column.without_looping and row.looping)
+        }
+        for seed, rows in by_seed.items()
+    }
+
+
+def accepted(cells: Families, name: str, dataset: str, column: Column) -> Interval:
+    """Acceptance of a family, its training seeds pooled; the interval resamples documents."""
+    rows = [row for one in rows_of(cells, name, dataset, column).values() for row in one.values()]
+    return bootstrap_interval(
+        [row.num_accepted for row in rows],
+        [row.num_proposed or 0 for row in rows],
+        samples=SAMPLES,
+        seed=SEED,
+        clusters=[row.document_id for row in rows],
+    )
+
+
+def change(
+    cells: Families, name: str, dataset: str, column: Column, baseline: str = "multi_view"
+) -> Change | None:
+    """What one family is accepted more than another; None where no text is left, as where all loop."""
+    ours, theirs = (rows_of(cells, one, dataset, column) for one in (name, baseline))
+    return difference(ours, theirs) if any(ours.values()) else None
+
+
+def difference(ours: BySeed, theirs: BySeed) -> Change:
+    """Two families over the training seeds that both have and the prompts that all of these drafters hold.
+
+    Raises:
+        ValueError: if they have no seed or no prompt in common.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    held = [set(side[seed]) for side in (ours, theirs) for seed in seeds]
+    prompts = sorted(set.intersection(*held)) if held else []
+    if not prompts:
+        raise ValueError("two families have no training seed or no prompt in common")
+
+    def counts(side: BySeed, seeds: Sequence[str]) -> tuple[list[list[Count]], list[list[Count]]]:
+        rows = [[side[seed][prompt] for prompt in prompts] for seed in seeds]
+        accepted = [[row.num_accepted for row in one] for one in rows]
+        return accepted, [[row.num_proposed or 0 for row in one] for one in rows]
+
+    clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
+    pooled, *single = (
+        seeded_difference(
+            counts(ours, some), counts(theirs, some), samples=SAMPLES, seed=SEED, clusters=clusters
+        )
+        for some in (seeds, *([seed] for seed in seeds))
+    )
+    return Change(pooled.mean, pooled.low, pooled.high, [one.mean for one in single])

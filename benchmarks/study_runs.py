@@ -1,0 +1,104 @@
+"""The runs of conf/paper-small: made stage by stage, read back, and what their manifests say of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.pipeline import run_pipeline
+from jobs.report import AGAIN, CELLS, RUN_OFF, SUMMARY
+from jobs.sweep import PREDICTED, ROWS
+from pipeline import planner
+from pipeline.artifacts import MANIFEST, read_all, read_rows
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.report.summary import Summary
+from pipeline.rows import CellRow, PredictedRow, PromptRow
+
+CONFIGS = (
+    "table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy", "off-policy",
+)  # fmt: skip
+FOLDER = "conf/paper-small"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One finished run: its config, its report, its sweep, and the rows of both.
+
+    `run_off` and `again` are the cells that were measured again, `rechecked` the rows of both.
+    """
+
+    config: Config
+    report: Path
+    swept: Path
+    summary: Summary
+    cells: list[CellRow]
+    predicted: list[PredictedRow]
+    run_off: list[CellRow]
+    again: list[CellRow]
+    rows: list[PromptRow]
+    rechecked: list[PromptRow]
+
+    @property
+    def taught(self) -> Path:
+        """The folder of the labels."""
+        return self.swept.parent / f"teach-{manifest(self.swept)['inputs']['teach']}"
+
+    @property
+    def trained(self) -> list[Path]:
+        """The folders of the drafters that were swept."""
+        drafters = manifest(self.swept)["inputs"]["drafters"]
+        return [self.swept.parent / f"drafter-{name}-{made}" for name, made in drafters.items()]
+
+
+def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
+    """Run what is not complete of a config, each stage in a process of its own, and read the results."""
+    file = Path(FOLDER) / f"{name}.yaml"
+    given = [*overrides, f"storage={json.dumps(storage)}"]
+    for stage in ("teach", "train", "sweep"):
+        subprocess.run([sys.executable, "-m", "jobs", stage, str(file), *given], check=True)
+    config = load_config(file, given)
+    report = run_pipeline(config).parent
+    swept = Path(storage) / f"sweep-{manifest(report)['inputs']['sweep']}"
+    return Study(
+        config,
+        report,
+        swept,
+        Summary.model_validate_json((report / SUMMARY).read_text(encoding="utf-8")),
+        read_rows(report / CELLS, CellRow),
+        read_rows(report / PREDICTED, PredictedRow),
+        read_rows(report / RUN_OFF, CellRow),
+        read_rows(report / AGAIN, CellRow),
+        read_all(swept / ROWS, PromptRow),
+        [row for folder in planner.MEASURED_AGAIN for row in read_all(swept / folder, PromptRow)],
+    )
+
+
+def manifest(folder: Path) -> Any:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def commits(studies: Mapping[str, Study]) -> dict[str, str]:
+    """Stage → the commits of the code that made what the studies are of, "+" behind one that was changed."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for one in studies.values():
+        target = manifest(one.taught)["inputs"]["target"]
+        folders = {
+            "pretrain": [one.swept.parent / f"pretrain-target-{target}"],
+            "teach": [one.taught],
+            "train": one.trained,
+            "sweep": [one.swept],
+        }
+        for stage, made in folders.items():
+            found[stage] |= {commit_of(manifest(folder)["provenance"]) for folder in made}
+    return {stage: ", ".join(sorted(made)) for stage, made in found.items()}
+
+
+def commit_of(provenance: Mapping[str, Any]) -> str:
+    return (provenance["git_sha"] or "unknown")[:7] + ("+" if provenance["git_dirty"] else "")

@@ -1,0 +1,170 @@
+"""Measured speed on the study's page: sources of drafts, draft lengths, and what to deploy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.page_parts import acceptance, end_to_end, interval_text, markdown, speed
+from benchmarks.study_families import SAMPLES, SEED
+from benchmarks.study_runs import Study
+from pipeline import metrics
+from pipeline.metrics import Interval
+from pipeline.planner import BASELINES, cell_of
+from pipeline.recommend import settings_text
+from pipeline.report.summary import ArSpeed
+from pipeline.rows import CellRow, PromptRow
+
+
+def measured_table(cells: Sequence[CellRow]) -> str:
+    head = ["data", "context", "source", "policy", "B", "acceptance", "speedup", "end to end", "documents",
+            "exact"]  # fmt: skip
+    return markdown(
+        head,
+        [
+            [
+                c.dataset, c.context, c.drafter, c.policy, c.budget, acceptance(c), speed(c), end_to_end(c),
+                c.num_clocked, f"{c.exact_prompts} of {c.num_prompts}",
+            ]
+            for c in cells
+            if c.mode == "measure"
+        ],
+    )  # fmt: skip
+
+
+def ar_table(speeds: Sequence[ArSpeed]) -> str:
+    return markdown(
+        ["data", "context", "tokens/s of autoregressive decoding", "documents"],
+        [
+            [s.dataset, s.context, f"{s.mean:.0f} [{s.low:.0f}, {s.high:.0f}]", s.num_documents]
+            for s in speeds
+        ],
+    )
+
+
+def best_baselines(cells: Sequence[CellRow]) -> list[CellRow]:
+    """The fastest measured greedy cell of each baseline in each place."""
+    best: dict[tuple[str, str, str], CellRow] = {}
+    for cell in cells:
+        if cell.mode == "measure" and cell.drafter in BASELINES and not (cell.control or cell.temperature):
+            one = cell.drafter, cell.dataset, cell.context
+            best[one] = max(best.get(one, cell), cell, key=lambda cell: cell.speedup or 0.0)
+    return sorted(best.values(), key=lambda cell: BASELINES.index(cell.drafter))
+
+
+def baseline_table(best: Sequence[CellRow]) -> str:
+    return markdown(
+        ["data", "context", "source and settings", "acceptance", "speedup", "end to end", "documents"],
+        [
+            [c.dataset, c.context, settings_text(c), acceptance(c), speed(c), end_to_end(c), c.num_clocked]
+            for c in best
+        ],
+    )
+
+
+def baseline_words(best: Sequence[CellRow]) -> str:
+    """In how many places each baseline is clearly faster than autoregressive decoding."""
+    parts = []
+    for name in dict.fromkeys(cell.drafter for cell in best):
+        lows = [cell.speedup_low or 0.0 for cell in best if cell.drafter == name]
+        parts.append(f"`{name}` in {sum(low > 1 for low in lows)} of {len(lows)} places")
+    return f"Clearly faster than autoregressive decoding, by this interval: {', '.join(parts)}."
+
+
+def gamma_table(cells: Sequence[CellRow]) -> str:
+    gammas = sorted({c.gamma for c in cells})
+    places = dict.fromkeys((c.dataset, c.context) for c in cells)
+    found = {(c.dataset, c.context, c.gamma): speed(c) for c in cells}
+    return markdown(
+        ["data", "context", *(f"γ = {gamma}" for gamma in gammas)],
+        [[*place, *(found.get((*place, gamma), "") for gamma in gammas)] for place in places],
+    )
+
+
+class EarlyStop(NamedTuple):
+    """The fastest cell of a place that stops drafts early against the fastest that does not.
+
+    Both are the fastest of what was measured, so both are rather lucky. `ratio` is of their decode times over
+    the same prompts; its interval resamples documents.
+    """
+
+    fixed: int
+    early: int
+    ratio: Interval
+
+
+def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
+    times: dict[tuple[str, str], dict[tuple[int, float], dict[str, PromptRow]]] = {}
+    for row in rows:
+        lengths = times.setdefault((row.dataset, row.context), {})
+        lengths.setdefault((row.gamma, row.threshold), {})[row.prompt_id] = row
+    found = {}
+    for place, cells in times.items():
+        seconds = {
+            length: {p: sum(row.decode_s) for p, row in cell.items()} for length, cell in cells.items()
+        }
+        fixed, early = (
+            min((one for one in seconds if bool(one[1]) is stops), key=lambda one: sum(seconds[one].values()))
+            for stops in (False, True)
+        )
+        prompts = sorted(cells[fixed])
+        ratio = metrics.bootstrap_interval(
+            [seconds[fixed][p] for p in prompts],
+            [seconds[early][p] for p in prompts],
+            samples=SAMPLES,
+            seed=SEED,
+            clusters=[cells[fixed][p].document_id for p in prompts],
+        )
+        found[place] = EarlyStop(fixed[0], early[0], ratio)
+    return found
+
+
+def adaptive_table(cells: Sequence[CellRow], early: Mapping[tuple[str, str], EarlyStop]) -> str:
+    lengths = sorted({(c.gamma, c.threshold) for c in cells})
+    found = {(c.dataset, c.context, c.gamma, c.threshold): speed(c) for c in cells}
+    names = [f"γ = {g}" + (f", stop under {t:g}" if t else "") for g, t in lengths]
+    return markdown(
+        ["data", "context", *names, "best that stops ÷ best fixed"],
+        [
+            [*place, *(found.get((*place, *one), "") for one in lengths), interval_text(early[place].ratio)]
+            for place in early
+        ],
+    )
+
+
+def adaptive_words(early: Mapping[tuple[str, str], EarlyStop]) -> str:
+    """In how many places stopping early is faster than the best fixed γ, and where intervals say so."""
+    ratios = [one.ratio for one in early.values()]
+    faster, clearly = sum(r.mean > 1 for r in ratios), sum(r.low > 1 for r in ratios)
+    slower = sum(r.high < 1 for r in ratios)
+    return (
+        f"The best cell that stops early is faster than the best fixed γ in {faster} of {len(ratios)} "
+        f"places, clearly in {clearly}, and clearly slower in {slower}; clearly means by the interval of "
+        "the ratio over the same prompts."
+    )
+
+
+def advice_table(grid: Study) -> str:
+    run_off = {cell_of(cell): cell for cell in grid.run_off}
+    measured = [cell for cell in grid.cells if cell.mode == "measure"]
+    latest = {cell_of(cell): cell for cell in (*measured, *grid.again)}
+    rows = []
+    for advice in grid.summary.recommendations:
+        choice, other = advice.choice or advice.runner_up, advice.runner_up if advice.choice else None
+        what = "" if advice.choice else f"{advice.why}. The best: "
+        rows.append(
+            [
+                advice.dataset,
+                advice.context,
+                what + (settings_text(choice) if choice else ""),
+                speed(choice),
+                speed(run_off.get(cell_of(choice))) if choice else "",
+                interval_text(choice.expected) if choice else "",
+                "" if advice.best_again is None else f"{advice.best_again:.2f}",
+                end_to_end(latest[cell_of(choice)]) if choice else "",
+                settings_text(other) if other else "",
+            ]
+        )
+    head = ["data", "context", "deploy", "first measured", "run-off", "on fresh repeats",
+            "best on fresh repeats", "end to end", "runner-up"]  # fmt: skip
+    return markdown(head, rows)
