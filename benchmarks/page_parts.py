@@ -44,6 +44,10 @@ def points(gain: Spread) -> str:
     return f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
 
 
+def percent(share: Spread) -> str:
+    return f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
 def acceptance(cell: CellRow | None) -> str:
     """In percent, with its interval."""
     if cell is None or cell.acceptance is None or cell.acceptance_low is None or cell.acceptance_high is None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from benchmarks.page_parts import markdown, points
+from benchmarks.page_parts import markdown, percent, points
 from benchmarks.study_families import SMALLEST, Change, Column, Families, accepted, change, datasets_of
 from pipeline.config import Config
-from pipeline.metrics import Interval
 
 CHANGES = {
     "untrained": "not distilled at all",
@@ -73,15 +72,14 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
             spread = max(one.spread for one in told.values())
             several = any(len(one.by_seed) > 1 for one in told.values())
             seeds = f"seeds up to {100 * spread:.1f} apart" if several else "one seed"
-            shared = "" if temperature else share_without_context(own, head)
+            shared = "" if temperature else share_without_context(own, told)
             parts.append(f"{verdict(told)} {how} ({span(told)} points, {seeds}{shared})")
         lines.append(f"- `{name}`, {CHANGES[name]}: {parts[0]}; {parts[1]}")
     return "\n".join(lines)
 
 
-def share_without_context(own: Mapping[str, Mapping[str, Change]], head: str) -> str:
-    """How much of a change that helps or hurts is there with another document's KV too."""
-    told = {dataset: cells[head] for dataset, cells in own.items()}
+def share_without_context(own: Mapping[str, Mapping[str, Change]], told: Mapping[str, Change]) -> str:
+    """How much of a greedy change that helps or hurts is there with another document's KV too."""
     if verdict(told) not in ("helps", "hurts"):
         return ""
     shares = [100 * own[data][OTHER].mean / one.mean for data, one in told.items() if one.sign]
@@ -155,10 +153,6 @@ def accepted_table(cells: Families, config: Config) -> str:
         )
     short = SHORT.values()
     return markdown(["drafter", "data", *short, *(f"− `untrained`, {one}" for one in short)], rows)
-
-
-def percent(share: Interval) -> str:
-    return f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
 def distilled_words(cells: Families, config: Config) -> str:

@@ -4,8 +4,8 @@ Only cells that were measured over enough documents are recommended; predictions
 fastest of many is fast by luck too, so the fastest few are measured twice more, with more repeats: a run-off
 says in which order they come, and what counts is the speed of fresh repeats behind it: its interval has to
 lie above the speed of autoregressive decoding. The repeats are of the same prompts: they take away the luck
-of the clock, not that of the prompts. A cell that was not measured again counts by its first measurement, and
-the advice says so.
+of the clock, not that of the prompts. Only where no cell that is allowed was measured again do first
+measurements count, and the advice says so.
 """
 
 from __future__ import annotations
