@@ -84,7 +84,7 @@ def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
     target too, so that labelling is compared where nothing is left to pretrain. Table 1's sweep replays and
     measures in one process; its measured rows have the peak, also of one that was interrupted.
     """
-    names = ("table-1", "table-2", "table-3", "on-policy", "off-policy")
+    names = ("table-1", "table-2", "table-3", "on-policy")
     plans = {name: planned(studies[name].config) for name in names}
     grid = studies["table-1"]
     sequences = manifest(grid.report / grid.summary.prepared)["counts"]["sequences"]
@@ -104,11 +104,9 @@ def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
     ]
     sweep = max(plans["table-1"][stage] for stage in ("sweep replay", "sweep measure"))
     swept_peak = max(row.peak_memory_bytes or 0 for row in (*grid.rows, *grid.rechecked))
-    taught = {name: manifest(studies[name].taught) for name in ("on-policy", "off-policy")}
     for name, stage, found in (
         ("table-1", "pretrain target", trained["pretrain-target"]),
-        ("on-policy", "teach", taught["on-policy"]["peak_memory_bytes"]),
-        ("off-policy", "teach", taught["off-policy"]["peak_memory_bytes"]),
+        ("on-policy", "teach", manifest(studies["on-policy"].taught)["peak_memory_bytes"]),
         ("table-1", "train", max(drafters)),
         ("table-3", "sweep replay", swept["table-3"]["peak_memory_bytes"]),
         ("table-2", "sweep measure", swept["table-2"]["peak_memory_bytes"]),

@@ -14,7 +14,7 @@ from pipeline.metrics import Interval, bootstrap_interval, seeded_difference
 from pipeline.rows import Count, PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
-RUNS = ("table-3", "ablations", "on-policy", "off-policy")
+RUNS = ("table-3", "ablations", "on-policy")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points of t for so many training seeds
 
 BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →

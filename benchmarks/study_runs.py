@@ -21,9 +21,7 @@ from pipeline.config_files import load_config
 from pipeline.report.summary import Summary
 from pipeline.rows import CellRow, PredictedRow, PromptRow
 
-CONFIGS = (
-    "table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy", "off-policy",
-)  # fmt: skip
+CONFIGS = ("table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy")
 FOLDER = "conf/paper-small"
 
 
