@@ -2,9 +2,11 @@
 #
 #   make demo                    set up, then the main job on the embedded example
 #   make test PYTHON=python3.12  with another interpreter than python3
+#   make test WORKERS=8          in as many processes, of one thread each
 
 PYTHON ?= python3
 TRIES ?= 3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # Newer than both files exactly when the environment holds what they ask for.
@@ -33,8 +35,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train a target and three drafters on Python's own sources, and report what they are worth
 	$(BIN)/budgetdraft run conf/quickstart.yaml
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest -q
+test: setup ## run the tests, in WORKERS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-long: setup ## the tests that `make test` leaves out: a cluster, servers, the images' install steps
 	$(BIN)/python -m pytest -q -m "long and not fault" --long

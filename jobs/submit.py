@@ -32,6 +32,8 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in what a job runs
 # Beside what .gitignore, .rayignore and Ray itself leave out.
 EXCLUDES = ("/.git/", "/.venv/", "/runs/")
 POLL_S = 0.5
+STARTING = "No available agent"  # what the server of a head answers whose own agent is not up yet
+STARTING_S = 60.0
 GIGABYTE = 10**9
 
 
@@ -166,7 +168,7 @@ def check_room(job: Job, address: str) -> None:
 
 
 def send(client: JobSubmissionClient, job: Job, entrypoint: str, folder: Path, name: str) -> str:
-    """Upload the working directory and start the job; returns its id.
+    """Upload the working directory and start the job; returns its id. A head that still starts is waited for.
 
     Raises:
         ConfigError: if the cluster refuses it.
@@ -190,16 +192,21 @@ def send(client: JobSubmissionClient, job: Job, entrypoint: str, folder: Path, n
         "git_commit": commit,
         "submitted_by": getpass.getuser(),
     }
-    try:
-        return client.submit_job(
-            entrypoint=entrypoint,
-            runtime_env=environment,
-            metadata=metadata,
-            entrypoint_num_cpus=job.cpus,
-            entrypoint_memory=None if job.memory_gb is None else int(job.memory_gb * GIGABYTE),
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"the cluster did not take the job: {_first_line(error)}") from None
+    deadline = time.monotonic() + STARTING_S
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=entrypoint,
+                runtime_env=environment,
+                metadata=metadata,
+                entrypoint_num_cpus=job.cpus,
+                entrypoint_memory=None if job.memory_gb is None else int(job.memory_gb * GIGABYTE),
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            if STARTING not in str(error) or time.monotonic() > deadline:
+                raise ConfigError(f"the cluster did not take the job: {_first_line(error)}") from None
+            log.info("the cluster is still starting, and is asked again")
+            time.sleep(POLL_S)
 
 
 def follow(client: JobSubmissionClient, job_id: str) -> int:

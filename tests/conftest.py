@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tries", type=int, default=1, help="how often each test of a fault is tried")
     parser.addoption("--faults-json", metavar="FILE", help="write what came of every fault")
     parser.addoption("--faults-table", metavar="FILE", help="write the same as a Markdown page")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share a process for its fixtures; files that start a Ray, the machine's one address."""
+    # A plugin of its own: tests of one file run without it.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if "mark.ray" in (config.rootpath / file).read_text() else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

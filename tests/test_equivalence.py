@@ -31,6 +31,7 @@ def one(storage: Path, stage: str) -> Path:
     return folder
 
 
+@pytest.mark.ray
 def test_ray_and_inline_give_the_same(tmp_path: Path) -> None:
     inline, ray = run(tmp_path / "inline", "inline"), run(tmp_path / "ray", "ray")
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from jobs import submit as module
 from jobs.pipeline import settled
-from jobs.submit import Job, connect, submit
+from jobs.submit import Job, connect, send, submit
 from pipeline.config import Config
 from pipeline.config_errors import ConfigError
 from tests.configs import MINIMAL
@@ -77,6 +79,28 @@ def test_inside_a_job_a_relative_storage_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match="storage = runs: a Ray job runs in a copy"):
         settled(minimal(run=on_ray))
     assert settled(minimal(run=on_ray, storage="/shared/runs")).storage == "/shared/runs"
+
+
+class Starting:
+    """A head's job server that takes a job at the third time of asking."""
+
+    asked = 0
+
+    def submit_job(self, **_: object) -> str:
+        self.asked += 1
+        if self.asked < 3:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job, …")
+        return "raysubmit_1"
+
+
+def test_a_head_that_still_starts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.0)
+    client: Any = Starting()
+    assert send(client, Job("run", tmp_path / "toy.yaml", []), "true", tmp_path, "toy") == "raysubmit_1"
+    assert client.asked == 3
+    monkeypatch.setattr(module, "STARTING_S", -1.0)
+    with pytest.raises(ConfigError, match=r"the cluster did not take the job: .* No available agent"):
+        send(cast(Any, Starting()), Job("run", tmp_path / "toy.yaml", []), "true", tmp_path, "toy")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "auto"])
