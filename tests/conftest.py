@@ -36,8 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests share a process for its fixtures; files that start a Ray, the machine's one address."""
-    # A plugin of its own: tests of one file run without it.
+    """For `make test`: a file's tests share a process, and so do all files that start a Ray.
+
+    A machine has one address of a running Ray. The plugin's own groups are ignored under pytest 9.2.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

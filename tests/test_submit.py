@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import yaml
 
-from jobs import submit as module
 from jobs.pipeline import settled
 from jobs.submit import Job, connect, send, submit
 from pipeline.config import Config
@@ -94,13 +92,14 @@ class Starting:
 
 
 def test_a_head_that_still_starts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_S", 0.0)
-    client: Any = Starting()
-    assert send(client, Job("run", tmp_path / "toy.yaml", []), "true", tmp_path, "toy") == "raysubmit_1"
-    assert client.asked == 3
-    monkeypatch.setattr(module, "STARTING_S", -1.0)
+    monkeypatch.setattr("jobs.submit.POLL_S", 0.0)
+    job, head, slow = Job("run", tmp_path / "toy.yaml", []), Starting(), Starting()
+    assert send(head, job, "true", tmp_path, "toy") == "raysubmit_1"  # type: ignore[arg-type]
+    assert head.asked == 3
+    monkeypatch.setattr("jobs.submit.STARTING_S", -1.0)
     with pytest.raises(ConfigError, match=r"the cluster did not take the job: .* No available agent"):
-        send(cast(Any, Starting()), Job("run", tmp_path / "toy.yaml", []), "true", tmp_path, "toy")
+        send(slow, job, "true", tmp_path, "toy")  # type: ignore[arg-type]
+    assert slow.asked == 1
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "auto"])
