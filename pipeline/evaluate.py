@@ -183,7 +183,12 @@ class Evaluator:
                 continue
             try:
                 bench = bench or Bench(
-                    self.sides, fast_target, batch, max(self.sweep.gammas), list(dict.fromkeys(own))
+                    self.sides,
+                    fast_target,
+                    batch,
+                    max(self.sweep.gammas),
+                    list(dict.fromkeys(own)),
+                    rehearse=True,
                 )
                 trial = Trial(
                     self.sweep,

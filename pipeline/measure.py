@@ -49,13 +49,20 @@ def clock(device: torch.device) -> float:
 
 
 def timed_prefill(
-    model: DecodeModel, prompt: Prompt, views: Sequence[View]
+    model: DecodeModel, prompt: Prompt, views: Sequence[View], rehearse: bool = False
 ) -> tuple[list[PrefixView], Tensor, float]:
-    """One prefill for all views of a prompt, the logits [1, V] after it, and its seconds."""
+    """One prefill for all views of a prompt, the logits [1, V] after it, and its seconds.
+
+    With `rehearse` it is done twice and the second timed: the first of a length may compile kernels, and
+    finds memory and caches cold, as decoding does not.
+    """
     device = model.geometry.device
     tokens_1S = torch.tensor([prompt.tokens], device=device)
+    wanted = [(len(prompt.tokens), view) for view in views]
+    if rehearse:
+        model.prefill(tokens_1S, wanted)
     began = clock(device)
-    kept, logits_1V = model.prefill(tokens_1S, [(len(prompt.tokens), view) for view in views])
+    kept, logits_1V = model.prefill(tokens_1S, wanted)
     return kept, logits_1V, clock(device) - began
 
 
@@ -121,7 +128,8 @@ class Bench:
 
     `own` are sparse views of the target itself, for self-speculation: one prefill gives them beside its whole
     cache, and `own_prefill_s` is what they add to it. `new_tokens`, by default the prompts' own limit, sizes
-    the caches: runs that stop earlier can have the shapes of those that do not.
+    the caches: runs that stop earlier can have the shapes of those that do not. `rehearse` is for prefills
+    whose seconds are to be compared.
     """
 
     def __init__(
@@ -132,7 +140,9 @@ class Bench:
         most_drafts: int,
         own: Sequence[View] = (),
         new_tokens: int | None = None,
+        rehearse: bool = False,
     ) -> None:
+        self.rehearse = rehearse
         self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
         if any(prompt.max_new_tokens != self.limit for prompt in prompts):
             raise ValueError("prompts that are decoded together need equal max_new_tokens")
@@ -147,9 +157,9 @@ class Bench:
         self.own: list[dict[View, PrefixView]] = []
         self.own_prefill_s: list[float] = []
         for row, prompt in enumerate(self.prompts):
-            (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL])
+            (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL], rehearse)
             if own:
-                (_, *sparse), _, both_s = timed_prefill(target, prompt, [FULL, *own])
+                (_, *sparse), _, both_s = timed_prefill(target, prompt, [FULL, *own], rehearse)
                 self.own.append(dict(zip(own, sparse, strict=True)))
                 self.own_prefill_s.append(max(both_s - seconds, 0.0))
             self.target.cache.load_row(row, view)  # a copy: the view goes with the next one

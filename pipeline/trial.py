@@ -49,7 +49,7 @@ class Views:
                 self.prefill_s[row] = bench.own_prefill_s[row]
             else:
                 wanted = [cell.view for cell in self.kept]
-                views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted)
+                views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
             for kept, view in zip(self.kept.values(), views, strict=True):
                 kept.append(view)
 
@@ -86,7 +86,8 @@ class Trial:
     warm: set[tuple[object, ...]]
 
     def rows(self) -> Iterator[PromptRow | FailedCell]:
-        """All cells of this drafter: AR and every cell in turn, `repeats` times over.
+        """All cells of this drafter: AR and every cell in turn, `repeats` times over, every second time in
+        the opposite order, so that a machine that gets faster or slower favours neither.
 
         A cell that fails ends alone; what fails for all of them, such as AR, is raised.
         """
@@ -96,34 +97,36 @@ class Trial:
                 yield from self.rows_of(self.keys, Chance(temperature, seed))
 
     def rows_of(self, keys: list[Key], chance: Chance) -> Iterator[PromptRow | FailedCell]:
-        plain: list[Timed] = []
-        runs: dict[Key, list[Timed]] = {key: [] for key in keys}
-        compile_s = dict.fromkeys(keys, 0.0)
+        runs: dict[Key | None, list[Timed]] = {None: [], **{key: [] for key in keys}}  # None: AR
+        compile_s = dict.fromkeys(runs, 0.0)
         failures: dict[Key, Exception] = {}
         place = (self.drafter.name, *self.bench.shape, chance.temperature)
         # The first runs of a shape are slow, and are thrown away.
         for repeat in range(-(place not in self.warm), self.repeats):
-            before = self.bench.sides.compile_s
-            plain.append(self.bench.autoregressive(chance, self.eos))
-            for key in keys:
+            order = [key for key in runs if key not in failures]
+            for key in order if repeat % 2 else reversed(order):
+                before = self.bench.sides.compile_s
                 try:
-                    runs[key] += [] if key in failures else [self.speculate(key, chance)]
+                    runs[key].append(self.run(key, chance))
                 except CELL_ERRORS as error:
+                    if key is None:
+                        raise
                     failures[key] = error
                 compile_s[key] += self.bench.sides.compile_s - before
-                before = self.bench.sides.compile_s
             if repeat < 0:
-                plain.clear()
-                runs = {key: [] for key in keys}
+                runs = {key: [] for key in runs}
         self.warm.add(place)
+        compile_s[keys[0]] += compile_s[None]
         for key in keys:
             if key in failures:
                 for prompt in self.bench.prompts:
                     yield make_failure("measure", self.sweep, self.drafter, prompt, failures[key], *key)
             else:
-                yield from self.cell_rows(key, chance, plain, runs[key], compile_s[key])
+                yield from self.cell_rows(key, chance, runs[None], runs[key], compile_s[key])
 
-    def speculate(self, key: Key, chance: Chance) -> Timed:
+    def run(self, key: Key | None, chance: Chance) -> Timed:
+        if key is None:
+            return self.bench.autoregressive(chance, self.eos)
         cell, length = key
         source = self.views.source(cell, length.threshold)
         return self.bench.speculative(source, length.gamma, chance, self.eos)

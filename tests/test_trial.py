@@ -13,7 +13,7 @@ from pipeline import measure
 from pipeline.artifacts import read_rows
 from pipeline.decoding import Round
 from pipeline.evaluate import failures_of
-from pipeline.lean import decode_model
+from pipeline.lean import LeanModel, decode_model
 from pipeline.rows import FailedCell, PromptRow
 from pipeline.trial import before_divergence
 from tests.sweeps import LENGTH, LIMIT, Bench, counts, key
@@ -88,6 +88,35 @@ def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch:
     first, second = (prompt.prompt_id for prompt in bench.prompts[:2])
     assert (runs.count(first), runs.count(second)) == (3, 2)
     assert all(len(row.ar_decode_s) == 2 for task in tasks for row in read_rows(task.output, PromptRow))
+
+
+def test_every_second_repeat_goes_backwards_and_a_prefill_is_rehearsed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autoregressive decoding and two γ, three times over behind a warm-up; both models prefill twice."""
+    order: list[int] = []
+    prefills: list[str] = []
+    plain, ours, prefill = measure.Bench.autoregressive, measure.Bench.speculative, LeanModel.prefill
+
+    def autoregressive(self: measure.Bench, *arguments: Any) -> measure.Timed:
+        order.append(0)
+        return plain(self, *arguments)
+
+    def speculative(self: measure.Bench, source: Any, gamma: int, *arguments: Any) -> measure.Timed:
+        order.append(gamma)
+        return ours(self, source, gamma, *arguments)
+
+    def prefilled(self: LeanModel, *arguments: Any) -> Any:
+        prefills.append(self.name)
+        return prefill(self, *arguments)
+
+    monkeypatch.setattr(measure.Bench, "autoregressive", autoregressive)
+    monkeypatch.setattr(measure.Bench, "speculative", speculative)
+    monkeypatch.setattr(LeanModel, "prefill", prefilled)
+    measured = {"budgets": [16], "gammas": [2, 5], "repeats": 3}
+    bench.measured(tmp_path, changes={"sweep.policies": ["streaming"], "sweep.measure": measured}, last=1)
+    assert order == [0, 2, 5, 5, 2, 0, 0, 2, 5, 5, 2, 0]
+    assert len(prefills) == 4 and all(prefills.count(name) == 2 for name in prefills)
 
 
 def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_path: Path) -> None:
