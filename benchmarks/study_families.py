@@ -15,7 +15,8 @@ from pipeline.rows import Count, PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 RUNS = ("table-3", "ablations", "on-policy")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points of t for so many training seeds
+# 97.5 % points of t for so many training seeds.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
 # Variant, data set, budget, temperature and control →; of all contexts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
 from benchmarks.page_parts import acceptance, end_to_end, interval_text, markdown, speed
@@ -168,3 +169,20 @@ def advice_table(grid: Study) -> str:
     head = ["data", "context", "deploy", "first measured", "run-off", "on fresh repeats",
             "best on fresh repeats", "end to end", "runner-up"]  # fmt: skip
     return markdown(head, rows)
+
+
+def advice_words(grid: Study) -> str:
+    """How far the same cells were apart when they were measured twice with as many repeats."""
+    raced = {cell_of(cell): cell.speedup for cell in grid.run_off}
+    off = [
+        abs(100 * (cell.speedup / first - 1))
+        for cell in grid.again
+        if cell.speedup and (first := raced.get(cell_of(cell)))
+    ]
+    if not off:
+        return ""
+    return (
+        f"From run-off to fresh repeats the speedups of these {len(off)} cells moved by {median(off):.1f} % "
+        f"in the median and by {max(off):.1f} % at most. The clock of a shared machine drifts over minutes, "
+        "which no interval here contains: they resample documents and repeats of one measurement."
+    )

@@ -16,6 +16,7 @@ from benchmarks.page_parts import acceptance, check_table, markdown, points, spe
 from benchmarks.study_families import GAMMA, SMALLEST, families_of, student
 from benchmarks.study_runs import Study, commits
 from pipeline.artifacts import provenance
+from pipeline.metrics import Interval
 from pipeline.planner import cell_of
 from pipeline.report.summary import Budget, FamilyGain, Summary
 from pipeline.rows import CellRow, PredictedRow
@@ -72,6 +73,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             adaptive_words=speeds.adaptive_words(early),
             fewest=min(c.num_clocked or 0 for c in studies["table-2"].cells if c.mode == "measure"),
             advice=speeds.advice_table(grid),
+            advice_words=speeds.advice_words(grid),
         )
         + "\n"
     )
@@ -116,16 +118,18 @@ def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
         shown = [points(one) if one else "" for one in (gain, varied, other)]
         rows.append(
             [gain.dataset, gain.context, when(gain.temperature), *shown, explained(families, gain),
-             points(full) if full else "", gain.num_documents]
+             points(Interval(*other.lost)) if other and other.lost else "", points(full) if full else "",
+             gain.num_documents]
         )  # fmt: skip
     head = ["data", "context", "decoded", f"B = {SMALLEST}", "without looping texts", "under other_prompt",
-            "explained by it", "full cache", "documents"]  # fmt: skip
+            "explained by it", "not explained by it", "full cache", "documents"]  # fmt: skip
     return markdown(head, rows)
 
 
 def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str:
-    """In how many places the gain is above 0 by its interval, and in how many of these by Student's t too."""
-    parts = []
+    """In how many places the gain is above 0 by its interval, in how many of these by Student's t too, and
+    in how many something of it needs the context."""
+    parts, context = [], []
     for temperature in (0.0, 1.0):
         gains = [gain for gain in headline(families, pair) if gain.temperature == temperature]
         clear = [gain for gain in gains if gain.low > 0]
@@ -134,7 +138,16 @@ def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
         parts.append(
             said + (f", in {too} of them by Student's t over the training seeds too" if clear else "")
         )
-    return f"Above 0 by the interval: {'; '.join(parts)}."
+        found = [other.lost for gain in gains if (other := same(families, gain, control="other_prompt"))]
+        lost = [Interval(*one) for one in found if one]
+        context.append(
+            f"{when(temperature)} above 0 in {sum(one.low > 0 for one in lost)} and below in "
+            f"{sum(one.high < 0 for one in lost)} of {len(lost)} places"
+        )
+    return (
+        f"Above 0 by the interval: {'; '.join(parts)}. What other_prompt does not explain is, by its own "
+        f"interval, {'; '.join(context)}."
+    )
 
 
 def grid_table(grid: Study) -> str:
@@ -198,26 +211,23 @@ def context_table(summary: Summary) -> str:
 
 
 def prediction_table(grid: Study) -> str:
-    head = ["data", "context", "which", "cells", "median error, %", "worst, %", "with its sign, median, %"]
+    head = ["data", "context", "which", "cells", "median error, %", "worst, %", "with its sign, median, %",
+            "in seconds, median, %", "pace"]  # fmt: skip
     return markdown(
         head,
         [
             [
-                s.dataset,
-                s.context,
-                s.what,
-                s.cells,
-                f"{100 * s.median_error:.1f}",
-                f"{100 * s.worst_error:.1f}",
-                f"{100 * s.bias:+.1f}",
+                s.dataset, s.context, s.what, s.cells, f"{100 * s.median_error:.1f}",
+                f"{100 * s.worst_error:.1f}", f"{100 * s.bias:+.1f}", f"{100 * s.median_error_s:.1f}",
+                f"{s.pace:.2f}",
             ]
             for s in grid.summary.prediction
         ],
-    )
+    )  # fmt: skip
 
 
 def prediction_words(grid: Study) -> str:
-    """How far predicted speedups are from measured ones: beside decode times, which alone are scored."""
+    """How far predicted speedups are from measured ones, each over the prompts that it is of."""
     measured = {cell_of(c): c.speedup for c in grid.cells if c.mode == "measure"}
     pairs = [(row.speedup, measured.get(cell_of(row))) for row in grid.predicted]
     off = [100 * (predicted / found - 1) for predicted, found in pairs if found]

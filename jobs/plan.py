@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from jobs.pipeline import settled
+from jobs.plan_disk import GB, Amount, disk_problems, on_disk
 from jobs.plan_facts import Facts, known
 from jobs.plan_memory import device_memory, device_of, memory, memory_problems
-from pipeline.config import AnyModel, Config, ScratchModel
-from pipeline.costs import FP32, Memory, Shape
+from pipeline.config import Config
+from pipeline.costs import Memory, Shape
 from pipeline.errors import BadData
-from pipeline.sweep_costs import SweepCounts, count_sweep
-from pipeline.teacher import smallest_uint
+from pipeline.sweep_costs import SweepCounts, count_sweep, unranked
 from pipeline.work import MEASURING, Rates, hours, prefills, rates_of, step_of, work
-
-GB = 1e9
-# Of a trained model's fp32 weights: itself, and with two moments in its newest checkpoints, which stay until
-# all models of the stage are trained.
-TRAINED_COPIES = 1 + 3 * 2
-
-
-@dataclass(frozen=True)
-class Amount:
-    """A figure of the table: `how` says exact, at most, or what it is estimated from."""
-
-    name: str
-    value: float
-    unit: str
-    how: str
 
 
 def plan(
@@ -61,9 +42,13 @@ def plan(
     shapes, facts = known(config)
     limit = int(memory_gb * GB) if memory_gb else device_memory(device.kind)
     peaks = memory(config, shapes, facts, device)
-    disk = list(disk_amounts(config, shapes, facts))
     counts = count_sweep(config, facts.prompts)
-    amounts = [*data_amounts(config, facts), *disk, *sweep_amounts(config, facts, counts)]
+    disk = list(on_disk(config, shapes, facts, counts))
+    amounts = [
+        *data_amounts(config, facts),
+        *(file.amount for file in disk),
+        *sweep_amounts(config, facts, counts),
+    ]
     rates, source = rates_of(config, shapes, device.kind, tflops)
     step_s, step = (
         step_of(config, shapes["target"].vocab, device.kind, step_ms) if counts.runs else (None, "")
@@ -78,6 +63,7 @@ def plan(
         "hours": device_hours(config, shapes, facts, counts, rates, step_s) if rates else None,
         "rates": source,
         "step": step,
+        "ranking": unranked(config),
         "problems": problems,
     }
     lines = [json.dumps(document, indent=2)] if as_json else table(document, peaks, amounts)
@@ -95,24 +81,6 @@ def data_amounts(config: Config, facts: Facts) -> Iterator[Amount]:
     yield Amount("labelled sequences", facts.labelled, "", facts.how)
     for place, count in sorted(facts.prompts.items()):
         yield Amount(f"prompts {place.dataset}-{place.context}", count, "", facts.prompts_how)
-
-
-def disk_amounts(config: Config, shapes: Mapping[str, Shape], facts: Facts) -> Iterator[Amount]:
-    """Labels, headers aside; models and, of those that are trained, the checkpoints that stay meanwhile."""
-    entry = np.dtype(smallest_uint(facts.vocab)).itemsize
-    per_token = 2 * entry + min(config.labels.top_k, facts.vocab) * (entry + 2)
-    size = facts.labelled * config.data.sequence_tokens * per_token
-    yield Amount("labels on disk", size, "B", facts.how)
-    how = "estimate: 4 B a parameter, 12 B in each of two checkpoints while it trains"
-    for role, shape in shapes.items():
-        spec: AnyModel = getattr(config, role)
-        if isinstance(spec, ScratchModel):
-            copies = TRAINED_COPIES if spec.pretrain.steps else 1
-            yield Amount(f"scratch {role} on disk", FP32 * shape.parameters * copies, "B", how)
-    train = config.train
-    steps = [train.steps if drafter.steps is None else drafter.steps for drafter in train.drafters]
-    copies = sum(TRAINED_COPIES if own else 1 for own in steps)
-    yield Amount("drafters on disk", FP32 * shapes["drafter"].parameters * copies, "B", how)
 
 
 def sweep_amounts(config: Config, facts: Facts, counts: SweepCounts) -> Iterator[Amount]:
@@ -147,19 +115,6 @@ def device_hours(
     return spent
 
 
-def disk_problems(config: Config, amounts: Iterable[Amount]) -> Iterator[str]:
-    """A line where what is written does not fit in the storage folder."""
-    folder = Path(config.storage)
-    while not folder.exists():
-        folder = folder.parent
-    needed, free = sum(amount.value for amount in amounts), shutil.disk_usage(folder).free
-    if needed > free:
-        yield (
-            f"labels, models and checkpoints need {needed / GB:.1f} GB, and {free / GB:.1f} GB are free in "
-            f"{folder}: lower labels.max_sequences or labels.top_k, or set storage"
-        )
-
-
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -190,3 +145,5 @@ def table(document: Mapping[str, Any], peaks: Sequence[Memory], amounts: Sequenc
             "timed decoding is not in them: give --step-ms X, the milliseconds of an autoregressive step of "
             "the target"
         )
+    if document["ranking"]:
+        yield f"\n{document['ranking']}"

@@ -41,7 +41,8 @@ Readers = dict[str, Reader[Any]]
 class Facts:
     """What is known of the data: from the manifest of stage prepare, or estimated.
 
-    `how` says which, as `prompts_how` does for the prompts.
+    `how` says which, as `prompts_how` does for the prompts. `prepared` is the stage's folder where it is
+    complete.
     """
 
     sequences: int
@@ -50,6 +51,7 @@ class Facts:
     vocab: int
     how: str
     prompts_how: str
+    prepared: Artifact | None = None
 
 
 def known(config: Config) -> tuple[dict[str, Shape], Facts]:
@@ -111,7 +113,7 @@ def facts_of(config: Config, vocab: int) -> Facts:
         for context in data.contexts
     }
     vocab = len(read_tokenizer(prepared.path / TOKENIZER))
-    return Facts(counts["sequences"], labelled, prompts, vocab, "exact", "exact")
+    return Facts(counts["sequences"], labelled, prompts, vocab, "exact", "exact", prepared)
 
 
 def prepared_data(config: Config, readers: Readers) -> Artifact | None:

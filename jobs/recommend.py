@@ -60,15 +60,22 @@ def advise(
     length = summary.contexts[context]
     if length != context_tokens:
         yield f"{context} ({length} tokens) stands for a context of {context_tokens} tokens."
-    for place, found in sorted(here.items()):
-        yield from lines(recommend(place, found, summary.least_documents, needs, sizes), needs, sizes, place)
+    swept = {cell.dataset for cell in cells if cell.context == context and dataset in (None, cell.dataset)}
+    for place in (Place(name, context) for name in sorted(swept)):
+        advice = recommend(place, here.get(place, []), summary.least_documents, needs, sizes)
+        yield from lines(advice, needs, sizes, place)
     yield "This is for greedy decoding."
     yield "Speedups are those of decoding: both prefills are left out, and *end to end* has them in it."
     yield "Memory is that of weights and KV: working memory (activations, logits) is not in it."
     if concurrency > 1:
+        yield f"It is that of {concurrency} texts at once."
+    together = max(choice.prompts_together for found in here.values() for choice in found)
+    if together > 1:
+        yield f"Speeds were taken of up to {together} prompts decoded together."
+    elif concurrency > 1:
         yield (
-            f"It is that of {concurrency} texts at once. Speeds were taken of prompts decoded alone: decoded "
-            "together, verification costs more and speculation gains less."
+            "Speeds were taken of prompts decoded alone: decoded together, verification costs more and "
+            "speculation gains less."
         )
 
 
@@ -132,9 +139,10 @@ def cell_text(choice: Choice) -> str:
     acceptance = "" if choice.acceptance is None else f", acceptance {100 * choice.acceptance:.1f} % {how}"
     ends = "" if choice.end_to_end is None else f", end to end {choice.end_to_end:.2f}×"
     fresh = "on fresh repeats" if choice.again is not None else "not measured again, so rather less"
+    differ = f"; {choice.num_inexact} prompts are not what AR gives" if choice.num_inexact else ""
     return (
         f"{settings_text(choice)}: {mean:.2f}× [{low:.2f}, {high:.2f}] {fresh}{ends}; "
-        f"{choice.num_documents} documents timed{acceptance}"
+        f"{choice.num_documents} documents timed{acceptance}{differ}"
     )
 
 

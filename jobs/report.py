@@ -164,15 +164,14 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
     """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
-    run_off, again = (
-        cell_rows(read_all(sweep / folder, PromptRow), axes, samples, config.seed)
-        for folder in planner.MEASURED_AGAIN
-    )
+    rechecked = [read_all(sweep / folder, PromptRow) for folder in planner.MEASURED_AGAIN]
+    run_off, again = (cell_rows(rows, axes, samples, config.seed) for rows in rechecked)
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),
         read_all(sweep / STEPS, StepTimes),
         read_rows(sizes, ModelSize) if sizes.exists() else (),
         run_off,
         again,
+        rechecked,
         config.sweep.measure.plane,
     )

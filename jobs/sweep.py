@@ -34,6 +34,7 @@ from pipeline.recommend import choices
 from pipeline.report.axes import Axes
 from pipeline.report.tables import cell_rows
 from pipeline.rows import Cell, Mode, Prompt, PromptRow, StepTimes
+from pipeline.sweep_costs import unranked
 from pipeline.teacher import sampled_name
 
 log = logging.getLogger(__name__)
@@ -209,6 +210,8 @@ class Phases:
             here += planner.plane_picks(self.sweep, place, names)
             picks[file] = tuple(dict.fromkeys(here))
         measure = self.sweep.measure
+        if why := unranked(self.config):
+            log.warning("%s", why)
         at = tuple(t for t in self.sweep.temperatures if chosen(t, measure.temperatures))
         self.run(self.measure_tasks(picks, "measure", ROWS, measure.repeats, at), "measure")
 

@@ -21,8 +21,10 @@ from pipeline.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
 log = logging.getLogger(__name__)
 
 
-def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]) -> Artifact:
-    """Run the target once over everything that later stages need of it."""
+def taught(
+    config: Config, prepare: Artifact, scratch: dict[str, Artifact]
+) -> tuple[Artifact, dict[str, Any]]:
+    """The folder of the labels, whether it is there or not, and what they depend on."""
     labels = config.labels.model_dump(mode="json", exclude={"num_workers"})
     inputs = {
         "prepare": prepare.fingerprint,
@@ -33,7 +35,12 @@ def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[s
         else None,
         "seed": config.seed,
     }
-    artifact = open_artifact(Path(config.storage), "teach", inputs)
+    return open_artifact(Path(config.storage), "teach", inputs), inputs
+
+
+def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]) -> Artifact:
+    """Run the target once over everything that later stages need of it."""
+    artifact, inputs = taught(config, prepare, scratch)
     with artifact.claim() as unfinished:
         if unfinished:
             label_and_continue(config, executor, prepare, scratch, artifact, inputs)

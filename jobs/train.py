@@ -28,10 +28,10 @@ def unwatched(files: Mapping[str, Path]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def pretrain(
-    config: Config, executor: Executor, prepare: Artifact, watch: Watch = unwatched
-) -> dict[str, Artifact]:
-    """Pretrain the scratch models among target and drafter; {} where both are pretrained already."""
+def scratch_models(
+    config: Config, prepare: Artifact
+) -> tuple[dict[str, Artifact], dict[str, dict[str, Any]]]:
+    """The folders of the scratch models, whether they are there or not, and what each depends on."""
     specs = {"target": config.target, "drafter": config.drafter}
     inputs = {
         name: {
@@ -45,22 +45,24 @@ def pretrain(
         for name, spec in specs.items()
         if spec.kind == "scratch"
     }
-    artifacts = {
+    return {
         name: open_artifact(Path(config.storage), f"pretrain-{name}", given) for name, given in inputs.items()
-    }
+    }, inputs
+
+
+def pretrain(
+    config: Config, executor: Executor, prepare: Artifact, watch: Watch = unwatched
+) -> dict[str, Artifact]:
+    """Pretrain the scratch models among target and drafter; {} where both are pretrained already."""
+    artifacts, inputs = scratch_models(config, prepare)
     run_missing(executor, artifacts, inputs, TrainJob(config, {}, prepare.path), watch)
     return artifacts
 
 
-def train(
-    config: Config,
-    executor: Executor,
-    prepare: Artifact,
-    teach: Artifact,
-    scratch: dict[str, Artifact],
-    watch: Watch = unwatched,
-) -> dict[str, Artifact]:
-    """Train every variant; each is an artifact of its own, so adding one leaves the others alone."""
+def drafters(
+    config: Config, teach: Artifact, scratch: dict[str, Artifact]
+) -> tuple[dict[str, Artifact], dict[str, dict[str, Any]]]:
+    """The folders of the drafters, whether they are there or not, and what each depends on."""
     common = config.train.model_dump(
         mode="json", exclude={"variants", "num_workers", "deepspeed", "checkpoint_every"}
     )
@@ -74,9 +76,21 @@ def train(
         }
         for variant in config.train.drafters
     }
-    artifacts = {
+    return {
         name: open_artifact(Path(config.storage), f"drafter-{name}", given) for name, given in inputs.items()
-    }
+    }, inputs
+
+
+def train(
+    config: Config,
+    executor: Executor,
+    prepare: Artifact,
+    teach: Artifact,
+    scratch: dict[str, Artifact],
+    watch: Watch = unwatched,
+) -> dict[str, Artifact]:
+    """Train every variant; each is an artifact of its own, so adding one leaves the others alone."""
+    artifacts, inputs = drafters(config, teach, scratch)
     job = TrainJob(config, {}, prepare.path, teach.path, drafter_ref(config, scratch))
     run_missing(executor, artifacts, inputs, job, watch)
     return artifacts

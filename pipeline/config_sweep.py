@@ -46,7 +46,12 @@ class Measure(Group):
     budgets: tuple[int | Literal["full"], ...] = ()
     gammas: tuple[int, ...] = ()
     temperatures: tuple[float, ...] = ()
-    prompts: int = Field(4, ge=1, description="prompts per data set and context")
+    prompts: int = Field(
+        8,
+        ge=1,
+        description="prompts per data set and context; of fewer documents than "
+        "report.least_documents nothing is recommended",
+    )
     prompts_together: int = Field(
         1, ge=1, le=256, description="prompts decoded at once, each with its own acceptance"
     )

@@ -98,6 +98,7 @@ def seeded_difference(
     first: tuple[ArrayLike, ArrayLike],
     second: tuple[ArrayLike, ArrayLike],
     *,
+    less: tuple[tuple[ArrayLike, ArrayLike], tuple[ArrayLike, ArrayLike]] | None = None,
     samples: int,
     seed: int,
     clusters: Sequence[str] | None = None,
@@ -112,25 +113,32 @@ def seeded_difference(
 
     Args:
         first, second: (numerators [K, N], denominators [K, N]); row k of both was trained with one seed.
+        less: another first and second, whose difference is taken off: by how much the two differ more here
+            than there.
         clusters: N names, for all rows; as in `bootstrap_interval`.
 
     Raises:
         ValueError: if shapes differ, there is no seed, or the denominators of a row sum to zero.
     """
-    arrays = [np.asarray(values, dtype=np.float64) for values in (*first, *second)]
+    pairs = [(first, second)] if less is None else [(first, second), less]
+    arrays = [np.asarray(values, dtype=np.float64) for pair in pairs for side in pair for values in side]
     shapes = [values.shape for values in arrays]
     if len(set(shapes)) > 1 or len(shapes[0]) != 2 or not shapes[0][0]:
-        raise ValueError(f"numerators and denominators are {shapes}: all four must be [K, N], K at least 1")
-    by_seed = [
-        _paired_draws((num, den), (other_num, other_den), clusters, samples, seed)
-        for num, den, other_num, other_den in zip(*arrays, strict=True)
-    ]
-    num_seeds = len(by_seed)
-    draws_BK = np.stack([draws for _, draws in by_seed], axis=1)
+        raise ValueError(f"numerators and denominators are {shapes}: all must be [K, N], K at least 1")
+    means, draws = [], []
+    for num, den, other_num, other_den, *taken in zip(*arrays, strict=True):
+        mean, drawn_B = _paired_draws((num, den), (other_num, other_den), clusters, samples, seed)
+        if taken:
+            there, there_B = _paired_draws(tuple(taken[:2]), tuple(taken[2:]), clusters, samples, seed)
+            mean, drawn_B = mean - there, drawn_B - there_B
+        means.append(mean)
+        draws.append(drawn_B)
+    num_seeds = len(means)
+    draws_BK = np.stack(draws, axis=1)
     # A stream of its own: with as many seeds as clusters, the same draws would tie the two together.
     rng = np.random.default_rng([seed, 1])
     weights_BK = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=samples) / num_seeds
-    return _interval(float(np.mean([mean for mean, _ in by_seed])), (weights_BK * draws_BK).sum(1))
+    return _interval(float(np.mean(means)), (weights_BK * draws_BK).sum(1))
 
 
 def conditional_acceptance(reached: ArrayLike, kept: ArrayLike) -> list[float]:

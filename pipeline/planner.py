@@ -164,36 +164,67 @@ def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[str]) -> list[Pic
     ]
 
 
+class Error(NamedTuple):
+    """predicted ÷ measured − 1 of a cell's decode time, over the prompts that were measured.
+
+    `relative` counts both times in autoregressive steps: the predicted one in steps that were timed with the
+    others, the measured one in those that ran beside it. `seconds` is without that, and so has in it by how
+    much the machine was slower, or faster, than when single steps were timed: `pace`, measured ÷ timed steps.
+    """
+
+    relative: float
+    seconds: float
+    pace: float
+
+
 class Score(NamedTuple):
     """How far predicted decode times are from measured ones: |predicted ÷ measured − 1| of each cell.
 
-    `bias` is the median of predicted ÷ measured − 1: below 0 where predictions are too fast.
+    Both are counted in autoregressive steps, as in `Error`; `median_error_s` is the median in seconds, and
+    `pace` the median of theirs. `bias` is the median of predicted ÷ measured − 1: below 0 where predictions
+    are too fast.
     """
 
     cells: int
     median_error: float
     worst_error: float
     bias: float
+    median_error_s: float
+    pace: float
 
 
-def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, float]:
-    """predicted ÷ measured − 1 of every cell that was both, over the prompts that were measured."""
+def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, Error]:
+    """Of every cell that was predicted and measured."""
     clockwork = Clockwork(times)
     replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
-    sums: dict[Cell, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    pairs: dict[Cell, list[tuple[float, float, float, float]]] = defaultdict(list)
     for row in rows:
-        same = replayed.get((cell_of(row), row.prompt_id))
-        seconds = clockwork.seconds(same) if row.mode == "measure" and same and not row.threshold else None
-        if seconds is not None:
-            total = sums[cell_of(row)]
-            total[0] += seconds
-            total[1] += median(row.decode_s)
-    return {cell: predicted / measured - 1 for cell, (predicted, measured) in sums.items()}
+        same = replayed.get((cell_of(row), row.prompt_id)) if row.mode == "measure" else None
+        known, seconds = clockwork.of(row), clockwork.seconds(same) if same and not row.threshold else None
+        if known is not None and seconds is not None:
+            plain = known.ar_s * (row.ar_num_tokens or 0)
+            found = (seconds, median(row.decode_s), plain, median(row.ar_decode_s))
+            pairs[cell_of(row)].append(found)
+    told = {}
+    for cell, prompts in pairs.items():
+        ours, ours_measured, plain, plain_measured = (sum(column) for column in zip(*prompts, strict=True))
+        pace = plain_measured / plain
+        told[cell] = Error(ours * pace / ours_measured - 1, ours / ours_measured - 1, pace)
+    return told
 
 
-def score(found: Collection[float]) -> Score | None:
-    sizes = [abs(error) for error in found]
-    return Score(len(found), median(sizes), max(sizes), median(found)) if found else None
+def score(found: Collection[Error]) -> Score | None:
+    if not found:
+        return None
+    sizes = [abs(error.relative) for error in found]
+    return Score(
+        cells=len(found),
+        median_error=median(sizes),
+        worst_error=max(sizes),
+        bias=median(error.relative for error in found),
+        median_error_s=median(abs(error.seconds) for error in found),
+        pace=median(error.pace for error in found),
+    )
 
 
 def cell_of(row: Cell) -> Cell:

@@ -34,18 +34,21 @@ class Choice(Cell):
     fresh repeats behind the run-off, which decide nothing but whether it is shown to be faster than AR;
     `end_to_end` has the prefills in it, and is of the fresh repeats where there are any, as `num_documents`
     is. `acceptance` is the replay's, over all prompts, or what was measured where replay cannot know it:
-    `acceptance_mode` says which.
+    `acceptance_mode` says which. `prompts_together` were decoded at once. `num_inexact` prompts are not what
+    autoregressive decoding gives.
     """
 
     speedup: float
     speedup_low: float
     speedup_high: float
+    prompts_together: int = 1
     run_off: float | None = None
     again: float | None
     again_low: float | None
     again_high: float | None
     end_to_end: float | None
     num_documents: int
+    num_inexact: int = 0
     acceptance: float | None
     acceptance_mode: Mode | None = None
     drafter_kv_bytes: int
@@ -191,6 +194,7 @@ def choices(
                 speedup=run.speedup or 0.0,
                 speedup_low=run.speedup_low or 0.0,
                 speedup_high=run.speedup_high or 0.0,
+                prompts_together=run.prompts_together,
                 # With prompts failed it is not compared: those that are left may be the easy ones.
                 run_off=race.speedup if race and race.num_prompts == run.num_prompts else None,
                 again=second.speedup if second else None,
@@ -198,12 +202,19 @@ def choices(
                 again_high=second.speedup_high if second else None,
                 end_to_end=latest.end_to_end_speedup,
                 num_documents=latest.num_clocked or latest.num_documents,
+                num_inexact=inexact(run, race, second),
                 acceptance=accepted.acceptance,
                 acceptance_mode=accepted.mode,
                 drafter_kv_bytes=run.drafter_kv_bytes,
             )
         )
     return {place: sorted(here, key=lambda choice: choice.order) for place, here in found.items()}
+
+
+def inexact(*runs: CellRow | None) -> int:
+    """The most prompts of one run of a greedy cell that differ from autoregressive decoding."""
+    compared = [run for run in runs if run is not None and run.exact_prompts is not None]
+    return max((run.num_prompts - (run.exact_prompts or 0) for run in compared), default=0)
 
 
 def recommend(
@@ -253,8 +264,13 @@ def recommend(
     enough = [choice for choice in left if choice.num_documents >= least_documents]
     if not enough:
         most = max(choice.num_documents for choice in left)
-        few = f"too few documents to rank ({most} of at least {least_documents})"
-        return say(few, None, best_of(left))
+        speeds = sorted(choice.expected[0] for choice in left)
+        return say(
+            f"too few documents to rank ({most} of at least {least_documents}): {len(left)} cells were "
+            f"measured, at {speeds[0]:.2f}× to {speeds[-1]:.2f}× of autoregressive decode speed",
+            None,
+            best_of(left),
+        )
     # Where the fastest were measured again, only fresh repeats show anything: the others' first measurements
     # are no less lucky than those were.
     raced = [choice for choice in left if choice.run_off is not None or choice.again is not None]

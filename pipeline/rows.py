@@ -165,7 +165,7 @@ class CellRow(Cell):
     """One cell over all its prompts: pooled acceptance and, where measured, speed, with 95 % intervals.
 
     `num_clocked` is how many units the speed's interval resamples: documents, those whose prompts were
-    decoded together counting as one.
+    decoded together counting as one. `prompts_together` were decoded at once.
     """
 
     mode: Mode
@@ -174,6 +174,7 @@ class CellRow(Cell):
     num_looping: int
     num_left_out: int = 0
     num_clocked: int | None = None
+    prompts_together: int = 1
     acceptance: float | None
     acceptance_low: float | None
     acceptance_high: float | None

@@ -82,6 +82,19 @@ class SweepCounts(NamedTuple):
     runs: int
 
 
+def unranked(config: Config) -> str:
+    """Why no measured cell will be recommended, where that is certain beforehand; else ""."""
+    measure, least = config.sweep.measure, config.report.least_documents
+    most = math.ceil(min(config.data.prompts, measure.prompts) / measure.prompts_together)
+    if config.sweep.mode == "replay" or most >= least:
+        return ""
+    return (
+        f"sweep.measure.prompts = {measure.prompts}, {measure.prompts_together} decoded together, is at most "
+        f"{most} documents with a clock of their own, and report.least_documents is {least}: nothing will be "
+        "recommended"
+    )
+
+
 def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     """Rows are one a prompt, cell and text: drafters × views × lengths × texts.
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -89,7 +89,8 @@ def work(
 
 
 def prefills(config: Config, shapes: Mapping[str, Shape], prompts: Mapping[Place, int]) -> list[Work]:
-    """The timed prompts: read by the target, by each drafter, and once more by a target that drafts.
+    """The timed prompts: read by the target, by each drafter, and once more by a target that drafts; each
+    time twice, as the second is timed.
 
     Where the fastest cells are measured again, by the target each time, and by as many of the largest
     sources as there can be cells.
@@ -107,7 +108,7 @@ def prefills(config: Config, shapes: Mapping[str, Shape], prompts: Mapping[Place
         reading = ["target", *readers]
         if measured_again(config.sweep):
             reading += len(MEASURED_AGAIN) * ["target", *readers[:FASTEST_MEASURED]]
-        done += [Work(MEASURING, role, False, each[role]) for role in reading]
+        done += [Work(MEASURING, role, False, 2 * each[role]) for role in reading]
     return done
 
 
@@ -134,7 +135,7 @@ def rates_of(
     scratch = {role: spec for role, spec in specs.items() if isinstance(spec, ScratchModel)}
     if len(scratch) < len(specs) or (device == "cuda" and not torch.cuda.is_available()):
         return None, "not known: give --tflops X, the effective TFLOP/s of the device"
-    threads = threads_of(config, device)
+    threads = threads_of(config, device, "train")
     length = min(config.data.sequence_tokens, TIMED_TOKENS)
     rates: Rates = {}
     for role, spec in scratch.items():
@@ -146,12 +147,12 @@ def rates_of(
         f"{role} {'training' if training else 'forward'} {rate / 1e12:.3g} TFLOP/s"
         for (role, training), rate in rates.items()
     )
-    return rates, f"estimate: FLOPs at rates measured here, of a process with {threads} threads: {measured}"
+    return rates, f"estimate: FLOPs at rates measured here on one thread, times {threads}: {measured}"
 
 
-def threads_of(config: Config, device: str) -> int:
+def threads_of(config: Config, device: str, work: Literal["train", "measure"]) -> int:
     """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
-    own = config.run.cpus_per_task if config.run.executor == "ray" else torch.get_num_threads()
+    own = config.run.needs(work).cpus or 0 if config.run.executor == "ray" else torch.get_num_threads()
     return max(1, int(own)) if device == "cpu" else 1
 
 
@@ -214,28 +215,27 @@ def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> t
     spec = config.target
     if not isinstance(spec, ScratchModel) or (device == "cuda" and not torch.cuda.is_available()):
         return None, "not known"
-    threads = threads_of(config, device)
-    seconds = timed_decoding(spec, vocab, longest(config), device) / threads
+    threads = threads_of(config, device, "measure")
+    seconds = timed_decoding(spec, vocab, longest(config), device, threads)
     return seconds, f"{1e3 * seconds:.3g} ms measured here, of a process with {threads} threads"
 
 
-def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str) -> float:
+def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, threads: int) -> float:
     """Seconds of decoding one token behind a prefix of so many, uncompiled, the best step.
 
-    On a CPU they are one thread's own, as in `timed_step`.
+    With so many threads: so small a step is not shared out evenly.
     """
     entries: Any = Vocabulary(vocab)
     model = decode_model(build_scratch(spec, entries, 0).to(device, getattr(torch, spec.dtype)))
     side = Side(model, 1, slots_for(prefix), TIMED_STEPS, "none")
     side.cache.kept_B.fill_(prefix)
     sampler = GREEDILY.sampler(["timed"], torch.device(device))
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    least, threads = math.inf, torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(TIMED_RUNS):
-        began = clock()
-        for _ in autoregressive(side, [0], TIMED_STEPS, frozenset(), sampler):
-            ended = clock()
-            least, began = min(least, ended - began), ended
+    least, before = math.inf, torch.get_num_threads()
     torch.set_num_threads(threads)
+    for _ in range(TIMED_RUNS):
+        began = time.perf_counter()
+        for _ in autoregressive(side, [0], TIMED_STEPS, frozenset(), sampler):
+            ended = time.perf_counter()
+            least, began = min(least, ended - began), ended
+    torch.set_num_threads(before)
     return least

@@ -242,10 +242,10 @@ def test_hours_by_hand_and_from_a_measured_step() -> None:
 
 
 def test_prompts_are_read_again_where_the_fastest_are_measured_again() -> None:
-    """Three times by the target, once more each time where it drafts, and by both drafters."""
+    """Three times by the target, as often where it drafts, and by both drafters; every time twice."""
     sweep = {"mode": "both", "baselines": ["self_speculation", "prompt_lookup"], "measure": {"prompts": 2}}
     done = prefills(config_with(sweep=sweep), SHAPES, {Place("code", "64"): 3})
-    flops = [TARGET.forward_flops(2 * 64, 32), DRAFTER.forward_flops(2 * 64, 32)]
+    flops = [2 * TARGET.forward_flops(2 * 64, 32), 2 * DRAFTER.forward_flops(2 * 64, 32)]
     roles = Counter(part.role for part in done)
     assert roles == {"target": 3 * (1 + 1), "drafter": 3 * 2}
     assert sum(part.flops for part in done) == 6 * sum(flops)

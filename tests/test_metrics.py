@@ -141,6 +141,20 @@ def test_seeded_difference_matches_a_loop_over_documents_and_seeds():
     assert (interval.low, interval.high) == (pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005))
 
 
+def test_a_difference_is_compared_with_another_on_the_same_resamples():
+    """By seed +20 and +10 points here and +5 and +5 there; a difference less itself is nothing."""
+    proposed = np.full((2, 6), 100)
+    rates = ([60, 55], [40, 45], [45, 45], [40, 40])
+    here, here_too, there, there_too = ((np.repeat([rate], 6, axis=0).T, proposed) for rate in rates)
+    interval = metrics.seeded_difference(here, here_too, less=(there, there_too), **SEEDED)
+    assert interval == pytest.approx((0.10, 0.05, 0.15))
+    rng = np.random.default_rng(12)
+    first, second = seeded_counts(rng, 3, 20), seeded_counts(rng, 3, 20)
+    same = metrics.seeded_difference(first, second, less=(first, second), **SEEDED)
+    assert same == (0.0, 0.0, 0.0)
+    assert metrics.seeded_difference(first, second, **SEEDED).low < -0.01
+
+
 def test_seeded_difference_covers_the_true_difference():
     """Seeds and documents that each matter, seeds in plenty: about 95 intervals in 100 hold the truth."""
     rng = np.random.default_rng(10)

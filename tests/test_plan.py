@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from jobs import plan as planning
 from jobs.pipeline import run_pipeline
 from jobs.plan import plan
+from jobs.plan_disk import on_disk
 from jobs.plan_facts import estimate_prompts, known, shape_of
 from jobs.plan_memory import memory
 from pipeline.artifacts import read_all
@@ -189,8 +190,8 @@ def test_timed_decoding_is_in_the_hours(
     document = json.loads(capsys.readouterr().out)
     (runs,) = (amount["value"] for amount in document["amounts"] if amount["name"] == "timed runs")
     shapes, _ = known(config)
-    # Two prompts of 64 tokens, read by the target and by multi_view.
-    flops = sum(2 * 64 * (2 * s.parameters + 4 * s.layers * s.query * 32) for s in shapes.values())
+    # Two prompts of 64 tokens, read twice by the target and by multi_view.
+    flops = 2 * sum(2 * 64 * (2 * s.parameters + 4 * s.layers * s.query * 32) for s in shapes.values())
     seconds = runs * 15 * 0.03 + flops / 2e12
     assert document["hours"]["sweep measure"] == pytest.approx(seconds / 3600)
 
@@ -199,6 +200,48 @@ def test_timed_decoding_is_in_the_hours(
     plan(config, as_json=False, memory_gb=None, tflops=2.0)
     text = capsys.readouterr().out
     assert "give --step-ms X" in text and "sweep measure" not in text.partition("device-hours")[2]
+
+
+def test_too_few_prompts_to_recommend_anything_are_told(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight prompts are as many clocks alone and four in pairs; five documents are the least."""
+
+    def told(**measure: int) -> str:
+        def change(values: dict[str, Any]) -> None:
+            values["data"]["prompts"] = 8
+            values["sweep"]["measure"] |= measure
+
+        config = planned_config(corpus, tmp_path, change)
+        plan(config, as_json=False, memory_gb=None, tflops=1.0)
+        return capsys.readouterr().out
+
+    assert "nothing will be recommended" not in told(prompts=8)
+    said = "at most 4 documents with a clock of their own, and report.least_documents is 5: nothing will be"
+    assert said in told(prompts=8, prompts_together=2) and said in told(prompts=4)
+
+
+def test_what_is_there_needs_no_room(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing free on the disk a config is refused, by all that it lacks."""
+    config = planned_config(corpus, tmp_path)
+
+    def lacking() -> float:
+        shapes, facts = known(config)
+        files = list(on_disk(config, shapes, facts, count_sweep(config, facts.prompts)))
+        assert files[-1].amount.name == "rows on disk" and files[-1].left == files[-1].amount.value > 0
+        return sum(file.left for file in files[:-1])
+
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    with pytest.raises(BadData, match=r"need 0\.0 GB more, and 0\.0 GB are free in .*labels\.max_sequences"):
+        plan(config, as_json=False, memory_gb=None, tflops=1.0)
+    everything = lacking()
+    run_pipeline(config, until="teach")
+    later = lacking()
+    assert 0 < later < everything
+    run_pipeline(config, until="train")
+    assert lacking() == 0
 
 
 def test_a_pretrained_model_is_read_from_its_config_alone(corpus: Path, tmp_path: Path) -> None:

@@ -64,9 +64,12 @@ def test_the_score_compares_cells_on_the_prompts_that_were_measured() -> None:
     predicted_s = 10 * (4 * 0.002 + 0.04 + 0.001)
     timed = [measured(prompt=n, decode_s=[predicted_s / f] * 2) for n, f in ((0, 1.1), (1, 1.1))]
     (error,) = planner.errors([*replayed, *timed], TIMES).values()
-    assert error == pytest.approx(0.1)
+    # Of autoregressive decoding 12 tokens at 20 ms are predicted, and 3 s were measured.
+    pace = 3.0 / (12 * 0.02)
+    assert error == pytest.approx((1.1 * pace - 1, 0.1, pace))
     assert planner.errors(replayed, TIMES) == {}
-    assert planner.score([0.1, -0.5, -0.2]) == (3, 0.2, 0.5, -0.2) and planner.score([]) is None
+    found = [planner.Error(0.1, 0.3, 1.2), planner.Error(-0.5, -0.4, 0.9), planner.Error(-0.2, 0.0, 1.0)]
+    assert planner.score(found) == (3, 0.2, 0.5, -0.2, 0.3, 1.0) and planner.score([]) is None
 
 
 def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:

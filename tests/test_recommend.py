@@ -20,6 +20,7 @@ from pipeline.recommend import Choice, ModelSize, Needs, choices, recommend, set
 from pipeline.report.summary import Summary
 from pipeline.report.tables import cell_rows
 from pipeline.rows import CellRow, PromptRow
+from tests.configs import MINIMAL
 from tests.report.made import AXES, artifacts, config, measured, row
 
 PLACE = Place("code", "64")
@@ -325,6 +326,23 @@ def test_every_place_says_when_to_stop_and_why(made: Path) -> None:
     assert text[3] == "          the fastest of 1 measured cells that the needs allow"
     assert "This is for greedy decoding." in text and any("(activations, logits)" in line for line in text)
     assert any("acceptance 60.0 % by replay" in line for line in advise(made, 64, None, None, 1, None))
+
+
+def test_batches_and_differing_texts_are_said(tmp_path: Path) -> None:
+    """Twelve prompts, two decoded together, one of which differs from AR; "tales" was replayed alone."""
+    rows = [
+        measured(prompt=n, exact=n > 0, prompts_together=2, together_with=f"p{n - n % 2}") for n in range(12)
+    ]
+    rows += [row(prompt=n, dataset="tales") for n in range(12)]
+    prepare, teach, sweep = artifacts(tmp_path, rows, [])
+    sources = [{"kind": "text", "name": name, "files": ["stdlib"]} for name in ("code", "tales")]
+    given = config(tmp_path, data={**MINIMAL["data"], "sources": sources})
+    folder = report(given, ReportInputs(prepare, teach, sweep, stages=[])).path
+    text = "\n".join(advise(folder, 64, None, None, 1, None))
+    assert "6 documents timed, acceptance 50.0 % measured; 1 prompts are not what AR gives" in text
+    assert "Speeds were taken of up to 2 prompts decoded together." in text
+    assert "tales, 64:\n  do not speculate here: no cell was measured" in text
+    assert "decoded alone" not in "\n".join(advise(folder, 64, None, None, 4, None))
 
 
 def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path) -> None:

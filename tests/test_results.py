@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = (
     "data", "context", "greedy", "explained", "T = 1 (estimate)", "T = 1, KL (estimate)", "deploy (greedy)",
-    "decode speedup",
+    "decode speedup", "end to end",
 )  # fmt: skip
 
 
@@ -18,10 +18,10 @@ def in_points(gain: dict[str, Any]) -> str:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def deployed(choice: dict[str, Any] | None) -> tuple[str, str]:
-    """The cell in words, and its speed on fresh repeats."""
+def deployed(choice: dict[str, Any] | None) -> tuple[str, str, str]:
+    """The cell in words, and its speed on fresh repeats without and with both prefills."""
     if choice is None:
-        return "do not speculate", ""
+        return "do not speculate", "", ""
     parts = [f"`{choice['drafter']}`"]
     if choice["drafter"] == "self_speculation":
         parts.append(f"`{choice['policy']}`")
@@ -31,7 +31,7 @@ def deployed(choice: dict[str, Any] | None) -> tuple[str, str]:
     if choice["threshold"]:
         parts.append(f"stopping under {choice['threshold']:g}")
     speed = f"{choice['again']:.2f} [{choice['again_low']:.2f}, {choice['again_high']:.2f}]"
-    return ", ".join(parts), speed
+    return ", ".join(parts), speed, f"{choice['end_to_end']:.2f}"
 
 
 def table(summary: dict[str, Any]) -> str:

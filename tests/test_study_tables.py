@@ -136,11 +136,17 @@ def test_the_headline_says_where_the_seeds_alone_show_it_too() -> None:
     """t reaches 2.5 points: above 0 of a mean of 8, not of 2."""
     gains = [gain(0.08, 0.06), gain(0.02, 0.01), gain(0.01, -0.01)]
     sampled = gain(0.01, -0.01).model_copy(update={"temperature": 1.0})
-    words = study_tables.headline_words([*gains, sampled], study_tables.PAPER)
+    under = gain(0.06, 0.05, "other_prompt").model_copy(update={"lost": (0.02, 0.01, 0.03)})
+    words = study_tables.headline_words([*gains, sampled, under], study_tables.PAPER)
     assert words == (
         "Above 0 by the interval: greedy in 2 of 3 places, in 1 of them by Student's t over the training "
-        "seeds too; temperature 1 in 0 of 1 places."
+        "seeds too; temperature 1 in 0 of 1 places. What other_prompt does not explain is, by its own "
+        "interval, greedy above 0 in 3 and below in 0 of 3 places; temperature 1 above 0 in 0 and below in 0 "
+        "of 0 places."
     )
+    head, _, row, *_ = study_tables.headline_table([*gains, under], study_tables.PAPER).splitlines()
+    shown = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert shown["not explained by it"] == "+2.0 [+1.0, +3.0]"
 
 
 def test_distilled_drafters_are_compared_with_the_one_that_they_started_from() -> None:
@@ -258,3 +264,7 @@ def test_what_to_deploy_has_the_intervals_of_run_off_and_fresh_repeats() -> None
         row = study_speed.advice_table(replace(given, summary=summary)).splitlines()[2].split(" | ")
         assert row[4] == shown
         assert row[7] == ("1.00 [0.95, 1.10]" if shown else "1.00 [0.90, 1.10]")
+    again = [raced, other.model_copy(update={"speedup": 1.21})]
+    twice = replace(given, run_off=[*given.run_off, other], again=again)
+    # 1.25 to 1.20 and 1.10 to 1.21.
+    assert "2 cells moved by 7.0 % in the median and by 10.0 % at most" in study_speed.advice_words(twice)

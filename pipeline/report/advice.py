@@ -15,13 +15,17 @@ from pipeline.rows import CellRow, PredictedRow, PromptRow, StepTimes
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a sweep that predicts leaves beside its rows; all empty where it does not."""
+    """What a sweep that predicts leaves beside its rows; all empty where it does not.
+
+    `rechecked` are the rows of the cells in `run_off`, and those of the cells in `again`.
+    """
 
     predicted: Sequence[PredictedRow] = ()
     times: Sequence[StepTimes] = ()
     sizes: Sequence[ModelSize] = ()
     run_off: Sequence[CellRow] = ()
     again: Sequence[CellRow] = ()
+    rechecked: Sequence[Sequence[PromptRow]] = ()
     plane: Plane | None = None
 
 
@@ -47,9 +51,9 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
 
 
 def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Axes) -> list[Recommendation]:
-    """One for every place that was measured."""
+    """One for every place; none where nothing was measured at all."""
     found = choices(cells, predictions.run_off, predictions.again)
-    return [recommend(place, found[place], axes.least_documents) for place in places(axes) if place in found]
+    return [recommend(place, found.get(place, []), axes.least_documents) for place in places(axes) if found]
 
 
 def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, list[str]]:

@@ -45,7 +45,7 @@ class Axes:
     drafters: tuple[str, ...]
     datasets: tuple[str, ...]
     contexts: dict[str, int]  # name → prompt tokens
-    gamma: int  # the γ of figures and findings that show one
+    gamma: int  # the γ of figures and findings that show one, swept at every context
     smallest_budget: int | None  # above 0; None where only the full cache is swept
     trained_without_prefix: tuple[str, ...]  # drafters that saw B = 0 in training
     max_new_tokens: int
@@ -54,11 +54,16 @@ class Axes:
     @staticmethod
     def of(config: Config) -> Axes:
         wanted = config.train.validation_gamma
+        everywhere = [
+            gamma
+            for gamma in config.sweep.gammas
+            if all(gamma in config.sweep.gammas_of(context.name) for context in config.data.contexts)
+        ]
         return Axes(
             drafters=(*(v.name for v in config.train.drafters), *config.sweep.baselines),
             datasets=tuple(s.name for s in config.data.sources if "test" in s.use),
             contexts={c.name: c.tokens for c in config.data.contexts},
-            gamma=min(config.sweep.gammas, key=lambda gamma: (abs(gamma - wanted), gamma)),
+            gamma=min(everywhere, key=lambda gamma: (abs(gamma - wanted), gamma)),
             smallest_budget=min((b for b in config.sweep.budgets if b != "full" and b > 0), default=None),
             trained_without_prefix=tuple(v.name for v in config.train.drafters if 0 in v.budgets),
             max_new_tokens=config.data.max_new_tokens,

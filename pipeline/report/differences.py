@@ -60,6 +60,7 @@ def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
                     **_counts(paired[0]),
                     baseline=baseline,
                     prompts=prompts,
+                    lost=lost(cells, [key], [key._replace(drafter=baseline)], resampling),
                 )
             )
     return sorted(found, key=lambda gain: _gain_order(gain, axes))
@@ -102,11 +103,38 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
                 **_counts(shared[0]),
                 baseline=baseline,
                 prompts=prompts,
+                lost=lost(cells, keys[: len(seeds)], keys[len(seeds) :], resampling),
                 num_seeds=len(seeds),
                 by_seed=by_seed,
             )
         )
     return sorted(found, key=lambda gain: _gain_order(gain, axes))
+
+
+def lost(
+    cells: Cells, first: Sequence[CellKey], second: Sequence[CellKey], resampling: Resampling
+) -> metrics.Interval | None:
+    """What a gain under a control has lost against that with the real prefix, as in `Gain`.
+
+    Args:
+        first, second: the cells of both sides by training seed, all of one control.
+    """
+    if first[0].control is None:
+        return None
+    real = [key._replace(control=None) for key in (*first, *second)]
+    paired = paired_rows(cells, [*real, *first, *second], False)
+    if not paired:
+        return None
+    num = len(first)
+    here, there, *less = (_stacked(paired[at : at + num]) for at in range(0, 4 * num, num))
+    return metrics.seeded_difference(
+        here,
+        there,
+        less=(less[0], less[1]),
+        samples=resampling.samples,
+        seed=resampling.seed,
+        clusters=documents(paired[0]),
+    )
 
 
 def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[ControlGap]:

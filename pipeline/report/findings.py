@@ -15,7 +15,7 @@ from pipeline.report.advice import Predictions, recommendations, scores, untimed
 from pipeline.report.axes import Axes, Cells, budget_text
 from pipeline.report.differences import Resampling, control_gaps, family_gains, gains
 from pipeline.report.speed import ar_speeds
-from pipeline.report.summary import ControlGap, FamilyGain, Gain, Summary
+from pipeline.report.summary import ControlGap, Estimate, FamilyGain, Gain, Summary
 from pipeline.report.tables import (
     acceptances,
     lossless,
@@ -43,8 +43,8 @@ def summarise(
     resampling = Resampling(samples, seed)
     by_cell = replayed_or_measured(prompt_rows)
     summary = Summary(
-        lossless=lossless(prompt_rows),
-        replay_check=replay_check(prompt_rows),
+        lossless=lossless([row for rows in (prompt_rows, *predictions.rechecked) for row in rows]),
+        replay_check=replay_check(prompt_rows, predictions.rechecked),
         acceptance=acceptances(cells),
         speedup=speedups(cells),
         compile_s=sum(row.compile_s or 0.0 for row in prompt_rows),
@@ -65,7 +65,7 @@ def summarise(
         *gain_findings(_of_single_seeds(summary), axes),
         *recommendation_findings(summary),
         *untimed_findings(untimed(cells, predictions)),
-        *speed_findings(summary, axes),
+        *speed_findings(summary),
         *exactness_findings(summary),
         *doubt_findings(by_cell, cells, failed),
         *range_findings(cells, axes),
@@ -154,7 +154,11 @@ def _explained(real: Gain, control: Gain, axes: Axes) -> str:
     if control.high < 0:
         return ": without the context it is the other way round."
     text = f": {round(100 * control.mean / real.mean)} % of the gain is there without the context"
-    return text + (" (by an interval that reaches zero)." if control.low <= 0 <= control.high else ".")
+    text += " (by an interval that reaches zero)" if control.low <= 0 <= control.high else ""
+    if control.lost is None:
+        return f"{text}."
+    mean, low, high = (100 * bound for bound in control.lost)
+    return f"{text}, {mean:+.1f} points [{low:+.1f}, {high:+.1f}] of it are not."
 
 
 def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
@@ -194,36 +198,24 @@ def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
     return texts
 
 
-def speed_findings(summary: Summary, axes: Axes) -> list[str]:
-    """The fastest measured cell of each place, or that none is faster than AR; nothing over few documents."""
+def speed_findings(summary: Summary) -> list[str]:
+    """Whether cells at a temperature, for which nothing is recommended, are faster than AR."""
+    places: dict[tuple[str, str, float], list[Estimate]] = defaultdict(list)
+    for speed in summary.speedup:
+        if speed.control is None and speed.temperature > 0:
+            places[speed.dataset, speed.context, speed.temperature].append(speed)
     texts = []
-    for dataset in axes.datasets:
-        for context in axes.contexts:
-            here = [
-                s for s in summary.speedup if (s.dataset, s.context, s.control) == (dataset, context, None)
-            ]
-            if not here:
-                continue
-            best = max(here, key=lambda s: s.mean)
-            sampled = f", temperature {best.temperature:g}" if best.temperature else ""
-            if few := axes.too_few(min(s.num_documents for s in here)):
-                least = min(s.mean for s in here)
-                texts.append(
-                    f"{dataset}, {context}: {len(here)} cells were measured, at {least:.2f}× to "
-                    f"{best.mean:.2f}× of autoregressive decode speed; {few}."
-                )
-                continue
-            what = (
-                f"{settings_text(best)}{sampled} at {best.mean:.2f}× [{best.low:.2f}, {best.high:.2f}] of "
-                "autoregressive decode speed"
-            )
-            if best.low > 1:
-                texts.append(f"{dataset}, {context}: the fastest of {len(here)} measured cells is {what}.")
-            else:
-                texts.append(
-                    f"{dataset}, {context}: no measured cell is shown to be faster than autoregressive "
-                    f"decoding on this machine; the best is {what}."
-                )
+    for (dataset, context, temperature), here in places.items():
+        if min(speed.num_documents for speed in here) < summary.least_documents:
+            continue
+        best = max(here, key=lambda speed: speed.mean)
+        faster = sum(speed.low > 1 for speed in here)
+        texts.append(
+            f"{dataset}, {context}, temperature {temperature:g}: {faster or 'none'} of {len(here)} measured "
+            "cells are shown to be faster than autoregressive decoding; the fastest, rather high as it was "
+            f"picked from them, is {settings_text(best)} at {best.mean:.2f}× "
+            f"[{best.low:.2f}, {best.high:.2f}]."
+        )
     return texts
 
 
@@ -247,7 +239,9 @@ def recommendation_findings(summary: Summary) -> list[str]:
                 f"Predicted decode times are off by {100 * score.median_error:.0f} % in the median of the "
                 f"{score.cells} cells of the plane that scores them ({score.dataset}, {score.context}), at "
                 f"worst by {100 * score.worst_error:.0f} %; with its sign the median is "
-                f"{100 * score.bias:+.0f} %."
+                f"{100 * score.bias:+.0f} %. Both are counted in autoregressive steps timed beside "
+                f"them; in seconds it is {100 * score.median_error_s:.0f} %, as these steps took "
+                f"{score.pace:.2f} times as long while cells were measured as when single steps were timed."
             )
     return texts
 

@@ -29,10 +29,15 @@ class Estimate(Cell):
 
 
 class Gain(Estimate):
-    """Acceptance of `drafter` minus that of `baseline` in the same cell, over the same prompts."""
+    """Acceptance of `drafter` minus that of `baseline` in the same cell, over the same prompts.
+
+    Under a control `lost` is the gain with the real prefix minus this one, with its interval, over the
+    prompts that all four cells hold: what of the gain needs the real prefix.
+    """
 
     baseline: str
     prompts: Literal["all", "not_looping"]
+    lost: tuple[float, float, float] | None = None
 
 
 class FamilyGain(Gain):
@@ -97,10 +102,10 @@ class ReplayCheck(Row):
 class PredictionScore(Row):
     """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|.
 
-    `bias` is the median with its sign, below 0 where predictions are too fast.
-
-    `what` is "plane", the cells that are measured to score predictions, or "other cells", many of which were
-    picked by the predictions themselves.
+    Both are counted in autoregressive steps that were timed beside them, so that a machine that got slower
+    since does not count; `median_error_s` is in seconds, and `pace` says how much slower. `bias` is the
+    median with its sign, below 0 where predictions are too fast. `what` is "plane", the cells that are
+    measured to score predictions, or "other cells", many of which were picked by the predictions themselves.
     """
 
     what: str
@@ -110,6 +115,8 @@ class PredictionScore(Row):
     median_error: float
     worst_error: float
     bias: float
+    median_error_s: float
+    pace: float
 
 
 class Stage(Row):

@@ -106,6 +106,7 @@ def _cell_row(key: CellKey, mode: Mode, rows: list[PromptRow], samples: int, see
         drafter_kv_bytes=max(row.drafter_kv_bytes for row in rows),
         target_kv_bytes=_most(row.target_kv_bytes for row in rows),
         exact_prompts=sum(row.exact is True for row in compared) if compared else None,
+        prompts_together=max(row.prompts_together for row in rows),
         peak_memory_bytes=_most(row.peak_memory_bytes for row in rows),
     )
     if mode != "measure":
@@ -175,11 +176,17 @@ def lossless(prompt_rows: Sequence[PromptRow]) -> Lossless:
     )
 
 
-def replay_check(prompt_rows: Sequence[PromptRow]) -> ReplayCheck:
+def replay_check(prompt_rows: Sequence[PromptRow], again: Iterable[Sequence[PromptRow]] = ()) -> ReplayCheck:
+    """Counts of replay against those of every decoding of a prompt.
+
+    Args:
+        again: rows of the cells that were measured again, each time by itself.
+    """
     replayed = group(prompt_rows, "replay")
     pairs = [
         (row, replayed[key][prompt])
-        for key, prompts in group(prompt_rows, "measure").items()
+        for rows in (prompt_rows, *again)
+        for key, prompts in group(rows, "measure").items()
         for prompt, row in prompts.items()
         if key.temperature == 0 and prompt in replayed.get(key, {}) and not row.num_left_out
     ]

@@ -137,8 +137,35 @@ def test_a_share_below_nothing_is_shown_as_it_is() -> None:
             row("full_only", prompt, 50, 100, control="other_prompt"),
             row("multi_view", prompt, kept, 100, control="other_prompt"),
         ]  # fmt: skip
-    said = ": -10 % of the gain is there without the context (by an interval that reaches zero)."
-    assert said in "\n".join(summary_of(rows).findings)
+    found = summary_of(rows)
+    said = (
+        ": -10 % of the gain is there without the context (by an interval that reaches zero), +11.0 points ["
+    )
+    assert said in "\n".join(found.findings)
+    (under,) = (g for g in found.headline if g.control)
+    mean, low, high = under.lost
+    assert mean == pytest.approx(0.11) and 0.01 <= low < mean < high <= 0.21
+
+
+def test_what_a_gain_loses_under_the_control_is_paired():
+    """Over 20 prompts that differ much, 10 and 15 points by seed of 20 and 25: the same 10 in each."""
+    rows = []
+    for prompt in range(20):
+        easy = 3 * (prompt % 7)
+        for seed, (real, other) in {1: (20, 10), 2: (25, 15)}.items():
+            for control, gain in ((None, real), ("other_prompt", other)):
+                rows += [
+                    row(f"full_only~{seed}", prompt, 30 + easy, 100, control=control),
+                    row(f"multi_view~{seed}", prompt, 30 + easy + gain, 100, control=control),
+                ]
+    drafters = ("full_only~1", "full_only~2", "multi_view~1", "multi_view~2")
+    found = summary_of(rows, axes=replace(AXES, drafters=drafters))
+    (family,) = (g for g in found.families if g.control)
+    assert family.lost == pytest.approx((0.1, 0.1, 0.1))
+    assert all(g.lost == pytest.approx((0.1, 0.1, 0.1)) for g in found.headline if g.control)
+    assert all(g.lost is None for g in (*found.headline, *found.families) if not g.control)
+    said = "56 % of the gain is there without the context, +10.0 points [+10.0, +10.0] of it are not."
+    assert said in found.findings[0]
 
 
 def test_too_few_documents_are_not_ranked():
@@ -156,8 +183,27 @@ def test_too_few_documents_are_not_ranked():
     assert "(better)" in default and "is used" in default
     assert "too few documents to rank (1 of at least 5)" in default and "fastest" not in default
     lax = "\n".join(summary_of(rows, axes=replace(AXES, least_documents=1)).findings)
-    assert "the fastest of 4 measured cells is" in lax and "at 1.50× [1.50, 1.50]" in lax
+    assert ": 1.50× [1.50, 1.50], the fastest of 4 measured cells, by its first measurement alone" in lax
     assert "too few" not in lax
+
+
+def test_sampled_cells_are_said_to_be_faster_or_not():
+    """For them nothing is recommended; the first of 12 prompts in 6 documents is 1.5 times as fast as AR."""
+    rows = [
+        measured(prompt=p, temperature=1.0, exact=None, gamma=g, decode_s=[seconds] * 2)
+        for p in range(12)
+        for g, seconds in ((2, 4.0), (4, 2.0))
+    ]
+    (text,) = (text for text in summary_of(rows).findings if "shown to be faster" in text)
+    assert text == (
+        "code, 64, temperature 1: 1 of 2 measured cells are shown to be faster than autoregressive decoding; "
+        "the fastest, rather high as it was picked from them, is full_only, chunk_topk, B = 16, γ = 4 at "
+        "1.50× [1.50, 1.50]."
+    )
+    slow = [one for one in rows if one.gamma == 2]
+    assert any(": none of 1 measured" in text for text in summary_of(slow).findings)
+    few = summary_of(rows, axes=replace(AXES, least_documents=7)).findings
+    assert not any("faster" in text for text in few)
 
 
 def test_documents_decoded_together_count_once():
