@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
 RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
+# Raised where analysis.json or cells.jsonl get other fields: reports of older code are then drawn anew.
+ANALYSIS_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
+        "format": ANALYSIS_FORMAT,
         "sweep": inputs.sweep.fingerprint,
         "rows": rows,
         "axes": asdict(axes),
