@@ -139,7 +139,7 @@ def cell_text(choice: Choice) -> str:
     acceptance = "" if choice.acceptance is None else f", acceptance {100 * choice.acceptance:.1f} % {how}"
     ends = "" if choice.end_to_end is None else f", end to end {choice.end_to_end:.2f}×"
     fresh = "on fresh repeats" if choice.again is not None else "not measured again, so rather less"
-    differ = f"; {choice.num_inexact} prompts are not what AR gives" if choice.num_inexact else ""
+    differ = f"; {choice.num_inexact} prompt(s) are not what AR gives" if choice.num_inexact else ""
     return (
         f"{settings_text(choice)}: {mean:.2f}× [{low:.2f}, {high:.2f}] {fresh}{ends}; "
         f"{choice.num_documents} documents timed{acceptance}{differ}"

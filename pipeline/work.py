@@ -135,22 +135,25 @@ def rates_of(
     scratch = {role: spec for role, spec in specs.items() if isinstance(spec, ScratchModel)}
     if len(scratch) < len(specs) or (device == "cuda" and not torch.cuda.is_available()):
         return None, "not known: give --tflops X, the effective TFLOP/s of the device"
-    threads = threads_of(config, device, "train")
     length = min(config.data.sequence_tokens, TIMED_TOKENS)
     rates: Rates = {}
     for role, spec in scratch.items():
         flops = shapes[role].forward_flops(length, length / 2)
         seconds = timed_step(spec, shapes[role].vocab, length, device, config.train.dtype == "bfloat16")
         for training, least in seconds.items():
+            threads = threads_of(config, device, "train" if training else "teach")
             rates[role, training] = threads * flops * (3 if training else 1) / least
     measured = ", ".join(
         f"{role} {'training' if training else 'forward'} {rate / 1e12:.3g} TFLOP/s"
         for (role, training), rate in rates.items()
     )
-    return rates, f"estimate: FLOPs at rates measured here on one thread, times {threads}: {measured}"
+    return (
+        rates,
+        f"estimate: FLOPs at rates measured here, of one thread times those of a process: {measured}",
+    )
 
 
-def threads_of(config: Config, device: str, work: Literal["train", "measure"]) -> int:
+def threads_of(config: Config, device: str, work: Literal["teach", "train", "measure"]) -> int:
     """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
     own = config.run.needs(work).cpus or 0 if config.run.executor == "ray" else torch.get_num_threads()
     return max(1, int(own)) if device == "cpu" else 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import study_ablations, study_checks, study_runs, study_tables
-from pipeline.report.summary import RankMemory, Summary
+from pipeline.report.summary import PredictionScore, RankMemory, ReplayCheck, Summary
 from tests.study_rows import ABLATIONS, EMPTY, gain, make_row
 from tests.test_books import made_books
 
@@ -61,6 +61,20 @@ def test_a_row_of_the_headline_is_met_by_its_lower_bound_and_says_what_the_contr
     unclear = [gain(0.01, -0.01), gain(0.01, -0.01, "other_prompt")]
     (row,) = study_checks.headline_checks(unclear, study_tables.PAPER)
     assert row["met"] is False and "other_prompt" not in str(row["note"]), "no gain, so no share of one"
+
+
+def test_predictions_are_held_to_their_target_in_seconds() -> None:
+    """Half of a percent off in autoregressive steps is no help where the clock was a fifth slower."""
+    score = PredictionScore(
+        what="plane", dataset="x", context="2K", cells=30, median_error=0.005, worst_error=0.3, bias=0.0,
+        median_error_s=0.2, pace=1.25,
+    )  # fmt: skip
+    replayed = ReplayCheck(rows=2, equal=1)
+    summary = Summary.model_construct(prediction=(score,), replay_check=replayed, recommendations=())
+    check, predicted = study_checks.own_checks(replace(EMPTY, summary=summary))
+    assert (check["value"], check["met"]) == (0.5, False)
+    assert (predicted["value"], predicted["met"]) == (0.2, False)
+    assert "beside them 0.005" in str(predicted["note"]) and "1.25 times as long" in str(predicted["note"])
 
 
 def test_a_row_of_the_benchmark_has_its_interval_in_the_note(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Where it is said what to deploy: report, command and MLflow, and what the command lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from jobs.recommend import advise
+from jobs.report import ReportInputs, report
+from jobs.tracking import Tracker
+from jobs.tracking_store import Run, Store
+from pipeline.artifacts import read_rows, write_rows
+from pipeline.errors import BadData
+from pipeline.report.summary import Summary
+from pipeline.rows import CellRow, PromptRow
+from tests.configs import MINIMAL
+from tests.report.made import artifacts, config, measured, row
+
+DEPLOY = "full_only, chunk_topk, B = 16, γ = 4, stopping under 0.4"
+WHY = "the fastest of 2 measured cells, leaving out 1 not shown to be faster than autoregressive decoding"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of two measured cells: the faster one fails its repeats, the other stops early."""
+    rows = [row(prompt=n, accepted=6, budget="full") for n in range(12)]
+    rows += [measured(prompt=n, budget="full", decode_s=[1.5, 1.5]) for n in range(12)]
+    rows += [measured(prompt=n, accepted=7, threshold=0.4) for n in range(12)]
+    again = [measured(prompt=n, budget="full", decode_s=[4.0, 4.0]) for n in range(12)]
+    again += [measured(prompt=n, threshold=0.4, decode_s=[2.4, 2.4]) for n in range(12)]
+    storage = tmp_path_factory.mktemp("report")
+    prepare, teach, sweep = artifacts(storage, rows, [])
+    write_rows(sweep.path / "rechecked" / "all.jsonl", again)
+    return report(config(storage), ReportInputs(prepare, teach, sweep, stages=[])).path
+
+
+def summary_of(folder: Path) -> Summary:
+    return Summary.model_validate_json((folder / "summary.json").read_text())
+
+
+def test_every_place_says_when_to_stop_and_why(made: Path) -> None:
+    found = summary_of(made).findings
+    assert f"code, 64: deploy {DEPLOY}: 1.25× [1.25, 1.25] on fresh repeats, {WHY}." in found
+    page = " ".join(re.sub(r"<[^>]+>", " ", (made / "report.html").read_text()).split())
+    assert f"{DEPLOY} {WHY} 1.50× [1.50, 1.50] 1.25× [1.25, 1.25] 1.25×" in page
+    assert "full_only, chunk_topk, B = full, γ = 4: 0.75×" in page
+    text = list(advise(made, 64, None, None, 1, 0.65))
+    assert text[1] == (
+        f"  deploy  {DEPLOY}: 1.25× [1.25, 1.25] on fresh repeats, end to end 1.03×; 6 documents timed, "
+        "acceptance 70.0 % measured"
+    )
+    assert "lack the size of target and full_only" in text[2]
+    assert text[3] == "          the fastest of 1 measured cells that the needs allow"
+    assert "This is for greedy decoding." in text and any("(activations, logits)" in line for line in text)
+    assert any("acceptance 60.0 % by replay" in line for line in advise(made, 64, None, None, 1, None))
+
+
+def test_the_report_and_the_command_follow_the_run_off(tmp_path: Path) -> None:
+    """The first measurement has the other order, and so have the fresh repeats."""
+
+    def runs(full: float, sparse: float) -> list[PromptRow]:
+        times = {"full": full, 16: sparse}
+        return [measured(prompt=n, budget=b, decode_s=[s, s]) for n in range(12) for b, s in times.items()]
+
+    rows = [row(prompt=n, budget=b) for n in range(12) for b in ("full", 16)] + runs(1.5, 2.0)
+    prepare, teach, sweep = artifacts(tmp_path, rows, [])
+    write_rows(sweep.path / "run_off" / "all.jsonl", runs(2.0, 1.2))
+    write_rows(sweep.path / "rechecked" / "all.jsonl", runs(1.8, 2.0))
+    folder = report(config(tmp_path), ReportInputs(prepare, teach, sweep, stages=[])).path
+    (advice,) = summary_of(folder).recommendations
+    assert advice.choice is not None and advice.choice.budget == 16
+    assert (advice.choice.run_off, advice.choice.again) == (pytest.approx(2.5), pytest.approx(1.5))
+    assert advice.best_again == pytest.approx(3.0 / 1.8)
+    text = list(advise(folder, 64, None, None, 1, None))
+    assert text[1].startswith("  deploy  full_only, chunk_topk, B = 16, γ = 4: 1.50×")
+    assert "by a run-off between 2" in text[3] and text[3].strip() == advice.why
+    page = " ".join(re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text()).split())
+    assert f"{advice.why} 1.50× [1.50, 1.50] 2.50× 1.50× [1.50, 1.50] 1.67×" in page
+
+
+def test_batches_and_differing_texts_are_said(tmp_path: Path) -> None:
+    """Twelve prompts, two decoded together, one of which differs from AR; "tales" was replayed alone."""
+    rows = [
+        measured(prompt=n, exact=n > 0, prompts_together=2, together_with=f"p{n - n % 2}") for n in range(12)
+    ]
+    rows += [row(prompt=n, dataset="tales") for n in range(12)]
+    prepare, teach, sweep = artifacts(tmp_path, rows, [])
+    sources = [{"kind": "text", "name": name, "files": ["stdlib"]} for name in ("code", "tales")]
+    given = config(tmp_path, data={**MINIMAL["data"], "sources": sources})
+    folder = report(given, ReportInputs(prepare, teach, sweep, stages=[])).path
+    text = "\n".join(advise(folder, 64, None, None, 1, None))
+    assert "6 documents timed, acceptance 50.0 % measured; 1 prompt(s) are not what AR gives" in text
+    assert "Speeds were taken of up to 2 prompts decoded together." in text
+    assert "tales, 64:\n  do not speculate here: no cell was measured" in text
+    assert "decoded alone" not in "\n".join(advise(folder, 64, None, None, 4, None))
+
+
+def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path) -> None:
+    class Recorder:
+        """Keeps what it is told to log: run, parameters, points, time, tags."""
+
+        def __init__(self) -> None:
+            self.told: list[tuple[Any, ...]] = []
+
+        def log(self, *told: Any) -> None:
+            self.told.append(told)
+
+    recorder, run = Recorder(), Run("report", {})
+    tracker = Tracker(config(tmp_path), cast(Store, recorder), run)
+    tracker.log_advice(run, summary_of(made).recommendations)
+    assert tracker.writer.finish(5.0) == 0
+    ((_, _, points, _, tags),) = recorder.told
+    assert tags == {"recommend.code.64": f"{DEPLOY}: {WHY}"}
+    assert [value for _, value, _ in points] == pytest.approx([1.25] * 3)
+
+
+# ── what is missing ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_another_context_is_said_to_stand_for_what_was_asked(made: Path) -> None:
+    assert next(advise(made, 1, None, None, 1, None)) == "64 (64 tokens) stands for a context of 1 tokens."
+    assert next(advise(made, 64, None, None, 1, None)) == "code, 64:"
+
+
+@pytest.mark.parametrize(
+    ("temperature", "dataset", "said"),
+    [
+        (None, None, "no measured speed at 64: set sweep.mode to both or measure, and run it again"),
+        (0.7, None, "that is greedy, only at temperature 0.7: add 0.0 to sweep.temperatures"),
+        (0.7, "poems", "no measured speed at 64 for data set 'poems'; there is code"),
+    ],
+)
+def test_speeds_that_are_missing(
+    made: Path, tmp_path: Path, temperature: float | None, dataset: str | None, said: str
+) -> None:
+    cells = read_rows(made / "cells.jsonl", CellRow)
+    kept = [cell for cell in cells if cell.mode == "replay" or temperature]
+    changed = [cell.model_copy(update={"temperature": temperature or 0.0}) for cell in kept]
+    write_rows(tmp_path / "cells.jsonl", changed)
+    for name in ("run_off.jsonl", "again.jsonl"):
+        write_rows(tmp_path / name, [])
+    (tmp_path / "summary.json").write_bytes((made / "summary.json").read_bytes())
+    with pytest.raises(BadData, match=re.escape(said)):
+        list(advise(tmp_path, 64, dataset, None, 1, None))
+
+
+def test_a_summary_that_is_cut_off_is_not_one_of_another_version(made: Path, tmp_path: Path) -> None:
+    for name in ("cells.jsonl", "run_off.jsonl", "again.jsonl"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    whole = (made / "summary.json").read_bytes()
+    other = {"from": "elsewhere", **json.loads(whole)}
+    for content, said in (
+        (whole[: len(whole) // 2], r"summary\.json is not whole \(Invalid JSON.*run the stage report again"),
+        (json.dumps(other).encode(), r"was not written by this version \(1 fields differ\)"),
+    ):
+        (tmp_path / "summary.json").write_bytes(content)
+        with pytest.raises(BadData, match=said):
+            list(advise(tmp_path, 64, None, None, 1, None))
