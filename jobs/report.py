@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.sweep import PREDICTED, ROWS, STEPS
+from jobs.sweep import PREDICTED, ROWS, STEPS, STEPS_BESIDE
 from pipeline import planner
 from pipeline.artifacts import (
     Artifact,
@@ -106,7 +106,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, *planner.MEASURED_AGAIN, STEPS, "failed")
+        for folder in (ROWS, *planner.MEASURED_AGAIN, STEPS, STEPS_BESIDE, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -177,4 +177,5 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
         again,
         rechecked,
         config.sweep.measure.plane,
+        planner.means(read_all(sweep / STEPS_BESIDE, StepTimes)),
     )

@@ -62,7 +62,10 @@ class Measure(Group):
         "and the extremes of each data set and context too, and of these the fastest twice more, greedily "
         "and with four times the repeats",
     )
-    plane: Plane | None = Field(None, description="budget × γ plane that scores the predictions")
+    plane: Plane | None = Field(
+        None,
+        description="budget × γ plane that scores the predictions, by single steps timed between its prompts",
+    )
 
 
 class Decode(Group):

@@ -59,11 +59,12 @@ class MeasureTask:
 
 @dataclass(frozen=True)
 class CalibrateTask:
-    """Time single steps at one context."""
+    """Time single steps at one context: of every kind of draft source, or of a trained drafter alone."""
 
     context: str
     prompt_tokens: int
     output: Path
+    trained_only: bool = False
 
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,8 @@ class Evaluator:
         """Step times of one representative of each kind of draft source: the trained ones have one shape."""
         kinds: dict[str | None, Contender] = {}
         for one in self.contenders:
-            kinds.setdefault(one.drafter.baseline, one)
+            if one.drafter.baseline is None or not task.trained_only:
+                kinds.setdefault(one.drafter.baseline, one)
         target, new_tokens = self.target[1], self.config.data.max_new_tokens
         prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
         times: list[StepTimes] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -74,6 +74,25 @@ class Clockwork:
             verifying = found * verify_s + (row.num_rounds - found) * self.verify(row.context, 1)
             return verifying + row.num_rounds * (times.draft_s + times.round_s)
         return row.num_rounds * (row.gamma * times.draft_s + verify_s + times.round_s)
+
+
+def means(times: Iterable[StepTimes]) -> list[StepTimes]:
+    """Of steps of one view that were timed again and again, as `StepTimes` of that view."""
+    views: dict[tuple[object, ...], list[StepTimes]] = defaultdict(list)
+    for one in times:
+        views[one.context, one.kind, one.policy, one.budget].append(one)
+    return [
+        again[0].model_copy(
+            update={
+                "verify_s": {g: fmean(one.verify_s[g] for one in again) for g in again[0].verify_s},
+                **{
+                    name: fmean(getattr(one, name) for one in again)
+                    for name in ("draft_s", "round_s", "ar_s")
+                },
+            }
+        )
+        for again in views.values()
+    ]
 
 
 def predict(
@@ -151,10 +170,15 @@ def first_seeds(drafters: Sequence[str]) -> list[str]:
     return list({family(drafter): drafter for drafter in reversed(drafters)}.values())
 
 
+def has_plane(sweep: Sweep, place: Place) -> bool:
+    plane = sweep.measure.plane
+    return plane is not None and (plane.dataset, plane.context) == place
+
+
 def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[str]) -> list[Pick]:
     """The plane that scores predictions, where this is its place: every budget and γ of one drafter."""
     plane = sweep.measure.plane
-    if plane is None or (plane.dataset, plane.context) != place:
+    if plane is None or not has_plane(sweep, place):
         return []
     name = next(drafter for drafter in drafters if chosen_drafter(drafter, [plane.drafter]))
     return [

@@ -72,6 +72,15 @@ def test_the_score_compares_cells_on_the_prompts_that_were_measured() -> None:
     assert planner.score(found) == (3, 0.2, 0.5, -0.2, 0.3, 1.0) and planner.score([]) is None
 
 
+def test_steps_timed_again_count_by_their_means_view_by_view() -> None:
+    slower = steps(16, 0.004).model_copy(
+        update={"verify_s": {2: 0.05, 6: 0.07}, "round_s": 0.003, "ar_s": 0.04}
+    )
+    first, other = planner.means([steps(16, 0.002), steps("full", 0.004), slower])
+    assert (first.draft_s, first.round_s, first.ar_s) == pytest.approx((0.003, 0.002, 0.03))
+    assert first.verify_s == pytest.approx({2: 0.04, 6: 0.06}) and other == steps("full", 0.004)
+
+
 def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:
     """Ten rounds, of which seven propose four tokens; looking takes 3 ms a round, however many they are."""
     looked = row("prompt_lookup", policy="none", budget=0, num_rounds=10, reached=[7, 4, 2, 1])

@@ -67,14 +67,16 @@ def test_predictions_are_held_to_their_target_in_seconds() -> None:
     """Half of a percent off in autoregressive steps is no help where the clock was a fifth slower."""
     score = PredictionScore(
         what="plane", dataset="x", context="2K", cells=30, median_error=0.005, worst_error=0.3, bias=0.0,
-        median_error_s=0.2, pace=1.25,
+        median_error_s=0.2, pace=1.05,
     )  # fmt: skip
+    before = score.model_copy(update={"what": "plane, earlier steps", "median_error_s": 0.09, "pace": 1.25})
     replayed = ReplayCheck(rows=2, equal=1)
-    summary = Summary.model_construct(prediction=(score,), replay_check=replayed, recommendations=())
+    summary = Summary.model_construct(prediction=(score, before), replay_check=replayed, recommendations=())
     check, predicted = study_checks.own_checks(replace(EMPTY, summary=summary))
     assert (check["value"], check["met"]) == (0.5, False)
     assert (predicted["value"], predicted["met"]) == (0.2, False)
-    assert "beside them 0.005" in str(predicted["note"]) and "1.25 times as long" in str(predicted["note"])
+    assert "beside them 0.005" in str(predicted["note"])
+    assert "it is 0.090, and autoregressive steps took 1.25 times as long" in str(predicted["note"])
 
 
 def test_a_row_of_the_benchmark_has_its_interval_in_the_note(tmp_path: Path) -> None:

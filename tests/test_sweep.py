@@ -7,12 +7,14 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
 from jobs.pipeline import run_pipeline
 from jobs.recommend import advise
+from pipeline import planner
 from pipeline.artifacts import read_all, read_rows
 from pipeline.config import Config
 from pipeline.errors import BadData
@@ -129,7 +131,29 @@ def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, sw
     assert {time.kind for time in times} == {"drafter", *BASELINES}
     assert all(min(t.draft_s, t.ar_s, *t.verify_s.values()) > 0 for t in times)
     scored = {(s.context, s.what): s.cells for s in summary_of(report).prediction}
-    assert scored["48", "plane"] == 3 * 2 and scored["48", "other cells"] > 0 and ("4", "plane") not in scored
+    assert scored["48", "plane"] == scored["48", "plane, earlier steps"] == 3 * 2
+    assert scored["48", "other cells"] > 0 and ("4", "plane") not in scored
+
+
+def test_steps_are_timed_again_between_the_prompts_of_the_plane(swept: Path, report: Path) -> None:
+    """Those of a trained drafter at its context, before each of its files of rows and once after the last."""
+    made = [*(swept / "steps_beside").iterdir(), *(swept / "rows").glob("measure-*-tales-48-*.jsonl")]
+    made.sort(key=lambda file: file.stat().st_mtime_ns)
+    *pairs, after = made
+    folders, names = [file.parent.name for file in pairs], [file.name for file in pairs]
+    assert folders == ["steps_beside", "rows"] * MEASURED and names[::2] == names[1::2]
+    assert after.name == f"{Path(names[-1]).stem}-after.jsonl"
+    times = [read_rows(file, StepTimes) for file in (*pairs[::2], after)]
+    assert all(
+        [(t.context, t.kind, t.budget) for t in one] == [("48", "drafter", b) for b in (16, 32, "full")]
+        for one in times
+    )
+    (by_beside,) = [s for s in summary_of(report).prediction if s.what == "plane"]
+    found = planner.errors(
+        read_all(swept / "rows", PromptRow), planner.means(read_all(swept / "steps_beside", StepTimes))
+    )
+    plane = [e for cell, e in found.items() if cell.drafter == "full_only~1" and cell.context == "48"]
+    assert by_beside.median_error_s == median(abs(error.seconds) for error in plane)
 
 
 def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None:

@@ -17,7 +17,8 @@ from pipeline.rows import CellRow, PredictedRow, PromptRow, StepTimes
 class Predictions:
     """What a sweep that predicts leaves beside its rows; all empty where it does not.
 
-    `rechecked` are the rows of the cells in `run_off`, and those of the cells in `again`.
+    `rechecked` are the rows of the cells in `run_off`, and those of the cells in `again`. `beside` are steps
+    that were timed again while the plane was measured; `times` are those that cells were predicted from.
     """
 
     predicted: Sequence[PredictedRow] = ()
@@ -27,12 +28,17 @@ class Predictions:
     again: Sequence[CellRow] = ()
     rechecked: Sequence[Sequence[PromptRow]] = ()
     plane: Plane | None = None
+    beside: Sequence[StepTimes] = ()
 
 
 def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> list[PredictionScore]:
-    """Of the plane, whose cells nobody picked, and apart from it of each place's other measured cells."""
+    """Of the plane, whose cells nobody picked, and apart from it of each place's other measured cells.
+
+    The plane is scored twice: by the steps timed beside it, and by the earlier ones, as all else.
+    """
     plane = predictions.plane
     found = errors(rows, predictions.times) if predictions.times else {}
+    beside = errors(rows, predictions.beside) if predictions.beside else {}
     scored = []
     for place in places(axes):
         here = {cell: e for cell, e in found.items() if (cell.dataset, cell.context) == place}
@@ -43,8 +49,12 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
             and (plane.dataset, plane.context) == place
             and plane.drafter in (cell.drafter, family(cell.drafter))
         }
-        for what, cells in (("plane", on_plane), ("other cells", here.keys() - on_plane)):
-            result = score([here[cell] for cell in cells])
+        for what, of_cells in (
+            ("plane", [beside[cell] for cell in on_plane & beside.keys()]),
+            ("plane, earlier steps", [here[cell] for cell in on_plane]),
+            ("other cells", [here[cell] for cell in here.keys() - on_plane]),
+        ):
+            result = score(of_cells)
             if result is not None:
                 scored.append(PredictionScore(what=what, **place._asdict(), **result._asdict()))
     return scored

@@ -237,8 +237,9 @@ def recommendation_findings(summary: Summary) -> list[str]:
         if score.what == "plane":
             texts.append(
                 f"Predicted decode times are off by {100 * score.median_error_s:.0f} % in the median of the "
-                f"{score.cells} cells of the plane that scores them ({score.dataset}, {score.context}). "
-                "Counted in autoregressive steps timed beside them it is "
+                f"{score.cells} cells of the plane that scores them ({score.dataset}, {score.context}), by "
+                "single steps timed between its prompts. Counted in autoregressive steps timed beside them "
+                "it is "
                 f"{100 * score.median_error:.0f} %, at worst {100 * score.worst_error:.0f} %, with its sign "
                 f"{100 * score.bias:+.0f} %: these steps took {score.pace:.2f} times as long while cells "
                 "were measured as when single steps were timed."
