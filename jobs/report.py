@@ -47,7 +47,7 @@ CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
 RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
 # Raised where analysis.json or cells.jsonl get other fields: reports of older code are then drawn anew.
-ANALYSIS_FORMAT = 2
+ANALYSIS_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -177,5 +177,5 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
         again,
         rechecked,
         config.sweep.measure.plane,
-        planner.means(read_all(sweep / STEPS_BESIDE, StepTimes)),
+        planner.mean_step_times(read_all(sweep / STEPS_BESIDE, StepTimes)),
     )

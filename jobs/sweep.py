@@ -245,23 +245,21 @@ class Phases:
         folder: str,
         repeats: int,
         temperatures: tuple[float, ...],
-    ) -> list[SweepTask]:
+    ) -> list[MeasureTask]:
         """The first prompts of every file, those decoded together a task.
 
         A file of rows is named by what is measured and how, and those of other picks, which an earlier run
         has left, are removed.
         """
-        measure, tasks = self.sweep.measure, list[SweepTask]()
-        plane = next((file for file, place in self.places() if planner.has_plane(self.sweep, place)), None)
+        measure, tasks, places = self.sweep.measure, [], dict(self.places())
         for file, here in picks.items():
             picked = sha256(repr((here, repeats, temperatures)).encode()).hexdigest()[:6]
             count = min(len(read_rows(file, Prompt)), measure.prompts)
-            own: list[SweepTask] = []
             for first in range(0, count if here else 0, measure.prompts_together):
                 last = min(first + measure.prompts_together, count)
                 output = self.output(f"{what}-{picked}", file, first, folder)
-                own.append(MeasureTask(file, here, repeats, temperatures, first, last, output))
-            tasks += self.with_steps(own) if (file, folder) == (plane, ROWS) else own
+                beside = self.beside(places[file], output)
+                tasks.append(MeasureTask(file, here, repeats, temperatures, first, last, output, beside))
         wanted = {task.output.name for task in tasks}
         for kind in (folder, STEPS_BESIDE, "failed"):
             for old in (self.folder / kind).glob(f"{what}-*.jsonl"):
@@ -269,23 +267,16 @@ class Phases:
                     old.unlink()
         return tasks
 
-    def with_steps(self, tasks: Sequence[SweepTask]) -> Iterator[SweepTask]:
-        """The plane's tasks, and single steps of its context timed before each of them and behind the last.
+    def beside(self, place: Place, output: Path) -> CalibrateTask | None:
+        """Where `output` is of the plane, single steps of its context, to be timed around what it holds.
 
         Predictions are of seconds, and so is their score: a machine that others share may be a third slower
         some minutes after single steps were first timed.
         """
-        plane = self.sweep.measure.plane
-        assert plane is not None, "there is a plane where tasks are its"
-        length = next(one.tokens for one in self.config.data.contexts if one.name == plane.context)
-
-        def steps(name: str) -> CalibrateTask:
-            return CalibrateTask(plane.context, length, self.folder / STEPS_BESIDE / name, trained_only=True)
-
-        for task in tasks:
-            yield from (steps(task.output.name), task)
-        for task in tasks[-1:]:
-            yield steps(f"{task.output.stem}-after.jsonl")
+        if output.parent.name != ROWS or not planner.has_plane(self.sweep, place):
+            return None
+        (length,) = (one.tokens for one in self.config.data.contexts if one.name == place.context)
+        return CalibrateTask(place.context, length, self.folder / STEPS_BESIDE / output.name)
 
     def output(self, what: str, file: Path, first: int, folder: str = ROWS) -> Path:
         return self.folder / folder / f"{what}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"

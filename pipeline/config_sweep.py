@@ -32,7 +32,7 @@ def check_budget(budget: int | str) -> int | str:
 
 
 class Plane(Group):
-    """One full budget × γ plane that is measured, to score the predicted times of all other cells."""
+    """One full budget × γ plane that is measured, to score predicted times on cells that nobody picked."""
 
     drafter: str = Field(description="a drafter, by variant or with its seed")
     dataset: str = Field(description="name of a source")

@@ -10,7 +10,7 @@ autoregressive decoding and the picked cells in turn (`trial.py`). Calibrating t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,8 +45,21 @@ class ReplayTask:
 
 
 @dataclass(frozen=True)
+class CalibrateTask:
+    """Time single steps at one context."""
+
+    context: str
+    prompt_tokens: int
+    output: Path
+
+
+@dataclass(frozen=True)
 class MeasureTask:
-    """Prompts [first, last) of one file, the cells to measure, how often and at which temperatures."""
+    """Prompts [first, last) of one file, the cells to measure, how often and at which temperatures.
+
+    With `beside`, single steps of a trained drafter are timed before and behind it, in the same call: what is
+    measured again has its steps timed again.
+    """
 
     prompts: Path
     picks: tuple[Pick, ...]
@@ -55,16 +68,7 @@ class MeasureTask:
     first: int
     last: int
     output: Path
-
-
-@dataclass(frozen=True)
-class CalibrateTask:
-    """Time single steps at one context: of every kind of draft source, or of a trained drafter alone."""
-
-    context: str
-    prompt_tokens: int
-    output: Path
-    trained_only: bool = False
+    beside: CalibrateTask | None = None
 
 
 log = logging.getLogger(__name__)
@@ -128,6 +132,8 @@ class Evaluator:
             return done
         if isinstance(task, CalibrateTask):
             return Evaluated(rows=self.calibrate(task))
+        beside = task.beside if isinstance(task, MeasureTask) else None
+        steps = self.step_times(beside, self.trained) if beside else []
         failures = failures_of(task)
         again = len(read_rows(failures, FailedCell)) if failures.exists() else 0
         rows: list[PromptRow] = []
@@ -137,6 +143,8 @@ class Evaluator:
                 rows.append(row)
             else:
                 failed.append(row)
+        if beside:
+            write_rows(beside.output, [*steps, *self.step_times(beside, self.trained)])
         if failed:
             write_rows(failures, failed)
         write_rows(task.output, rows)
@@ -211,22 +219,31 @@ class Evaluator:
         """Step times of one representative of each kind of draft source: the trained ones have one shape."""
         kinds: dict[str | None, Contender] = {}
         for one in self.contenders:
-            if one.drafter.baseline is None or not task.trained_only:
-                kinds.setdefault(one.drafter.baseline, one)
+            kinds.setdefault(one.drafter.baseline, one)
+        times = self.step_times(task, kinds.values())
+        write_rows(task.output.parent.parent / SIZES, self.sizes())
+        write_rows(task.output, times)
+        return len(times)
+
+    @property
+    def trained(self) -> list[Contender]:
+        """The first of the trained drafters, which have one shape; none where there is none."""
+        return [one for one in self.contenders if one.drafter.baseline is None][:1]
+
+    def step_times(self, task: CalibrateTask, sources: Iterable[Contender]) -> list[StepTimes]:
+        """Steps of these draft sources at a context; none of one that fails, as the log says."""
         target, new_tokens = self.target[1], self.config.data.max_new_tokens
         prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
         times: list[StepTimes] = []
-        for one in kinds.values():
+        for one in sources:
             try:
                 times += step_times(self.sweep, self.sides, target, one.drafter, one.fast, prompt, new_tokens)
             except CELL_ERRORS as error:
                 if isinstance(error, torch.AcceleratorError):  # the process has lost its GPU
                     raise
                 name = one.drafter.name
-                log.warning("no speed is predicted for %s at %s: %s", name, task.context, error)
-        write_rows(task.output.parent.parent / SIZES, self.sizes())
-        write_rows(task.output, times)
-        return len(times)
+                log.warning("no steps were timed of %s at %s: %s", name, task.context, error)
+        return times
 
     def sizes(self) -> list[ModelSize]:
         """The target's, and every drafter's that has a model of its own."""
@@ -252,7 +269,8 @@ def earlier(task: SweepTask) -> Evaluated | None:
         return None
     if isinstance(task, CalibrateTask):
         return Evaluated(rows=len(read_rows(task.output, StepTimes)))
-    if failures_of(task).exists():
+    beside = task.beside if isinstance(task, MeasureTask) else None
+    if failures_of(task).exists() or (beside and not beside.output.exists()):
         return None
     return evaluated(read_rows(task.output, PromptRow))
 

@@ -76,8 +76,12 @@ class Clockwork:
         return row.num_rounds * (row.gamma * times.draft_s + verify_s + times.round_s)
 
 
-def means(times: Iterable[StepTimes]) -> list[StepTimes]:
-    """Of steps of one view that were timed again and again, as `StepTimes` of that view."""
+def mean_step_times(times: Iterable[StepTimes]) -> list[StepTimes]:
+    """Of each view the means over all times that its steps were timed.
+
+    Each timing is of medians already. Over several the mean is what the sum of what was measured between
+    them goes with, where a machine is at times slower.
+    """
     views: dict[tuple[object, ...], list[StepTimes]] = defaultdict(list)
     for one in times:
         views[one.context, one.kind, one.policy, one.budget].append(one)

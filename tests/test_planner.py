@@ -76,7 +76,7 @@ def test_steps_timed_again_count_by_their_means_view_by_view() -> None:
     slower = steps(16, 0.004).model_copy(
         update={"verify_s": {2: 0.05, 6: 0.07}, "round_s": 0.003, "ar_s": 0.04}
     )
-    first, other = planner.means([steps(16, 0.002), steps("full", 0.004), slower])
+    first, other = planner.mean_step_times([steps(16, 0.002), steps("full", 0.004), slower])
     assert (first.draft_s, first.round_s, first.ar_s) == pytest.approx((0.003, 0.002, 0.03))
     assert first.verify_s == pytest.approx({2: 0.04, 6: 0.06}) and other == steps("full", 0.004)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import study_ablations, study_checks, study_runs, study_tables
-from pipeline.report.summary import PredictionScore, RankMemory, ReplayCheck, Summary
+from pipeline.report.summary import PredictionScore, RankMemory, Summary
 from tests.study_rows import ABLATIONS, EMPTY, gain, make_row
 from tests.test_books import made_books
 
@@ -69,14 +69,14 @@ def test_predictions_are_held_to_their_target_in_seconds() -> None:
         what="plane", dataset="x", context="2K", cells=30, median_error=0.005, worst_error=0.3, bias=0.0,
         median_error_s=0.2, pace=1.05,
     )  # fmt: skip
-    before = score.model_copy(update={"what": "plane, earlier steps", "median_error_s": 0.09, "pace": 1.25})
-    replayed = ReplayCheck(rows=2, equal=1)
-    summary = Summary.model_construct(prediction=(score, before), replay_check=replayed, recommendations=())
-    check, predicted = study_checks.own_checks(replace(EMPTY, summary=summary))
-    assert (check["value"], check["met"]) == (0.5, False)
-    assert (predicted["value"], predicted["met"]) == (0.2, False)
-    assert "beside them 0.005" in str(predicted["note"])
-    assert "it is 0.090, and autoregressive steps took 1.25 times as long" in str(predicted["note"])
+    before = score.model_copy(update={"what": "plane by earlier steps", "median_error_s": 0.09, "pace": 1.25})
+    (row,) = study_checks.prediction_checks([score, before])
+    assert (row["value"], row["met"]) == (0.2, False)
+    assert "0.090; autoregressive steps took 1.25 times as long" in str(row["note"])
+    (missing,) = study_checks.prediction_checks([before])
+    assert (missing["value"], missing["met"]) == (None, False), "no steps were timed beside the plane"
+    (met,) = study_checks.prediction_checks([score.model_copy(update={"median_error_s": 0.05}), before])
+    assert met["met"] is True
 
 
 def test_a_row_of_the_benchmark_has_its_interval_in_the_note(tmp_path: Path) -> None:

@@ -131,27 +131,20 @@ def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, sw
     assert {time.kind for time in times} == {"drafter", *BASELINES}
     assert all(min(t.draft_s, t.ar_s, *t.verify_s.values()) > 0 for t in times)
     scored = {(s.context, s.what): s.cells for s in summary_of(report).prediction}
-    assert scored["48", "plane"] == scored["48", "plane, earlier steps"] == 3 * 2
+    assert scored["48", "plane"] == scored["48", "plane by earlier steps"] == 3 * 2
     assert scored["48", "other cells"] > 0 and ("4", "plane") not in scored
 
 
-def test_steps_are_timed_again_between_the_prompts_of_the_plane(swept: Path, report: Path) -> None:
-    """Those of a trained drafter at its context, before each of its files of rows and once after the last."""
-    made = [*(swept / "steps_beside").iterdir(), *(swept / "rows").glob("measure-*-tales-48-*.jsonl")]
-    made.sort(key=lambda file: file.stat().st_mtime_ns)
-    *pairs, after = made
-    folders, names = [file.parent.name for file in pairs], [file.name for file in pairs]
-    assert folders == ["steps_beside", "rows"] * MEASURED and names[::2] == names[1::2]
-    assert after.name == f"{Path(names[-1]).stem}-after.jsonl"
-    times = [read_rows(file, StepTimes) for file in (*pairs[::2], after)]
-    assert all(
-        [(t.context, t.kind, t.budget) for t in one] == [("48", "drafter", b) for b in (16, 32, "full")]
-        for one in times
-    )
+def test_steps_are_timed_again_around_the_prompts_of_the_plane(swept: Path, report: Path) -> None:
+    """Those of a trained drafter at its context, before and behind each of its files of rows."""
+    beside = {file.name: read_rows(file, StepTimes) for file in (swept / "steps_beside").iterdir()}
+    assert beside.keys() == {file.name for file in (swept / "rows").glob("measure-*-tales-48-*.jsonl")}
+    assert len(beside) == MEASURED
+    around = [("48", "drafter", budget) for budget in (16, 32, "full")] * 2
+    assert all([(t.context, t.kind, t.budget) for t in times] == around for times in beside.values())
     (by_beside,) = [s for s in summary_of(report).prediction if s.what == "plane"]
-    found = planner.errors(
-        read_all(swept / "rows", PromptRow), planner.means(read_all(swept / "steps_beside", StepTimes))
-    )
+    means = planner.mean_step_times(read_all(swept / "steps_beside", StepTimes))
+    found = planner.errors(read_all(swept / "rows", PromptRow), means)
     plane = [e for cell, e in found.items() if cell.drafter == "full_only~1" and cell.context == "48"]
     assert by_beside.median_error_s == median(abs(error.seconds) for error in plane)
 
@@ -218,9 +211,15 @@ def test_recommend_says_what_is_missing(report: Path, context: int, dataset: str
 def test_a_sweep_that_broke_off_goes_on_with_what_it_had_picked(
     config: Config, report: Path, swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Predictions, picks and timed files stay; only what is missing is measured. Last, as it changes them."""
+    """Predictions, picks and timed files stay; only what is missing is measured, with the steps around it.
+
+    Last, as it changes them.
+    """
     kept = {file: file.read_bytes() for file in swept.rglob("*.jsonl")}
-    lost = sorted((swept / "rows").glob("measure-*"))[:1]
+    lost = sorted((swept / "rows").glob("measure-*-tales-48-*"))[2:3]
+    around = swept / "steps_beside" / lost[0].name
+    of_other_picks = swept / "steps_beside" / "measure-000000-tales-48-00000.jsonl"
+    of_other_picks.write_bytes(around.read_bytes())
     for file in [*lost, swept / "manifest.json"]:
         file.unlink()
     shutil.rmtree(report)
@@ -238,4 +237,5 @@ def test_a_sweep_that_broke_off_goes_on_with_what_it_had_picked(
     kept = {
         file: content for file, content in kept.items() if file.parent.name not in ("run_off", "rechecked")
     }
-    assert [file for file, content in kept.items() if file.read_bytes() != content] == lost
+    assert {f for f, content in kept.items() if f.read_bytes() != content} == {*lost, around}
+    assert not of_other_picks.exists()

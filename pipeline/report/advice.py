@@ -51,7 +51,7 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
         }
         for what, of_cells in (
             ("plane", [beside[cell] for cell in on_plane & beside.keys()]),
-            ("plane, earlier steps", [here[cell] for cell in on_plane]),
+            ("plane by earlier steps", [here[cell] for cell in on_plane]),
             ("other cells", [here[cell] for cell in here.keys() - on_plane]),
         ):
             result = score(of_cells)

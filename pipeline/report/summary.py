@@ -105,9 +105,9 @@ class PredictionScore(Row):
     Both are counted in autoregressive steps that were timed beside them, so that a machine that got slower
     since does not count; `median_error_s` is in seconds, and `pace` says how much slower. `bias` is the
     median with its sign, below 0 where predictions are too fast. `what` is "plane", the cells that are
-    measured to score predictions, by single steps that were timed between their prompts; "plane, earlier
-    steps", the same by the steps that picked what to measure; or "other cells", by these too, many of which
-    were picked so.
+    measured to score predictions, by single steps that were timed between their prompts; "plane by
+    earlier steps", the same by the steps that all speeds were predicted from; or "other cells", by these too,
+    many of which were picked so.
     """
 
     what: str

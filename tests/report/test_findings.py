@@ -2,13 +2,14 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.config_sweep import Plane
 from pipeline.planner import cell_of
 from pipeline.recommend import ModelSize
 from pipeline.report.advice import Predictions
 from pipeline.report.findings import summarise
 from pipeline.report.summary import Summary
 from pipeline.report.tables import cell_rows
-from pipeline.rows import FailedCell, PredictedRow
+from pipeline.rows import FailedCell, PredictedRow, StepTimes
 from tests.report.made import AXES, measured, row, sweep_rows
 
 KEYS = {
@@ -293,3 +294,28 @@ def test_a_drafter_that_could_not_be_timed_is_named():
     (text,) = told(Predictions(predicted=predicted, sizes=sizes))
     assert text.startswith(f"{context}: no speed is predicted for {lost}, whose steps could not be timed")
     assert told(Predictions()) == [], "a sweep that predicts nothing has nothing to say of it"
+
+
+def test_a_plane_is_scored_by_the_steps_it_was_predicted_from_and_by_those_beside_it():
+    """A machine that has become twice as slow since: the formula is right, and what it predicted is half."""
+    predicted_s = 10 * (4 * 0.002 + 0.04 + 0.001)
+    rows = [row(num_rounds=10), measured(decode_s=[2 * predicted_s] * 2)]
+    before = StepTimes(
+        context="64", prompt_tokens=64, kind="drafter", policy="chunk_topk", budget=16, draft_s=0.002,
+        verify_s={2: 0.03, 6: 0.05}, round_s=0.001, ar_s=0.02,
+    )  # fmt: skip
+    beside = before.model_copy(
+        update={"draft_s": 0.004, "verify_s": {2: 0.06, 6: 0.1}, "round_s": 0.002, "ar_s": 0.04}
+    )
+    plane = Plane(drafter="full_only", dataset="code", context="64")
+
+    def told(predictions: Predictions) -> tuple[list[str], list[str]]:
+        summary = summarise(rows, cell_rows(rows, AXES, 10, 0), (), AXES, 10, 0, predictions)
+        return [s.what for s in summary.prediction], [t for t in summary.findings if "decode times" in t]
+
+    whats, (text,) = told(Predictions(times=[before], beside=[beside], plane=plane))
+    assert whats == ["plane", "plane by earlier steps"]
+    assert text.startswith("Predicted decode times are off by 50 % in the median of the 1 cells of the plane")
+    assert text.endswith("by single steps timed between the plane's prompts, they would be off by 0 %.")
+    whats, (text,) = told(Predictions(times=[before], plane=plane))
+    assert whats == ["plane by earlier steps"] and text.endswith("that all predictions are made of.")
