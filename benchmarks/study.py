@@ -50,10 +50,11 @@ def main() -> None:
     summary = studies["table-1"].summary.model_dump(mode="json")
     kl = tables.headline(studies["ablations"].summary.families, tables.KL)
     summary["families"] += [gain.model_dump(mode="json") for gain in kl]
-    # Of every γ it would be megabytes; all are in the run's own summary.
+    # Of every γ and to the last digit it would be megabytes; all is in the run's own summary.
     for name in ("acceptance", "headline", "families", "controls"):
         summary[name] = [row for row in summary[name] if row["gamma"] == tables.GAMMA]
-    text = json.dumps({**summary, "checks": checks}, separators=(",", ":"), ensure_ascii=False)
+    short = json.loads(json.dumps({**summary, "checks": checks}), parse_float=lambda x: round(float(x), 6))
+    text = json.dumps(short, separators=(",", ":"), ensure_ascii=False)
     write_text(given.output / "summary.json", text + "\n")
     print(given.output)
 
