@@ -201,7 +201,7 @@ def _model(role: str, model: PretrainedModel) -> Check:
         if not any(folder.glob("*.safetensors")):
             return Check("fail", role, f"{folder} has no .safetensors: run `budgetdraft convert` on it first")
         return Check("ok", role, str(folder))
-    if model.path.startswith((".", "~", "/")) or model.path.count("/") != 1:
+    if not model.may_be_on_hub:
         return Check("fail", role, f"{role}.path = {model.path}: there is no such folder")
     return _hub(role, model.path, "models")
 

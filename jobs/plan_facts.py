@@ -78,7 +78,9 @@ def shape_of(config: Config, role: str, vocab: int) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     file: object = Path(spec.path) / "config.json"
-    if not Path(spec.path).is_dir() and spec.path.count("/") == 1:
+    if not Path(spec.path).is_dir():
+        if not spec.may_be_on_hub:
+            raise BadData(f"{role}.path = {spec.path}: there is no such folder")
         file = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
     if not isinstance(file, str | Path) or not Path(file).exists():
         raise BadData(

@@ -93,6 +93,11 @@ class PretrainedModel(Group):
         None, ge=1, description="positions it was trained on, where its config does not say so"
     )
 
+    @property
+    def may_be_on_hub(self) -> bool:
+        """Whether `path`, where it is no folder, may be owner/name of the hub."""
+        return self.path.count("/") == 1 and not self.path.startswith((".", "~", "/"))
+
 
 AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]
 

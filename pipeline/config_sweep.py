@@ -149,9 +149,13 @@ class Sweep(Group):
             if twice:
                 raise ValueError(f"{field} lists {twice[0]} twice")
         for field in ("budgets", "gammas", "temperatures"):
-            extra = set(getattr(self.measure, field)) - set(getattr(self, field))
+            swept = getattr(self, field)
+            extra = [str(value) for value in getattr(self.measure, field) if value not in swept]
             if extra:
-                raise ValueError(f"measure.{field} names {sorted(map(str, extra))}, which {field} lacks")
+                raise ValueError(
+                    f"measure.{field} names {', '.join(extra)}, which {field} lacks: it has "
+                    f"{', '.join(map(str, swept))}"
+                )
         return self
 
 

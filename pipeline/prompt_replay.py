@@ -51,9 +51,10 @@ class PromptReplay:
         partner = None
         if any(cell.control == "other_prompt" for cell in cells):
             partner = self.views.partner(prompt)
-            if partner is None:  # one document only: the other cells do not depend on it
+            if partner is None:  # the other cells do not depend on it
                 log.warning(
-                    "no other document for %s: its control other_prompt is left out", prompt.prompt_id
+                    "no other document has a prompt as long as %s: its control other_prompt is left out",
+                    prompt.prompt_id,
                 )
                 cells = [cell for cell in cells if cell.control != "other_prompt"]
         other = own if partner is None else self.views.of(partner)
@@ -143,21 +144,22 @@ class PromptViews:
 
     def __init__(self, model: DecodeModel, prompts: list[Prompt], views: Sequence[View]) -> None:
         self.model, self.prompts, self.views = model, prompts, list(dict.fromkeys(views))
-        self.recent: dict[str, dict[View, PrefixView]] = {}
+        self.recent: dict[tuple[str, int], dict[View, PrefixView]] = {}
 
     def of(self, prompt: Prompt) -> dict[View, PrefixView]:
-        if prompt.prompt_id not in self.recent:
+        key = prompt.prompt_id, len(prompt.tokens)
+        if key not in self.recent:
             while len(self.recent) > 1:
                 self.recent.pop(next(iter(self.recent)))
             tokens_1S = torch.tensor([prompt.tokens], device=self.model.geometry.device)
             kept, _ = self.model.prefill(tokens_1S, [(len(prompt.tokens), view) for view in self.views])
-            self.recent[prompt.prompt_id] = dict(zip(self.views, kept, strict=True))
-        return self.recent[prompt.prompt_id]
+            self.recent[key] = dict(zip(self.views, kept, strict=True))
+        return self.recent[key]
 
     def partner(self, prompt: Prompt) -> Prompt | None:
-        """The next prompt of the file that has the same length and comes from another document, if any."""
+        """The next prompt of the file from another document that is as long or longer, cut to this length."""
         at = next(i for i, other in enumerate(self.prompts) if other.prompt_id == prompt.prompt_id)
         for other in [*self.prompts[at + 1 :], *self.prompts[:at]]:
-            if other.document_id != prompt.document_id and len(other.tokens) == len(prompt.tokens):
-                return other
+            if other.document_id != prompt.document_id and len(other.tokens) >= len(prompt.tokens):
+                return other.model_copy(update={"tokens": other.tokens[: len(prompt.tokens)]})
         return None

@@ -159,6 +159,16 @@ class Needs:
             return "memory"
         return ""
 
+    def too_low(self, out: Sequence[Choice]) -> str:
+        """The highest acceptance of choices that are out for it, in words; "" where there are none."""
+        if self.min_acceptance is None or not out:
+            return ""
+        best = max(out, key=lambda choice: choice.acceptance or 0.0)
+        return (
+            f"; those out for acceptance have {100 * (best.acceptance or 0.0):.1f} % at most "
+            f"({settings_text(best)}), the least is {100 * self.min_acceptance:g} %"
+        )
+
     def shortage(self, out: Sequence[Choice], sizes: Sizes) -> str:
         """What the choices that are out for memory would need, in words; "" where there are none."""
         if self.memory_bytes is None or not out:
@@ -248,17 +258,19 @@ def recommend(
     def best_of(found: Iterable[Choice]) -> Choice | None:
         return max(found, key=lambda choice: choice.expected[0], default=None)
 
+    def left_out(why: str) -> list[Choice]:
+        return [choice for choice, reason in zip(here, out, strict=True) if reason == why]
+
     if not here:
         return say("do not speculate here: no cell was measured")
     sizes = sizes or {}
     out = [needs.refuses(choice, sizes) if needs else "" for choice in here]
     left = [choice for choice, reason in zip(here, out, strict=True) if not reason]
     if needs and not left:
-        too_large = [choice for choice, reason in zip(here, out, strict=True) if reason == "memory"]
         reasons = " or ".join(sorted(set(out)))
         return say(
             f"do not speculate here: every measured cell is out for {reasons}"
-            f"{needs.shortage(too_large, sizes)}"
+            f"{needs.too_low(left_out('acceptance'))}{needs.shortage(left_out('memory'), sizes)}"
         )
     allowed = " that the needs allow" if len(left) < len(here) else ""
     enough = [choice for choice in left if choice.num_documents >= least_documents]

@@ -94,6 +94,22 @@ def test_a_partner_of_the_same_document_is_passed_over(bench: Bench, tmp_path: P
     assert counts(row) == by_hand(rounds, 5)
 
 
+def test_a_longer_partner_is_cut_to_the_length_of_the_prompt(
+    bench: Bench, replayed: list[PromptRow], tmp_path: Path
+) -> None:
+    """The first prompt's rows stay what they were; the second, now the longest, has no partner."""
+    first, second, *others = bench.prompts
+    longer = second.model_copy(update={"tokens": [*second.tokens, *first.tokens[:7]]})
+    write_rows(tmp_path / "prompts.jsonl", [first, longer, *others])
+    task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
+    bench.evaluator()(task)
+    rows = read_rows(task.output, PromptRow)
+    of_first = [counts(row) for row in rows if row.prompt_id == first.prompt_id]
+    assert of_first == [counts(row) for row in replayed if row.prompt_id == first.prompt_id]
+    controls = {row.control for row in rows if row.prompt_id == second.prompt_id}
+    assert controls == {None, "no_prefix"}
+
+
 def test_without_a_partner_only_the_control_is_left_out(
     bench: Bench, replayed: list[PromptRow], tmp_path: Path
 ) -> None:

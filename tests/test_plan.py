@@ -263,6 +263,17 @@ def test_a_model_that_is_not_here_is_named_by_its_field(corpus: Path, tmp_path: 
         plan(config, as_json=False, memory_gb=None, tflops=None)
 
 
+@pytest.mark.parametrize("path", ["./my-draftr", "/nowhere/llama", "models/x/y", "my-draftr", "~/draftr"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
+    corpus: Path, tmp_path: Path, path: str
+) -> None:
+    config = planned_config(
+        corpus, tmp_path, lambda v: v.update(drafter={"kind": "pretrained", "path": path})
+    )
+    with pytest.raises(BadData, match=rf"^drafter\.path = {path}: there is no such folder$"):
+        plan(config, as_json=False, memory_gb=None, tflops=None)
+
+
 @pytest.mark.parametrize(
     ("stage", "field", "value"),
     [("pretrain target", "train.micro_batch_sequences", 1), ("teach", "labels.batch_sequences", 2)],
