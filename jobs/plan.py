@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.pipeline import settled
 from jobs.plan_disk import GB, Amount, disk_problems, on_disk
-from jobs.plan_facts import Facts, known
+from jobs.plan_facts import Facts, beyond_positions, known
 from jobs.plan_memory import device_memory, device_of, memory, memory_problems
 from pipeline.config import Config
 from pipeline.costs import Memory, Shape
@@ -64,6 +64,7 @@ def plan(
         "rates": source,
         "step": step,
         "ranking": unranked(config),
+        "positions": beyond_positions(config),
         "problems": problems,
     }
     lines = [json.dumps(document, indent=2)] if as_json else table(document, peaks, amounts)
@@ -145,5 +146,5 @@ def table(document: Mapping[str, Any], peaks: Sequence[Memory], amounts: Sequenc
             "timed decoding is not in them: give --step-ms X, the milliseconds of an autoregressive step of "
             "the target"
         )
-    if document["ranking"]:
-        yield f"\n{document['ranking']}"
+    for note in filter(None, (document["ranking"], *document["positions"])):
+        yield f"\n{note}"

@@ -19,7 +19,7 @@ import torch
 from jobs.prepare import prepared_elsewhere
 from jobs.teach import label_tasks
 from pipeline.artifacts import Artifact, open_artifact
-from pipeline.config import AnyModel, Config, ScratchModel
+from pipeline.config import AnyModel, Config, PretrainedModel, ScratchModel
 from pipeline.config_data import AnySource, Data
 from pipeline.costs import Shape, pretrained_shape, scratch_shape
 from pipeline.data.documents import Document, Reader
@@ -29,6 +29,7 @@ from pipeline.data.reading import BadRow, looks_local
 from pipeline.data.sources import distinct, local_files, make_readers, stage_inputs
 from pipeline.data.tokenizer import check_tokenizers, read_tokenizer
 from pipeline.errors import BadData
+from pipeline.models import ModelRef, own_positions
 from pipeline.planner import Place
 from pipeline.teacher import LabelTask
 
@@ -74,8 +75,25 @@ def shape_of(config: Config, role: str, vocab: int) -> Shape:
     spec: AnyModel = getattr(config, role)
     if isinstance(spec, ScratchModel):
         return scratch_shape(spec, vocab)
-    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = config_folder(spec, role)
+    try:
+        given = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(given, trust_remote_code=spec.trust_remote_code)
+        return pretrained_shape(given, sum(weight.numel() for weight in model.parameters()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
+
+
+def config_folder(spec: PretrainedModel, role: str) -> Path:
+    """Where a model's config.json is, without asking the hub.
+
+    Raises:
+        BadData: if it is not on this machine.
+    """
+    from huggingface_hub import try_to_load_from_cache
 
     file: object = Path(spec.path) / "config.json"
     if not Path(spec.path).is_dir():
@@ -87,13 +105,34 @@ def shape_of(config: Config, role: str, vocab: int) -> Shape:
             f"{role}.path = {spec.path}: its config.json is not on this machine. Download it "
             f"(`hf download {spec.path} config.json`) or name a local folder in {role}.path"
         )
-    try:
-        given = AutoConfig.from_pretrained(Path(file).parent, trust_remote_code=spec.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(given, trust_remote_code=spec.trust_remote_code)
-        return pretrained_shape(given, sum(weight.numel() for weight in model.parameters()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
+    return Path(file).parent
+
+
+def beyond_positions(config: Config) -> list[str]:
+    """Of each model that has to read more positions than it is built for, the fields that ask for them.
+
+    Models of which the config scales RoPE are left out: that is for such contexts.
+    """
+    data, found = config.data, []
+    asked = {"data.sequence_tokens": data.sequence_tokens} | {
+        f"data.contexts.{one.name}.tokens + data.max_new_tokens": one.tokens + data.max_new_tokens
+        for one in data.contexts
+    }
+    for role in ("target", "drafter"):
+        spec: AnyModel = getattr(config, role)
+        if isinstance(spec, ScratchModel):
+            reach = spec.max_positions
+        else:
+            folder = str(config_folder(spec, role))
+            trusted = spec.trust_remote_code
+            reach = own_positions(ModelRef(folder, trust_remote_code=trusted))
+        beyond = [f"{field} ({tokens:,})" for field, tokens in asked.items() if tokens > reach]
+        if beyond and not spec.rope_scaling:
+            found.append(
+                f"{role} is built for {reach:,} positions, and {', '.join(beyond)} ask for more: lower them, "
+                f"or set {role}.rope_scaling"
+            )
+    return found
 
 
 def facts_of(config: Config, vocab: int) -> Facts:

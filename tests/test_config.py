@@ -143,6 +143,10 @@ def test_bad_override(minimal: Path, override: str, parts: list[str]) -> None:
         ("train.variants.multi_view.policy=top", ["multi_view.policy = ", "allowed: chunk_topk", "snapkv"]),
         ("train.batch_sequences=3", ["train: batch_sequences (3) must be a multiple"]),
         ("train.window_tokens=4096", ["data.sequence_tokens (96)", "(4112)"]),
+        (
+            "sweep.measure.budgets=[16, 64]",
+            ["sweep: measure.budgets names 64, which budgets lacks: it has 16, 32, full"],
+        ),
         ("sweep.drafters=[nobody]", ["sweep.drafters: ['nobody'] are not among train.variants"]),
         ("name=a b", ['name = "a b"', "text, matching"]),
         ("train=", ["train = null", "a group with variants, steps"]),
