@@ -172,7 +172,8 @@ def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None
         assert chosen is not None and (chosen.again is not None) == (cell_of(chosen) in again)
         assert (chosen.run_off is None) == (chosen.again is None)
         assert advice.choice is None or advice.choice.expected[1] > 1
-    assert "What to deploy" in (report / "report.html").read_text()
+    page = (report / "report.html").read_text()
+    assert "What to deploy" in page and page.count('<td class="text">plane by earlier steps</td>') == 1
 
 
 # ── budgetdraft recommend ─────────────────────────────────────────────────────────────────────────
