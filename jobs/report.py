@@ -46,7 +46,8 @@ log = logging.getLogger(__name__)
 CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
 RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
-# Raised where analysis.json or cells.jsonl get other fields: reports of older code are then drawn anew.
+# Raised where analysis.json or cells.jsonl get other fields, or these another meaning: reports of older
+# code are then drawn anew.
 ANALYSIS_FORMAT = 3
 
 

@@ -132,8 +132,6 @@ class Evaluator:
             return done
         if isinstance(task, CalibrateTask):
             return Evaluated(rows=self.calibrate(task))
-        beside = task.beside if isinstance(task, MeasureTask) else None
-        steps = self.step_times(beside, self.trained) if beside else []
         failures = failures_of(task)
         again = len(read_rows(failures, FailedCell)) if failures.exists() else 0
         rows: list[PromptRow] = []
@@ -143,8 +141,6 @@ class Evaluator:
                 rows.append(row)
             else:
                 failed.append(row)
-        if beside:
-            write_rows(beside.output, [*steps, *self.step_times(beside, self.trained)])
         if failed:
             write_rows(failures, failed)
         write_rows(task.output, rows)
@@ -175,12 +171,17 @@ class Evaluator:
                     yield make_failure("replay", self.sweep, one.drafter, prompts[at], error)
 
     def measure(self, task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
-        """Wall clock of the picked cells against autoregressive decoding."""
+        """Wall clock of the picked cells against autoregressive decoding, and of the steps beside them."""
         prompts = read_rows(task.prompts, Prompt)
         together = self.sweep.measure.prompts_together
+        # The trained drafters have one shape.
+        trained = [one for one in self.contenders if one.drafter.baseline is None][:1]
+        steps = self.step_times(task.beside, trained) if task.beside else []
         for at in range(task.first, task.last, together):
             batch = prompts[at : min(at + together, task.last)]
             yield from self.measure_batch(batch, task)
+        if task.beside:
+            write_rows(task.beside.output, [*steps, *self.step_times(task.beside, trained)])
 
     def measure_batch(self, batch: list[Prompt], task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
         (target, fast_target), picks = self.target, task.picks
@@ -224,11 +225,6 @@ class Evaluator:
         write_rows(task.output.parent.parent / SIZES, self.sizes())
         write_rows(task.output, times)
         return len(times)
-
-    @property
-    def trained(self) -> list[Contender]:
-        """The first of the trained drafters, which have one shape; none where there is none."""
-        return [one for one in self.contenders if one.drafter.baseline is None][:1]
 
     def step_times(self, task: CalibrateTask, sources: Iterable[Contender]) -> list[StepTimes]:
         """Steps of these draft sources at a context; none of one that fails, as the log says."""

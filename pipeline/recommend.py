@@ -258,19 +258,20 @@ def recommend(
     def best_of(found: Iterable[Choice]) -> Choice | None:
         return max(found, key=lambda choice: choice.expected[0], default=None)
 
-    def left_out(why: str) -> list[Choice]:
-        return [choice for choice, reason in zip(here, out, strict=True) if reason == why]
-
     if not here:
         return say("do not speculate here: no cell was measured")
     sizes = sizes or {}
     out = [needs.refuses(choice, sizes) if needs else "" for choice in here]
-    left = [choice for choice, reason in zip(here, out, strict=True) if not reason]
+
+    def out_for(why: str) -> list[Choice]:
+        return [choice for choice, reason in zip(here, out, strict=True) if reason == why]
+
+    left = out_for("")
     if needs and not left:
         reasons = " or ".join(sorted(set(out)))
         return say(
             f"do not speculate here: every measured cell is out for {reasons}"
-            f"{needs.too_low(left_out('acceptance'))}{needs.shortage(left_out('memory'), sizes)}"
+            f"{needs.too_low(out_for('acceptance'))}{needs.shortage(out_for('memory'), sizes)}"
         )
     allowed = " that the needs allow" if len(left) < len(here) else ""
     enough = [choice for choice in left if choice.num_documents >= least_documents]
