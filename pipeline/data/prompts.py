@@ -1,104 +1,236 @@
-"""The user's own prompts: JSON lines with `prompt` or `messages`, or one text file a prompt.
+"""Evaluation prompts of exact token lengths.
 
-They keep their own length: each goes to the first context that is long enough, and one that is longer than
-every context is left out and counted. So "exact length" holds for all data sets but these.
+Three ways to reach a length: a piece of a document (`continuation_prompts`), a templated prompt whose text is
+cut while its instruction and question stay whole (`template_prompts`), and a haystack with needles
+(`needle_prompts`). Every prompt starts with BOS where the tokenizer has one, and BOS counts. Documents take
+turns, so that neighbouring prompts come from different documents as long as there are any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import random
+import string
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, zip_longest
+from typing import Literal
 
-from pydantic import BaseModel, StrictStr, model_validator
+import numpy as np
 
-from pipeline.config_data import PromptsSource
-from pipeline.data.documents import Document, Reader, Request, Shard
-from pipeline.data.evaluation import bos, make_prompt
-from pipeline.data.reading import BadRow, RawRow, Table, checked, table_rows, text_problem
-from pipeline.data.text import expand, read_text
-from pipeline.data.tokenizer import encode
+from pipeline.data.documents import Document, Request
+from pipeline.data.tokenizer import encode, encode_with_offsets
 from pipeline.errors import BadData
 from pipeline.rows import Prompt
 
-JSON_LINES = (".jsonl", ".jsonl.gz")
+Cut = Literal["text end", "middle", "end"]
+CITIES = (
+    "Accra", "Bergen", "Cusco", "Dakar", "Edinburgh", "Florence", "Granada", "Hanoi", "Istanbul", "Jaipur",
+    "Kyoto", "Lisbon", "Montreal", "Nairobi", "Oslo", "Prague", "Quito", "Riga", "Santiago", "Tbilisi",
+    "Utrecht", "Valencia", "Warsaw", "Zagreb",
+)  # fmt: skip
 
 
-class Message(BaseModel):
-    role: StrictStr
-    content: StrictStr
+# ── pieces of documents ───────────────────────────────────────────────────────────────────────────
 
 
-class UserRow(BaseModel):
-    prompt: StrictStr | None = None
-    messages: list[Message] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> UserRow:
-        if (self.prompt is None) == (not self.messages):
-            raise ValueError("a row needs either `prompt` or a non-empty `messages`")
-        return self
+def places(num_tokens: int, piece: int, most: int) -> list[int]:
+    """Starts of at most `most` non-overlapping pieces: each in the middle of its own equal segment."""
+    count = min(most, num_tokens // piece)
+    return [(2 * k + 1) * num_tokens // (2 * count) - piece // 2 for k in range(count)]
 
 
-class PromptsReader(Reader[PromptsSource]):
-    def shards(self) -> list[Shard]:
-        files = sorted({file for pattern in self.source.files for file in expand(pattern, self.root)})
-        return [Shard(self.source.name, "test", 0, tuple(Table(str(file)) for file in files))]
+def take_turns(
+    documents: Iterable[Document], request: Request, pieces: Callable[[Document], list[np.ndarray]]
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """First pieces of all documents, then second pieces, … at most `request.count`."""
+    kept: list[list[tuple[Document, np.ndarray]]] = []
+    for document in documents:
+        if len(kept) == request.count:
+            break  # as many first pieces as are wanted: the rest of the split need not be read
+        found = pieces(document)
+        if found:
+            kept.append([(document.model_copy(update={"text": ""}), piece) for piece in found])
+        else:
+            request.skipped["document shorter than the context"] += 1
+    turns = (item for item in chain.from_iterable(zip_longest(*kept)) if item is not None)
+    for _, item in zip(range(request.count), turns, strict=False):
+        yield item
 
-    def documents(self, shard: Shard) -> Iterator[Document | BadRow]:
-        for index, table in enumerate(shard.tables):
-            if table.path.endswith(JSON_LINES) and not Path(table.path).is_dir():
-                rows = table_rows(table, None, "the user's prompts")
-            else:
-                text = read_text(Path(table.path), index)
-                whole = text if isinstance(text, BadRow) else RawRow(table.path, index, {"prompt": text})
-                rows = iter([whole])
-            for raw in rows:
-                yield raw if isinstance(raw, BadRow) else self._document(raw)
 
-    def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
-        contexts = [context.tokens for context in self.data.contexts]
-        made: list[Prompt] = []
-        for document in documents:
-            tokens = self._tokens(document, request)
-            fitting = [size for size in contexts if size >= len(tokens)]
-            if not fitting:
-                request.skipped["prompt longer than every context"] += 1
-            elif min(fitting) == request.context.tokens:
-                if len(made) < request.count:
-                    made.append(make_prompt(request, len(made), document, tokens))
-                else:
-                    request.skipped["more prompts than data.prompts"] += 1
-        return made
+def continuation_prompts(documents: Iterable[Document], request: Request) -> list[Prompt]:
+    """BOS and a piece of a document, from several places of it."""
+    head = bos(request)
+    piece = request.context.tokens - len(head)
 
-    def _document(self, raw: RawRow) -> Document | BadRow:
-        row = checked(raw, UserRow)
-        if isinstance(row, BadRow):
-            return row
-        if row.messages is not None and not self.source.chat_template:
-            return BadRow(raw.where, raw.index, "messages", "they need the source's chat_template: true")
-        messages = [m.model_dump() for m in row.messages or [Message(role="user", content=row.prompt or "")]]
-        text = "\n".join(message["content"] for message in messages)
-        if problem := text_problem(text, 1):
-            return BadRow(raw.where, raw.index, *problem)
-        return Document(
-            document_id=f"{self.source.name}/{Path(raw.where).name}",
-            source=self.source.name,
-            split="test",
-            text=text,
-            messages=messages if self.source.chat_template else None,
-        )
+    def pieces(document: Document) -> list[np.ndarray]:
+        tokens = np.asarray(encode(request.tokenizer, document.text), dtype=np.int32)
+        return [tokens[p : p + piece] for p in places(len(tokens), piece, request.per_document)]
 
-    def _tokens(self, document: Document, request: Request) -> list[int]:
-        if document.messages is None:
-            return bos(request) + encode(request.tokenizer, document.text)
-        if request.tokenizer.chat_template is None:
-            raise BadData(
-                f"source {self.source.name!r}: chat_template is true, but the tokenizer has no chat "
-                "template: use a chat model's tokenizer, or set chat_template: false"
-            )
-        text = request.tokenizer.apply_chat_template(
-            document.messages, tokenize=False, add_generation_prompt=True
-        )
-        # The template writes special tokens, BOS among them, as text: here they are meant.
-        tokens: list[int] = request.tokenizer(str(text), add_special_tokens=False)["input_ids"]
-        return tokens
+    chosen = take_turns(documents, request, pieces)
+    return [make_prompt(request, i, d, [*head, *tokens.tolist()]) for i, (d, tokens) in enumerate(chosen)]
+
+
+# ── templates ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def split_template(template: str, hole: str, values: dict[str, str], name: str) -> tuple[str, str]:
+    """The template's text before and after `{hole}`, its other fields filled from `values`.
+
+    Raises:
+        BadData: if `{hole}` is not there exactly once or another field is unknown; names the template.
+    """
+    sides = [""]
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise BadData(
+            f"the template of {name} is broken ({error}); a literal brace is written twice"
+        ) from None
+    for literal, field, _, _ in fields:
+        sides[-1] += literal
+        if field == hole:
+            sides.append("")
+        elif field is not None:
+            if field not in values:
+                known = ", ".join(f"{{{n}}}" for n in (hole, *values))
+                raise BadData(f"the template of {name} names {{{field}}}; its fields are {known}")
+            sides[-1] += values[field]
+    if len(sides) != 2:
+        raise BadData(f"the template of {name} must hold {{{hole}}} exactly once, not {len(sides) - 1} times")
+    return sides[0], sides[1]
+
+
+def cut_template(document: Document, request: Request, cut: Cut) -> list[int] | None:
+    """The templated prompt at exactly the context's length, or None (counted) if that cannot be.
+
+    `text end` drops the text's last tokens. `middle` keeps the first and the last half of the whole prompt,
+    as LongBench does; `end` keeps the first tokens whatever they are. The whole prompt is encoded at once, so
+    that tokens across a template's borders are those that a user would get.
+    """
+    head = bos(request)
+    full = document.before + document.text + document.after
+    tokens, starts, ends = encode_with_offsets(request.tokenizer, full)
+    room = request.context.tokens - len(head)
+    if len(tokens) < room:
+        request.skipped["document shorter than the context"] += 1
+        return None
+    if cut == "end":
+        return head + tokens[:room]
+    # A token across a border counts as template, so that the template survives whole.
+    num_before = int(np.searchsorted(starts, len(document.before)))
+    num_after = len(tokens) - int(np.searchsorted(ends, len(full) - len(document.after), side="right"))
+    first = room - num_after if cut == "text end" else room // 2
+    last = room - first
+    if first < num_before or last < num_after:
+        request.skipped["question or instruction longer than its share of the context"] += 1
+        return None
+    return head + tokens[:first] + tokens[len(tokens) - last :]
+
+
+def template_prompts(documents: Iterable[Document], request: Request, cut: Cut) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for document in documents:
+        if len(prompts) == request.count:
+            break
+        tokens = cut_template(document, request, cut)
+        if tokens is not None:
+            prompts.append(make_prompt(request, len(prompts), document, tokens))
+    return prompts
+
+
+# ── needles ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def needle_prompts(
+    documents: Iterable[Document], request: Request, template: str, needle: str, num_needles: int
+) -> list[Prompt]:
+    """Book text with `num_needles` seeded needles, their depths swept over the prompts.
+
+    One needle's depth runs from 0 to 100 % over the prompts; several are spread evenly and shifted from one
+    prompt to the next. A needle is moved back to the end of a sentence.
+    """
+    head = bos(request)
+    # A haystack is its tokens and, in a second row, whether a sentence ends with each. The needles take room
+    # from it, so a piece of the whole length is enough.
+    wanted = request.context.tokens - len(head)
+
+    def pieces(document: Document) -> list[np.ndarray]:
+        tokens, _, ends = encode_with_offsets(request.tokenizer, document.text)
+        closes = [document.text[end - 1 : end] in (".", "!", "?") for end in ends]
+        both = np.asarray([tokens, closes], dtype=np.int32)
+        return [both[:, p : p + wanted] for p in places(len(tokens), wanted, request.per_document)]
+
+    prompts: list[Prompt] = []
+    haystacks = list(take_turns(documents, request, pieces))
+    for i, (document, hay) in enumerate(haystacks):
+        draw = random.Random(f"{request.seed}/{request.dataset}/{request.context.name}/{request.split}/{i}")
+        cities = draw.sample(CITIES, num_needles)
+        numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in cities]
+        before, after = split_template(template, "context", {"question": question(cities)}, request.dataset)
+        front, back = encode(request.tokenizer, before), encode(request.tokenizer, after)
+        inserts = [
+            encode(request.tokenizer, needle.format(city=city, number=number))
+            for city, number in zip(cities, numbers, strict=True)
+        ]
+        room = wanted - len(front) - len(back) - sum(map(len, inserts))
+        if room < 1:
+            request.skipped["question and needles longer than the context"] += 1
+            continue
+        turn = i / max(len(haystacks) - 1, 1)
+        depths = [turn] if num_needles == 1 else [(k + turn) / num_needles for k in range(num_needles)]
+        body = insert(hay[:, :room], inserts, depths)
+        tokens = [*head, *front, *body, *back]
+        prompts.append(make_prompt(request, i, document, tokens, answers=numbers, scoring="contains"))
+    return prompts
+
+
+def question(cities: list[str]) -> str:
+    if len(cities) == 1:
+        return f"What is the special magic {cities[0]} number?"
+    comma = "," if len(cities) > 2 else ""
+    return f"What are the special magic numbers for {', '.join(cities[:-1])}{comma} and {cities[-1]}?"
+
+
+def insert(hay: np.ndarray, inserts: list[list[int]], depths: list[float]) -> list[int]:
+    """`hay` [2, tokens] (ids, sentence ends) with each insert at its depth, moved back to a sentence end."""
+    tokens, closes = hay.tolist()
+    body: list[int] = []
+    done = 0
+    for needle, depth in zip(inserts, depths, strict=True):
+        position = round(depth * len(tokens))
+        while position > done and not closes[position - 1]:
+            position -= 1
+        body += tokens[done:position] + needle
+        done = position
+    return body + tokens[done:]
+
+
+# ── shared ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bos(request: Request) -> list[int]:
+    """[BOS], or nothing for a tokenizer without one."""
+    token = request.tokenizer.bos_token_id
+    return [] if token is None else [token]
+
+
+def make_prompt(
+    request: Request,
+    number: int,
+    document: Document,
+    tokens: list[int],
+    answers: list[str] | None = None,
+    scoring: Literal["none", "contains"] = "none",
+) -> Prompt:
+    assert request.split != "train"
+    own_limit = document.max_new_tokens or request.max_new_tokens
+    return Prompt(
+        prompt_id=f"{request.dataset}/{request.context.name}/{request.split}/{number:04d}",
+        document_id=document.document_id,
+        dataset=request.dataset,
+        context=request.context.name,
+        split=request.split,
+        tokens=tokens,
+        max_new_tokens=min(own_limit, request.max_new_tokens),
+        answers=document.answers if answers is None else answers,
+        scoring=scoring,
+    )

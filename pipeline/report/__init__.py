@@ -1,0 +1,1 @@
+"""The report: figures, the paper beside ours, the page."""

@@ -1,0 +1,1 @@
+"""The study that travels to a GPU and comes back with its page."""

@@ -1,0 +1,1 @@
+"""The study of a config: its runs, checks and committed page."""

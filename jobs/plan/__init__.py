@@ -1,0 +1,1 @@
+"""`budgetdraft plan`: what a config will take here."""

@@ -1,0 +1,1 @@
+"""Versions of drafters in MLflow's registry, and the gate before them."""

@@ -1,0 +1,1 @@
+"""The stages, each inputs → artifact, and the pipeline that runs them in order."""

@@ -1,0 +1,1 @@
+"""The config, typed to the leaf."""

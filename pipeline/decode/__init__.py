@@ -1,0 +1,1 @@
+"""Speculative and autoregressive decoding, and its exact replay."""

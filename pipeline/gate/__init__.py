@@ -1,0 +1,1 @@
+"""Whether one drafter may replace another: evidence, pairs, bounds, verdict."""

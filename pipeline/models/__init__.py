@@ -1,0 +1,1 @@
+"""Language models: loaded, built from nothing, converted, exported."""

@@ -1,0 +1,1 @@
+"""What stages cost before they run: memory, work, rows."""

@@ -1,0 +1,1 @@
+"""Artifacts on disk: files, folders with a manifest, and the typed rows in them."""

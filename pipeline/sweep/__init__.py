@@ -1,0 +1,1 @@
+"""The cells of a sweep: which there are, replayed, timed and predicted."""

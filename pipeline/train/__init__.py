@@ -1,0 +1,1 @@
+"""Labels from the target, losses over views, and the training loop."""
