@@ -18,13 +18,13 @@ from statistics import NormalDist
 import numpy as np
 
 from benchmarks.rows import Row
-from pipeline.config_files import load_group
-from pipeline.config_gate import GateConfig
-from pipeline.evidence import read_evidence
-from pipeline.gate import Verdict, bounds, outcomes, verdict
+from pipeline.config.files import load_group
+from pipeline.config.gate import GateConfig
+from pipeline.gate.bounds import Verdict, bounds, outcomes, verdict
+from pipeline.gate.evidence import read_evidence
+from pipeline.gate.pairs import acceptance_pairs, both_sides, sums
 from pipeline.hardware import cpu_name
 from pipeline.metrics import Floats
-from pipeline.pairing import acceptance_pairs, both_sides, sums
 
 TRIALS, PROMPTS = 400, 100
 LADDER = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400)
@@ -36,8 +36,8 @@ World = Callable[[Floats, np.random.Generator], Floats]
 
 def gate_rows(storage: str, trials: int = TRIALS) -> list[Row]:
     """All rows; runs the demo into `storage` first if it is not there."""
-    from jobs.pipeline import run_pipeline
-    from pipeline.config_files import load_config
+    from jobs.stages.pipeline import run_pipeline
+    from pipeline.config.files import load_config
 
     results = run_pipeline(load_config(Path("conf/quickstart.yaml"), [f"storage={storage}"]))
     config = load_group(GateConfig, Path("conf/gate.yaml"))

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from benchmarks.pairs import NEVER, Ours, Pair, random_llama
 from benchmarks.rows import Row, interleaved, median, ratios, row
 from benchmarks.synthetic import synthetic_sampler
-from pipeline.decoding import autoregressive, speculate
-from pipeline.drafting import GREEDY, ModelDrafts, Sampler
-from pipeline.kv import view_of
-from pipeline.lean import DecodeModel, decode_model
-from pipeline.steps import Compile, Rule, Side
+from pipeline.decode.loop import autoregressive, speculate
+from pipeline.decode.model import DecodeModel, decode_model
+from pipeline.decode.sources import GREEDY, ModelDrafts, Sampler
+from pipeline.decode.steps import Compile, Rule, Side
+from pipeline.kv.view_cache import view_of
 
 LLAMA_7B = {"hidden": 4096, "layers": 32, "heads": 32, "intermediate": 11_008}
 LLAMA_68M = {"hidden": 768, "layers": 2, "heads": 12, "intermediate": 3072}

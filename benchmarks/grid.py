@@ -22,19 +22,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.rows import Row, row
-from pipeline.artifacts import read_all, write_rows
-from pipeline.calibrate import NEVER, Watched
-from pipeline.cells import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
-from pipeline.config import Config, Pretrain, ScratchModel
-from pipeline.config_files import load_config
-from pipeline.drafting import GREEDILY
-from pipeline.evaluate import Evaluator, ReplayTask
-from pipeline.measure import Bench
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config, Pretrain, ScratchModel
+from pipeline.decode.bench import Bench
+from pipeline.decode.sources import GREEDILY
 from pipeline.metrics import bootstrap_interval
-from pipeline.models import ModelRef, build_scratch, export_model
-from pipeline.rows import Prompt, PromptRow
-from pipeline.teacher import ContinueTask, Teacher
-from pipeline.trial import Views
+from pipeline.models.load import ModelRef, build_scratch, export_model
+from pipeline.store.artifacts import read_all, write_rows
+from pipeline.store.rows import Prompt, PromptRow
+from pipeline.sweep.evaluator import Evaluator, ReplayTask
+from pipeline.sweep.grid import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
+from pipeline.sweep.measurer import Views
+from pipeline.sweep.step_times import NEVER, Watched
+from pipeline.train.teacher import ContinueTask, Teacher
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "paper" / "table-1.yaml"
 # The paper's table has neither a control nor the full cache.

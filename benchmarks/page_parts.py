@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from pipeline.recommend import Choice
-from pipeline.rows import CellRow, PredictedRow
+from pipeline.results.recommend import Choice
+from pipeline.store.rows import CellRow, PredictedRow
 
 
 class Spread(Protocol):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.decoding import autoregressive, speculate
-from pipeline.drafting import GREEDY, ModelDrafts, Sampler
-from pipeline.kv import FULL, PrefixView, View
-from pipeline.lean import decode_model
-from pipeline.models import prepare_model
-from pipeline.slots import slots_for
-from pipeline.steps import Compile, Side
+from pipeline.decode.loop import autoregressive, speculate
+from pipeline.decode.model import decode_model
+from pipeline.decode.sources import GREEDY, ModelDrafts, Sampler
+from pipeline.decode.steps import Compile, Side
+from pipeline.kv.slot_cache import slots_for
+from pipeline.kv.view_cache import FULL, PrefixView, View
+from pipeline.models.load import prepare_model
 
 NEVER: frozenset[int] = frozenset()
 
@@ -37,12 +37,12 @@ class Pair:
 
 def trained_pair(name: str, config_file: str, storage: str, prompts: int) -> Pair:
     """The target and the last drafter of a config, trained if they are not there yet."""
-    from jobs.pipeline import completed, run_pipeline
-    from pipeline.artifacts import read_rows
-    from pipeline.config_files import load_config
+    from jobs.stages.pipeline import completed, run_pipeline
+    from pipeline.config.files import load_config
     from pipeline.errors import BadData
-    from pipeline.models import load_model
-    from pipeline.rows import Prompt
+    from pipeline.models.load import load_model
+    from pipeline.store.artifacts import read_rows
+    from pipeline.store.rows import Prompt
 
     config = load_config(Path(config_file), [f"storage={storage}"])
     try:

@@ -23,22 +23,22 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from benchmarks.rows import Row, row
-from jobs.executor import InlineExecutor, NoExecutor, make_executor
-from jobs.pipeline import run_pipeline, settled
-from jobs.prepare import prepare
-from jobs.run_record import RunRecord
-from jobs.sweep import ROWS, sweep
-from jobs.teach import teach
-from jobs.tracking import Tracker
-from jobs.train import pretrain, train
-from pipeline import logs
-from pipeline.artifacts import MANIFEST, read_all
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.events import Began, Event, Items, listening
-from pipeline.memory import peak_bytes
-from pipeline.report.tables import Axes, cell_rows
-from pipeline.rows import CellRow, PromptRow
+from jobs.executors.base import InlineExecutor, NoExecutor, make_executor
+from jobs.records.record import RunRecord
+from jobs.stages.pipeline import run_pipeline, settled
+from jobs.stages.prepare import prepare
+from jobs.stages.sweep import ROWS, sweep
+from jobs.stages.teach import teach
+from jobs.stages.train import pretrain, train
+from jobs.tracking.tracker import Tracker
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
+from pipeline.hardware import peak_bytes
+from pipeline.observe import logs
+from pipeline.observe.events import Began, Event, Items, listening
+from pipeline.results.pool import Axes, cell_rows
+from pipeline.store.artifacts import MANIFEST, read_all
+from pipeline.store.rows import CellRow, PromptRow
 
 Result = TypeVar("Result")
 
@@ -297,7 +297,7 @@ def throughputs(nodes: Sequence[int]) -> dict[int, float]:
     """Items/s by the number of nodes."""
     from ray.cluster_utils import Cluster
 
-    from jobs.ray_executor import RayExecutor
+    from jobs.executors.ray_executor import RayExecutor
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
     found: dict[int, float] = {}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Backend
-from pipeline.drafting import Sampler
-from pipeline.steps import Rule
+from pipeline.decode.sources import Sampler
+from pipeline.decode.steps import Rule
 
 
 @dataclass(frozen=True)

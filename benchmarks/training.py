@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from benchmarks.pairs import Pair
 from benchmarks.rows import Row, interleaved, ratios, row
-from pipeline.batches import LabelledSequences, draw
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.engine import TorchEngine
-from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
-from pipeline.losses import LOSSES, TargetLabels
-from pipeline.objectives import MultiView
-from pipeline.teacher import label_sequences
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
+from pipeline.kv.view_cache import FULL, View, ViewCache, read_continuation, read_prefix, view_of
+from pipeline.train.batches import LabelledSequences, draw
+from pipeline.train.engine import TorchEngine
+from pipeline.train.losses import LOSSES, TargetLabels
+from pipeline.train.objectives import MultiView
+from pipeline.train.teacher import label_sequences
 
 PREFIX, WINDOW, WINDOWS = 2048, 256, 4
 SECONDS, VALIDATIONS = 24.0, 8  # of training on either side, and points of its curve
@@ -163,13 +163,13 @@ def time_to_equal_acceptance(pair: Pair, config: Config) -> Row:
     Learning rates are constant: ours the config's, paper-style the better of that and a third of it, since
     its batch is one sequence. A seed draws other sequences and views.
     """
-    from jobs.executor import NoExecutor
-    from jobs.pipeline import settled
-    from jobs.prepare import prepare
-    from jobs.teach import teach
-    from jobs.train import pretrain
-    from pipeline.models import ModelRef, load_model
-    from pipeline.train_job import validation_pairs
+    from jobs.executors.base import NoExecutor
+    from jobs.stages.pipeline import settled
+    from jobs.stages.prepare import prepare
+    from jobs.stages.teach import teach
+    from jobs.stages.train import pretrain
+    from pipeline.models.load import ModelRef, load_model
+    from pipeline.train.job import validation_pairs
 
     config, nothing = settled(config), NoExecutor()
     prepared = prepare(config, nothing)

@@ -23,14 +23,14 @@ from torch import Tensor, multiprocessing
 
 from benchmarks.grid import VOCABULARY, word_tokenizer
 from benchmarks.rows import Row, row
-from jobs.ray_train import read_settings
-from pipeline.config import Pretrain, ScratchModel
-from pipeline.config_files import load_config
-from pipeline.costs import Device, Shape, Sharding, scratch_shape, sharding_of, training_step
-from pipeline.engine import Engine, TorchEngine
-from pipeline.models import build_scratch
-from pipeline.objectives import next_token_loss
-from pipeline.training import Plan
+from jobs.executors.ray_train import read_settings
+from pipeline.config.files import load_config
+from pipeline.config.schema import Pretrain, ScratchModel
+from pipeline.models.load import build_scratch
+from pipeline.plan.shapes import Device, Shape, Sharding, scratch_shape, sharding_of, training_step
+from pipeline.train.engine import Engine, TorchEngine
+from pipeline.train.loop import Plan
+from pipeline.train.objectives import next_token_loss
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -48,7 +48,7 @@ SMALL = ScratchModel(
 LARGE = SMALL.model_copy(update={"layers": 7, "hidden": 512, "heads": 8, "kv_heads": 8, "intermediate": 2048})
 PRELOADED = [
     "benchmarks.zero",
-    "jobs.deepspeed_engine",
+    "jobs.executors.deepspeed_engine",
     "deepspeed",
     "transformers.models.llama.modeling_llama",
 ]
@@ -166,7 +166,7 @@ def train(model: ScratchModel, settings: str | None) -> tuple[list[float], list[
             accumulation=plan.micro_batches, bfloat16=False,
         )  # fmt: skip
     else:
-        from jobs.deepspeed_engine import deepspeed_engine
+        from jobs.executors.deepspeed_engine import deepspeed_engine
 
         engine = deepspeed_engine(config, read_settings(settings_file(settings)))(scratch, plan)
     tokens = torch.randint(VOCABULARY, (STEPS, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
 """`python -m jobs` is `budgetdraft`."""
 
-from jobs.cli import main
+from jobs.cli.app import main
 
 main()

@@ -1,13 +1,16 @@
-"""What a time was taken on."""
+"""The machine: what a time was taken on, and the memory that this process has held."""
 
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
 
 CPUINFO = Path("/proc/cpuinfo")
+STATUS = Path("/proc/self/status")
 
 
 def cpu_name() -> str:
@@ -27,3 +30,16 @@ def gpu_name() -> str:
 def describe(device: torch.device) -> str:
     """A device for people: "cpu: NAME, 2 threads"; of a GPU also the processor that starts its kernels."""
     return f"cuda: {gpu_name()} with {cpu_name()}" if device.type == "cuda" else f"cpu: {cpu_name()}"
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process since it began, in bytes.
+
+    On Linux `ru_maxrss` begins at what the parent held when it started this process, so it is asked
+    elsewhere only, where it is in bytes on macOS and in KiB on others.
+    """
+    if STATUS.exists():
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -18,9 +18,9 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedModel
 
-from jobs.pipeline import run_pipeline
-from pipeline.config import Pretrain, ScratchModel
-from pipeline.models import build_scratch
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.schema import Pretrain, ScratchModel
+from pipeline.models.load import build_scratch
 from tests.data.conftest import story
 from tests.toys import toy_config
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as multiprocessing
 
-from jobs.ray_train import read_settings
-from pipeline.checkpoints import resume, save
-from pipeline.models import load_model
-from pipeline.train_job import TrainJob, run_job
-from pipeline.training import Plan
+from jobs.executors.ray_train import read_settings
+from pipeline.models.load import load_model
+from pipeline.train.checkpoints import resume, save
+from pipeline.train.job import TrainJob, run_job
+from pipeline.train.loop import Plan
 from tests.tiny import VOCABULARY
 
 
@@ -36,14 +36,14 @@ def work(rank: int, world: int, port: int, tasks: list[Callable[[], None]]) -> N
 
 
 def train(job: TrainJob) -> None:
-    from jobs.deepspeed_engine import deepspeed_engine
+    from jobs.executors.deepspeed_engine import deepspeed_engine
 
     run_job(job, deepspeed_engine(job.config, read_settings(job.config.train.deepspeed)))
 
 
 def copy_state(job: TrainJob, source: Path, target: Path) -> None:
     """Load the newest checkpoint of a folder into a fresh engine, and write it into another folder."""
-    from jobs.deepspeed_engine import deepspeed_engine
+    from jobs.executors.deepspeed_engine import deepspeed_engine
 
     assert job.drafter is not None
     make = deepspeed_engine(job.config, read_settings(job.config.train.deepspeed))

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.decoding import Round, autoregressive, speculate
-from pipeline.drafting import GREEDY, DraftSource, ModelDrafts, Sampler
-from pipeline.kv import FULL, PrefixView, View
-from pipeline.lean import decode_model
-from pipeline.slots import slots_for
-from pipeline.steps import Compile, Side
+from pipeline.decode.loop import Round, autoregressive, speculate
+from pipeline.decode.model import decode_model
+from pipeline.decode.sources import GREEDY, DraftSource, ModelDrafts, Sampler
+from pipeline.decode.steps import Compile, Side
+from pipeline.kv.slot_cache import slots_for
+from pipeline.kv.view_cache import FULL, PrefixView, View
 
 NEVER: frozenset[int] = frozenset()
 

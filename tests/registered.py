@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.register import register
-from jobs.registry import Version
-from pipeline.config import Config
+from jobs.registry.register import register
+from jobs.registry.versions import Version
+from pipeline.config.schema import Config
 from tests.toys import artifact, toy_config
 
 MODEL = "toy-drafters"

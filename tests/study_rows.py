@@ -6,11 +6,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from benchmarks import study_runs
-from benchmarks.study_families import BySeed, Families
-from pipeline.config_files import load_config
-from pipeline.report.summary import FamilyGain, Summary
-from pipeline.rows import Cell, CellRow, PredictedRow, PromptRow
+from benchmarks.study import runs
+from benchmarks.study.families import BySeed, Families
+from pipeline.config.files import load_config
+from pipeline.results.summary import FamilyGain, Summary
+from pipeline.store.rows import Cell, CellRow, PredictedRow, PromptRow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,10 +48,10 @@ def families(rates: dict[tuple[str, float], int]) -> Families:
     return cells
 
 
-ABLATIONS = load_config(ROOT / study_runs.FOLDER / "ablations.yaml")
+ABLATIONS = load_config(ROOT / runs.FOLDER / "ablations.yaml")
 
 
-EMPTY = study_runs.Study(
+EMPTY = runs.Study(
     ABLATIONS, Path(), Path(), Summary.model_construct(), cells=[], predicted=[], run_off=[], again=[],
     rows=[], rechecked=[],
 )  # fmt: skip

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import replay
-from pipeline.artifacts import read_rows
-from pipeline.cells import Drafter, configured_picks
-from pipeline.decoding import Round
-from pipeline.evaluate import Evaluator, MeasureTask, ReplayTask
-from pipeline.kv import view_of
-from pipeline.models import load_model
-from pipeline.rows import Continuation, Prompt, PromptRow
-from pipeline.teacher import ContinueTask, Teacher
+from pipeline.decode import replay
+from pipeline.decode.loop import Round
+from pipeline.kv.view_cache import view_of
+from pipeline.models.load import load_model
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import Continuation, Prompt, PromptRow
+from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask
+from pipeline.sweep.grid import Drafter, configured_picks
+from pipeline.train.teacher import ContinueTask, Teacher
 from tests.pairs import make_pair, rounds_of, tokens_of
 from tests.tiny import VOCABULARY, save_model, tiny_config, write_prepare
 

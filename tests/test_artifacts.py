@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from filelock import Timeout
 
-from pipeline.artifacts import (
+from pipeline.errors import BadData
+from pipeline.results.recommend import ModelSize
+from pipeline.store.artifacts import (
     MANIFEST,
     Artifact,
     open_artifact,
@@ -22,8 +24,6 @@ from pipeline.artifacts import (
     write_rows,
     write_text,
 )
-from pipeline.errors import BadData
-from pipeline.recommend import ModelSize
 
 FILES = {
     "labels/shard-00000.tokens.npy": "a",

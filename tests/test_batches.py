@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import PHASES, LabelledSequences, Shards, batch_indices, draw, window_labels
-from pipeline.config import Train, Variant
+from pipeline.config.schema import Train, Variant
 from pipeline.errors import BadData
+from pipeline.train.batches import PHASES, LabelledSequences, Shards, batch_indices, draw, window_labels
 
 FULL_ONLY = Variant(name="full_only", sparse_weight=0)
 

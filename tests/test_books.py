@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.pipeline import run_pipeline
-from pipeline.artifacts import MANIFEST
-from pipeline.config_files import load_config
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.files import load_config
+from pipeline.store.artifacts import MANIFEST
 from tests.data.conftest import bench, book, narrative, story, write_lines
 
 BOOKS = Path(__file__).resolve().parent.parent / "conf" / "books.yaml"

@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.registry import registry, resolve
-from jobs.registry_champion import champion_of, move_champion, promote, rollback
+from jobs.cli.app import app
+from jobs.registry.champion import champion_of, move_champion, promote, rollback
+from jobs.registry.versions import registry, resolve
 from pipeline.errors import BadData, Incomplete
 
 ASKED = {"margins": {"acceptance": 0.02, "speed": None}, "error_rate": 0.025}

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from pipeline.checkpoints import checkpoint_folder, complete, disk_errors
-from pipeline.engine import MOMENTS, PARTS
-from pipeline.training import fit, read_metrics
+from pipeline.train.checkpoints import checkpoint_folder, complete, disk_errors
+from pipeline.train.engine import MOMENTS, PARTS
+from pipeline.train.loop import fit, read_metrics
 from tests.test_training import Line, plan_for, torch_engine
 
 

@@ -17,9 +17,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.models import convert_bin
+from pipeline.models.load import convert_bin
 from tests.configs import MINIMAL
 
 ROOT = Path(__file__).parent.parent
@@ -36,11 +36,11 @@ def run_pipeline(config, until):
 def generate(config, **settings):
     print(sorted(settings.items()))
 
-for name, function in (("pipeline", run_pipeline), ("generate", generate)):
+for name, function in (("stages.pipeline", run_pipeline), ("commands.generate", generate)):
     module = types.ModuleType("jobs." + name)
     setattr(module, function.__name__, function)
     sys.modules["jobs." + name] = module
-from jobs.cli import main
+from jobs.cli.app import main
 main()
 """
 

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import costs, planner
-from pipeline.cells import configured_picks, view_cells
-from pipeline.config import Config, ScratchModel
-from pipeline.costs import Device, Shape, Sharding
-from pipeline.models import build_scratch
-from pipeline.planner import Place
-from pipeline.rows import PredictedRow
-from pipeline.sweep_costs import count_sweep, draft_sources, measure_memory, pointed_at, replay_memory
-from pipeline.work import Vocabulary, hours, prefills, rates_of, step_of, work
+from pipeline.config.schema import Config, ScratchModel
+from pipeline.models.load import build_scratch
+from pipeline.plan import shapes as costs
+from pipeline.plan.flops import Vocabulary, hours, prefills, rates_of, step_of, work
+from pipeline.plan.shapes import Device, Shape, Sharding
+from pipeline.plan.sweep_counts import count_sweep, draft_sources, measure_memory, pointed_at, replay_memory
+from pipeline.store.rows import PredictedRow
+from pipeline.sweep import predict
+from pipeline.sweep.grid import configured_picks, view_cells
+from pipeline.sweep.predict import Place
 from tests.configs import MINIMAL, SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,9 +199,9 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
             for source in sources for view in view_cells(config.sweep, source) if not view.control
             for gamma in gammas
         ]  # fmt: skip
-        fastest = planner.by_place(rows)[place]
-        names = planner.first_seeds([source.name for source in sources])
-        added = {planner.pick_of(cell) for cell in planner.worth_measuring(fastest, names)} - here
+        fastest = predict.by_place(rows)[place]
+        names = predict.first_seeds([source.name for source in sources])
+        added = {predict.pick_of(cell) for cell in predict.worth_measuring(fastest, names)} - here
         most = max(most, len(added))
         most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
     assert most <= cells and most_others == len(others) == 1

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from jobs import doctor
-from jobs.tracking_store import tracking_problem
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError
+from jobs.commands import doctor
+from jobs.tracking.store import tracking_problem
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import Config
 from tests.configs import MINIMAL
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import replay
-from pipeline.drafting import (
+from pipeline.decode import replay
+from pipeline.decode.sources import (
     GREEDY,
     LONGEST_MATCH,
     DraftSource,
@@ -20,8 +20,8 @@ from pipeline.drafting import (
     Proposals,
     Sampler,
 )
-from pipeline.kv import FULL, view_of
-from pipeline.steps import Side
+from pipeline.decode.steps import Side
+from pipeline.kv.view_cache import FULL, view_of
 from tests.conftest import VOCABULARY, random_tokens
 from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.pipeline import run_pipeline
-from pipeline.artifacts import read_rows
-from pipeline.config import Config
-from pipeline.rows import Continuation, PromptRow
-from pipeline.training import METRICS, read_metrics
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.schema import Config
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import Continuation, PromptRow
+from pipeline.train.loop import METRICS, read_metrics
 from tests.configs import MINIMAL
 
 

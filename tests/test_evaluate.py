@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.artifacts import read_rows, write_rows
-from pipeline.evaluate import Evaluator, MeasureTask, ReplayTask, failures_of
-from pipeline.events import Evaluated
-from pipeline.models import ModelRef, load_model
-from pipeline.rows import FailedCell, Mode, PromptRow
+from pipeline.models.load import ModelRef, load_model
+from pipeline.observe.events import Evaluated
+from pipeline.store.artifacts import read_rows, write_rows
+from pipeline.store.rows import FailedCell, Mode, PromptRow
+from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask, failures_of
 from tests.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
 from tests.tiny import VOCABULARY, save_model
 

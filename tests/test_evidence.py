@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jobs.pipeline import run_pipeline
-from pipeline.artifacts import MANIFEST
+from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData
-from pipeline.evidence import Evidence, load_evidence, read_evidence, save_evidence
+from pipeline.gate.evidence import Evidence, load_evidence, read_evidence, save_evidence
+from pipeline.store.artifacts import MANIFEST
 from tests.test_pipeline import reseal
 from tests.toys import PROMPTS, artifact, toy_config
 

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jobs.executor import InlineExecutor, NoExecutor, make_executor
-from jobs.ray_executor import RayExecutor
-from jobs.ray_train import full_disk, read_settings
-from pipeline.checkpoints import checkpoint_folder, latest
+from jobs.executors.base import InlineExecutor, NoExecutor, make_executor
+from jobs.executors.ray_executor import RayExecutor
+from jobs.executors.ray_train import full_disk, read_settings
 from pipeline.errors import BadData, NotFinite
-from pipeline.objectives import MultiView
-from pipeline.train_job import TrainJob
+from pipeline.train.checkpoints import checkpoint_folder, latest
+from pipeline.train.job import TrainJob
+from pipeline.train.objectives import MultiView
 from tests.tiny import Workshop, assert_same_run, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent

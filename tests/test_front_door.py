@@ -13,8 +13,8 @@ import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from jobs.cli import EPILOG, app
-from pipeline.config_files import load_config
+from jobs.cli.app import EPILOG, app
+from pipeline.config.files import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("README.md", "CONTRIBUTING.md")

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jobs import gate as gate_job
-from jobs.cli import app
-from jobs.gate import Decision
-from pipeline.comparison import compare
-from pipeline.config_errors import ConfigError
-from pipeline.config_files import load_group
-from pipeline.config_gate import GateConfig
+from jobs.cli.app import app
+from jobs.registry import gate as gate_job
+from jobs.registry.gate import Decision
+from pipeline.config.errors import ConfigError
+from pipeline.config.files import load_group
+from pipeline.config.gate import GateConfig
 from pipeline.errors import BadData
-from pipeline.evidence import Evidence
+from pipeline.gate.evidence import Evidence
+from pipeline.gate.verdict import compare
 from pipeline.metrics import paired_difference
 from tests.report.made import measured, row
 

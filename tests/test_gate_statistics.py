@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gate as worlds
-from pipeline.gate import Bounds, bounds, outcomes, units_needed, verdict
+from pipeline.gate.bounds import Bounds, bounds, outcomes, units_needed, verdict
 
 SEEDED = {"samples": 4000, "seed": 0, "error_rate": 0.025}
 

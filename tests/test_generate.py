@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.generate import generate
+from jobs.commands.generate import generate
 from pipeline.errors import BadData
 from tests.data.conftest import story
 from tests.toys import artifact, toy_config

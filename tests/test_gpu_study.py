@@ -18,20 +18,22 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import gpu_page, gpu_study, luggage
 from benchmarks.gpu import missing_rows
-from benchmarks.luggage import light_copy
+from benchmarks.gpu_study import __main__ as gpu_study
+from benchmarks.gpu_study import page as gpu_page
+from benchmarks.gpu_study import travel
+from benchmarks.gpu_study.travel import light_copy
 from benchmarks.rows import row, write
-from jobs.executor import InlineExecutor
-from jobs.pipeline import run_pipeline
-from jobs.plan_facts import shapes_of
-from pipeline.artifacts import read_all
-from pipeline.checkpoints import complete
-from pipeline.config import Config, ScratchModel
-from pipeline.config_files import load_config
-from pipeline.data.sources import settings
-from pipeline.report.summary import Summary
-from pipeline.rows import PromptRow
+from jobs.executors.base import InlineExecutor
+from jobs.plan.facts import shapes_of
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config, ScratchModel
+from pipeline.data.prepare import settings
+from pipeline.results.summary import Summary
+from pipeline.store.artifacts import read_all
+from pipeline.store.rows import PromptRow
+from pipeline.train.checkpoints import complete
 from tests.test_books import made_books
 from tests.toys import artifact
 
@@ -268,23 +270,23 @@ def test_what_does_not_fit_stays_behind_or_is_refused(
     here: Here, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = here.load(uninterrupted)
-    whole = sum(part.stat().st_size for part in luggage.pack(config, uninterrupted, tmp_path))
-    monkeypatch.setattr(luggage, "MOST_BYTES", whole - 1000)
-    monkeypatch.setattr(luggage, "PART_BYTES", whole // 3)
-    parts = luggage.pack(config, uninterrupted, tmp_path)
-    luggage.unpack(tmp_path, tmp_path / "back")
+    whole = sum(part.stat().st_size for part in travel.pack(config, uninterrupted, tmp_path))
+    monkeypatch.setattr(travel, "MOST_BYTES", whole - 1000)
+    monkeypatch.setattr(travel, "PART_BYTES", whole // 3)
+    parts = travel.pack(config, uninterrupted, tmp_path)
+    travel.unpack(tmp_path, tmp_path / "back")
     assert len(parts) == 3 and not (artifact(tmp_path / "back", "pretrain-target") / "model").exists()
     assert (artifact(tmp_path / "back", "drafter-multi_view") / "model").exists()
     parts[0].rename(tmp_path / "elsewhere")
     assert gpu_study.main(["unpack", str(tmp_path), str(tmp_path / "again")]) == 3
-    monkeypatch.setattr(luggage, "MOST_BYTES", 1000)
-    with pytest.raises(luggage.BadData, match="even without the target"):
-        luggage.pack(config, uninterrupted, tmp_path)
+    monkeypatch.setattr(travel, "MOST_BYTES", 1000)
+    with pytest.raises(travel.BadData, match="even without the target"):
+        travel.pack(config, uninterrupted, tmp_path)
 
 
 def test_prepared_data_of_other_settings_or_damaged_are_refused(here: Here, tmp_path: Path) -> None:
     given = f"data.prepared={here.light}"
-    with pytest.raises(luggage.BadData, match=r"other settings of data\.max_new_tokens, seed"):
+    with pytest.raises(travel.BadData, match=r"other settings of data\.max_new_tokens, seed"):
         run_pipeline(here.load(tmp_path, given, "data.max_new_tokens=20", "seed=1"), "prepare")
     light_copy(here.light, tmp_path / "copy")
     torn = tmp_path / "copy" / "tokenizer" / "tokenizer.json"
@@ -293,7 +295,7 @@ def test_prepared_data_of_other_settings_or_damaged_are_refused(here: Here, tmp_
         (tmp_path / "copy", "tokenizer/tokenizer.json"),
         (tmp_path / "none", "manifest.json"),
     ):
-        with pytest.raises(luggage.BadData, match=complaint):
+        with pytest.raises(travel.BadData, match=complaint):
             run_pipeline(here.load(tmp_path, f"data.prepared={folder}"), "prepare")
 
 
@@ -316,4 +318,4 @@ def test_the_study_is_the_one_that_was_planned() -> None:
         and small.target.model_copy(update={"pretrain": config.target.pretrain}) == config.target
     )
     weights = 2 * (shapes["target"].parameters + len(steps) * shapes["drafter"].parameters)
-    assert weights < luggage.MOST_BYTES, "in bfloat16, before the archive is compressed"
+    assert weights < travel.MOST_BYTES, "in bfloat16, before the archive is compressed"

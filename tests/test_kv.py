@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.kv import FULL, View, ViewCache, read_continuation, read_prefix, view_of
-from pipeline.policies import select
+from pipeline.kv.policies import select
+from pipeline.kv.view_cache import FULL, View, ViewCache, read_continuation, read_prefix, view_of
 from tests.conftest import random_tokens
 
 
@@ -149,7 +149,7 @@ def test_no_room_is_a_clear_error(drafter: PreTrainedModel) -> None:
 
 
 def test_sliding_windows_are_refused(drafter: PreTrainedModel) -> None:
-    from pipeline.kv import attend
+    from pipeline.kv.view_cache import attend
 
     with pytest.raises(ValueError, match="sliding-window"):
         attend(torch.nn.Identity(), *[torch.zeros(1, 1, 1, 4)] * 3, None, 1.0, sliding_window=16)

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kernels import dispatch
+from pipeline.decode.model import LeanModel, ModuleModel, decode_model
 from pipeline.errors import BadData
-from pipeline.kv import FULL, View, read_prefix, view_of
-from pipeline.lean import LeanModel, ModuleModel, decode_model
-from pipeline.models import prepare_model
-from pipeline.slots import SlotCache
+from pipeline.kv.slot_cache import SlotCache
+from pipeline.kv.view_cache import FULL, View, read_prefix, view_of
+from pipeline.models.load import prepare_model
 from tests.conftest import VOCABULARY, random_tokens
 from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import logs
 from pipeline.data.documents import Part, Shard
 from pipeline.data.packing import EncodedPart, Packing
-from pipeline.evaluate import CalibrateTask, ReplayTask
-from pipeline.teacher import ContinueTask, LabelTask
+from pipeline.observe import logs
+from pipeline.sweep.evaluator import CalibrateTask, ReplayTask
+from pipeline.train.teacher import ContinueTask, LabelTask
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from pipeline.losses import LOSSES, TargetLabels
+from pipeline.train.losses import LOSSES, TargetLabels
 
 ROWS, VOCABULARY = 7, 13
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.config import Labels, PretrainedModel, ScratchModel
-from pipeline.drafting import Sampler
+from pipeline.config.schema import Labels, PretrainedModel, ScratchModel
+from pipeline.decode.replay import match_views, view_logits
+from pipeline.decode.sources import Sampler
 from pipeline.errors import BadData
-from pipeline.kv import read_prefix, view_of
-from pipeline.models import (
+from pipeline.kv.view_cache import read_prefix, view_of
+from pipeline.models.load import (
     ModelRef,
     build_scratch,
     convert_bin,
@@ -28,8 +29,7 @@ from pipeline.models import (
     pick_device,
     stop_tokens,
 )
-from pipeline.replay import match_views, view_logits
-from pipeline.teacher import label_sequences
+from pipeline.train.teacher import label_sequences
 from tests.pairs import make_pair, plain_tokens, rounds_of
 from tests.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from pipeline.batches import Draw, LabelledSequences, Shards, batch_indices, draw
-from pipeline.config import Config
-from pipeline.kv import FULL, View, view_of
-from pipeline.losses import plain_head
-from pipeline.objectives import MultiView, NextToken, window_scores
-from pipeline.policies import SNAP_WINDOW, select
-from pipeline.rows import Continuation
+from pipeline.config.schema import Config
+from pipeline.kv.policies import SNAP_WINDOW, select
+from pipeline.kv.view_cache import FULL, View, view_of
+from pipeline.store.rows import Continuation
+from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
+from pipeline.train.losses import plain_head
+from pipeline.train.objectives import MultiView, NextToken, window_scores
 from tests.pairs import make_pair, plain_tokens, rounds_of
 from tests.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.cells import Drafter, configured_picks
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.planner import Place
-from pipeline.sweep_costs import count_sweep
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
+from pipeline.plan.sweep_counts import count_sweep
+from pipeline.sweep.grid import Drafter, configured_picks
+from pipeline.sweep.predict import Place
 
 PAPER = Path(__file__).resolve().parent.parent / "conf" / "paper.yaml"
 MULTI_VIEW = {"budgets": {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}, "num_views": 1}

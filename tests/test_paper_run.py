@@ -14,13 +14,13 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from jobs.pipeline import completed, run_pipeline
-from pipeline.artifacts import read_rows
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.data.lwm import PAPER_ROWS
+from jobs.stages.pipeline import completed, run_pipeline
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
+from pipeline.data.sources.lwm import PAPER_ROWS
 from pipeline.errors import BadData
-from pipeline.rows import CellRow, Continuation, Prompt
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import CellRow, Continuation, Prompt
 from tests.conftest import sharpen
 from tests.data.conftest import bench, book, narrative, story, write_lines
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from pipeline.checkpoints import checkpoint_folder
-from pipeline.stopping import Stopped
-from pipeline.training import Plan, fit, read_metrics
+from pipeline.train.checkpoints import checkpoint_folder
+from pipeline.train.loop import Plan, fit, read_metrics
+from pipeline.train.stopping import Stopped
 from tests.test_training import Line, plan_for, torch_engine
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.pipeline import run_pipeline
-from jobs.run_record import RECORDS
-from pipeline.artifacts import MANIFEST, checksum, file_sha256, read_rows
+from jobs.records.record import RECORDS
+from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import Incomplete, NotFinite
-from pipeline.prompt_replay import PromptReplay
-from pipeline.rows import CellRow, Continuation, FailedCell, PromptRow
+from pipeline.store.artifacts import MANIFEST, checksum, file_sha256, read_rows
+from pipeline.store.rows import CellRow, Continuation, FailedCell, PromptRow
+from pipeline.sweep.replayer import PromptReplay
 from tests.toys import PROMPTS, artifact, toy_config
 
 REWRITTEN = ("summary.json", "report.html")  # by every run, as they tell about it

@@ -14,22 +14,22 @@ import pytest
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from jobs import plan as planning
-from jobs.pipeline import run_pipeline
-from jobs.plan import plan
-from jobs.plan_disk import on_disk
-from jobs.plan_facts import beyond_positions, estimate_prompts, known, shape_of
-from jobs.plan_memory import memory
-from pipeline.artifacts import read_all
-from pipeline.config import Config
-from pipeline.costs import Device, Shape
-from pipeline.data.sources import make_readers
+from jobs.plan import report as planning
+from jobs.plan.disk import on_disk
+from jobs.plan.facts import beyond_positions, estimate_prompts, known, shape_of
+from jobs.plan.memory import memory
+from jobs.plan.report import plan
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.schema import Config
+from pipeline.data.prepare import make_readers
+from pipeline.decode.bench import Sides
+from pipeline.decode.steps import Side
 from pipeline.errors import BadData
-from pipeline.measure import Sides
-from pipeline.planner import Place, cell_of
-from pipeline.rows import PromptRow
-from pipeline.steps import Side
-from pipeline.sweep_costs import count_sweep, measure_memory
+from pipeline.plan.shapes import Device, Shape
+from pipeline.plan.sweep_counts import count_sweep, measure_memory
+from pipeline.store.artifacts import read_all
+from pipeline.store.rows import PromptRow
+from pipeline.sweep.predict import Place, cell_of
 from tests.configs import MINIMAL, SCRATCH
 from tests.data.conftest import story
 
@@ -109,7 +109,7 @@ def test_a_run_makes_what_was_planned(
         return side
 
     monkeypatch.setattr(Sides, "get", watched)
-    monkeypatch.setattr("jobs.train.CHECKPOINTS", "absent")  # so that the checkpoints stay to be weighed
+    monkeypatch.setattr("jobs.stages.train.CHECKPOINTS", "absent")  # they stay to be weighed
     run_pipeline(config, until="sweep")
 
     def size(pattern: str) -> int:

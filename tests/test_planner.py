@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from pipeline import planner
-from pipeline.cells import DraftLength, Pick, ViewCell
-from pipeline.config import Config
-from pipeline.config_sweep import Plane
-from pipeline.planner import Place
-from pipeline.rows import PredictedRow, StepTimes
+from pipeline.config.schema import Config
+from pipeline.config.sweep import Plane
+from pipeline.store.rows import PredictedRow, StepTimes
+from pipeline.sweep import predict
+from pipeline.sweep.grid import DraftLength, Pick, ViewCell
+from pipeline.sweep.predict import Place
 from tests.configs import MINIMAL
 from tests.report.made import measured, row
 
 PLACE = Place("code", "64")
-FIRSTS = planner.first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
+FIRSTS = predict.first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
 
 
 def steps(budget: int | str, draft_s: float, kind: str = "drafter", policy: str = "chunk_topk") -> StepTimes:
@@ -32,7 +32,7 @@ TIMES = [steps(16, 0.002), steps("full", 0.004), steps(16, 0.01, "self_speculati
 
 def test_predicted_seconds_are_the_formula() -> None:
     rows = [row(prompt=n, num_rounds=5 + n, num_tokens=12, gamma=4, budget=16) for n in range(4)]
-    (predicted,) = planner.predict(rows, TIMES, samples=200, seed=0)
+    (predicted,) = predict.predict(rows, TIMES, samples=200, seed=0)
     # Of γ = 4 verification lies halfway between the two that were timed.
     seconds = [(5 + n) * (4 * 0.002 + 0.04 + 0.001) for n in range(4)]
     assert predicted.decode_s == pytest.approx(sum(seconds) / 4)
@@ -52,7 +52,7 @@ def test_only_exact_greedy_cells_are_predicted() -> None:
         row("self_speculation", policy="streaming"),
         measured(),
     ]
-    found = planner.predict(rows, TIMES, samples=100, seed=0)
+    found = predict.predict(rows, TIMES, samples=100, seed=0)
     assert {(p.drafter, p.policy, p.budget) for p in found} == {
         ("full_only", "chunk_topk", 16),
         ("self_speculation", "snapkv", 16),
@@ -63,20 +63,20 @@ def test_the_score_compares_cells_on_the_prompts_that_were_measured() -> None:
     replayed = [row(prompt=n, num_rounds=10) for n in range(3)]
     predicted_s = 10 * (4 * 0.002 + 0.04 + 0.001)
     timed = [measured(prompt=n, decode_s=[predicted_s / f] * 2) for n, f in ((0, 1.1), (1, 1.1))]
-    (error,) = planner.errors([*replayed, *timed], TIMES).values()
+    (error,) = predict.errors([*replayed, *timed], TIMES).values()
     # Of autoregressive decoding 12 tokens at 20 ms are predicted, and 3 s were measured.
     pace = 3.0 / (12 * 0.02)
     assert error == pytest.approx((1.1 * pace - 1, 0.1, pace))
-    assert planner.errors(replayed, TIMES) == {}
-    found = [planner.Error(0.1, 0.3, 1.2), planner.Error(-0.5, -0.4, 0.9), planner.Error(-0.2, 0.0, 1.0)]
-    assert planner.score(found) == (3, 0.2, 0.5, -0.2, 0.3, 1.0) and planner.score([]) is None
+    assert predict.errors(replayed, TIMES) == {}
+    found = [predict.Error(0.1, 0.3, 1.2), predict.Error(-0.5, -0.4, 0.9), predict.Error(-0.2, 0.0, 1.0)]
+    assert predict.score(found) == (3, 0.2, 0.5, -0.2, 0.3, 1.0) and predict.score([]) is None
 
 
 def test_steps_timed_again_count_by_their_means_view_by_view() -> None:
     slower = steps(16, 0.004).model_copy(
         update={"verify_s": {2: 0.05, 6: 0.07}, "round_s": 0.003, "ar_s": 0.04}
     )
-    first, other = planner.mean_step_times([steps(16, 0.002), steps("full", 0.004), slower])
+    first, other = predict.mean_step_times([steps(16, 0.002), steps("full", 0.004), slower])
     assert (first.draft_s, first.round_s, first.ar_s) == pytest.approx((0.003, 0.002, 0.03))
     assert first.verify_s == pytest.approx({2: 0.04, 6: 0.06}) and other == steps("full", 0.004)
 
@@ -86,7 +86,7 @@ def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:
     looked = row("prompt_lookup", policy="none", budget=0, num_rounds=10, reached=[7, 4, 2, 1])
     times = [*TIMES, steps(0, 0.003, "prompt_lookup", "none")]
     verify_1, verify_4, rest = 0.03, 0.04, 0.001  # below γ = 2 nothing was timed: as at γ = 2
-    seconds = planner.Clockwork(times).seconds(looked)
+    seconds = predict.Clockwork(times).seconds(looked)
     assert seconds == pytest.approx(7 * verify_4 + 3 * verify_1 + 10 * (0.003 + rest))
 
 
@@ -112,8 +112,8 @@ def test_the_fastest_the_baselines_and_the_corners_are_worth_measuring() -> None
         predicted("prompt_lookup", 0, 4, 0.6, policy="none"),
         predicted("prompt_lookup", 0, 8, 0.5, policy="none"),
     ]
-    (here,) = planner.by_place([*plane, *others]).values()
-    found = {(c.drafter, c.budget, c.gamma) for c in planner.worth_measuring(here, FIRSTS)}
+    (here,) = predict.by_place([*plane, *others]).values()
+    found = {(c.drafter, c.budget, c.gamma) for c in predict.worth_measuring(here, FIRSTS)}
     assert found == {
         ("multi_view", 16, 4), ("full_only", 16, 4), ("multi_view", 16, 8),  # the three fastest
         ("prompt_lookup", 0, 4),
@@ -125,10 +125,10 @@ def test_the_plane_is_every_budget_and_gamma_of_one_place() -> None:
     config = Config.model_validate(MINIMAL).sweep
     plane = Plane(drafter="multi_view", dataset="code", context="64")
     sweep = config.model_copy(update={"measure": config.measure.model_copy(update={"plane": plane})})
-    picks = planner.plane_picks(sweep, PLACE, ["full_only", "multi_view~1", "multi_view~2"])
+    picks = predict.plane_picks(sweep, PLACE, ["full_only", "multi_view~1", "multi_view~2"])
     assert picks == [
         Pick("multi_view~1", ViewCell("chunk_topk", budget, None), DraftLength(gamma))
         for budget in (16, 32, "full")
         for gamma in (2, 4)
     ]
-    assert planner.plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []
+    assert predict.plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []

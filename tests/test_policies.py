@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import reference
-from pipeline.policies import POLICIES, select
+from pipeline.kv.policies import POLICIES, select
 
 
 def chunk_topk_by_hand(keys_SD: torch.Tensor, budget: int) -> list[int]:

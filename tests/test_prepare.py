@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.executor import InlineExecutor
-from jobs.prepare import prepare
-from pipeline.artifacts import Artifact, read_rows
-from pipeline.config import Config
+from jobs.executors.base import InlineExecutor
+from jobs.stages.prepare import prepare
+from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer, train_bpe
 from pipeline.errors import BadData
-from pipeline.rows import Prompt
+from pipeline.store.artifacts import Artifact, read_rows
+from pipeline.store.rows import Prompt
 from tests.data.conftest import bench, book, narrative, story, write_lines
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -209,8 +209,8 @@ def test_the_stage_imports_without_ray_and_torch():
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason=f"the sample data is not at {SAMPLES}")
 def test_the_sample_data_is_read(tmp_path):
+    from pipeline.data.prepare import make_readers
     from pipeline.data.reading import Table, table_rows
-    from pipeline.data.sources import make_readers
 
     config = make_config(
         tmp_path, SAMPLES,

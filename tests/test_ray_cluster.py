@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from jobs import ray_cluster
-from jobs.ray_cluster import HELD, check_nodes, count_fitting, installed, request
-from jobs.ray_executor import RayExecutor
-from jobs.ray_pool import Worker
+from jobs.executors import ray_cluster
+from jobs.executors.ray_cluster import HELD, check_nodes, count_fitting, installed, request
+from jobs.executors.ray_executor import RayExecutor
+from jobs.executors.ray_pool import Worker
 from pipeline.errors import BadData
 from tests.tiny import tiny_config
 

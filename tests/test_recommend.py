@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from jobs.recommend import lines
+from jobs.commands.recommend import lines
 from pipeline.errors import BadData
-from pipeline.planner import Place
-from pipeline.recommend import Choice, ModelSize, Needs, choices, recommend, settings_text
-from pipeline.report.tables import cell_rows
-from pipeline.rows import CellRow, PromptRow
+from pipeline.results.pool import cell_rows
+from pipeline.results.recommend import Choice, ModelSize, Needs, choices, recommend, settings_text
+from pipeline.store.rows import CellRow, PromptRow
+from pipeline.sweep.predict import Place
 from tests.report.made import AXES, measured, row
 
 PLACE = Place("code", "64")

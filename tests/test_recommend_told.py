@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import pytest
 
-from jobs.recommend import advise
-from jobs.report import ReportInputs, report
-from jobs.tracking import Tracker
-from jobs.tracking_store import Run, Store
-from pipeline.artifacts import read_rows, write_rows
+from jobs.commands.recommend import advise
+from jobs.stages.report import ReportInputs, report
+from jobs.tracking.store import Run, Store
+from jobs.tracking.tracker import Tracker
 from pipeline.errors import BadData
-from pipeline.report.summary import Summary
-from pipeline.rows import CellRow, PromptRow
+from pipeline.results.summary import Summary
+from pipeline.store.artifacts import read_rows, write_rows
+from pipeline.store.rows import CellRow, PromptRow
 from tests.configs import MINIMAL
 from tests.report.made import artifacts, config, measured, row
 

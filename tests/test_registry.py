@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from jobs import register as registering
-from jobs.cli import app
-from jobs.pipeline import run_pipeline
-from jobs.registry import Version, evidence_of, pull, resolve
-from jobs.submit import JOB_CONFIG
+from jobs.cli.app import app
+from jobs.commands.submit import JOB_CONFIG
+from jobs.registry import register as registering
+from jobs.registry.versions import Version, evidence_of, pull, resolve
+from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData, Incomplete
-from pipeline.evidence import read_evidence
+from pipeline.gate.evidence import read_evidence
 from tests.mlflow_server import free_port
 from tests.registered import MODEL, Done, registered_config
 from tests.toys import PROMPTS, artifact, toy_config

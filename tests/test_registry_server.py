@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from jobs.pipeline import run_pipeline
-from jobs.register import register
-from jobs.registry import Version, evidence_of, pull, resolve
-from pipeline.config_registry import Registry
+from jobs.registry.register import register
+from jobs.registry.versions import Version, evidence_of, pull, resolve
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.registry import Registry
 from pipeline.errors import BadData, Incomplete
 from tests.mlflow_server import MlflowServer, Proxy
 from tests.registered import registered_config

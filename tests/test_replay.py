@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import replay
-from pipeline.drafting import Chance
-from pipeline.kv import read_prefix, view_of
-from pipeline.teacher import write_ahead
+from pipeline.decode import replay
+from pipeline.decode.sources import Chance
+from pipeline.kv.view_cache import read_prefix, view_of
+from pipeline.train.teacher import write_ahead
 from tests.conftest import random_tokens
 from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of
 

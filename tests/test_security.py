@@ -18,8 +18,8 @@ import ray
 import yaml
 from pydantic import ValidationError
 
-from pipeline import config_files
-from pipeline.config import Config
+from pipeline.config import files as config_files
+from pipeline.config.schema import Config
 from tests.configs import MINIMAL
 from tests.faults.toy import make_toy
 from tests.mlflow_server import MlflowServer

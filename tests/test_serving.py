@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, PreTrainedModel
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.assisted import BudgetedAssistant
-from pipeline.config_files import dump_config
-from pipeline.drafting import ModelDrafts
+from jobs.cli.app import app
+from pipeline.config.files import dump_config
+from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
-from pipeline.kv import ATTENTION, view_of
-from pipeline.models import ModelRef, prepare_model
-from pipeline.serving import Pair, load_pair
+from pipeline.kv.view_cache import ATTENTION, view_of
+from pipeline.models.load import ModelRef, prepare_model
+from pipeline.serving.assisted import BudgetedAssistant
+from pipeline.serving.pair import Pair, load_pair
 from tests.conftest import VOCABULARY, random_tokens
 from tests.data.conftest import story
 from tests.pairs import make_pair, rounds_of, tokens_of

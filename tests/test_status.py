@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from jobs import Terminated
-from jobs.run_record import KEPT, RunRecord, RunStatus, StageRecord, WorkRecord, lives, prune
-from jobs.status import View, find, show_status, span
-from pipeline.artifacts import open_artifact, write_rows
-from pipeline.config import Config
+from jobs.records.record import KEPT, RunRecord, RunStatus, StageRecord, WorkRecord, lives, prune
+from jobs.records.status import View, find, show_status, span
+from pipeline.config.schema import Config
 from pipeline.errors import BadData, Incomplete
-from pipeline.progress import progress
-from pipeline.rows import FailedCell
+from pipeline.observe.progress import progress
+from pipeline.store.artifacts import open_artifact, write_rows
+from pipeline.store.rows import FailedCell
 from tests.faults.toy import ROOT, Toy, make_toy
 from tests.tiny import tiny_config
 

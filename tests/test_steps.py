@@ -10,12 +10,12 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from kernels import dispatch
-from pipeline import steps
-from pipeline.drafting import Sampler
+from pipeline.decode import steps
+from pipeline.decode.model import decode_model
+from pipeline.decode.sources import Sampler
+from pipeline.decode.steps import Side
 from pipeline.errors import BadData, NotFinite
-from pipeline.kv import FULL, view_of
-from pipeline.lean import decode_model
-from pipeline.steps import Side
+from pipeline.kv.view_cache import FULL, view_of
 from tests.conftest import random_tokens
 from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs import Terminated, raise_on_sigterm
-from pipeline.checkpoints import latest
-from pipeline.objectives import MultiView
-from pipeline.stopping import SIGNALS, Stopped, signals_put_off
-from pipeline.training import fit
+from pipeline.train.checkpoints import latest
+from pipeline.train.loop import fit
+from pipeline.train.objectives import MultiView
+from pipeline.train.stopping import SIGNALS, Stopped, signals_put_off
 from tests.test_training import Line, plan_for, torch_engine
 from tests.tiny import Workshop, losses, weights
 

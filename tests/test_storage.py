@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from jobs.storage import TRASH, list_artifacts, removable, remove
-from pipeline.artifacts import Artifact, open_artifact
+from jobs.commands.artifacts import TRASH, list_artifacts, removable, remove
 from pipeline.errors import BadData
+from pipeline.store.artifacts import Artifact, open_artifact
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY_S = 86_400

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import study_ablations, study_checks, study_runs, study_tables
-from pipeline.report.summary import PredictionScore, RankMemory, Summary
+from benchmarks.study import ablations, checks, runs, tables
+from pipeline.results.summary import PredictionScore, RankMemory, Summary
 from tests.study_rows import ABLATIONS, EMPTY, gain, make_row
 from tests.test_books import made_books
 
@@ -52,14 +52,14 @@ TOY = (
 
 def test_a_row_of_the_headline_is_met_by_its_lower_bound_and_says_what_the_control_explains() -> None:
     clear = [gain(0.08, 0.06), gain(0.06, 0.04, "other_prompt")]
-    (row,) = study_checks.headline_checks(clear, study_tables.PAPER)
+    (row,) = checks.headline_checks(clear, tables.PAPER)
     assert (row["value"], row["met"]) == (0.06, True)
     # 8 ± 4.303 · 1 ÷ √3
     assert row["note"] == (
         "+8.0 [+6.0, +9.0] points, 75 % of it under other_prompt; Student's t over seeds [+5.5, +10.5]"
     )
     unclear = [gain(0.01, -0.01), gain(0.01, -0.01, "other_prompt")]
-    (row,) = study_checks.headline_checks(unclear, study_tables.PAPER)
+    (row,) = checks.headline_checks(unclear, tables.PAPER)
     assert row["met"] is False and "other_prompt" not in str(row["note"]), "no gain, so no share of one"
 
 
@@ -70,12 +70,12 @@ def test_predictions_are_held_to_their_target_in_seconds() -> None:
         median_error_s=0.2, pace=1.05,
     )  # fmt: skip
     before = score.model_copy(update={"what": "plane by earlier steps", "median_error_s": 0.09, "pace": 1.25})
-    (row,) = study_checks.prediction_checks([score, before])
+    (row,) = checks.prediction_checks([score, before])
     assert (row["value"], row["met"]) == (0.2, False)
     assert "0.090; autoregressive steps took 1.25 times as long" in str(row["note"])
-    (missing,) = study_checks.prediction_checks([before])
+    (missing,) = checks.prediction_checks([before])
     assert (missing["value"], missing["met"]) == (None, False), "no steps were timed beside the plane"
-    (met,) = study_checks.prediction_checks([score.model_copy(update={"median_error_s": 0.05}), before])
+    (met,) = checks.prediction_checks([score.model_copy(update={"median_error_s": 0.05}), before])
     assert met["met"] is True
 
 
@@ -86,7 +86,7 @@ def test_a_row_of_the_benchmark_has_its_interval_in_the_note(tmp_path: Path) -> 
         {"row": "once", "low": 111.4, "high": 111.4, "note": "asserted", **same},
     ]
     (tmp_path / "grid.json").write_text(json.dumps(rows))
-    notes = [row["note"] for row in study_checks.bench_checks(tmp_path / "grid.json")]
+    notes = [row["note"] for row in checks.bench_checks(tmp_path / "grid.json")]
     assert notes == ["[94.7, 129.4]; of 500", "asserted"]
 
 
@@ -108,7 +108,7 @@ def test_memory_is_compared_where_a_process_did_what_the_plan_is_of(
         "sweep replay": 80.0,
         "sweep measure": 70.0,
     }
-    monkeypatch.setattr(study_checks, "planned", lambda config: dict.fromkeys(names, 1.0) | stages)
+    monkeypatch.setattr(checks, "planned", lambda config: dict.fromkeys(names, 1.0) | stages)
     memory = [
         RankMemory(model="pretrain-target", ranks=[2]),
         *(
@@ -130,7 +130,7 @@ def test_memory_is_compared_where_a_process_did_what_the_plan_is_of(
         swept = made(f"sweep-{number}", inputs={"teach": str(number)}, **told)
         given = {"summary": summary, "report": tmp_path, "swept": swept, "rows": rows, "rechecked": rows[1:]}
         studies[name] = replace(EMPTY, **given)
-    found = {str(row["row"]).partition(": ")[2]: row for row in study_checks.plan_checks(studies)}
+    found = {str(row["row"]).partition(": ")[2]: row for row in checks.plan_checks(studies)}
     assert found["teach, on-policy"]["value"] == pytest.approx(90 / 300)
     both = found["sweep, replay and measure, table-1"]
     assert (both["value"], both["met"]) == (pytest.approx(80 / 50), False)
@@ -149,7 +149,7 @@ def test_the_page_names_the_commits_that_made_each_stage(tmp_path: Path) -> None
     made("drafter-on-4", None)
     made("sweep-5", "d" * 40, teach="2", drafters={"kl": "3", "on": "4"})
     studies = {name: replace(EMPTY, swept=tmp_path / "sweep-5") for name in ("one", "two")}
-    assert study_runs.commits(studies) == {
+    assert runs.commits(studies) == {
         "pretrain": "aaaaaaa", "teach": "bbbbbbb+", "train": "ccccccc, unknown", "sweep": "ddddddd"
     }  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
     # Texts this small end at once, so that there are fewer rows, and memory is what libraries take.
     assert all(check.value and 0.5 < check.value < 2 for check in planned), planned
     page = files["README.md"].decode()
-    assert all(f"| `{name}` |" in page for name in study_ablations.CHANGES)
+    assert all(f"| `{name}` |" in page for name in ablations.CHANGES)
     again = written("second")
     first, second = (json.loads(one["summary.json"]) for one in (files, again))
     # What was found is the same; the seconds of looking it up, and what a process takes for a plan, are not.

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import study_ablations, study_families, study_speed, study_tables
-from benchmarks.study_families import BySeed, Change, Column, Families
-from pipeline.recommend import Choice, Recommendation
-from pipeline.report.summary import Summary
-from pipeline.rows import PromptRow
+from benchmarks.study import ablations, speed, tables
+from benchmarks.study import families as study_families
+from benchmarks.study.families import BySeed, Change, Column, Families
+from pipeline.results.recommend import Choice, Recommendation
+from pipeline.results.summary import Summary
+from pipeline.store.rows import PromptRow
 from tests.study_rows import ABLATIONS, EMPTY, axes, families, gain, make_row, measured, predicted
 
 
@@ -91,7 +92,7 @@ def test_a_change_helps_where_two_data_sets_say_so_and_none_the_contrary(
         return Change(0.02 * sign, *sorted((0.01 * sign, 0.03 * sign)), by_seed) if sign else nothing
 
     half = Change(0.01, 0.0, 0.02, [0.01])
-    rows: list[study_ablations.Ablation] = [
+    rows: list[ablations.Ablation] = [
         (
             "kl",
             f"data-{k}",
@@ -99,7 +100,7 @@ def test_a_change_helps_where_two_data_sets_say_so_and_none_the_contrary(
         )
         for k, sign in enumerate(signs)
     ]
-    (line,) = study_ablations.ablation_words(rows).splitlines()
+    (line,) = ablations.ablation_words(rows).splitlines()
     greedily, sampling = line.partition(": ")[2].split("; ")
     assert greedily.startswith(f"{verdict} greedily (")
     share = {
@@ -124,11 +125,11 @@ def test_stopping_early_is_compared_over_the_same_prompts() -> None:
         for gamma, threshold, both in ((1, 0.0, (3, 3)), (2, 0.0, (2, 3)), (4, 0.4, (1, 3)), (8, 0.4, (4, 3)))
         for p, seconds in zip("pq", both, strict=True)
     ]
-    (found,) = study_speed.early_stops(rows).values()
+    (found,) = speed.early_stops(rows).values()
     assert (found.fixed, found.early) == (2, 4)
     assert found.ratio.mean == pytest.approx(5 / 4)
     assert (found.ratio.low, found.ratio.high) == pytest.approx((1, 2)), "either prompt drawn twice"
-    words = study_speed.adaptive_words({("x", "1K"): found})
+    words = speed.adaptive_words({("x", "1K"): found})
     assert "in 1 of 1 places, clearly in 0, and clearly slower in 0" in words
 
 
@@ -137,14 +138,14 @@ def test_the_headline_says_where_the_seeds_alone_show_it_too() -> None:
     gains = [gain(0.08, 0.06), gain(0.02, 0.01), gain(0.01, -0.01)]
     sampled = gain(0.01, -0.01).model_copy(update={"temperature": 1.0})
     under = gain(0.06, 0.05, "other_prompt").model_copy(update={"lost": (0.02, 0.01, 0.03)})
-    words = study_tables.headline_words([*gains, sampled, under], study_tables.PAPER)
+    words = tables.headline_words([*gains, sampled, under], tables.PAPER)
     assert words == (
         "Above 0 by the interval: greedy in 2 of 3 places, in 1 of them by Student's t over the training "
         "seeds too; temperature 1 in 0 of 1 places. What other_prompt does not explain is, by its own "
         "interval, greedy above 0 in 3 and below in 0 of 3 places; temperature 1 above 0 in 0 and below in 0 "
         "of 0 places."
     )
-    head, _, row, *_ = study_tables.headline_table([*gains, under], study_tables.PAPER).splitlines()
+    head, _, row, *_ = tables.headline_table([*gains, under], tables.PAPER).splitlines()
     shown = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     assert shown["not explained by it"] == "+2.0 [+1.0, +3.0]"
 
@@ -160,7 +161,7 @@ def test_distilled_drafters_are_compared_with_the_one_that_they_started_from() -
     assert of_one.mean == pytest.approx(0.6 * 3 / 4)
     change = study_families.change(cells, "kl", "x", Column(64, 0.0, context="1K"), "untrained")
     assert change and change.mean == pytest.approx(0.4)
-    greedily, sampling = study_ablations.distilled_words(cells, ABLATIONS).splitlines()
+    greedily, sampling = ablations.distilled_words(cells, ABLATIONS).splitlines()
     assert greedily == (
         "- Greedily, accepted more than `untrained`: `kl` (+35.0 to +35.0); "
         "neither clearly: `multi_view` (+0.0 to +0.0)"
@@ -169,22 +170,22 @@ def test_distilled_drafters_are_compared_with_the_one_that_they_started_from() -
         "- At temperature 1, no distillation here beats the drafter as it was pretrained; "
         "accepted less: `multi_view` (-21.0 to -21.0); neither clearly: `kl` (+0.0 to +0.0)"
     )
-    table = study_ablations.accepted_table(cells, ABLATIONS).splitlines()
+    table = ablations.accepted_table(cells, ABLATIONS).splitlines()
     assert table[4].startswith("| `kl` | x | 52.5 [") and "| +35.0 [" in table[4]
 
 
 def test_scaled_rope_is_compared_context_by_context() -> None:
-    names = list(study_ablations.scaled_only(ABLATIONS))
-    assert study_ablations.beyond_range(ABLATIONS) == ["2K", "4K"]
+    names = list(ablations.scaled_only(ABLATIONS))
+    assert ablations.beyond_range(ABLATIONS) == ["2K", "4K"]
     config = ABLATIONS.model_copy(
         update={"data": ABLATIONS.data.model_copy(update={"contexts": (ABLATIONS.data.contexts[2],)})}
     )
     rates = {(name, temperature): 10 for name in names for temperature in (0.0, 1.0)}
     rates |= {("untrained", 0.0): 30, ("untrained", 1.0): 10}
     cells = families(rates)
-    first = study_ablations.rope_table(cells, config).splitlines()[2]
+    first = ablations.rope_table(cells, config).splitlines()[2]
     assert first.startswith(f"| `{names[0]}` | linear, factor 4 | x | 4K | -15.0 [")
-    for line in study_ablations.rope_words(cells, config).splitlines():
+    for line in ablations.rope_words(cells, config).splitlines():
         assert "(of 2)" in line
         assert line.endswith(
             "B = 64, greedy: 0 / 2; B = 64, T = 1: 0 / 0; B = full, greedy: 0 / 2; B = full, T = 1: 0 / 0"
@@ -211,13 +212,13 @@ def test_each_baseline_stands_with_its_fastest_measured_cell() -> None:
         measured("prompt_lookup", 0.8),
         measured("multi_view~42", 2.0),
     ]
-    best = study_speed.best_baselines(cells)
+    best = speed.best_baselines(cells)
     assert [(c.drafter, c.context, c.speedup) for c in best] == [
         ("self_speculation", "4K", 1.2), ("self_speculation", "1K", 1.05), ("prompt_lookup", "4K", 0.8)
     ]  # fmt: skip
-    table = study_speed.baseline_table(best)
+    table = speed.baseline_table(best)
     assert "self_speculation, streaming, B = 512, γ = 4 | 50.0 [40.0, 60.0] | 1.20 [1.10, 1.30]" in table
-    words = study_speed.baseline_words(best)
+    words = speed.baseline_words(best)
     assert "`self_speculation` in 1 of 2 places, `prompt_lookup` in 0 of 1 places" in words
 
 
@@ -225,7 +226,7 @@ def test_predicted_speedups_are_told_against_measured_ones() -> None:
     """1.2 ÷ 1 and 0.9 ÷ 1.2: off by +20 % and -25 %, and a third at +0 %; the fourth was not measured."""
     cells = [measured("a", 1.0), measured("b", 1.2), measured("c", 1.0)]
     told = [predicted("a", 1.2), predicted("b", 0.9), predicted("c", 1.0), predicted("d", 9.0)]
-    words = study_tables.prediction_words(replace(EMPTY, cells=cells, predicted=told))
+    words = tables.prediction_words(replace(EMPTY, cells=cells, predicted=told))
     assert "Of the same 3 cells" in words
     assert "+0.0 % off the measured ones" in words and "-25.0 % at worst" in words
 
@@ -233,7 +234,7 @@ def test_predicted_speedups_are_told_against_measured_ones() -> None:
 def test_the_grid_says_how_many_texts_loop_and_what_is_accepted_of_the_others() -> None:
     cells = [measured("multi_view~42", 1.0, mode="replay", policy="chunk_topk", num_prompts=32)]
     told = [predicted("multi_view~42", 1.2).model_copy(update={"policy": "chunk_topk"})]
-    head, _, row = study_tables.grid_table(replace(EMPTY, cells=cells, predicted=told)).splitlines()
+    head, _, row = tables.grid_table(replace(EMPTY, cells=cells, predicted=told)).splitlines()
     shown = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     assert shown["looping"] == "2 of 32"
     assert shown["multi_view, greedy, without looping texts"] == "45.0"
@@ -261,10 +262,10 @@ def test_what_to_deploy_has_the_intervals_of_run_off_and_fresh_repeats() -> None
             dataset="x", context="4K", choice=advised, runner_up=None, why="", num_again=0, best_again=None
         )
         summary = Summary.model_construct(recommendations=(advice,))
-        row = study_speed.advice_table(replace(given, summary=summary)).splitlines()[2].split(" | ")
+        row = speed.advice_table(replace(given, summary=summary)).splitlines()[2].split(" | ")
         assert row[4] == shown
         assert row[7] == ("1.00 [0.95, 1.10]" if shown else "1.00 [0.90, 1.10]")
     again = [raced, other.model_copy(update={"speedup": 1.21})]
     twice = replace(given, run_off=[*given.run_off, other], again=again)
     # 1.25 to 1.20 and 1.10 to 1.21.
-    assert "2 cells moved by 7.0 % in the median and by 10.0 % at most" in study_speed.advice_words(twice)
+    assert "2 cells moved by 7.0 % in the median and by 10.0 % at most" in speed.advice_words(twice)

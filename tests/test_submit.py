@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.pipeline import settled
-from jobs.submit import Job, connect, send, submit
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError
+from jobs.commands.submit import Job, connect, send, submit
+from jobs.stages.pipeline import settled
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import Config
 from tests.configs import MINIMAL
 from tests.faults.toy import PATIENCE_S, artifact, make_toy
 from tests.heads import BIN, Head, ray_head
@@ -92,11 +92,11 @@ class Starting:
 
 
 def test_a_head_that_still_starts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.submit.POLL_S", 0.0)
+    monkeypatch.setattr("jobs.commands.submit.POLL_S", 0.0)
     job, head, slow = Job("run", tmp_path / "toy.yaml", []), Starting(), Starting()
     assert send(head, job, "true", tmp_path, "toy") == "raysubmit_1"  # type: ignore[arg-type]
     assert head.asked == 3
-    monkeypatch.setattr("jobs.submit.STARTING_S", -1.0)
+    monkeypatch.setattr("jobs.commands.submit.STARTING_S", -1.0)
     with pytest.raises(ConfigError, match=r"the cluster did not take the job: .* No available agent"):
         send(slow, job, "true", tmp_path, "toy")  # type: ignore[arg-type]
     assert slow.asked == 1

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from jobs.pipeline import run_pipeline
-from jobs.recommend import advise
-from pipeline import planner
-from pipeline.artifacts import read_all, read_rows
-from pipeline.config import Config
+from jobs.commands.recommend import advise
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.evaluate import Evaluator, MeasureTask
-from pipeline.planner import cell_of
-from pipeline.report.summary import Summary
-from pipeline.rows import CellRow, PredictedRow, PromptRow, StepTimes
+from pipeline.results.summary import Summary
+from pipeline.store.artifacts import read_all, read_rows
+from pipeline.store.rows import CellRow, PredictedRow, PromptRow, StepTimes
+from pipeline.sweep import predict
+from pipeline.sweep.evaluator import Evaluator, MeasureTask
+from pipeline.sweep.predict import cell_of
 from tests.configs import MINIMAL
 from tests.data.conftest import story
 
@@ -143,8 +143,8 @@ def test_steps_are_timed_again_around_the_prompts_of_the_plane(swept: Path, repo
     around = [("48", "drafter", budget) for budget in (16, 32, "full")] * 2
     assert all([(t.context, t.kind, t.budget) for t in times] == around for times in beside.values())
     (by_beside,) = [s for s in summary_of(report).prediction if s.what == "plane"]
-    means = planner.mean_step_times(read_all(swept / "steps_beside", StepTimes))
-    found = planner.errors(read_all(swept / "rows", PromptRow), means)
+    means = predict.mean_step_times(read_all(swept / "steps_beside", StepTimes))
+    found = predict.errors(read_all(swept / "rows", PromptRow), means)
     plane = [e for cell, e in found.items() if cell.drafter == "full_only~1" and cell.context == "48"]
     assert by_beside.median_error_s == median(abs(error.seconds) for error in plane)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jobs.teach import label_bytes, label_tasks
-from pipeline.artifacts import Artifact, read_rows
-from pipeline.config import Config
-from pipeline.drafting import Chance
+from jobs.stages.teach import label_bytes, label_tasks
+from pipeline.config.schema import Config
+from pipeline.decode.sources import Chance
 from pipeline.errors import NotFinite
-from pipeline.models import ModelRef
-from pipeline.rows import Continuation, Prompt
-from pipeline.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
+from pipeline.models.load import ModelRef
+from pipeline.store.artifacts import Artifact, read_rows
+from pipeline.store.rows import Continuation, Prompt
+from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
 from tests.tiny import save_model, tiny_config, tiny_tokenizer, write_prepare
 
 CPU = torch.device("cpu")

@@ -12,12 +12,13 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from jobs import Terminated, tracking
-from jobs.tracking import NullTracker, Tracker
-from pipeline.artifacts import provenance
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError
-from pipeline.rows import CellRow
+from jobs import Terminated
+from jobs.tracking import tracker as tracking
+from jobs.tracking.tracker import NullTracker, Tracker
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import Config
+from pipeline.store.artifacts import provenance
+from pipeline.store.rows import CellRow
 from tests.configs import MINIMAL
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from jobs.run_record import RunRecord
-from jobs.tracking import Tracker
-from jobs.tracking_store import tracking_uri
-from pipeline.config import Config
+from jobs.records.record import RunRecord
+from jobs.tracking.store import tracking_uri
+from jobs.tracking.tracker import Tracker
+from pipeline.config.schema import Config
 from tests.configs import MINIMAL
 
 START_TOGETHER = """

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from jobs import tracking_writer
-from jobs.tracking import Tracker
-from pipeline.config import Config
+from jobs.tracking import writer
+from jobs.tracking.tracker import Tracker
+from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
 from tests.configs import MINIMAL
 from tests.mlflow_server import MlflowServer, Proxy, mirrored
@@ -33,8 +33,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 @pytest.fixture
 def proxy(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(tracking_writer, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(tracking_writer, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(writer, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(writer, "LONGEST_PAUSE_S", 0.5)
     proxy = Proxy(server.port)
     yield proxy
     proxy.stop()

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs import tracking_writer
-from jobs.tracking_writer import Refused, Writer
+from jobs.tracking import writer as tracking_writer
+from jobs.tracking.writer import Refused, Writer
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
 
-from jobs.executor import InlineExecutor
-from pipeline.artifacts import write_rows
-from pipeline.batches import Shards
-from pipeline.checkpoints import checkpoint_folder, latest
-from pipeline.config import Pretrain
-from pipeline.engine import TorchEngine
+from jobs.executors.base import InlineExecutor
+from pipeline.config.schema import Pretrain
 from pipeline.errors import NotFinite
-from pipeline.models import ModelRef, load_model, own_positions
-from pipeline.objectives import MultiView, NextToken, next_token_loss
-from pipeline.train_job import TrainJob
-from pipeline.training import Plan, fit, read_metrics
+from pipeline.models.load import ModelRef, load_model, own_positions
+from pipeline.store.artifacts import write_rows
+from pipeline.train.batches import Shards
+from pipeline.train.checkpoints import checkpoint_folder, latest
+from pipeline.train.engine import TorchEngine
+from pipeline.train.job import TrainJob
+from pipeline.train.loop import Plan, fit, read_metrics
+from pipeline.train.objectives import MultiView, NextToken, next_token_loss
 from tests.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
 
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_stopped_in_the_export_trains_no_further(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.training.export_model", stop)
+        patch.setattr("pipeline.train.loop.export_model", stop)
         workshop.train("export")
     assert not (workshop.folder / "export" / "multi_view" / "model").exists()
     monkeypatch.setattr(MultiView, "loss", stop)
@@ -332,7 +332,7 @@ def test_scratch_models_are_pretrained_apart(workshop: Workshop, tmp_path: Path)
 
 
 def test_prompts_and_continuations_must_pair(workshop: Workshop, tmp_path: Path) -> None:
-    from pipeline.train_job import validation_pairs
+    from pipeline.train.job import validation_pairs
 
     pairs = validation_pairs(workshop.prepare, workshop.teach)
     assert (

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import measure
-from pipeline.artifacts import read_rows
-from pipeline.decoding import Round
-from pipeline.evaluate import failures_of
-from pipeline.lean import LeanModel, decode_model
-from pipeline.rows import FailedCell, PromptRow
-from pipeline.trial import before_divergence
+from pipeline.decode import bench as measure
+from pipeline.decode.loop import Round
+from pipeline.decode.model import LeanModel, decode_model
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import FailedCell, PromptRow
+from pipeline.sweep.evaluator import failures_of
+from pipeline.sweep.measurer import before_divergence
 from tests.sweeps import LENGTH, LIMIT, Bench, counts, key
 from tests.tiny import VOCABULARY, tiny_tokenizer
 

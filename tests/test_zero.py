@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from jobs.executor import InlineExecutor
-from pipeline.checkpoints import PARTS, checkpoint_folder
-from pipeline.train_job import TrainJob
+from jobs.executors.base import InlineExecutor
+from pipeline.train.checkpoints import PARTS, checkpoint_folder
+from pipeline.train.job import TrainJob
 from tests.group import copy_state, run_group, train
 from tests.tiny import Workshop, assert_same_run
 

@@ -15,14 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from jobs.executor import InlineExecutor
-from pipeline.artifacts import write_array, write_rows
-from pipeline.config import Config
-from pipeline.models import ModelRef, export_model
-from pipeline.rows import Prompt
-from pipeline.teacher import ContinueTask, LabelTask, Teacher
-from pipeline.train_job import TrainJob
-from pipeline.training import read_metrics
+from jobs.executors.base import InlineExecutor
+from pipeline.config.schema import Config
+from pipeline.models.load import ModelRef, export_model
+from pipeline.store.artifacts import write_array, write_rows
+from pipeline.store.rows import Prompt
+from pipeline.train.job import TrainJob
+from pipeline.train.loop import read_metrics
+from pipeline.train.teacher import ContinueTask, LabelTask, Teacher
 from tests.configs import MINIMAL
 
 VOCABULARY = 97

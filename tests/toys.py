@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from tests.configs import MINIMAL
 
 PROMPTS = 12

@@ -20,12 +20,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.luggage import DOCUMENTS, light_copy, pack, unpack
+from benchmarks.gpu_study.travel import DOCUMENTS, light_copy, pack, unpack
 from jobs import Terminated, raise_on_sigterm
-from jobs.cli import BAD_DATA, DONE, TERMINATED, USAGE, set_up_logging
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError
-from pipeline.config_files import load_config
+from jobs.cli.app import BAD_DATA, DONE, TERMINATED, USAGE, set_up_logging
+from pipeline.config.errors import ConfigError
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
 from pipeline.errors import BadData
 
 GRACE_S = 60.0  # between the request to stop, at which a step of training is ended and saved, and the kill
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "run":
             return run(given)
         else:
-            from benchmarks.gpu_page import write_page
+            from benchmarks.gpu_study.page import write_page
 
             write_page(config_of(given), given.bench, given.notes, given.output)
     except ConfigError as error:

@@ -12,11 +12,11 @@ import jinja2
 
 from benchmarks.gpu import PLACES
 from benchmarks.page_parts import acceptance, check_table, end_to_end, markdown, points, speed
-from jobs.pipeline import run_pipeline, settled
-from pipeline.artifacts import read_all, read_rows, write_text
-from pipeline.config import Config
-from pipeline.report.summary import Check, Summary
-from pipeline.rows import CellRow, PromptRow
+from jobs.stages.pipeline import run_pipeline, settled
+from pipeline.config.schema import Config
+from pipeline.results.summary import Check, Summary
+from pipeline.store.artifacts import read_all, read_rows, write_text
+from pipeline.store.rows import CellRow, PromptRow
 
 PAIR, BASELINE = "multi_view", "full_only"
 LEAST_GAP, LEAST_SPEEDUP = 0.03, 1.5
@@ -52,7 +52,7 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
     for name in drawn:
         shutil.copyfile(report / "figures" / f"{name}.png", output / f"{name}.png")
     template = jinja2.Environment(
-        loader=jinja2.PackageLoader("benchmarks", "."), undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("benchmarks.gpu_study", "."), undefined=jinja2.StrictUndefined
     ).get_template("gpu.md.j2")
     page = template.render(
         config=config,

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.run_record import RECORDS
-from pipeline.artifacts import MANIFEST, Artifact, seal
-from pipeline.config import Config
+from jobs.records.record import RECORDS
+from pipeline.config.schema import Config
 from pipeline.errors import BadData
+from pipeline.store.artifacts import MANIFEST, Artifact, seal
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks import study_checks as checked
-from benchmarks import study_tables as tables
-from benchmarks.study_runs import CONFIGS, study
-from pipeline.artifacts import write_text
+from benchmarks.study import checks as checked
+from benchmarks.study import tables
+from benchmarks.study.runs import CONFIGS, study
+from pipeline.store.artifacts import write_text
 
 FIGURES = {
     "table-1": "acceptance_by_budget_chunk_topk",

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 from benchmarks.page_parts import markdown, percent, points
-from benchmarks.study_families import SMALLEST, Change, Column, Families, accepted, change, datasets_of
-from pipeline.config import Config
+from benchmarks.study.families import SMALLEST, Change, Column, Families, accepted, change, datasets_of
+from pipeline.config.schema import Config
 
 CHANGES = {
     "untrained": "not distilled at all",

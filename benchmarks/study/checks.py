@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.page_parts import points
-from benchmarks.study_families import student
-from benchmarks.study_runs import Study, manifest
-from benchmarks.study_tables import explained, headline, when
-from pipeline.config import Config
-from pipeline.config_files import dump_config
-from pipeline.report.summary import FamilyGain, PredictionScore
+from benchmarks.study.families import student
+from benchmarks.study.runs import Study, manifest
+from benchmarks.study.tables import explained, headline, when
+from pipeline.config.files import dump_config
+from pipeline.config.schema import Config
+from pipeline.results.summary import FamilyGain, PredictionScore
 
 
 def check(row: str, value: float | None, target: str, met: bool | None, note: str = "") -> dict[str, object]:

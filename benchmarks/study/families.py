@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from benchmarks.study_runs import Study
-from pipeline.config import Config, Variant
-from pipeline.config_sweep import family
+from benchmarks.study.runs import Study
+from pipeline.config.schema import Config, Variant
+from pipeline.config.sweep import family
 from pipeline.metrics import Interval, bootstrap_interval, seeded_difference
-from pipeline.rows import Count, PromptRow
+from pipeline.store.rows import Count, PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 RUNS = ("table-3", "ablations", "on-policy")

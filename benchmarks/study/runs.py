@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.pipeline import run_pipeline
-from jobs.report import AGAIN, CELLS, RUN_OFF, SUMMARY
-from jobs.sweep import PREDICTED, ROWS
-from pipeline import planner
-from pipeline.artifacts import MANIFEST, read_all, read_rows
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.report.summary import Summary
-from pipeline.rows import CellRow, PredictedRow, PromptRow
+from jobs.stages.pipeline import run_pipeline
+from jobs.stages.report import AGAIN, CELLS, RUN_OFF, SUMMARY
+from jobs.stages.sweep import PREDICTED, ROWS
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
+from pipeline.results.summary import Summary
+from pipeline.store.artifacts import MANIFEST, read_all, read_rows
+from pipeline.store.rows import CellRow, PredictedRow, PromptRow
+from pipeline.sweep import predict
 
 CONFIGS = ("table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy")
 FOLDER = "conf/paper-small"
@@ -74,7 +74,7 @@ def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
         read_rows(report / RUN_OFF, CellRow),
         read_rows(report / AGAIN, CellRow),
         read_all(swept / ROWS, PromptRow),
-        [row for folder in planner.MEASURED_AGAIN for row in read_all(swept / folder, PromptRow)],
+        [row for folder in predict.MEASURED_AGAIN for row in read_all(swept / folder, PromptRow)],
     )
 
 

@@ -7,14 +7,14 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks.page_parts import acceptance, end_to_end, interval_text, markdown, speed
-from benchmarks.study_families import SAMPLES, SEED
-from benchmarks.study_runs import Study
+from benchmarks.study.families import SAMPLES, SEED
+from benchmarks.study.runs import Study
 from pipeline import metrics
 from pipeline.metrics import Interval
-from pipeline.planner import BASELINES, cell_of
-from pipeline.recommend import settings_text
-from pipeline.report.summary import ArSpeed
-from pipeline.rows import CellRow, PromptRow
+from pipeline.results.recommend import settings_text
+from pipeline.results.summary import ArSpeed
+from pipeline.store.rows import CellRow, PromptRow
+from pipeline.sweep.predict import BASELINES, cell_of
 
 
 def measured_table(cells: Sequence[CellRow]) -> str:

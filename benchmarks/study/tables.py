@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import jinja2
 
-from benchmarks import study_ablations as ablations
-from benchmarks import study_speed as speeds
 from benchmarks.page_parts import acceptance, check_table, markdown, points, speed
-from benchmarks.study_families import GAMMA, SMALLEST, families_of, student
-from benchmarks.study_runs import Study, commits
-from pipeline.artifacts import provenance
+from benchmarks.study import ablations
+from benchmarks.study import speed as speeds
+from benchmarks.study.families import GAMMA, SMALLEST, families_of, student
+from benchmarks.study.runs import Study, commits
 from pipeline.metrics import Interval
-from pipeline.planner import cell_of
-from pipeline.report.summary import Budget, FamilyGain, Summary
-from pipeline.rows import CellRow, PredictedRow
+from pipeline.results.summary import Budget, FamilyGain, Summary
+from pipeline.store.artifacts import provenance
+from pipeline.store.rows import CellRow, PredictedRow
+from pipeline.sweep.predict import cell_of
 
 # What is compared behind the smallest budget: the paper's loss, and the same two trained with forward KL.
 PAPER, KL = ("multi_view", "full_only"), ("kl", "full_only_kl")
@@ -33,7 +33,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
     rows, early = ablations.ablation_rows(cells), speeds.early_stops(adaptive.rows)
     baselines = speeds.best_baselines(grid.cells)
     template = jinja2.Environment(
-        loader=jinja2.PackageLoader("benchmarks", "."), undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("benchmarks.study", "."), undefined=jinja2.StrictUndefined
     ).get_template("study.md.j2")
     return (
         template.render(

@@ -11,15 +11,16 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from jobs import cli_registry, raise_on_sigterm, was_terminated
-from jobs.doctor import check_name_clash
-from jobs.doctor import doctor as run_doctor
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError
-from pipeline.config_files import dump_config, load_config
-from pipeline.config_sweep import Policy, check_budget
+from jobs import raise_on_sigterm, was_terminated
+from jobs.cli import registry
+from jobs.commands.doctor import check_name_clash
+from jobs.commands.doctor import doctor as run_doctor
+from pipeline.config.errors import ConfigError
+from pipeline.config.files import dump_config, load_config
+from pipeline.config.schema import Config
+from pipeline.config.sweep import Policy, check_budget
 from pipeline.errors import BadData, Incomplete, NotFinite
-from pipeline.logs import PACKAGES
+from pipeline.observe.logs import PACKAGES
 
 DONE, USAGE, BAD_DATA, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
 EPILOG = """\b
@@ -129,7 +130,7 @@ def _add_stage(name: str, until: str, help_text: str) -> None:
         loaded = _load(config, overrides, executor, storage)
         check_name_clash()
         set_up_logging()
-        from jobs.pipeline import run_pipeline
+        from jobs.stages.pipeline import run_pipeline
 
         typer.echo(run_pipeline(loaded, until))
 
@@ -170,7 +171,7 @@ def submit_job(
     """Check a config here, then run it as a job on a Ray cluster, with the working directory as its code."""
     loaded = _load(config, overrides, executor, storage)
     set_up_logging()
-    from jobs.submit import Job, submit
+    from jobs.commands.submit import Job, submit
 
     options = [("--executor", executor), ("--storage", storage)]
     arguments = [*(overrides or []), *(text for name, value in options if value for text in (name, value))]
@@ -220,7 +221,7 @@ def generate_text(
     check_name_clash()
     prompt = _read_prompt(prompt_file)
     set_up_logging()
-    from jobs.generate import generate
+    from jobs.commands.generate import generate
 
     generate(
         loaded,
@@ -279,7 +280,7 @@ def recommend_cell(
     ] = None,
 ) -> None:
     """What to deploy at a context, with the expected speedup, or why not to speculate there."""
-    from jobs.recommend import advise
+    from jobs.commands.recommend import advise
 
     for line in advise(results, context, dataset, memory_gb, concurrency, min_acceptance):
         typer.echo(line)
@@ -295,7 +296,7 @@ def convert_checkpoint(
     """Turn a model folder with a pickled .bin checkpoint into one with safetensors; the source stays."""
     check_name_clash()
     set_up_logging()
-    from pipeline.models import convert_bin
+    from pipeline.models.load import convert_bin
 
     convert_bin(source, output)
     typer.echo(output)
@@ -316,7 +317,7 @@ def list_artifacts(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")] = False,
 ) -> None:
     """List every artifact: state, size, age, who uses it; with --remove delete what nothing needs."""
-    from jobs.storage import artifacts
+    from jobs.commands.artifacts import artifacts
 
     artifacts(storage, remove, dry_run, older_than_days, as_json)
 
@@ -336,7 +337,7 @@ def show_run(
     ] = False,
 ) -> None:
     """What a run has done, does and failed at, and how long it will take; exit code 3 if there is none."""
-    from jobs.status import show_status
+    from jobs.records.status import show_status
 
     typer.echo(show_status(storage, run, as_json))
 
@@ -376,7 +377,7 @@ def plan_costs(
     loaded = _load(config, overrides, executor, storage)
     check_name_clash()
     set_up_logging()
-    from jobs.plan import plan
+    from jobs.plan.report import plan
 
     plan(loaded, as_json, memory_gb, tflops, step_ms)
 
@@ -393,7 +394,7 @@ def check_machine(
     raise typer.Exit(run_doctor(loaded))
 
 
-app.add_typer(cli_registry.commands)
+app.add_typer(registry.commands)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config_files import load_group
-from pipeline.config_gate import GateConfig
+from pipeline.config.files import load_group
+from pipeline.config.gate import GateConfig
 
 commands = typer.Typer()
 
@@ -52,7 +52,7 @@ def gate_candidate(
     """Compare a candidate with a baseline, prompt by prompt; exit code 5: fail, 6: not enough evidence."""
     named = [f"model={model}"] if model else []
     loaded = load_group(GateConfig, config, [*(overrides or []), *named])
-    from jobs.gate import EXIT_CODES, JSON, decide
+    from jobs.registry.gate import EXIT_CODES, JSON, decide
 
     decision = decide(candidate, baseline, loaded, output, tracking_uri, promote, again)
     typer.echo("\n".join([decision.verdict.replace("_", " "), *decision.reasons]), err=True)
@@ -77,7 +77,7 @@ def pull_drafter(
     tracking_uri: TrackingOption = LOCAL,
 ) -> None:
     """Fetch a registered drafter into a new folder that plain from_pretrained loads; files are checked."""
-    from jobs.registry import pull, resolve
+    from jobs.registry.versions import pull, resolve
 
     version = resolve(tracking_uri, model, reference)
     made = pull(version, folder)
@@ -95,7 +95,7 @@ def roll_back(
     tracking_uri: TrackingOption = LOCAL,
 ) -> None:
     """Move the alias champion back, by one step or to a version; exit code 3 if there is none to go to."""
-    from jobs.registry_champion import rollback
+    from jobs.registry.champion import rollback
 
     before, now = rollback(tracking_uri, model, to)
     typer.echo(f"champion: {f'version {before}' if before else 'none'} → version {now}")

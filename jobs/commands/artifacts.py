@@ -21,10 +21,10 @@ from typing import Any
 
 from filelock import Timeout
 
-from jobs.run_record import RECORDS, lives
-from pipeline.artifacts import LOCKS, Artifact, checksum
-from pipeline.config_errors import ConfigError
+from jobs.records.record import RECORDS, lives
+from pipeline.config.errors import ConfigError
 from pipeline.errors import BadData
+from pipeline.store.artifacts import LOCKS, Artifact, checksum
 
 NAME = re.compile(r"(?P<stage>.+)-(?P<fingerprint>[0-9a-f]{12})")
 COMPLETE, UNFINISHED, DAMAGED, IN_USE = "complete", "unfinished", "damaged", "in use"

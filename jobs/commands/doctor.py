@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import Config, PretrainedModel
-from pipeline.config_errors import ConfigError, hide_credentials
+from pipeline.config.errors import ConfigError, hide_credentials
+from pipeline.config.schema import Config, PretrainedModel
 from pipeline.errors import BadData
 
 DISTRIBUTION = "budgetdraft"
@@ -128,7 +128,7 @@ def _devices(config: Config | None) -> Iterator[Check]:
 
 
 def _storage(config: Config) -> Iterator[Check]:
-    from pipeline.artifacts import write_text
+    from pipeline.store.artifacts import write_text
 
     folder = Path(config.storage).expanduser()
     probe = folder / f".doctor-{os.getpid()}"
@@ -151,7 +151,7 @@ def _storage(config: Config) -> Iterator[Check]:
 def _tracking(config: Config) -> Check:
     if not config.tracking.enabled:
         return Check("ok", "tracking", "off (tracking.enabled: false)")
-    from jobs.tracking_store import tracking_problem, tracking_uri
+    from jobs.tracking.store import tracking_problem, tracking_uri
 
     uri = tracking_uri(config)
     problem = tracking_problem(uri)
@@ -162,11 +162,11 @@ def _tracking(config: Config) -> Check:
 
 
 def _sources(config: Config) -> Iterator[Check]:
+    from pipeline.data.prepare import make_readers
     from pipeline.data.reading import looks_local
-    from pipeline.data.sources import make_readers
 
     if config.data.prepared is not None:
-        from jobs.prepare import prepared_elsewhere
+        from jobs.stages.prepare import prepared_elsewhere
 
         try:
             found = prepared_elsewhere(config, Path(config.data.prepared))
@@ -210,7 +210,7 @@ def _compiler(config: Config) -> Check:
     """What `decode.compile` needs of this machine."""
     if config.decode.compile == "none":
         return Check("ok", "compiler", "not needed (decode.compile: none)")
-    from pipeline.steps import cpp_compiler
+    from pipeline.decode.steps import cpp_compiler
 
     found = cpp_compiler()
     if found is None:

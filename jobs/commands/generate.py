@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jobs.pipeline import completed
+from jobs.stages.pipeline import completed
 from kernels import dispatch
-from pipeline import replay
-from pipeline.config import Config
-from pipeline.drafting import Chance
+from pipeline.config.schema import Config
+from pipeline.decode import replay
+from pipeline.decode.sources import Chance
 from pipeline.errors import BadData
-from pipeline.kv import view_of
-from pipeline.serving import load_pair
+from pipeline.kv.view_cache import view_of
+from pipeline.serving.pair import load_pair
 
 UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.report import AGAIN, CELLS, RUN_OFF, SUMMARY
-from pipeline.artifacts import read_rows
+from jobs.stages.report import AGAIN, CELLS, RUN_OFF, SUMMARY
 from pipeline.errors import BadData
-from pipeline.planner import Place
-from pipeline.recommend import (
+from pipeline.report.page import size
+from pipeline.results.recommend import (
     Choice,
     Needs,
     Recommendation,
@@ -20,9 +19,10 @@ from pipeline.recommend import (
     recommend,
     settings_text,
 )
-from pipeline.report.page import size
-from pipeline.report.summary import Summary, read_summary
-from pipeline.rows import CellRow
+from pipeline.results.summary import Summary, read_summary
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import CellRow
+from pipeline.sweep.predict import Place
 
 
 def advise(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import was_terminated
-from jobs.ray_cluster import HELD
-from pipeline.artifacts import COMMIT, provenance
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError, hide_credentials
+from jobs.executors.ray_cluster import HELD
+from pipeline.config.errors import ConfigError, hide_credentials
+from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
+from pipeline.store.artifacts import COMMIT, provenance
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
-from pipeline import logs
-from pipeline.config import Config, Work
-from pipeline.engine import TorchEngine
+from pipeline.config.schema import Config, Work
 from pipeline.errors import BadData
-from pipeline.progress import progress
-from pipeline.train_job import TrainJob, run_job
+from pipeline.observe import logs
+from pipeline.observe.progress import progress
+from pipeline.train.engine import TorchEngine
+from pipeline.train.job import TrainJob, run_job
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,7 +65,7 @@ class Executor(Protocol):
 def make_executor(config: Config) -> Executor:
     if config.run.executor == "inline":
         return InlineExecutor(config)
-    from jobs.ray_executor import RayExecutor
+    from jobs.executors.ray_executor import RayExecutor
 
     return RayExecutor(config)
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config import Config
-from pipeline.engine import MOMENTS, Part, Read, restore_unsharded, unsharded_part
-from pipeline.models import pick_device
-from pipeline.training import Plan
+from pipeline.config.schema import Config
+from pipeline.models.load import pick_device
+from pipeline.train.engine import MOMENTS, Part, Read, restore_unsharded, unsharded_part
+from pipeline.train.loop import Plan
 
 
 class DeepSpeedEngine:

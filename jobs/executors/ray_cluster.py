@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.artifacts import provenance
-from pipeline.config import Run, Work
+from pipeline.config.schema import Run, Work
 from pipeline.errors import BadData
+from pipeline.store.artifacts import provenance
 
 # In the environment of a submitted job: what its own process holds, by Ray's names, as JSON.
 HELD = "BUDGETDRAFT_HELD_BY_ENTRYPOINT"
@@ -73,7 +73,7 @@ def count_fitting(ray: ModuleType, run: Run, work: Work, at_least: int = 0) -> i
 def installed() -> dict[str, str | None]:
     """What results depend on: Python, the libraries, and this project's own code by content."""
     known = provenance()
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     code = hashlib.sha256()
     for package in ("kernels", "pipeline", "jobs"):
         for file in sorted((root / package).rglob("*.py")):

@@ -18,16 +18,16 @@ from types import ModuleType
 from typing import Any
 
 from jobs import raise_on_sigterm
-from jobs.executor import Item, Result
-from jobs.ray_cluster import check_nodes, count_fitting, request
-from jobs.ray_pool import Pool, Tasks, Worker
-from jobs.ray_train import train_on_ray
-from pipeline import logs
-from pipeline.config import Config, Work
+from jobs.executors.base import Item, Result
+from jobs.executors.ray_cluster import check_nodes, count_fitting, request
+from jobs.executors.ray_pool import Pool, Tasks, Worker
+from jobs.executors.ray_train import train_on_ray
+from pipeline.config.schema import Config, Work
 from pipeline.errors import BadData, Incomplete
-from pipeline.events import listening
-from pipeline.progress import progress
-from pipeline.train_job import TrainJob
+from pipeline.observe import logs
+from pipeline.observe.events import listening
+from pipeline.observe.progress import progress
+from pipeline.train.job import TrainJob
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RayExecutor:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **record_folder()}},
         )
         raise_on_sigterm()  # Ray's own handler has replaced ours
-        from jobs.ray_metrics import RayMetrics
+        from jobs.executors.ray_metrics import RayMetrics
 
         self.contexts.enter_context(listening(RayMetrics()))
         if address != "local":

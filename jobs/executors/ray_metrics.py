@@ -10,7 +10,7 @@ from collections import defaultdict
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.events import Evaluated, Event, Items, Tick, Trained
+from pipeline.observe.events import Evaluated, Event, Items, Tick, Trained
 
 PREFIX = "budgetdraft"
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-from pipeline import logs
+from pipeline.observe import logs
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from pipeline.artifacts import write_json
 from pipeline.errors import BadData, NotFinite
-from pipeline.stopping import Stopped
-from pipeline.train_job import TrainJob, is_first_worker, run_job
+from pipeline.store.artifacts import write_json
+from pipeline.train.job import TrainJob, is_first_worker, run_job
+from pipeline.train.stopping import Stopped
 
 COMPLAINT = ".error-{}.json"  # what a training worker leaves for the driver of the launch
 STOP = ".stop-{}"  # what the driver leaves for the workers
@@ -130,7 +130,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     them, it ends the group, whose other ranks would wait for it; the group that is started again leaves at
     once.
     """
-    from jobs.deepspeed_engine import deepspeed_engine
+    from jobs.executors.deepspeed_engine import deepspeed_engine
 
     job: TrainJob = settings["job"]
     complaint, stop = complaint_of(job), stop_of(job)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.plan_facts import Facts
-from jobs.teach import taught
-from jobs.train import drafters, scratch_models
-from pipeline.artifacts import Artifact
-from pipeline.config import AnyModel, Config, ScratchModel
-from pipeline.costs import FP32, Shape
-from pipeline.sweep_costs import SweepCounts
-from pipeline.teacher import smallest_uint
+from jobs.plan.facts import Facts
+from jobs.stages.teach import taught
+from jobs.stages.train import drafters, scratch_models
+from pipeline.config.schema import AnyModel, Config, ScratchModel
+from pipeline.plan.shapes import FP32, Shape
+from pipeline.plan.sweep_counts import SweepCounts
+from pipeline.store.artifacts import Artifact
+from pipeline.train.teacher import smallest_uint
 
 GB = 1e9
 # Of a trained model's fp32 weights: itself, and with two moments in its newest checkpoints, which stay until

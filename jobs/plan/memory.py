@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
-from jobs.plan_facts import Facts
-from jobs.ray_train import read_settings
-from pipeline.config import Config, ScratchModel, Work
-from pipeline.costs import (
+from jobs.executors.ray_train import read_settings
+from jobs.plan.facts import Facts
+from pipeline.config.schema import Config, ScratchModel, Work
+from pipeline.models.load import pick_device
+from pipeline.plan.flops import timed_step
+from pipeline.plan.shapes import (
     Device,
     Memory,
     Shape,
@@ -23,9 +25,7 @@ from pipeline.costs import (
     teach_memory,
     train_memory,
 )
-from pipeline.models import pick_device
-from pipeline.sweep_costs import measure_memory, replay_memory
-from pipeline.work import timed_step
+from pipeline.plan.sweep_counts import measure_memory, replay_memory
 
 # Resident bytes of imports that a plan does without, measured on Linux with the pinned versions.
 MLFLOW_BYTES, RAY_BYTES = 100_000_000, 70_000_000

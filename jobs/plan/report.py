@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.pipeline import settled
-from jobs.plan_disk import GB, Amount, disk_problems, on_disk
-from jobs.plan_facts import Facts, beyond_positions, known
-from jobs.plan_memory import device_memory, device_of, memory, memory_problems
-from pipeline.config import Config
-from pipeline.costs import Memory, Shape
+from jobs.plan.disk import GB, Amount, disk_problems, on_disk
+from jobs.plan.facts import Facts, beyond_positions, known
+from jobs.plan.memory import device_memory, device_of, memory, memory_problems
+from jobs.stages.pipeline import settled
+from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.sweep_costs import SweepCounts, count_sweep, unranked
-from pipeline.work import MEASURING, Rates, hours, prefills, rates_of, step_of, work
+from pipeline.plan.flops import MEASURING, Rates, hours, prefills, rates_of, step_of, work
+from pipeline.plan.shapes import Memory, Shape
+from pipeline.plan.sweep_counts import SweepCounts, count_sweep, unranked
 
 
 def plan(

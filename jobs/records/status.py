@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs.run_record import RECORDS, STATUS, RunStatus, StageRecord, lives
-from pipeline.artifacts import read_all
+from jobs.records.record import RECORDS, STATUS, RunStatus, StageRecord, lives
 from pipeline.errors import BadData
-from pipeline.logs import LOG
-from pipeline.rows import FailedCell
+from pipeline.observe.logs import LOG
+from pipeline.store.artifacts import read_all
+from pipeline.store.rows import FailedCell
 
 SHOWN = 5  # failed cells
 WIDTH = 110

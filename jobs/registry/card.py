@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jobs.report import CELLS
-from pipeline.artifacts import read_rows
-from pipeline.evidence import Evidence, Results, manifest, sound_files
-from pipeline.report.axes import budget_order
-from pipeline.report.tables import MODES
-from pipeline.rows import CellRow
+from jobs.stages.report import CELLS
+from pipeline.gate.evidence import Evidence, Results, manifest, sound_files
+from pipeline.results.axes import budget_order
+from pipeline.results.pool import MODES
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import CellRow
 
 TITLE = "# BudgetDraft drafter"
 HIDDEN = "other_prompt"

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from jobs.registry import CHAMPION, Version, aliases_of, only_model, registry, resolve
+from jobs.registry.versions import CHAMPION, Version, aliases_of, only_model, registry, resolve
 from pipeline.errors import BadData, Incomplete
 
 if TYPE_CHECKING:

@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from jobs import registry, registry_champion
-from pipeline.artifacts import write_json, write_text
-from pipeline.comparison import Comparison, GatedCell, compare
-from pipeline.config_errors import ConfigError
-from pipeline.config_gate import GateConfig
+from jobs.registry import champion as registry_champion
+from jobs.registry import versions
+from pipeline.config.errors import ConfigError
+from pipeline.config.gate import GateConfig
 from pipeline.errors import BadData
-from pipeline.evidence import Evidence, open_results, read_evidence, weights_of
-from pipeline.gate import Verdict
+from pipeline.gate.bounds import Verdict
+from pipeline.gate.evidence import Evidence, open_results, read_evidence, weights_of
+from pipeline.gate.verdict import Comparison, GatedCell, compare
 from pipeline.metrics import Interval
-from pipeline.rows import Row
+from pipeline.store.artifacts import write_json, write_text
+from pipeline.store.rows import Row
 
 JSON, MARKDOWN, FIGURE = "gate.json", "gate.md", "gate.png"
 STRIP = 25  # characters of the figure in the Markdown table
@@ -60,7 +61,7 @@ class Found:
     """What a reference stands for."""
 
     reference: str
-    version: registry.Version | None
+    version: versions.Version | None
     evidence: Evidence
 
     @property
@@ -100,7 +101,7 @@ def decide(
     if other is None:
         said: Comparison = Comparison("pass", ["There is no champion yet: nothing was compared."], [])
     elif own.version and other.version and own.version.number == other.version.number:
-        one = "champion" if baseline == registry.CHAMPION else "baseline"
+        one = "champion" if baseline == versions.CHAMPION else "baseline"
         said = Comparison("pass", [f"The candidate is the {one} itself: nothing was compared."], [])
     else:
         said = compare(own.evidence, other.evidence, config)
@@ -125,17 +126,17 @@ def find(reference: str, config: GateConfig, tracking_uri: str) -> Found:
     if is_results(reference):
         results, drafter = split_results(reference)
         return Found(reference, None, read_evidence(results, drafter))
-    version = registry.resolve(tracking_uri, config.model, reference)
-    return Found(reference, version, registry.evidence_of(version))
+    version = versions.resolve(tracking_uri, config.model, reference)
+    return Found(reference, version, versions.evidence_of(version))
 
 
 def find_baseline(
     reference: str, candidate: Found, config: GateConfig, tracking_uri: str, promote: bool
 ) -> Found | None:
     """As `find`; None for the champion of the candidate's model where it never had one."""
-    if candidate.version and (promote or reference == registry.CHAMPION):
+    if candidate.version and (promote or reference == versions.CHAMPION):
         champion = registry_champion.champion_of(tracking_uri, candidate.version.model)
-        if reference == registry.CHAMPION and champion is None:
+        if reference == versions.CHAMPION and champion is None:
             return None
         if is_results(reference):
             check_same_drafter(reference, champion)
@@ -143,10 +144,10 @@ def find_baseline(
     return find(reference, config, tracking_uri)
 
 
-def check_same_drafter(reference: str, champion: registry.Version | None) -> None:
+def check_same_drafter(reference: str, champion: versions.Version | None) -> None:
     """Raises BadData if the results' drafter has other weights than the champion."""
     own = weights_of(open_results(*split_results(reference)).drafter)
-    if champion is None or own != registry.weights_of(champion):
+    if champion is None or own != versions.weights_of(champion):
         raise BadData(
             f"--promote takes {reference} as the baseline only if its drafter is the champion, evaluated "
             f"anew: its weights are not those of {champion or 'a champion, for there is none'}"
@@ -166,7 +167,7 @@ def split_results(reference: str) -> tuple[Path, str | None]:
 
 def write(decision: Decision, output: Path) -> None:
     """All three files; without cells there is nothing to draw."""
-    from pipeline.report.forest import draw  # matplotlib is slow to import
+    from pipeline.gate.figure import draw  # matplotlib is slow to import
 
     output.mkdir(parents=True, exist_ok=True)
     if decision.cells:

@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from jobs.tracking_store import RAY_JOB, tracking_problem
-from pipeline.artifacts import file_sha256
-from pipeline.config_errors import hide_credentials
+from jobs.tracking.store import RAY_JOB, tracking_problem
+from pipeline.config.errors import hide_credentials
 from pipeline.errors import BadData, Incomplete
-from pipeline.evidence import Evidence, load_evidence
+from pipeline.gate.evidence import Evidence, load_evidence
+from pipeline.store.artifacts import file_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,25 +14,25 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from jobs.executor import Executor, NoExecutor, make_executor
-from jobs.prepare import prepare
-from jobs.register import register
-from jobs.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
-from jobs.run_record import RunRecord
-from jobs.submit import check_storage, in_ray_job
-from jobs.sweep import ref, sweep
-from jobs.teach import sample, teach
-from jobs.tracking import Tracker
-from jobs.tracking_store import Run
-from jobs.train import Watch, pretrain, target_ref, train
-from pipeline.artifacts import Artifact, read_rows
-from pipeline.config import Config, Work
-from pipeline.config_errors import ConfigError
+from jobs.commands.submit import check_storage, in_ray_job
+from jobs.executors.base import Executor, NoExecutor, make_executor
+from jobs.records.record import RunRecord
+from jobs.registry.register import register
+from jobs.stages.prepare import prepare
+from jobs.stages.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
+from jobs.stages.sweep import ref, sweep
+from jobs.stages.teach import sample, teach
+from jobs.stages.train import Watch, pretrain, target_ref, train
+from jobs.tracking.store import Run
+from jobs.tracking.tracker import Tracker
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import Config, Work
 from pipeline.errors import BadData, Incomplete, is_full_disk
-from pipeline.models import ModelRef
-from pipeline.report.summary import Stage, Summary
-from pipeline.rows import CellRow
-from pipeline.training import METRICS
+from pipeline.models.load import ModelRef
+from pipeline.results.summary import Stage, Summary
+from pipeline.store.artifacts import Artifact, read_rows
+from pipeline.store.rows import CellRow
+from pipeline.train.loop import METRICS
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.sweep import PREDICTED, ROWS, STEPS, STEPS_BESIDE
-from pipeline import planner
-from pipeline.artifacts import (
+from jobs.stages.sweep import PREDICTED, ROWS, STEPS, STEPS_BESIDE
+from pipeline.config.errors import hide_credentials
+from pipeline.config.schema import Config
+from pipeline.report.page import PageInputs, render
+from pipeline.results.findings import summarise
+from pipeline.results.pool import Axes, cell_rows
+from pipeline.results.recommend import ModelSize
+from pipeline.results.scores import Predictions
+from pipeline.results.summary import RankMemory, Stage, Summary
+from pipeline.store.artifacts import (
     Artifact,
     file_sha256,
     open_artifact,
@@ -30,16 +37,9 @@ from pipeline.artifacts import (
     write_rows,
     write_text,
 )
-from pipeline.config import Config
-from pipeline.config_errors import hide_credentials
-from pipeline.evaluate import SIZES
-from pipeline.recommend import ModelSize
-from pipeline.report.advice import Predictions
-from pipeline.report.findings import summarise
-from pipeline.report.page import PageInputs, render
-from pipeline.report.summary import RankMemory, Stage, Summary
-from pipeline.report.tables import Axes, cell_rows
-from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow, PromptRow, StepTimes
+from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow, PromptRow, StepTimes
+from pipeline.sweep import predict
+from pipeline.sweep.evaluator import SIZES
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, *planner.MEASURED_AGAIN, STEPS, STEPS_BESIDE, "failed")
+        for folder in (ROWS, *predict.MEASURED_AGAIN, STEPS, STEPS_BESIDE, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -168,7 +168,7 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
     """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
-    rechecked = [read_all(sweep / folder, PromptRow) for folder in planner.MEASURED_AGAIN]
+    rechecked = [read_all(sweep / folder, PromptRow) for folder in predict.MEASURED_AGAIN]
     run_off, again = (cell_rows(rows, axes, samples, config.seed) for rows in rechecked)
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),
@@ -178,5 +178,5 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
         again,
         rechecked,
         config.sweep.measure.plane,
-        planner.mean_step_times(read_all(sweep / STEPS_BESIDE, StepTimes)),
+        predict.mean_step_times(read_all(sweep / STEPS_BESIDE, StepTimes)),
     )

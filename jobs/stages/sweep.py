@@ -10,15 +10,21 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from jobs.executor import Executor
-from jobs.teach import sampled_chances
-from jobs.train import drafter_ref, model_identity, target_ref
-from pipeline import planner
-from pipeline.artifacts import Artifact, open_artifact, read_all, read_rows, write_rows
-from pipeline.cells import Drafter, Pick, chosen, chosen_drafter, configured_picks, make_failure
-from pipeline.config import Config, Work
+from jobs.executors.base import Executor
+from jobs.stages.teach import sampled_chances
+from jobs.stages.train import drafter_ref, model_identity, target_ref
+from pipeline.config.schema import Config, Work
 from pipeline.errors import Incomplete
-from pipeline.evaluate import (
+from pipeline.models.load import ModelRef, own_positions, pick_device
+from pipeline.observe.events import Evaluated, tell
+from pipeline.plan.sweep_counts import unranked
+from pipeline.results.axes import Axes
+from pipeline.results.pool import cell_rows
+from pipeline.results.recommend import choices
+from pipeline.store.artifacts import Artifact, open_artifact, read_all, read_rows, write_rows
+from pipeline.store.rows import Cell, Mode, Prompt, PromptRow, StepTimes
+from pipeline.sweep import predict
+from pipeline.sweep.evaluator import (
     CalibrateTask,
     Evaluator,
     MeasureTask,
@@ -27,15 +33,9 @@ from pipeline.evaluate import (
     earlier,
     failures_of,
 )
-from pipeline.events import Evaluated, tell
-from pipeline.models import ModelRef, own_positions, pick_device
-from pipeline.planner import Place
-from pipeline.recommend import choices
-from pipeline.report.axes import Axes
-from pipeline.report.tables import cell_rows
-from pipeline.rows import Cell, Mode, Prompt, PromptRow, StepTimes
-from pipeline.sweep_costs import unranked
-from pipeline.teacher import sampled_name
+from pipeline.sweep.grid import Drafter, Pick, chosen, chosen_drafter, configured_picks, make_failure
+from pipeline.sweep.predict import Place
+from pipeline.train.teacher import sampled_name
 
 log = logging.getLogger(__name__)
 
@@ -186,16 +186,16 @@ class Phases:
         self.run(tasks, "calibrate")
         if not ((self.folder / PICKS).exists() and (self.folder / PREDICTED).exists()):
             report = self.config.report
-            predicted = planner.predict(
+            predicted = predict.predict(
                 self.done_rows(),
                 self.times(),
                 report.bootstrap_samples,
                 self.config.seed,
             )
             write_rows(self.folder / PREDICTED, predicted)
-            places = planner.by_place(predicted)
-            firsts = planner.first_seeds([drafter.name for drafter in self.drafters])
-            picks = [cell for here in places.values() for cell in planner.worth_measuring(here, firsts)]
+            places = predict.by_place(predicted)
+            firsts = predict.first_seeds([drafter.name for drafter in self.drafters])
+            picks = [cell for here in places.values() for cell in predict.worth_measuring(here, firsts)]
             write_rows(self.folder / PICKS, picks)
 
     def measure(self) -> None:
@@ -206,8 +206,8 @@ class Phases:
         picks = {}
         for file, place in self.places():
             here = configured_picks(self.sweep, self.drafters, place.context)
-            here += [planner.pick_of(cell) for cell in extra if (cell.dataset, cell.context) == place]
-            here += planner.plane_picks(self.sweep, place, names)
+            here += [predict.pick_of(cell) for cell in extra if (cell.dataset, cell.context) == place]
+            here += predict.plane_picks(self.sweep, place, names)
             picks[file] = tuple(dict.fromkeys(here))
         measure = self.sweep.measure
         if why := unranked(self.config):
@@ -226,10 +226,10 @@ class Phases:
         found = choices(cells, run_off=[], again=[])
         picks = {}
         for file, place in self.places():
-            fastest = found.get(place, [])[: planner.FASTEST_MEASURED]
-            picks[file] = tuple(planner.pick_of(choice) for choice in fastest)
-        repeats = planner.REPEATS_AGAIN * self.sweep.measure.repeats
-        for what in planner.MEASURED_AGAIN:
+            fastest = found.get(place, [])[: predict.FASTEST_MEASURED]
+            picks[file] = tuple(predict.pick_of(choice) for choice in fastest)
+        repeats = predict.REPEATS_AGAIN * self.sweep.measure.repeats
+        for what in predict.MEASURED_AGAIN:
             # Greedily, at which the fastest were found.
             self.run(self.measure_tasks(picks, what, what, repeats, (0.0,)), what)
 
@@ -273,7 +273,7 @@ class Phases:
         Predictions are of seconds, and so is their score: a machine that others share may be a third slower
         some minutes after single steps were first timed.
         """
-        if output.parent.name != ROWS or not planner.has_plane(self.sweep, place):
+        if output.parent.name != ROWS or not predict.has_plane(self.sweep, place):
             return None
         (length,) = (one.tokens for one in self.config.data.contexts if one.name == place.context)
         return CalibrateTask(place.context, length, self.folder / STEPS_BESIDE / output.name)

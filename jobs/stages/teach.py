@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from jobs.executor import Executor
-from jobs.train import model_identity, target_ref
-from pipeline.artifacts import Artifact, open_artifact
-from pipeline.config import Config
-from pipeline.drafting import Chance
-from pipeline.models import pick_device
-from pipeline.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
+from jobs.executors.base import Executor
+from jobs.stages.train import model_identity, target_ref
+from pipeline.config.schema import Config
+from pipeline.decode.sources import Chance
+from pipeline.models.load import pick_device
+from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.executor import Executor
-from pipeline.artifacts import Artifact, open_artifact
-from pipeline.checkpoints import CHECKPOINTS
-from pipeline.config import AnyModel, Config, PretrainedModel
+from jobs.executors.base import Executor
+from pipeline.config.schema import AnyModel, Config, PretrainedModel
 from pipeline.errors import Incomplete
-from pipeline.models import ModelRef, model_ref
-from pipeline.train_job import TrainJob
-from pipeline.training import MEMORY, METRICS
+from pipeline.models.load import ModelRef, model_ref
+from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.train.checkpoints import CHECKPOINTS
+from pipeline.train.job import TrainJob
+from pipeline.train.loop import MEMORY, METRICS
 
 # What mirrors the growing metrics files of a launch while it runs.
 Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]

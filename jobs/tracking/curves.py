@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from jobs.tracking_store import OTHERS_S, Point, Run, Store, now_ms
-from jobs.tracking_writer import Writer
+from jobs.tracking.store import OTHERS_S, Point, Run, Store, now_ms
+from jobs.tracking.writer import Writer
 
 
 class Curves:
@@ -31,7 +31,7 @@ class Curves:
 
     def poll(self, wait: bool = False) -> None:
         """Queue the rows that are new. `wait`: for another process that mirrors this model at present."""
-        from pipeline.training import read_metrics  # imports torch
+        from pipeline.train.loop import read_metrics  # imports torch
 
         rows = [row for row in read_metrics(self.path) if row["step"] not in self.logged]
         points = [

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from jobs.run_record import lives
-from jobs.tracking_writer import Refused
-from pipeline.artifacts import LOCKS, provenance, write_text
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError
+from jobs.records.record import lives
+from jobs.tracking.writer import Refused
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import Config
+from pipeline.store.artifacts import LOCKS, provenance, write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -21,21 +21,20 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from jobs.submit import job_id
-from jobs.sweep_points import point_key, point_name
-from jobs.tracking_curves import Curves
-from jobs.tracking_store import RAY_JOB, Run, Store, is_server, now_ms, open_store, piece_lock
-from jobs.tracking_sweep import Sweep
-from jobs.tracking_writer import Writer
-from pipeline.artifacts import provenance
-from pipeline.config import Config
-from pipeline.config_errors import hide_credentials
-from pipeline.config_files import dump_config
+from jobs.commands.submit import job_id
+from jobs.tracking.curves import Curves
+from jobs.tracking.store import RAY_JOB, Run, Store, is_server, now_ms, open_store, piece_lock
+from jobs.tracking.sweep import Sweep, point_key, point_name
+from jobs.tracking.writer import Writer
+from pipeline.config.errors import hide_credentials
+from pipeline.config.files import dump_config
+from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
-from pipeline.rows import CellRow
+from pipeline.store.artifacts import provenance
+from pipeline.store.rows import CellRow
 
 if TYPE_CHECKING:
-    from pipeline.recommend import Recommendation
+    from pipeline.results.recommend import Recommendation
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ class Tracker:
 
     def log_advice(self, run: Run, advice: Iterable[Recommendation]) -> None:
         """What to deploy in each place: a tag in words, and where there is a choice its expected speedup."""
-        from pipeline.recommend import settings_text  # torch is slow to import
+        from pipeline.results.recommend import settings_text  # torch is slow to import
 
         for one in advice:
             place = f"{one.dataset}.{one.context}"

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.config_errors import hide_credentials
-from pipeline.progress import progress
+from pipeline.config.errors import hide_credentials
+from pipeline.observe.progress import progress
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config_group import Group
+from pipeline.config.group import Group
 
 Split = Literal["train", "validation", "test"]
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.config_group import Group
+from pipeline.config.group import Group
 
 # Where each value was written, by its path of keys and list indexes.
 Origins = dict[tuple[str | int, ...], str]

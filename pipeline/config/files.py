@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config
-from pipeline.config_errors import ConfigError, Origins, explain, hide_credentials, show
-from pipeline.config_group import Group
+from pipeline.config.errors import ConfigError, Origins, explain, hide_credentials, show
+from pipeline.config.group import Group
+from pipeline.config.schema import Config
 
 Schema = TypeVar("Schema", bound=Group)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from pipeline.config_group import Group
+from pipeline.config.group import Group
 
 
 class Margins(Group):

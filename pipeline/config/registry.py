@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from pipeline.config_group import Group
+from pipeline.config.group import Group
 
 
 class Registry(Group):

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.config_data import Data
-from pipeline.config_group import Group
-from pipeline.config_registry import Registry
-from pipeline.config_sweep import Decode, Policy, Report, Sweep, check_budget, family
+from pipeline.config.data import Data
+from pipeline.config.group import Group
+from pipeline.config.registry import Registry
+from pipeline.config.sweep import Decode, Policy, Report, Sweep, check_budget, family
 
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
 RESERVED = ("self_speculation", "prompt_lookup", "target")

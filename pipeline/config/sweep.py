@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config_group import Group
+from pipeline.config.group import Group
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
 Control = Literal["other_prompt", "no_prefix"]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import atomic_path, write_text
 from pipeline.data.documents import Part, read_parts
-from pipeline.rows import Row
+from pipeline.store.artifacts import atomic_path, write_text
+from pipeline.store.rows import Row
 
 SHINGLE = 8
 SAMPLE = 4

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from pipeline.artifacts import read_rows, write_rows, write_text
-from pipeline.config_data import Context, Data, Source, Split
+from pipeline.config.data import Context, Data, Source, Split
 from pipeline.data.reading import BadRow, Table
 from pipeline.errors import BadData
-from pipeline.rows import Prompt, Row
+from pipeline.store.artifacts import read_rows, write_rows, write_text
+from pipeline.store.rows import Prompt, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import write_array, write_json, write_text
 from pipeline.data.documents import Part, read_parts
 from pipeline.data.tokenizer import encode, read_tokenizer
-from pipeline.rows import Row
+from pipeline.store.artifacts import write_array, write_json, write_text
+from pipeline.store.rows import Row
 
 TOKENIZER, DOCUMENTS, SEQUENCES, PROMPTS, PIECES = "tokenizer", "documents", "sequences", "prompts", ".pieces"
 

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import fingerprint, write_rows, write_text
-from pipeline.config import Config, PretrainedModel
-from pipeline.config_data import Context, Data, Split
+from pipeline.config.data import Context, Data, Split
+from pipeline.config.schema import Config, PretrainedModel
 from pipeline.data.documents import Document, Part, Reader, Request, Shard, digest, read_parts
-from pipeline.data.longbench import LongBenchReader
-from pipeline.data.lwm import LwmReader
 from pipeline.data.packing import DOCUMENTS, PROMPTS, TOKENIZER
-from pipeline.data.pg19 import Pg19Reader
-from pipeline.data.prompts import PromptsReader
-from pipeline.data.text import TextReader
+from pipeline.data.sources.longbench import LongBenchReader
+from pipeline.data.sources.lwm import LwmReader
+from pipeline.data.sources.own_prompts import PromptsReader
+from pipeline.data.sources.pg19 import Pg19Reader
+from pipeline.data.sources.text import TextReader
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.errors import BadData
-from pipeline.rows import Row
+from pipeline.store.artifacts import fingerprint, write_rows, write_text
+from pipeline.store.rows import Row
 
 READERS: dict[str, type[Reader[Any]]] = {
     "text": TextReader,

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.data.documents import Document, Request
 from pipeline.data.tokenizer import encode, encode_with_offsets
 from pipeline.errors import BadData
-from pipeline.rows import Prompt
+from pipeline.store.rows import Prompt
 
 Cut = Literal["text end", "middle", "end"]
 CITIES = (

@@ -11,14 +11,14 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.decoding import Round, autoregressive, speculate
-from pipeline.drafting import Chance, DraftSource, Sampler
-from pipeline.kv import FULL, PrefixView, View
-from pipeline.lean import DecodeModel
-from pipeline.memory import peak_bytes
-from pipeline.rows import Prompt
-from pipeline.slots import slots_for
-from pipeline.steps import Compile, Side
+from pipeline.decode.loop import Round, autoregressive, speculate
+from pipeline.decode.model import DecodeModel
+from pipeline.decode.sources import Chance, DraftSource, Sampler
+from pipeline.decode.steps import Compile, Side
+from pipeline.hardware import peak_bytes
+from pipeline.kv.slot_cache import slots_for
+from pipeline.kv.view_cache import FULL, PrefixView, View
+from pipeline.store.rows import Prompt
 
 T = TypeVar("T")
 LOGIT_COPIES = 4  # of a round's logits: as they are, in fp32, as probabilities of both models

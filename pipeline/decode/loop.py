@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.drafting import DraftSource, Sampler
+from pipeline.decode.sources import DraftSource, Sampler
+from pipeline.decode.steps import Side
 from pipeline.errors import NotFinite
-from pipeline.steps import Side
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import dispatch
-from pipeline.kv import PrefixView, View, causal_attention, read_prefix, suffix_attention
-from pipeline.policies import SNAP_WINDOW
-from pipeline.slots import Geometry, Place, Rotation, SlotCache
+from pipeline.kv.policies import SNAP_WINDOW
+from pipeline.kv.slot_cache import Geometry, Place, Rotation, SlotCache
+from pipeline.kv.view_cache import PrefixView, View, causal_attention, read_prefix, suffix_attention
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Their rotation is a function of the position alone; others depend on how long the text has become.

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.drafting import GREEDY, DraftSource
-from pipeline.kv import PrefixView, ViewCache, read_continuation
+from pipeline.decode.sources import GREEDY, DraftSource
+from pipeline.kv.view_cache import PrefixView, ViewCache, read_continuation
 
 Number = int | float
 

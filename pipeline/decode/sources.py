@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.steps import Rule, Side
+from pipeline.decode.steps import Rule, Side
 
 LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kernels import dispatch, reference
 from kernels.dispatch import Backend
+from pipeline.decode.model import DecodeModel
 from pipeline.errors import BadData
-from pipeline.lean import DecodeModel
-from pipeline.slots import SlotCache
+from pipeline.kv.slot_cache import SlotCache
 
 Compile = Literal["none", "inductor", "cudagraphs"]
 Tensors = tuple[Tensor | None, ...]

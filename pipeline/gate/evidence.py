@@ -13,18 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifacts import (
-    Artifact,
-    atomic_path,
-    file_sha256,
-    fingerprint,
-    read_rows,
-    write_text,
-)
-from pipeline.config import PretrainedModel
+from pipeline.config.schema import PretrainedModel
 from pipeline.errors import BadData
-from pipeline.report.summary import Summary, read_summary
-from pipeline.rows import Prompt, PromptRow, Row
+from pipeline.results.summary import Summary, read_summary
+from pipeline.store.artifacts import Artifact, atomic_path, file_sha256, fingerprint, read_rows, write_text
+from pipeline.store.rows import Prompt, PromptRow, Row
 
 EVIDENCE, EVIDENCE_ROWS = "evidence.json", "rows.jsonl.gz"
 # It names files and versions of the library that wrote it; what tokens a text gives stands in the others.
@@ -139,7 +132,7 @@ def target_fingerprint(found: Results) -> str:
         spec = manifest(scratch)["inputs"]["model"]
         folder, weights = scratch.path / "model", weights_of(scratch)
     else:
-        from pipeline.models import model_folder, model_ref  # imports torch
+        from pipeline.models.load import model_folder, model_ref  # imports torch
 
         spec = known["model"]
         folder = model_folder(model_ref(PretrainedModel.model_validate(spec), None))

@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.config_gate import GateConfig
+from pipeline.config.gate import GateConfig
 from pipeline.errors import BadData
-from pipeline.evidence import Evidence
+from pipeline.gate.evidence import Evidence
 from pipeline.metrics import Floats
-from pipeline.report.axes import CellKey, Cells, PromptRows, budget_order
-from pipeline.report.differences import paired_rows
-from pipeline.report.speed import decoded
-from pipeline.report.tables import accepted_of_proposed, documents, group, replayed_or_measured
-from pipeline.rows import Count, PromptRow
+from pipeline.results.axes import CellKey, Cells, PromptRows, budget_order
+from pipeline.results.differences import paired_rows
+from pipeline.results.pool import accepted_of_proposed, documents, group, replayed_or_measured
+from pipeline.results.speed import decoded
+from pipeline.store.rows import Count, PromptRow
 
 Metric = Literal["acceptance", "speed"]
 Ratio = tuple[Sequence[Count], Sequence[Count]]  # what stands above and below, per prompt

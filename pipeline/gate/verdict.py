@@ -9,11 +9,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.config_gate import GateConfig
-from pipeline.evidence import Evidence
-from pipeline.gate import Bounds, Outcome, Verdict, bounds, outcomes, units_needed, verdict
-from pipeline.metrics import Interval
-from pipeline.pairing import (
+from pipeline.config.gate import GateConfig
+from pipeline.gate.bounds import Bounds, Outcome, Verdict, bounds, outcomes, units_needed, verdict
+from pipeline.gate.evidence import Evidence
+from pipeline.gate.pairs import (
     BASELINE,
     Metric,
     Paired,
@@ -24,10 +23,11 @@ from pipeline.pairing import (
     speed_pairs,
     sums,
 )
-from pipeline.report.axes import Cells
-from pipeline.report.differences import Resampling, paired_rows, pooled_difference
-from pipeline.report.speed import clock_units
-from pipeline.rows import Row
+from pipeline.metrics import Interval
+from pipeline.results.axes import Cells
+from pipeline.results.differences import Resampling, paired_rows, pooled_difference
+from pipeline.results.speed import clock_units
+from pipeline.store.rows import Row
 
 
 class GatedCell(Row):

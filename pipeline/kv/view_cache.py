@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kernels import dispatch
-from pipeline.policies import SNAP_WINDOW, select
+from pipeline.kv.policies import SNAP_WINDOW, select
 
 ATTENTION = "budgetdraft"
 

@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import BadData
-from pipeline.kv import ATTENTION
+from pipeline.kv.view_cache import ATTENTION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.config import PretrainedModel, ScratchModel
+    from pipeline.config.schema import PretrainedModel, ScratchModel
 
 # A bar for every shard of every load would drown our own progress.
 disable_progress_bar()

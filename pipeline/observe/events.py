@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import logs
+from pipeline.observe import logs
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from pipeline.events import Began, Items, tell
+from pipeline.observe.events import Began, Items, tell
 
 if TYPE_CHECKING:
     from typing import NoReturn

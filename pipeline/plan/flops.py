@@ -12,17 +12,25 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.cells import view_cells
-from pipeline.config import Config, ScratchModel
-from pipeline.costs import Shape
-from pipeline.decoding import autoregressive
-from pipeline.drafting import GREEDILY
-from pipeline.lean import decode_model
-from pipeline.models import build_scratch
-from pipeline.planner import FASTEST_MEASURED, MEASURED_AGAIN, Place
-from pipeline.slots import slots_for
-from pipeline.steps import Side
-from pipeline.sweep_costs import draft_sources, longest, measured_again, picks_of, pointed_at, role_of, texts
+from pipeline.config.schema import Config, ScratchModel
+from pipeline.decode.loop import autoregressive
+from pipeline.decode.model import decode_model
+from pipeline.decode.sources import GREEDILY
+from pipeline.decode.steps import Side
+from pipeline.kv.slot_cache import slots_for
+from pipeline.models.load import build_scratch
+from pipeline.plan.shapes import Shape
+from pipeline.plan.sweep_counts import (
+    draft_sources,
+    longest,
+    measured_again,
+    picks_of,
+    pointed_at,
+    role_of,
+    texts,
+)
+from pipeline.sweep.grid import view_cells
+from pipeline.sweep.predict import FASTEST_MEASURED, MEASURED_AGAIN, Place
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
 TIMED_RUNS, TIMED_STEPS = 3, 8

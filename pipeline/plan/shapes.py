@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.distill_tiles import SCRATCH_BYTES
-from pipeline.batches import start_phases
-from pipeline.config import Config, ScratchModel, Variant
-from pipeline.teacher import POSITIONS
+from pipeline.config.schema import Config, ScratchModel, Variant
+from pipeline.train.batches import start_phases
+from pipeline.train.teacher import POSITIONS
 
 FP32 = 4
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}

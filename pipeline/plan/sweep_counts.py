@@ -11,7 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
-from pipeline.cells import (
+from pipeline.config.schema import Config
+from pipeline.config.sweep import Sweep
+from pipeline.decode.bench import LOGIT_COPIES
+from pipeline.kv.slot_cache import slots_for
+from pipeline.kv.view_cache import View
+from pipeline.plan.shapes import FP32, ITEMSIZE, Device, Memory, Shape
+from pipeline.sweep.grid import (
     Drafter,
     DraftLength,
     Pick,
@@ -22,12 +28,7 @@ from pipeline.cells import (
     draft_lengths,
     view_cells,
 )
-from pipeline.config import Config
-from pipeline.config_sweep import Sweep
-from pipeline.costs import FP32, ITEMSIZE, Device, Memory, Shape
-from pipeline.kv import View
-from pipeline.measure import LOGIT_COPIES
-from pipeline.planner import (
+from pipeline.sweep.predict import (
     BEST_PREDICTED,
     FASTEST_MEASURED,
     MEASURED_AGAIN,
@@ -36,7 +37,6 @@ from pipeline.planner import (
     first_seeds,
     plane_picks,
 )
-from pipeline.slots import slots_for
 
 REMEMBERED = 2  # prompts whose views `pipeline.prompt_replay.PromptViews` holds
 INDUCTOR_BYTES = 100_000_000  # resident, measured on Linux with the pinned version

@@ -16,13 +16,13 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.config import Config, PretrainedModel, ScratchModel, Variant
-from pipeline.planner import by_place
-from pipeline.recommend import settings_text
-from pipeline.report.axes import Axes, budget_order
+from pipeline.config.schema import Config, PretrainedModel, ScratchModel, Variant
 from pipeline.report.published import CAVEAT, ar_beside, published_beside
-from pipeline.report.summary import Estimate, Summary
-from pipeline.rows import CellRow, Continuation, FailedCell, PredictedRow
+from pipeline.results.axes import Axes, budget_order
+from pipeline.results.recommend import settings_text
+from pipeline.results.summary import Estimate, Summary
+from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow
+from pipeline.sweep.predict import by_place
 
 MOST_CELLS = 500
 MOST_FAILED = 100

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
-from pipeline.config import Config, Labels, Variant
-from pipeline.config_data import LongBenchSource, LwmSource, Pg19Source, Source
-from pipeline.report.summary import ArSpeed
-from pipeline.rows import Cell, CellRow, PredictedRow
+from pipeline.config.data import LongBenchSource, LwmSource, Pg19Source, Source
+from pipeline.config.schema import Config, Labels, Variant
+from pipeline.results.summary import ArSpeed
+from pipeline.store.rows import Cell, CellRow, PredictedRow
 
 
 class Published(NamedTuple):

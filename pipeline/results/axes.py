@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.config import Config
-from pipeline.config_sweep import family
-from pipeline.report.summary import Budget
-from pipeline.rows import Cell, PromptRow
+from pipeline.config.schema import Config
+from pipeline.config.sweep import family
+from pipeline.results.summary import Budget
+from pipeline.store.rows import Cell, PromptRow
 
 
 class CellKey(NamedTuple):

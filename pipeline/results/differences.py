@@ -14,11 +14,11 @@ from itertools import combinations, product
 from typing import Literal
 
 from pipeline import metrics
-from pipeline.config_sweep import family
-from pipeline.report.axes import Axes, CellKey, Cells
-from pipeline.report.summary import Budget, ControlGap, FamilyGain, Gain
-from pipeline.report.tables import accepted_of_proposed, documents
-from pipeline.rows import Count, PromptRow
+from pipeline.config.sweep import family
+from pipeline.results.axes import Axes, CellKey, Cells
+from pipeline.results.pool import accepted_of_proposed, documents
+from pipeline.results.summary import Budget, ControlGap, FamilyGain, Gain
+from pipeline.store.rows import Count, PromptRow
 
 # What a gain is given over: all prompts, without looping prompts, and under the control `other_prompt`. What
 # is left of a gain when the context is another document's cannot come from using the context.

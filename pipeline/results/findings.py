@@ -9,21 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from pipeline.config_sweep import family
-from pipeline.recommend import settings_text
-from pipeline.report.advice import Predictions, recommendations, scores, untimed
-from pipeline.report.axes import Axes, Cells, budget_text
-from pipeline.report.differences import Resampling, control_gaps, family_gains, gains
-from pipeline.report.speed import ar_speeds
-from pipeline.report.summary import ControlGap, Estimate, FamilyGain, Gain, PredictionScore, Summary
-from pipeline.report.tables import (
-    acceptances,
-    lossless,
-    replay_check,
-    replayed_or_measured,
-    speedups,
-)
-from pipeline.rows import Cell, CellRow, FailedCell, PromptRow
+from pipeline.config.sweep import family
+from pipeline.results.axes import Axes, Cells, budget_text
+from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
+from pipeline.results.pool import acceptances, lossless, replay_check, replayed_or_measured, speedups
+from pipeline.results.recommend import settings_text
+from pipeline.results.scores import Predictions, recommendations, scores, untimed
+from pipeline.results.speed import ar_speeds
+from pipeline.results.summary import ControlGap, Estimate, FamilyGain, Gain, PredictionScore, Summary
+from pipeline.store.rows import Cell, CellRow, FailedCell, PromptRow
 
 NO_PREDICTIONS = Predictions()
 # Percentile intervals over fewer documents, or fewer training seeds, than this are known to be too narrow.

@@ -12,10 +12,10 @@ from operator import attrgetter
 
 from pipeline import metrics
 from pipeline.errors import BadData
-from pipeline.report.axes import Axes, CellKey, Cells, PromptRows
-from pipeline.report.speed import clock_units, speed_fields
-from pipeline.report.summary import Estimate, Lossless, ReplayCheck
-from pipeline.rows import CellRow, Count, Mode, PromptRow
+from pipeline.results.axes import Axes, CellKey, Cells, PromptRows
+from pipeline.results.speed import clock_units, speed_fields
+from pipeline.results.summary import Estimate, Lossless, ReplayCheck
+from pipeline.store.rows import CellRow, Count, Mode, PromptRow
 
 # Later ones are preferred where a cell was told of in several ways: they cover more prompts.
 MODES: tuple[Mode, ...] = ("measure", "estimate", "replay")

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import BadData
-from pipeline.planner import BASELINES, LOOKUP, Place, cell_of
-from pipeline.rows import Cell, CellRow, Mode, Row
+from pipeline.store.rows import Cell, CellRow, Mode, Row
+from pipeline.sweep.predict import BASELINES, LOOKUP, Place, cell_of
 
 
 class ModelSize(Row):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config_sweep import Plane, family
-from pipeline.planner import Place, errors, score
-from pipeline.recommend import ModelSize, Recommendation, choices, recommend
-from pipeline.report.axes import Axes
-from pipeline.report.summary import PredictionScore
-from pipeline.rows import CellRow, PredictedRow, PromptRow, StepTimes
+from pipeline.config.sweep import Plane, family
+from pipeline.results.axes import Axes
+from pipeline.results.recommend import ModelSize, Recommendation, choices, recommend
+from pipeline.results.summary import PredictionScore
+from pipeline.store.rows import CellRow, PredictedRow, PromptRow, StepTimes
+from pipeline.sweep.predict import Place, errors, score
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from functools import partial
 
 from pipeline import metrics
 from pipeline.errors import BadData
-from pipeline.report.axes import Axes, CellKey
-from pipeline.report.summary import ArSpeed
-from pipeline.rows import PromptRow
+from pipeline.results.axes import Axes, CellKey
+from pipeline.results.summary import ArSpeed
+from pipeline.store.rows import PromptRow
 
 
 def clock_units(rows: Iterable[PromptRow]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from pipeline.errors import BadData
-from pipeline.recommend import ModelSize, Recommendation
-from pipeline.rows import Cell, Row
+from pipeline.results.recommend import ModelSize, Recommendation
+from pipeline.store.rows import Cell, Row
 
 Budget = int | Literal["full"]
 

@@ -12,16 +12,16 @@ from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.config_sweep import check_budget
-from pipeline.decoding import speculate
-from pipeline.drafting import Chance, ModelDrafts
+from pipeline.config.sweep import check_budget
+from pipeline.decode.bench import Bench, Sides, timed_prefill
+from pipeline.decode.loop import speculate
+from pipeline.decode.model import DecodeModel, decode_model
+from pipeline.decode.sources import Chance, ModelDrafts
+from pipeline.decode.steps import Compile
 from pipeline.errors import BadData
-from pipeline.kv import View, view_of
-from pipeline.lean import DecodeModel, decode_model
-from pipeline.measure import Bench, Sides, timed_prefill
-from pipeline.models import ModelRef, load_model, model_folder, pick_device, stop_tokens
-from pipeline.rows import Prompt
-from pipeline.steps import Compile
+from pipeline.kv.view_cache import View, view_of
+from pipeline.models.load import ModelRef, load_model, model_folder, pick_device, stop_tokens
+from pipeline.store.rows import Prompt
 
 
 @dataclass

@@ -34,8 +34,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import BadData
-from pipeline.events import Opened, tell
-from pipeline.memory import peak_bytes
+from pipeline.hardware import peak_bytes
+from pipeline.observe.events import Opened, tell
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def read_all(folder: Path, row_type: type[RowT]) -> list[RowT]:
 @cache
 def provenance() -> dict[str, Any]:
     """Git commit and dirty flag of the code, versions of the libraries, and the machine."""
-    code = Path(__file__).resolve().parent.parent
+    code = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str | None:
         try:

@@ -19,18 +19,18 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
-from pipeline.artifacts import read_rows, write_rows
-from pipeline.calibrate import random_prompt, step_times
-from pipeline.cells import CELL_ERRORS, Drafter, Pick, make_failure, view_cells
-from pipeline.config import Config
-from pipeline.events import Evaluated
-from pipeline.lean import DecodeModel, decode_model
-from pipeline.measure import Bench, Sides
-from pipeline.models import ModelRef, load_model, stop_tokens
-from pipeline.prompt_replay import PromptReplay, PromptViews, lookup_rows
-from pipeline.recommend import ModelSize
-from pipeline.rows import Continuation, FailedCell, Prompt, PromptRow, StepTimes
-from pipeline.trial import Trial
+from pipeline.config.schema import Config
+from pipeline.decode.bench import Bench, Sides
+from pipeline.decode.model import DecodeModel, decode_model
+from pipeline.models.load import ModelRef, load_model, stop_tokens
+from pipeline.observe.events import Evaluated
+from pipeline.results.recommend import ModelSize
+from pipeline.store.artifacts import read_rows, write_rows
+from pipeline.store.rows import Continuation, FailedCell, Prompt, PromptRow, StepTimes
+from pipeline.sweep.grid import CELL_ERRORS, Drafter, Pick, make_failure, view_cells
+from pipeline.sweep.measurer import Trial
+from pipeline.sweep.replayer import PromptReplay, PromptViews, lookup_rows
+from pipeline.sweep.step_times import random_prompt, step_times
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from pipeline.config_sweep import Baseline, Sweep, family
-from pipeline.drafting import Chance
-from pipeline.kv import View, view_of
+from pipeline.config.sweep import Baseline, Sweep, family
+from pipeline.decode.replay import Counts
+from pipeline.decode.sources import Chance
+from pipeline.kv.view_cache import View, view_of
 from pipeline.metrics import repetition_rate
-from pipeline.models import ModelRef
-from pipeline.replay import Counts
-from pipeline.rows import Cell, FailedCell, Mode, Prompt, PromptRow
+from pipeline.models.load import ModelRef
+from pipeline.store.rows import Cell, FailedCell, Mode, Prompt, PromptRow
 
 # What a cell may end in without ending the others: logits that are not finite, no memory.
 CELL_ERRORS = (ArithmeticError, RuntimeError, MemoryError)

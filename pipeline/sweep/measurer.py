@@ -7,24 +7,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import replay
-from pipeline.cells import (
-    CELL_ERRORS,
-    Drafter,
-    DraftLength,
-    ViewCell,
-    make_cell,
-    make_failure,
-    make_row,
-)
-from pipeline.config_sweep import Sweep
-from pipeline.decoding import Round
-from pipeline.drafting import Chance, DraftSource, LookupDrafts, ModelDrafts
+from pipeline.config.sweep import Sweep
+from pipeline.decode import replay
+from pipeline.decode.bench import Bench, Timed, timed_prefill
+from pipeline.decode.loop import Round
+from pipeline.decode.model import DecodeModel
+from pipeline.decode.sources import Chance, DraftSource, LookupDrafts, ModelDrafts
 from pipeline.hardware import describe
-from pipeline.kv import PrefixView
-from pipeline.lean import DecodeModel
-from pipeline.measure import Bench, Timed, timed_prefill
-from pipeline.rows import FailedCell, PromptRow
+from pipeline.kv.view_cache import PrefixView
+from pipeline.store.rows import FailedCell, PromptRow
+from pipeline.sweep.grid import CELL_ERRORS, Drafter, DraftLength, ViewCell, make_cell, make_failure, make_row
 
 Key = tuple[ViewCell, DraftLength]
 

@@ -18,9 +18,9 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from pipeline import metrics
-from pipeline.cells import DraftLength, Pick, ViewCell, chosen_drafter
-from pipeline.config_sweep import Baseline, Sweep, family
-from pipeline.rows import Cell, PredictedRow, PromptRow, StepTimes
+from pipeline.config.sweep import Baseline, Sweep, family
+from pipeline.store.rows import Cell, PredictedRow, PromptRow, StepTimes
+from pipeline.sweep.grid import DraftLength, Pick, ViewCell, chosen_drafter
 
 BASELINES: tuple[str, ...] = get_args(Baseline)
 LOOKUP: Baseline = "prompt_lookup"

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import replay
-from pipeline.cells import (
+from pipeline.config.sweep import Sweep
+from pipeline.decode import replay
+from pipeline.decode.model import DecodeModel
+from pipeline.decode.sources import Chance, LookupDrafts
+from pipeline.errors import NotFinite
+from pipeline.kv.view_cache import PrefixView, View
+from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
+from pipeline.sweep.grid import (
     Drafter,
     DraftLength,
     ViewCell,
@@ -23,12 +29,6 @@ from pipeline.cells import (
     make_row,
     view_cells,
 )
-from pipeline.config_sweep import Sweep
-from pipeline.drafting import Chance, LookupDrafts
-from pipeline.errors import NotFinite
-from pipeline.kv import PrefixView, View
-from pipeline.lean import DecodeModel
-from pipeline.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.cells import Drafter, ViewCell, view_cells
-from pipeline.config_sweep import Sweep
-from pipeline.decoding import speculate
-from pipeline.drafting import GREEDILY
-from pipeline.lean import DecodeModel
-from pipeline.measure import Bench, Sides, clock
-from pipeline.rows import Prompt, StepTimes
-from pipeline.trial import Views
+from pipeline.config.sweep import Sweep
+from pipeline.decode.bench import Bench, Sides, clock
+from pipeline.decode.loop import speculate
+from pipeline.decode.model import DecodeModel
+from pipeline.decode.sources import GREEDILY
+from pipeline.store.rows import Prompt, StepTimes
+from pipeline.sweep.grid import Drafter, ViewCell, view_cells
+from pipeline.sweep.measurer import Views
 
 MOST_GAMMAS = 4  # of the sweep's, beside 1; verification of other numbers of proposals is interpolated
 REPEATS = 5

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import Train, Variant
+from pipeline.config.schema import Train, Variant
 from pipeline.errors import BadData
-from pipeline.losses import TargetLabels
+from pipeline.train.losses import TargetLabels
 
 PHASES = 4  # of a window, at which windows start; and a fifth where the first lies at none of them
 

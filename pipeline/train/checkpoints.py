@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.artifacts import atomic_path, file_sha256, write_json
-from pipeline.engine import PARTS, Engine, Part
+from pipeline.store.artifacts import atomic_path, file_sha256, write_json
+from pipeline.train.engine import PARTS, Engine, Part
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"

@@ -17,16 +17,16 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import dispatch
-from pipeline import logs
-from pipeline.artifacts import read_rows
-from pipeline.batches import LabelledSequences, Shards
-from pipeline.checkpoints import step_of
-from pipeline.config import Config, ScratchModel, Variant
-from pipeline.engine import Engine
-from pipeline.models import ModelRef, build_scratch, load_model, pick_device
-from pipeline.objectives import MultiView, NextToken
-from pipeline.rows import Continuation, Prompt
-from pipeline.training import METRICS, Plan, export, fit, read_metrics, write_model
+from pipeline.config.schema import Config, ScratchModel, Variant
+from pipeline.models.load import ModelRef, build_scratch, load_model, pick_device
+from pipeline.observe import logs
+from pipeline.store.artifacts import read_rows
+from pipeline.store.rows import Continuation, Prompt
+from pipeline.train.batches import LabelledSequences, Shards
+from pipeline.train.checkpoints import step_of
+from pipeline.train.engine import Engine
+from pipeline.train.loop import METRICS, Plan, export, fit, read_metrics, write_model
+from pipeline.train.objectives import MultiView, NextToken
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import write_json, write_text
-from pipeline.checkpoints import (
+from pipeline.config.schema import Pretrain, Train
+from pipeline.errors import NotFinite
+from pipeline.hardware import peak_bytes
+from pipeline.models.load import export_model
+from pipeline.observe.progress import progress
+from pipeline.store.artifacts import write_json, write_text
+from pipeline.train.checkpoints import (
     checkpoint_folder,
     disk_errors,
     latest,
@@ -31,13 +36,8 @@ from pipeline.checkpoints import (
     save,
     step_of,
 )
-from pipeline.config import Pretrain, Train
-from pipeline.engine import Engine
-from pipeline.errors import NotFinite
-from pipeline.memory import peak_bytes
-from pipeline.models import export_model
-from pipeline.progress import progress
-from pipeline.stopping import Stopped, signals_put_off
+from pipeline.train.engine import Engine
+from pipeline.train.stopping import Stopped, signals_put_off
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 METRICS = "metrics.jsonl"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import replay
-from pipeline.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
-from pipeline.config import Config, Pretrain, Variant
+from pipeline.config.schema import Config, Pretrain, Variant
+from pipeline.decode import replay
 from pipeline.errors import NotFinite
-from pipeline.kv import FULL, View, ViewCache, read_continuation, read_hidden, read_prefix, view_of
-from pipeline.losses import LOSSES, States, plain_head
-from pipeline.rows import Continuation, Prompt
-from pipeline.training import WATCHED
+from pipeline.kv.view_cache import FULL, View, ViewCache, read_continuation, read_hidden, read_prefix, view_of
+from pipeline.store.rows import Continuation, Prompt
+from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
+from pipeline.train.loop import WATCHED
+from pipeline.train.losses import LOSSES, States, plain_head
 
 PREFIX_MULTIPLE = 64  # tokens
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
-from pipeline.artifacts import read_rows, write_array, write_rows
-from pipeline.config import Config, Labels
-from pipeline.decoding import until_eos
-from pipeline.drafting import GREEDILY, Chance, Sampler, fold
+from pipeline.config.schema import Config, Labels
+from pipeline.decode.loop import until_eos
+from pipeline.decode.sources import GREEDILY, Chance, Sampler, fold
 from pipeline.errors import NotFinite
-from pipeline.kv import FULL, ViewCache, read_continuation, read_prefix
+from pipeline.kv.view_cache import FULL, ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
-from pipeline.models import ModelRef, load_model, stop_tokens
-from pipeline.rows import Continuation, Prompt
+from pipeline.models.load import ModelRef, load_model, stop_tokens
+from pipeline.store.artifacts import read_rows, write_array, write_rows
+from pipeline.store.rows import Continuation, Prompt
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
 

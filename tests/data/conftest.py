@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config_data import Context
+from pipeline.config.data import Context
 from pipeline.data.documents import Document, Request
 from pipeline.data.tokenizer import train_bpe
 

@@ -5,9 +5,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from pipeline.artifacts import write_rows
 from pipeline.data.decontaminate import find_contaminated, index_evaluation, shingles
 from pipeline.data.documents import Document, DocumentNote, Part, digest
+from pipeline.store.artifacts import write_rows
 from tests.data.conftest import story
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data.evaluation import (
+from pipeline.data.prompts import (
     continuation_prompts,
     insert,
     needle_prompts,
@@ -11,7 +11,7 @@ from pipeline.data.evaluation import (
     split_template,
     template_prompts,
 )
-from pipeline.data.lwm import NEEDLE, RETRIEVAL
+from pipeline.data.sources.lwm import NEEDLE, RETRIEVAL
 from pipeline.data.tokenizer import encode
 from pipeline.errors import BadData
 from tests.data.conftest import document, request_for

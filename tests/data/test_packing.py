@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.artifacts import write_rows
 from pipeline.data.documents import DocumentNote, Part
 from pipeline.data.packing import encode_part, pack, plan_packing, share_evenly
 from pipeline.data.tokenizer import encode
+from pipeline.store.artifacts import write_rows
 from tests.data.conftest import document
 
 

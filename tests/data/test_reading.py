@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.pg19 import features
 from pipeline.data.reading import BadRow, Table, hub_tables, looks_local, split_files, table_rows
+from pipeline.data.sources.pg19 import features
 from pipeline.errors import BadData
 from tests.data.conftest import book, write_lines
 

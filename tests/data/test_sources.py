@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from pipeline.config_data import AnySource, Data
+from pipeline.config.data import AnySource, Data
 from pipeline.data.documents import Document, Reader
-from pipeline.data.longbench import MAX_NEW_TOKENS, TEMPLATES
+from pipeline.data.prepare import make_readers, plan_prompts
 from pipeline.data.reading import BadRow
-from pipeline.data.sources import make_readers, plan_prompts
-from pipeline.data.text import expand
+from pipeline.data.sources.longbench import MAX_NEW_TOKENS, TEMPLATES
+from pipeline.data.sources.text import expand
 from pipeline.errors import BadData
 from tests.data.conftest import bench, book, narrative, request_for, story, write_lines
 
@@ -130,7 +130,7 @@ def test_longbench_is_read_from_its_zip(tmp_path):
 def test_every_longbench_task_has_a_template_and_a_length():
     from typing import get_args
 
-    from pipeline.config_data import LongBenchSource
+    from pipeline.config.data import LongBenchSource
 
     tasks = set(get_args(LongBenchSource.model_fields["task"].annotation))
     assert len(tasks) == 13 and tasks == set(TEMPLATES) == set(MAX_NEW_TOKENS)

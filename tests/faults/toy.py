@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
-from jobs.run_record import RECORDS
+from jobs.records.record import RECORDS
 from tests.configs import MINIMAL
 from tests.data.conftest import story
 

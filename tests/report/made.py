@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, open_artifact, write_rows
-from pipeline.config import Config
-from pipeline.report.axes import Axes
-from pipeline.rows import Continuation, FailedCell, PromptRow
+from pipeline.config.schema import Config
+from pipeline.results.axes import Axes
+from pipeline.store.artifacts import Artifact, open_artifact, write_rows
+from pipeline.store.rows import Continuation, FailedCell, PromptRow
 from tests.configs import MINIMAL
 
 AXES = Axes(

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.report.differences import Resampling, control_gaps, family_gains, gains
-from pipeline.report.tables import replayed_or_measured
+from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
+from pipeline.results.pool import replayed_or_measured
 from tests.report.made import AXES, row
 
 RESAMPLING = Resampling(samples=500, seed=0)

@@ -2,14 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.config_sweep import Plane
-from pipeline.planner import cell_of
-from pipeline.recommend import ModelSize
-from pipeline.report.advice import Predictions
-from pipeline.report.findings import summarise
-from pipeline.report.summary import Summary
-from pipeline.report.tables import cell_rows
-from pipeline.rows import FailedCell, PredictedRow, StepTimes
+from pipeline.config.sweep import Plane
+from pipeline.results.findings import summarise
+from pipeline.results.pool import cell_rows
+from pipeline.results.recommend import ModelSize
+from pipeline.results.scores import Predictions
+from pipeline.results.summary import Summary
+from pipeline.store.rows import FailedCell, PredictedRow, StepTimes
+from pipeline.sweep.predict import cell_of
 from tests.report.made import AXES, measured, row, sweep_rows
 
 KEYS = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.report import ReportInputs, report
-from pipeline.artifacts import open_artifact, read_rows
+from jobs.stages.report import ReportInputs, report
 from pipeline.report.page import size
-from pipeline.report.summary import Stage
-from pipeline.rows import CellRow, FailedCell
+from pipeline.results.summary import Stage
+from pipeline.store.artifacts import open_artifact, read_rows
+from pipeline.store.rows import CellRow, FailedCell
 from tests.configs import MINIMAL
 from tests.report.made import artifacts, config, row, sweep_rows
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from jobs.report import ReportInputs, report
-from pipeline.config import Config
-from pipeline.config_files import load_config
+from jobs.stages.report import ReportInputs, report
+from pipeline.config.files import load_config
+from pipeline.config.schema import Config
 from pipeline.report import published
-from pipeline.report.axes import Axes
 from pipeline.report.published import Published, ar_beside, published_beside
-from pipeline.report.summary import ArSpeed
-from pipeline.report.tables import cell_rows
-from pipeline.rows import CellRow, PredictedRow, PromptRow
+from pipeline.results.axes import Axes
+from pipeline.results.pool import cell_rows
+from pipeline.results.summary import ArSpeed
+from pipeline.store.rows import CellRow, PredictedRow, PromptRow
 from tests.report.made import artifacts, config, measured, row
 
 ROOT = Path(__file__).resolve().parents[2]

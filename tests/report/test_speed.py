@@ -1,13 +1,13 @@
 import pytest
 
-from pipeline.report import speed, tables
+from pipeline.results import pool, speed
 from tests.report.made import AXES, measured, row
 
 SEEDED = {"samples": 500, "seed": 0}
 
 
 def speedup_of(rows) -> tuple[float, float, float]:
-    (cell,) = tables.cell_rows(rows, AXES, **SEEDED)
+    (cell,) = pool.cell_rows(rows, AXES, **SEEDED)
     return cell.speedup_low, cell.speedup, cell.speedup_high
 
 

@@ -1,16 +1,16 @@
 import pytest
 
 from pipeline.errors import BadData
-from pipeline.report import tables
-from pipeline.report.axes import Axes, CellKey
-from pipeline.rows import Cell, CellRow
+from pipeline.results import pool
+from pipeline.results.axes import Axes, CellKey
+from pipeline.store.rows import Cell, CellRow
 from tests.report.made import AXES, config, measured, row, sweep_rows
 
 SEEDED = {"samples": 200, "seed": 0}
 
 
 def only(rows) -> CellRow:
-    (cell,) = tables.cell_rows(rows, AXES, **SEEDED)
+    (cell,) = pool.cell_rows(rows, AXES, **SEEDED)
     return cell
 
 
@@ -87,7 +87,7 @@ def test_prompts_that_all_loop_leave_no_acceptance_without_looping():
 
 def test_cell_that_proposed_nothing_is_left_out():
     empty = row(accepted=0, proposed=0, num_rounds=0, reached=[0] * 4, kept=[0] * 4)
-    assert tables.cell_rows([empty], AXES, **SEEDED) == []
+    assert pool.cell_rows([empty], AXES, **SEEDED) == []
 
 
 def test_cell_whose_proposals_are_unknown_has_no_acceptance():
@@ -97,15 +97,15 @@ def test_cell_whose_proposals_are_unknown_has_no_acceptance():
     assert (cell.acceptance, cell.acceptance_low, cell.acceptance_high) == (None, None, None)
     assert cell.acceptance_not_looping is None
     assert cell.mean_tokens_per_round == pytest.approx(24 / 12)
-    assert tables.acceptances([cell]) == []
+    assert pool.acceptances([cell]) == []
     decoded = measured(accepted=6, proposed=9, threshold=0.4)
-    assert tables.replay_check([unknown, decoded]).equal == 1
-    assert tables.replay_check([unknown, decoded.model_copy(update={"num_accepted": 5})]).equal == 0
+    assert pool.replay_check([unknown, decoded]).equal == 1
+    assert pool.replay_check([unknown, decoded.model_copy(update={"num_accepted": 5})]).equal == 0
 
 
 def test_prompt_twice_in_a_cell_is_refused():
     with pytest.raises(BadData, match=r"'p0' twice .*full_only"):
-        tables.cell_rows([row(), row()], AXES, **SEEDED)
+        pool.cell_rows([row(), row()], AXES, **SEEDED)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_prompt_twice_in_a_cell_is_refused():
 )
 def test_measured_prompt_without_its_times_is_refused(broken):
     with pytest.raises(BadData, match="'p1'"):
-        tables.cell_rows([measured(prompt=1, **broken)], AXES, **SEEDED)
+        pool.cell_rows([measured(prompt=1, **broken)], AXES, **SEEDED)
     with pytest.raises(BadData, match="'p1'"):
-        tables.cell_rows([measured(prompt=0), measured(prompt=1, **broken)], AXES, **SEEDED)
+        pool.cell_rows([measured(prompt=0), measured(prompt=1, **broken)], AXES, **SEEDED)
 
 
 def test_cells_come_in_the_order_of_the_config():
-    cells = tables.cell_rows(sweep_rows(), AXES, **SEEDED)
+    cells = pool.cell_rows(sweep_rows(), AXES, **SEEDED)
     shown = [(c.drafter, c.control, c.budget, c.gamma) for c in cells if c.mode == "replay"]
     assert shown[:4] == [
         ("full_only", None, 16, 2), ("full_only", None, 16, 4),
@@ -129,11 +129,11 @@ def test_cells_come_in_the_order_of_the_config():
 
 
 def test_acceptance_prefers_the_replay_and_speedup_takes_measured_cells():
-    cells = tables.cell_rows(sweep_rows(), AXES, **SEEDED)
-    acceptance = tables.acceptances(cells)
+    cells = pool.cell_rows(sweep_rows(), AXES, **SEEDED)
+    acceptance = pool.acceptances(cells)
     assert len(acceptance) == 16
     assert {(e.num_prompts, e.num_documents) for e in acceptance} == {(12, 6)}
-    speedup = tables.speedups(cells)
+    speedup = pool.speedups(cells)
     assert len(speedup) == 4
     assert {(e.num_prompts, e.num_documents) for e in speedup} == {(2, 1)}
     assert all(e.mean == pytest.approx(1.5) for e in speedup)
@@ -155,7 +155,7 @@ def test_lossless_counts_prompts_that_are_exact_in_every_cell():
         measured(prompt=1, gamma=4), measured(prompt=2, temperature=1.0, exact=None),
         row(prompt=3),
     ]  # fmt: skip
-    found = tables.lossless(rows)
+    found = pool.lossless(rows)
     assert (found.prompts, found.exact) == (2, 1)
 
 
@@ -167,8 +167,8 @@ def test_replay_is_checked_against_decoding():
         measured(prompt=1, accepted=6),
         measured(prompt=9),
     ]
-    found = tables.replay_check(rows)
+    found = pool.replay_check(rows)
     assert (found.rows, found.equal) == (2, 1)
     for changed in ({"num_rounds": rows[0].num_rounds + 1}, {"kept": [*rows[0].kept[:-1], 99]}):
         decoded = measured(prompt=0).model_copy(update=changed)
-        assert tables.replay_check([rows[0], decoded]).equal == 0, changed
+        assert pool.replay_check([rows[0], decoded]).equal == 0, changed

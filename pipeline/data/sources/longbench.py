@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, Field, StrictStr
 
-from pipeline.config_data import LongBenchSource
+from pipeline.config.data import LongBenchSource
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
-from pipeline.data.evaluation import split_template, template_prompts
+from pipeline.data.prompts import split_template, template_prompts
 from pipeline.data.reading import (
     BadRow,
     Table,
@@ -30,7 +30,7 @@ from pipeline.data.reading import (
     unreachable,
 )
 from pipeline.errors import BadData
-from pipeline.rows import Prompt
+from pipeline.store.rows import Prompt
 
 REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
 ARCHIVE = "data.zip"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, StrictStr, model_validator
 
-from pipeline.config_data import LwmSource, Split
+from pipeline.config.data import LwmSource, Split
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
-from pipeline.data.evaluation import needle_prompts, question, split_template, template_prompts
+from pipeline.data.prompts import needle_prompts, question, split_template, template_prompts
 from pipeline.data.reading import (
     BadRow,
     Table,
@@ -27,7 +27,7 @@ from pipeline.data.reading import (
     text_problem,
 )
 from pipeline.errors import BadData
-from pipeline.rows import Prompt
+from pipeline.store.rows import Prompt
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, StrictStr, model_validator
 
-from pipeline.config_data import PromptsSource
+from pipeline.config.data import PromptsSource
 from pipeline.data.documents import Document, Reader, Request, Shard
-from pipeline.data.evaluation import bos, make_prompt
+from pipeline.data.prompts import bos, make_prompt
 from pipeline.data.reading import BadRow, RawRow, Table, checked, table_rows, text_problem
-from pipeline.data.text import expand, read_text
+from pipeline.data.sources.text import expand, read_text
 from pipeline.data.tokenizer import encode
 from pipeline.errors import BadData
-from pipeline.rows import Prompt
+from pipeline.store.rows import Prompt
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, StrictStr
 
-from pipeline.config_data import Pg19Source
+from pipeline.config.data import Pg19Source
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
-from pipeline.data.evaluation import continuation_prompts
+from pipeline.data.prompts import continuation_prompts
 from pipeline.data.reading import (
     BadRow,
     Table,
@@ -21,7 +21,7 @@ from pipeline.data.reading import (
     table_rows,
     text_problem,
 )
-from pipeline.rows import Prompt
+from pipeline.store.rows import Prompt
 
 if TYPE_CHECKING:
     from datasets import Features

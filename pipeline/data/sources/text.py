@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from pipeline.config_data import Split, TextSource
+from pipeline.config.data import Split, TextSource
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
-from pipeline.data.evaluation import continuation_prompts
+from pipeline.data.prompts import continuation_prompts
 from pipeline.data.reading import BadRow, Table, local_path, must_be_file, text_problem
 from pipeline.errors import BadData
-from pipeline.rows import Prompt
+from pipeline.store.rows import Prompt
 
 STDLIB = "stdlib"
 # Test suites hold files that are broken on purpose, site-packages is not the library, and encodings are
