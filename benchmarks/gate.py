@@ -24,7 +24,7 @@ from pipeline.gate.bounds import Verdict, bounds, outcomes, verdict
 from pipeline.gate.evidence import read_evidence
 from pipeline.gate.pairs import acceptance_pairs, both_sides, sums
 from pipeline.hardware import cpu_name
-from pipeline.metrics import Floats
+from pipeline.intervals import Floats
 
 TRIALS, PROMPTS = 400, 100
 LADDER = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400)

@@ -23,9 +23,10 @@ from benchmarks.rows import Row, interleaved, median, ratios, row
 from benchmarks.synthetic import synthetic_sampler
 from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import DecodeModel, decode_model
-from pipeline.decode.sources import GREEDY, ModelDrafts, Sampler
-from pipeline.decode.steps import Compile, Rule, Side
-from pipeline.kv.view_cache import view_of
+from pipeline.decode.runner import Compile, Side
+from pipeline.decode.sampling import GREEDY, Rule, Sampler
+from pipeline.decode.sources import ModelDrafts
+from pipeline.kv.views import view_of
 
 LLAMA_7B = {"hidden": 4096, "layers": 32, "heads": 32, "intermediate": 11_008}
 LLAMA_68M = {"hidden": 768, "layers": 2, "heads": 12, "intermediate": 3072}

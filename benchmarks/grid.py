@@ -23,12 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.rows import Row, row
 from pipeline.config.files import load_config
-from pipeline.config.schema import Config, Pretrain, ScratchModel
+from pipeline.config.models import Pretrain, ScratchModel
+from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
-from pipeline.decode.sources import GREEDILY
-from pipeline.metrics import bootstrap_interval
-from pipeline.models.load import ModelRef, build_scratch, export_model
-from pipeline.store.artifacts import read_all, write_rows
+from pipeline.decode.sampling import GREEDILY
+from pipeline.intervals import bootstrap_interval
+from pipeline.models.build import build_scratch
+from pipeline.models.export import export_model
+from pipeline.models.load import ModelRef
+from pipeline.store.files import read_all, write_rows
 from pipeline.store.rows import Prompt, PromptRow
 from pipeline.sweep.evaluator import Evaluator, ReplayTask
 from pipeline.sweep.grid import Drafter, DraftLength, ViewCell, draft_lengths, view_cells

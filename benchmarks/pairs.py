@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import decode_model
-from pipeline.decode.sources import GREEDY, ModelDrafts, Sampler
-from pipeline.decode.steps import Compile, Side
+from pipeline.decode.runner import Compile, Side
+from pipeline.decode.sampling import GREEDY, Sampler
+from pipeline.decode.sources import ModelDrafts
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.view_cache import FULL, PrefixView, View
-from pipeline.models.load import prepare_model
+from pipeline.kv.views import FULL, PrefixView, View
+from pipeline.models.build import prepare_model
 
 NEVER: frozenset[int] = frozenset()
 
@@ -41,7 +42,7 @@ def trained_pair(name: str, config_file: str, storage: str, prompts: int) -> Pai
     from pipeline.config.files import load_config
     from pipeline.errors import BadData
     from pipeline.models.load import load_model
-    from pipeline.store.artifacts import read_rows
+    from pipeline.store.files import read_rows
     from pipeline.store.rows import Prompt
 
     config = load_config(Path(config_file), [f"storage={storage}"])

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from benchmarks.rows import Row, row
-from jobs.executors.base import InlineExecutor, NoExecutor, make_executor
+from jobs.executors.choose import NoExecutor, make_executor
+from jobs.executors.inline import InlineExecutor
 from jobs.records.record import RunRecord
 from jobs.stages.pipeline import run_pipeline, settled
 from jobs.stages.prepare import prepare
-from jobs.stages.sweep import ROWS, sweep
+from jobs.stages.sweep import sweep
 from jobs.stages.teach import teach
 from jobs.stages.train import pretrain, train
 from jobs.tracking.tracker import Tracker
@@ -37,7 +38,9 @@ from pipeline.hardware import peak_bytes
 from pipeline.observe import logs
 from pipeline.observe.events import Began, Event, Items, listening
 from pipeline.results.pool import Axes, cell_rows
-from pipeline.store.artifacts import MANIFEST, read_all
+from pipeline.store.artifacts import MANIFEST
+from pipeline.store.files import read_all
+from pipeline.store.layout import ROWS
 from pipeline.store.rows import CellRow, PromptRow
 
 Result = TypeVar("Result")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Backend
-from pipeline.decode.sources import Sampler
-from pipeline.decode.steps import Rule
+from pipeline.decode.sampling import Rule, Sampler
 
 
 @dataclass(frozen=True)

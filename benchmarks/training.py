@@ -21,7 +21,8 @@ from benchmarks.pairs import Pair
 from benchmarks.rows import Row, interleaved, ratios, row
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
-from pipeline.kv.view_cache import FULL, View, ViewCache, read_continuation, read_prefix, view_of
+from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
+from pipeline.kv.views import FULL, View, view_of
 from pipeline.train.batches import LabelledSequences, draw
 from pipeline.train.engine import TorchEngine
 from pipeline.train.losses import LOSSES, TargetLabels
@@ -163,7 +164,7 @@ def time_to_equal_acceptance(pair: Pair, config: Config) -> Row:
     Learning rates are constant: ours the config's, paper-style the better of that and a third of it, since
     its batch is one sequence. A seed draws other sequences and views.
     """
-    from jobs.executors.base import NoExecutor
+    from jobs.executors.choose import NoExecutor
     from jobs.stages.pipeline import settled
     from jobs.stages.prepare import prepare
     from jobs.stages.teach import teach

@@ -25,9 +25,10 @@ from benchmarks.grid import VOCABULARY, word_tokenizer
 from benchmarks.rows import Row, row
 from jobs.executors.ray_train import read_settings
 from pipeline.config.files import load_config
-from pipeline.config.schema import Pretrain, ScratchModel
-from pipeline.models.load import build_scratch
-from pipeline.plan.shapes import Device, Shape, Sharding, scratch_shape, sharding_of, training_step
+from pipeline.config.models import Pretrain, ScratchModel
+from pipeline.models.build import build_scratch
+from pipeline.plan.shapes import Device, Shape, Sharding, scratch_shape, sharding_of
+from pipeline.plan.train_memory import training_step
 from pipeline.train.engine import Engine, TorchEngine
 from pipeline.train.loop import Plan
 from pipeline.train.objectives import next_token_loss

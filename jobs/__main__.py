@@ -1,5 +1,5 @@
 """`python -m jobs` is `budgetdraft`."""
 
-from jobs.cli.app import main
+from jobs.cli.main import main
 
 main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # As libraries say it that lose the number: safetensors, torch, Ray's workers; sqlite.
@@ -30,3 +31,15 @@ def is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The text is complete: no traceback is needed to act on it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(hide_credentials(text))
+
+
+def hide_credentials(text: str) -> str:
+    """`text` with the user:password of every URL in it replaced by ***."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)

@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
 from transformers import PreTrainedModel
 
 from jobs.stages.pipeline import run_pipeline
-from pipeline.config.schema import Pretrain, ScratchModel
-from pipeline.models.load import build_scratch
+from pipeline.config.models import Pretrain, ScratchModel
+from pipeline.models.build import build_scratch
 from tests.data.conftest import story
 from tests.toys import toy_config
 

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from pipeline.decode.loop import Round, autoregressive, speculate
 from pipeline.decode.model import decode_model
-from pipeline.decode.sources import GREEDY, DraftSource, ModelDrafts, Sampler
-from pipeline.decode.steps import Compile, Side
+from pipeline.decode.runner import Compile, Side
+from pipeline.decode.sampling import GREEDY, Sampler
+from pipeline.decode.sources import DraftSource, ModelDrafts
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.view_cache import FULL, PrefixView, View
+from pipeline.kv.views import FULL, PrefixView, View
 
 NEVER: frozenset[int] = frozenset()
 

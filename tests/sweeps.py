@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from pipeline.decode import replay
 from pipeline.decode.loop import Round
-from pipeline.kv.view_cache import view_of
+from pipeline.kv.views import view_of
 from pipeline.models.load import load_model
-from pipeline.store.artifacts import read_rows
+from pipeline.store.files import read_rows
 from pipeline.store.rows import Continuation, Prompt, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask
-from pipeline.sweep.grid import Drafter, configured_picks
+from pipeline.sweep.grid import Drafter
+from pipeline.sweep.picks import configured_picks
 from pipeline.train.teacher import ContinueTask, Teacher
 from tests.pairs import make_pair, rounds_of, tokens_of
 from tests.tiny import VOCABULARY, save_model, tiny_config, write_prepare

@@ -14,16 +14,9 @@ import pytest
 from filelock import Timeout
 
 from pipeline.errors import BadData
-from pipeline.results.recommend import ModelSize
-from pipeline.store.artifacts import (
-    MANIFEST,
-    Artifact,
-    open_artifact,
-    read_rows,
-    write_json,
-    write_rows,
-    write_text,
-)
+from pipeline.store.artifacts import MANIFEST, Artifact, open_artifact
+from pipeline.store.files import read_rows, write_json, write_rows, write_text
+from pipeline.store.rows import ModelSize
 
 FILES = {
     "labels/shard-00000.tokens.npy": "a",

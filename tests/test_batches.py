@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.schema import Train, Variant
+from pipeline.config.train import Train, Variant
 from pipeline.errors import BadData
 from pipeline.train.batches import PHASES, LabelledSequences, Shards, batch_indices, draw, window_labels
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.models.load import convert_bin
+from pipeline.models.convert import convert_bin
 from tests.configs import MINIMAL
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ for name, function in (("stages.pipeline", run_pipeline), ("commands.generate", 
     module = types.ModuleType("jobs." + name)
     setattr(module, function.__name__, function)
     sys.modules["jobs." + name] = module
-from jobs.cli.app import main
+from jobs.cli.main import main
 main()
 """
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config.errors import ConfigError, hide_credentials
 from pipeline.config.files import dump_config, load_config
 from pipeline.config.schema import Config
+from pipeline.errors import ConfigError, hide_credentials
 from tests.configs import MINIMAL
 
 

@@ -13,16 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schema import Config, ScratchModel
-from pipeline.models.load import build_scratch
+from pipeline.axes import Place
+from pipeline.config.models import ScratchModel
+from pipeline.config.schema import Config
+from pipeline.models.build import build_scratch
 from pipeline.plan import shapes as costs
-from pipeline.plan.flops import Vocabulary, hours, prefills, rates_of, step_of, work
+from pipeline.plan import train_memory
+from pipeline.plan.flops import hours, prefills, work
+from pipeline.plan.rates import Vocabulary, rates_of, step_of
 from pipeline.plan.shapes import Device, Shape, Sharding
-from pipeline.plan.sweep_counts import count_sweep, draft_sources, measure_memory, pointed_at, replay_memory
+from pipeline.plan.sweep_counts import count_sweep, draft_sources, pointed_at
+from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.store.rows import PredictedRow
-from pipeline.sweep import predict
-from pipeline.sweep.grid import configured_picks, view_cells
-from pipeline.sweep.predict import Place
+from pipeline.sweep import picks
+from pipeline.sweep.grid import view_cells
+from pipeline.sweep.picks import configured_picks
 from tests.configs import MINIMAL, SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +96,7 @@ def test_settings_of_deepspeed_are_read() -> None:
 
 def test_pretraining_by_hand() -> None:
     """GQA: 2 layers of 32 channels, 32 query and 16 key/value channels, 64 in the MLP."""
-    peak = costs.pretrain_memory(config_with(), "target", TARGET, Sharding(), GPU)
+    peak = train_memory.pretrain_memory(config_with(), "target", TARGET, Sharding(), GPU)
     tokens = 2 * 96
     layer = 6 * 32 + 2 * 32 + 2 * 16 + 4 * 64
     assert peak.activations == tokens * 4 * (2 * layer + 2 * 64 + 2 * 32)
@@ -102,7 +107,7 @@ def test_pretraining_by_hand() -> None:
 def test_training_by_hand() -> None:
     """2 sequences of 96 tokens, a window of 16 behind the last 80, 32 and 16 entries of their prefixes."""
     config = config_with()
-    peak = costs.train_memory(config, config.train.drafters[1], 2, DRAFTER, Sharding(), GPU)
+    peak = train_memory.train_memory(config, config.train.drafters[1], 2, DRAFTER, Sharding(), GPU)
     entry = 2 * 16 * 4  # keys and values of the one layer
     assert DRAFTER.kv_bytes(5) == 5 * entry
     cache = 2 * (80 + 32 + 16 + 3 * 16) * entry
@@ -199,9 +204,9 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
             for source in sources for view in view_cells(config.sweep, source) if not view.control
             for gamma in gammas
         ]  # fmt: skip
-        fastest = predict.by_place(rows)[place]
-        names = predict.first_seeds([source.name for source in sources])
-        added = {predict.pick_of(cell) for cell in predict.worth_measuring(fastest, names)} - here
+        fastest = picks.by_place(rows)[place]
+        names = picks.first_seeds([source.name for source in sources])
+        added = {picks.pick_of(cell) for cell in picks.worth_measuring(fastest, names)} - here
         most = max(most, len(added))
         most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
     assert most <= cells and most_others == len(others) == 1

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from kernels import reference
-from pipeline.decode.sources import Sampler
+from pipeline.decode.sampling import Sampler
 from pipeline.errors import NotFinite
-from pipeline.kv.view_cache import FULL, View, view_of
+from pipeline.kv.views import FULL, View, view_of
 from tests.conftest import VOCABULARY, random_tokens
 from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -14,8 +14,8 @@ import pytest
 
 from jobs.commands import doctor
 from jobs.tracking.store import tracking_problem
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
 from tests.configs import MINIMAL
 
 

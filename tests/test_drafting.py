@@ -11,17 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.decode import replay
-from pipeline.decode.sources import (
-    GREEDY,
-    LONGEST_MATCH,
-    DraftSource,
-    LookupDrafts,
-    ModelDrafts,
-    Proposals,
-    Sampler,
-)
-from pipeline.decode.steps import Side
-from pipeline.kv.view_cache import FULL, view_of
+from pipeline.decode.runner import Side
+from pipeline.decode.sampling import GREEDY, Sampler
+from pipeline.decode.sources import LONGEST_MATCH, DraftSource, LookupDrafts, ModelDrafts, Proposals
+from pipeline.kv.views import FULL, view_of
 from tests.conftest import VOCABULARY, random_tokens
 from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.models.load import ModelRef, load_model
 from pipeline.observe.events import Evaluated
-from pipeline.store.artifacts import read_rows, write_rows
+from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, Mode, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask, failures_of
 from tests.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key

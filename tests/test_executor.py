@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jobs.executors.base import InlineExecutor, NoExecutor, make_executor
+from jobs.executors.choose import NoExecutor, make_executor
+from jobs.executors.inline import InlineExecutor
 from jobs.executors.ray_executor import RayExecutor
 from jobs.executors.ray_train import full_disk, read_settings
 from pipeline.errors import BadData, NotFinite

@@ -10,14 +10,13 @@ from typer.testing import CliRunner
 
 from jobs.cli.app import app
 from jobs.registry import gate as gate_job
-from jobs.registry.gate import Decision
-from pipeline.config.errors import ConfigError
+from jobs.registry.decision import Decision
 from pipeline.config.files import load_group
 from pipeline.config.gate import GateConfig
-from pipeline.errors import BadData
+from pipeline.errors import BadData, ConfigError
 from pipeline.gate.evidence import Evidence
 from pipeline.gate.verdict import compare
-from pipeline.metrics import paired_difference
+from pipeline.intervals import paired_difference
 from tests.report.made import measured, row
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.kv.policies import select
-from pipeline.kv.view_cache import FULL, View, ViewCache, read_continuation, read_prefix, view_of
+from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
+from pipeline.kv.views import FULL, View, view_of
 from tests.conftest import random_tokens
 
 

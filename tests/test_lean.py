@@ -14,8 +14,9 @@ from kernels import dispatch
 from pipeline.decode.model import LeanModel, ModuleModel, decode_model
 from pipeline.errors import BadData
 from pipeline.kv.slot_cache import SlotCache
-from pipeline.kv.view_cache import FULL, View, read_prefix, view_of
-from pipeline.models.load import prepare_model
+from pipeline.kv.view_cache import read_prefix
+from pipeline.kv.views import FULL, View, view_of
+from pipeline.models.build import prepare_model
 from tests.conftest import VOCABULARY, random_tokens
 from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

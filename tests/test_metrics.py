@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline import metrics
+from pipeline import intervals, metrics
 
 SEEDED = {"samples": 4000, "seed": 3}
 
@@ -21,7 +21,7 @@ def test_text_too_short_to_repeat_has_no_repetition(length: int):
 
 
 def test_rate_is_pooled_not_a_mean_of_ratios():
-    interval = metrics.bootstrap_interval([1, 90], [10, 100], **SEEDED)
+    interval = intervals.bootstrap_interval([1, 90], [10, 100], **SEEDED)
     assert interval.mean == pytest.approx(91 / 110)
     # Two units: a resample takes both, or one of them twice.
     assert (interval.low, interval.high) == (pytest.approx(0.1), pytest.approx(0.9))
@@ -29,7 +29,7 @@ def test_rate_is_pooled_not_a_mean_of_ratios():
 
 def test_interval_of_a_share_matches_the_normal_approximation():
     successes = np.arange(400) % 10 < 3  # exactly 30 %
-    interval = metrics.bootstrap_interval(successes, np.ones(400), **SEEDED)
+    interval = intervals.bootstrap_interval(successes, np.ones(400), **SEEDED)
     half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
     assert interval.mean == pytest.approx(0.3)
     assert interval.low == pytest.approx(0.3 - half, abs=0.006)
@@ -43,16 +43,16 @@ def test_coverage_on_simulated_prompts():
     for _ in range(400):
         proposed = rng.integers(50, 150, size=60)
         accepted = rng.binomial(proposed, rng.beta(8, 8, size=60))  # true rate 0.5, whatever the length
-        interval = metrics.bootstrap_interval(accepted, proposed, samples=400, seed=1)
+        interval = intervals.bootstrap_interval(accepted, proposed, samples=400, seed=1)
         hits += interval.low <= 0.5 <= interval.high
     assert 0.91 <= hits / 400 <= 0.98
 
 
 def test_same_seed_same_interval_other_seed_another():
     data = (list(range(1, 30)), [40] * 29)
-    first = metrics.bootstrap_interval(*data, samples=500, seed=1)
-    assert first == metrics.bootstrap_interval(*data, samples=500, seed=1)
-    assert first.low != metrics.bootstrap_interval(*data, samples=500, seed=2).low
+    first = intervals.bootstrap_interval(*data, samples=500, seed=1)
+    assert first == intervals.bootstrap_interval(*data, samples=500, seed=1)
+    assert first.low != intervals.bootstrap_interval(*data, samples=500, seed=2).low
 
 
 def test_clusters_are_resampled_whole():
@@ -60,21 +60,21 @@ def test_clusters_are_resampled_whole():
     rng = np.random.default_rng(5)
     accepted, proposed = rng.integers(10, 90, size=20), np.full(20, 100)
     names = [f"d{i}" for i in range(20)]
-    alone = metrics.bootstrap_interval(accepted, proposed, **SEEDED, clusters=sorted(names))
-    copies = metrics.bootstrap_interval(
+    alone = intervals.bootstrap_interval(accepted, proposed, **SEEDED, clusters=sorted(names))
+    copies = intervals.bootstrap_interval(
         np.repeat(accepted, 10),
         np.repeat(proposed, 10),
         **SEEDED,
         clusters=np.repeat(sorted(names), 10).tolist(),
     )
-    naive = metrics.bootstrap_interval(np.repeat(accepted, 10), np.repeat(proposed, 10), **SEEDED)
+    naive = intervals.bootstrap_interval(np.repeat(accepted, 10), np.repeat(proposed, 10), **SEEDED)
     assert copies == pytest.approx(alone)
     assert naive.high - naive.low < 0.5 * (copies.high - copies.low)
 
 
 def test_paired_difference_of_identical_data_is_zero():
     side = ([3, 50, 7], [10, 60, 70])
-    assert metrics.paired_difference(side, side, **SEEDED) == (0.0, 0.0, 0.0)
+    assert intervals.paired_difference(side, side, **SEEDED) == (0.0, 0.0, 0.0)
 
 
 def test_pairing_cancels_what_prompts_have_in_common():
@@ -82,9 +82,9 @@ def test_pairing_cancels_what_prompts_have_in_common():
     hard = rng.integers(0, 80, size=40)
     proposed = np.full(40, 100)
     better, worse = (hard + 5, proposed), (hard, proposed)
-    paired = metrics.paired_difference(better, worse, **SEEDED)
+    paired = intervals.paired_difference(better, worse, **SEEDED)
     assert paired == pytest.approx((0.05, 0.05, 0.05))
-    alone = metrics.bootstrap_interval(*worse, **SEEDED)
+    alone = intervals.bootstrap_interval(*worse, **SEEDED)
     assert alone.high - alone.low > 0.1
 
 
@@ -92,7 +92,7 @@ def test_paired_difference_matches_the_normal_approximation():
     rng = np.random.default_rng(4)
     first, second = rng.integers(40, 60, size=200), rng.integers(30, 55, size=200)
     proposed = np.full(200, 100)
-    interval = metrics.paired_difference((first, proposed), (second, proposed), **SEEDED)
+    interval = intervals.paired_difference((first, proposed), (second, proposed), **SEEDED)
     gaps = (first - second) / 100
     half = 1.96 * gaps.std() / np.sqrt(200)
     assert interval.mean == pytest.approx(gaps.mean())
@@ -110,16 +110,16 @@ def test_one_training_seed_is_a_paired_difference():
     rng = np.random.default_rng(8)
     first, second = seeded_counts(rng, 1, 30), seeded_counts(rng, 1, 30)
     clusters = [f"d{i // 3}" for i in range(30)]
-    seeded = metrics.seeded_difference(first, second, **SEEDED, clusters=clusters)
+    seeded = intervals.seeded_difference(first, second, **SEEDED, clusters=clusters)
     rows = [(num[0], den[0]) for num, den in (first, second)]
-    assert seeded == pytest.approx(metrics.paired_difference(*rows, **SEEDED, clusters=clusters))
+    assert seeded == pytest.approx(intervals.paired_difference(*rows, **SEEDED, clusters=clusters))
 
 
 def test_seeded_difference_matches_a_loop_over_documents_and_seeds():
     rng = np.random.default_rng(9)
     first, second = seeded_counts(rng, 4, 24), seeded_counts(rng, 4, 24)
     documents = [f"d{i % 8}" for i in range(24)]
-    interval = metrics.seeded_difference(first, second, samples=20_000, seed=3, clusters=documents)
+    interval = intervals.seeded_difference(first, second, samples=20_000, seed=3, clusters=documents)
 
     def difference(seeds, units) -> float:
         return float(
@@ -146,13 +146,13 @@ def test_a_difference_is_compared_with_another_on_the_same_resamples():
     proposed = np.full((2, 6), 100)
     rates = ([60, 55], [40, 45], [45, 45], [40, 40])
     here, here_too, there, there_too = ((np.repeat([rate], 6, axis=0).T, proposed) for rate in rates)
-    interval = metrics.seeded_difference(here, here_too, less=(there, there_too), **SEEDED)
+    interval = intervals.seeded_difference(here, here_too, less=(there, there_too), **SEEDED)
     assert interval == pytest.approx((0.10, 0.05, 0.15))
     rng = np.random.default_rng(12)
     first, second = seeded_counts(rng, 3, 20), seeded_counts(rng, 3, 20)
-    same = metrics.seeded_difference(first, second, less=(first, second), **SEEDED)
+    same = intervals.seeded_difference(first, second, less=(first, second), **SEEDED)
     assert same == (0.0, 0.0, 0.0)
-    assert metrics.seeded_difference(first, second, **SEEDED).low < -0.01
+    assert intervals.seeded_difference(first, second, **SEEDED).low < -0.01
 
 
 def test_seeded_difference_covers_the_true_difference():
@@ -163,7 +163,7 @@ def test_seeded_difference_covers_the_true_difference():
         gain = 0.06 + rng.normal(0, 0.03, (16, 1)) + rng.normal(0, 0.05, 40)
         first, second = rng.binomial(100, 0.5 + gain), rng.binomial(100, 0.5, size=(16, 40))
         proposed = np.full((16, 40), 100)
-        interval = metrics.seeded_difference((first, proposed), (second, proposed), samples=400, seed=trial)
+        interval = intervals.seeded_difference((first, proposed), (second, proposed), samples=400, seed=trial)
         hits += interval.low <= 0.06 <= interval.high
     assert 0.90 <= hits / 300 <= 0.99
 
@@ -174,7 +174,7 @@ def test_interval_over_three_seeds_is_their_range():
     proposed, hits = np.full((3, 5), 100), 0
     for _ in range(400):
         gains = rng.normal(5, 3, size=(3, 1)).repeat(5, axis=1)
-        interval = metrics.seeded_difference(
+        interval = intervals.seeded_difference(
             (40 + gains, proposed), (np.full((3, 5), 40), proposed), samples=2000, seed=1
         )
         assert (interval.low, interval.high) == pytest.approx((gains.min() / 100, gains.max() / 100))
@@ -183,23 +183,23 @@ def test_interval_over_three_seeds_is_their_range():
 
 
 def test_units_that_propose_nothing_do_not_break_a_resample():
-    interval = metrics.bootstrap_interval([5, 0, 0], [10, 0, 0], **SEEDED)
+    interval = intervals.bootstrap_interval([5, 0, 0], [10, 0, 0], **SEEDED)
     assert interval == (0.5, 0.5, 0.5)
 
 
 def test_what_has_no_rate_is_refused():
     with pytest.raises(ValueError, match="sum to zero"):
-        metrics.bootstrap_interval([0, 0], [0, 0], **SEEDED)
+        intervals.bootstrap_interval([0, 0], [0, 0], **SEEDED)
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
-        metrics.bootstrap_interval([1, 2], [1, 2, 3], **SEEDED)
+        intervals.bootstrap_interval([1, 2], [1, 2, 3], **SEEDED)
     with pytest.raises(ValueError, match="2 and 1 units"):
-        metrics.paired_difference(([1, 1], [2, 2]), ([1], [2]), **SEEDED)
+        intervals.paired_difference(([1, 1], [2, 2]), ([1], [2]), **SEEDED)
     with pytest.raises(ValueError, match="1 cluster names for 2 units"):
-        metrics.bootstrap_interval([1, 2], [3, 4], **SEEDED, clusters=["a"])
+        intervals.bootstrap_interval([1, 2], [3, 4], **SEEDED, clusters=["a"])
     with pytest.raises(ValueError, match=r"\[K, N\]"):
-        metrics.seeded_difference(([[1, 1]], [[2, 2]]), ([[1], [1]], [[2], [2]]), **SEEDED)
+        intervals.seeded_difference(([[1, 1]], [[2, 2]]), ([[1], [1]], [[2], [2]]), **SEEDED)
     with pytest.raises(ValueError, match=r"\[K, N\]"):
-        metrics.seeded_difference(([1], [2]), ([1], [2]), **SEEDED)
+        intervals.seeded_difference(([1], [2]), ([1], [2]), **SEEDED)
 
 
 def test_conditional_acceptance_pools_prompts_and_stops_where_no_round_came():
@@ -212,7 +212,7 @@ def test_conditional_acceptance_pools_prompts_and_stops_where_no_round_came():
 
 def test_speedup_is_pooled_over_prompts_and_repeats():
     tokens = [100, 10]
-    speed = metrics.speedup(
+    speed = intervals.speedup(
         (tokens, [[10.0, 12.0, 14.0], [4.0, 4.0, 40.0]]),
         (tokens, [[24.0, 24.0, 24.0], [2.0, 2.0, 2.0]]),
         **SEEDED,
@@ -225,13 +225,13 @@ def test_speedup_is_pooled_over_prompts_and_repeats():
 
 def test_speedup_counts_tokens_where_the_runs_differ_in_length():
     """Sampled text: half the tokens in half the time is no speedup."""
-    speed = metrics.speedup(([50], [[1.0]]), ([100], [[2.0]]), **SEEDED)
+    speed = intervals.speedup(([50], [[1.0]]), ([100], [[2.0]]), **SEEDED)
     assert speed == ((pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0)), pytest.approx(1.0))
 
 
 def test_speedup_resamples_tokens_with_the_seconds_they_took():
     """One prompt runs at 4 times AR's speed, the other at 2 times; lengths and AR speeds differ."""
-    speed = metrics.speedup(([1000, 10], [[10.0], [1.0]]), ([900, 12], [[36.0], [2.4]]), **SEEDED)
+    speed = intervals.speedup(([1000, 10], [[10.0], [1.0]]), ([900, 12], [[36.0], [2.4]]), **SEEDED)
     assert (speed.overall.low, speed.overall.high) == (pytest.approx(2.0), pytest.approx(4.0))
 
 
@@ -239,12 +239,12 @@ def test_speedup_resamples_clusters_whole_and_their_repeats():
     """Two documents of two prompts: 4 times AR's speed in one, twice in the other, alike within neither."""
     own = [[2.0], [6.0], [12.0], [4.0]]
     ar = [[16.0], [16.0], [16.0], [16.0]]
-    speed = metrics.speedup(([8] * 4, own), ([8] * 4, ar), **SEEDED, clusters=["a", "a", "b", "b"])
+    speed = intervals.speedup(([8] * 4, own), ([8] * 4, ar), **SEEDED, clusters=["a", "a", "b", "b"])
     assert speed.overall == pytest.approx((64 / 24, 2.0, 4.0))
     assert speed.worst_prompt == pytest.approx(16 / 12)
     # One document whose second repeat ran at half the speed: repeats 1 and 2, or one of them twice.
     own, ar = [[1.0, 2.0], [3.0, 6.0]], [[4.0, 4.0], [4.0, 4.0]]
-    speed = metrics.speedup(([8] * 2, own), ([8] * 2, ar), **SEEDED, clusters=["a", "a"])
+    speed = intervals.speedup(([8] * 2, own), ([8] * 2, ar), **SEEDED, clusters=["a", "a"])
     assert speed.overall == pytest.approx((16 / 12, 8 / 8, 8 / 4))
 
 
@@ -255,7 +255,7 @@ def test_speedup_interval_covers_the_true_ratio():
         length = rng.uniform(1, 2, size=(12, 1))  # seconds of AR, by prompt
         ar = length * rng.lognormal(0, 0.02, size=(12, 3))
         own = length / 1.5 * rng.lognormal(0, 0.1, size=(12, 1)) * rng.lognormal(0, 0.02, size=(12, 3))
-        speed = metrics.speedup(([64] * 12, own), ([64] * 12, ar), samples=300, seed=1)
+        speed = intervals.speedup(([64] * 12, own), ([64] * 12, ar), samples=300, seed=1)
         hits += speed.overall.low <= 1.5 / np.exp(0.1**2 / 2) <= speed.overall.high
     assert 0.86 <= hits / 200 <= 1.0
 
@@ -271,4 +271,4 @@ def test_speedup_interval_covers_the_true_ratio():
 )
 def test_times_that_cannot_be_compared_are_refused(speculative, ar, told):
     with pytest.raises(ValueError, match=told):
-        metrics.speedup(speculative, ar, **SEEDED)
+        intervals.speedup(speculative, ar, **SEEDED)

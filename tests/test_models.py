@@ -13,22 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.config.schema import Labels, PretrainedModel, ScratchModel
+from pipeline.config.models import PretrainedModel, ScratchModel
+from pipeline.config.train import Labels
 from pipeline.decode.replay import match_views, view_logits
-from pipeline.decode.sources import Sampler
+from pipeline.decode.sampling import Sampler
 from pipeline.errors import BadData
-from pipeline.kv.view_cache import read_prefix, view_of
-from pipeline.models.load import (
-    ModelRef,
-    build_scratch,
-    convert_bin,
-    export_model,
-    load_model,
-    model_ref,
-    own_positions,
-    pick_device,
-    stop_tokens,
-)
+from pipeline.kv.view_cache import read_prefix
+from pipeline.kv.views import view_of
+from pipeline.models.build import build_scratch
+from pipeline.models.convert import convert_bin
+from pipeline.models.export import export_model
+from pipeline.models.load import ModelRef, load_model, model_ref, own_positions, pick_device, stop_tokens
 from pipeline.train.teacher import label_sequences
 from tests.pairs import make_pair, plain_tokens, rounds_of
 from tests.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer

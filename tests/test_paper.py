@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pipeline.axes import Place
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.plan.sweep_counts import count_sweep
-from pipeline.sweep.grid import Drafter, configured_picks
-from pipeline.sweep.predict import Place
+from pipeline.sweep.grid import Drafter
+from pipeline.sweep.picks import configured_picks
 
 PAPER = Path(__file__).resolve().parent.parent / "conf" / "paper.yaml"
 MULTI_VIEW = {"budgets": {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}, "num_views": 1}

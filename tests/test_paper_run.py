@@ -19,7 +19,7 @@ from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.data.sources.lwm import PAPER_ROWS
 from pipeline.errors import BadData
-from pipeline.store.artifacts import read_rows
+from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, Continuation, Prompt
 from tests.conftest import sharpen
 from tests.data.conftest import bench, book, narrative, story, write_lines

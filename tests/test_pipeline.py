@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from jobs.records.record import RECORDS
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import Incomplete, NotFinite
-from pipeline.store.artifacts import MANIFEST, checksum, file_sha256, read_rows
+from pipeline.store.artifacts import MANIFEST, checksum
+from pipeline.store.files import file_sha256, read_rows
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PromptRow
 from pipeline.sweep.replayer import PromptReplay
 from tests.toys import PROMPTS, artifact, toy_config

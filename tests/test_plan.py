@@ -20,16 +20,17 @@ from jobs.plan.facts import beyond_positions, estimate_prompts, known, shape_of
 from jobs.plan.memory import memory
 from jobs.plan.report import plan
 from jobs.stages.pipeline import run_pipeline
+from pipeline.axes import Place
 from pipeline.config.schema import Config
-from pipeline.data.prepare import make_readers
-from pipeline.decode.bench import Sides
-from pipeline.decode.steps import Side
+from pipeline.data.sources.registry import make_readers
+from pipeline.decode.runner import Side, Sides
 from pipeline.errors import BadData
 from pipeline.plan.shapes import Device, Shape
-from pipeline.plan.sweep_counts import count_sweep, measure_memory
-from pipeline.store.artifacts import read_all
+from pipeline.plan.sweep_counts import count_sweep
+from pipeline.plan.sweep_memory import measure_memory
+from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
-from pipeline.sweep.predict import Place, cell_of
+from pipeline.sweep.predict import cell_of
 from tests.configs import MINIMAL, SCRATCH
 from tests.data.conftest import story
 

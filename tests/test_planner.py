@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
+from pipeline.axes import Place
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Plane
 from pipeline.store.rows import PredictedRow, StepTimes
 from pipeline.sweep import predict
-from pipeline.sweep.grid import DraftLength, Pick, ViewCell
-from pipeline.sweep.predict import Place
+from pipeline.sweep.grid import DraftLength, ViewCell
+from pipeline.sweep.picks import Pick, by_place, first_seeds, plane_picks, worth_measuring
 from tests.configs import MINIMAL
 from tests.report.made import measured, row
 
 PLACE = Place("code", "64")
-FIRSTS = predict.first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
+FIRSTS = first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
 
 
 def steps(budget: int | str, draft_s: float, kind: str = "drafter", policy: str = "chunk_topk") -> StepTimes:
@@ -112,8 +113,8 @@ def test_the_fastest_the_baselines_and_the_corners_are_worth_measuring() -> None
         predicted("prompt_lookup", 0, 4, 0.6, policy="none"),
         predicted("prompt_lookup", 0, 8, 0.5, policy="none"),
     ]
-    (here,) = predict.by_place([*plane, *others]).values()
-    found = {(c.drafter, c.budget, c.gamma) for c in predict.worth_measuring(here, FIRSTS)}
+    (here,) = by_place([*plane, *others]).values()
+    found = {(c.drafter, c.budget, c.gamma) for c in worth_measuring(here, FIRSTS)}
     assert found == {
         ("multi_view", 16, 4), ("full_only", 16, 4), ("multi_view", 16, 8),  # the three fastest
         ("prompt_lookup", 0, 4),
@@ -125,10 +126,10 @@ def test_the_plane_is_every_budget_and_gamma_of_one_place() -> None:
     config = Config.model_validate(MINIMAL).sweep
     plane = Plane(drafter="multi_view", dataset="code", context="64")
     sweep = config.model_copy(update={"measure": config.measure.model_copy(update={"plane": plane})})
-    picks = predict.plane_picks(sweep, PLACE, ["full_only", "multi_view~1", "multi_view~2"])
+    picks = plane_picks(sweep, PLACE, ["full_only", "multi_view~1", "multi_view~2"])
     assert picks == [
         Pick("multi_view~1", ViewCell("chunk_topk", budget, None), DraftLength(gamma))
         for budget in (16, 32, "full")
         for gamma in (2, 4)
     ]
-    assert predict.plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []
+    assert plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.executors.base import InlineExecutor
+from jobs.executors.inline import InlineExecutor
 from jobs.stages.prepare import prepare
 from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer, train_bpe
 from pipeline.errors import BadData
-from pipeline.store.artifacts import Artifact, read_rows
+from pipeline.store.artifacts import Artifact
+from pipeline.store.files import read_rows
 from pipeline.store.rows import Prompt
 from tests.data.conftest import bench, book, narrative, story, write_lines
 
@@ -209,8 +210,8 @@ def test_the_stage_imports_without_ray_and_torch():
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason=f"the sample data is not at {SAMPLES}")
 def test_the_sample_data_is_read(tmp_path):
-    from pipeline.data.prepare import make_readers
     from pipeline.data.reading import Table, table_rows
+    from pipeline.data.sources.registry import make_readers
 
     config = make_config(
         tmp_path, SAMPLES,

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from jobs.commands.recommend import lines
+from pipeline.axes import Place
 from pipeline.errors import BadData
 from pipeline.results.pool import cell_rows
-from pipeline.results.recommend import Choice, ModelSize, Needs, choices, recommend, settings_text
-from pipeline.store.rows import CellRow, PromptRow
-from pipeline.sweep.predict import Place
+from pipeline.results.recommend import Choice, Needs, choices, recommend, settings_text
+from pipeline.store.rows import CellRow, ModelSize, PromptRow
 from tests.report.made import AXES, measured, row
 
 PLACE = Place("code", "64")

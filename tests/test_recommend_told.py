@@ -15,7 +15,7 @@ from jobs.tracking.store import Run, Store
 from jobs.tracking.tracker import Tracker
 from pipeline.errors import BadData
 from pipeline.results.summary import Summary
-from pipeline.store.artifacts import read_rows, write_rows
+from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import CellRow, PromptRow
 from tests.configs import MINIMAL
 from tests.report.made import artifacts, config, measured, row

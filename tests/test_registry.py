@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from jobs.cli.app import app
-from jobs.commands.submit import JOB_CONFIG
+from jobs.executors.ray_job import JOB_CONFIG
 from jobs.registry import register as registering
 from jobs.registry.versions import Version, evidence_of, pull, resolve
 from jobs.stages.pipeline import run_pipeline

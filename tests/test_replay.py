@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.decode import replay
-from pipeline.decode.sources import Chance
-from pipeline.kv.view_cache import read_prefix, view_of
+from pipeline.decode.sampling import Chance
+from pipeline.kv.view_cache import read_prefix
+from pipeline.kv.views import view_of
 from pipeline.train.teacher import write_ahead
 from tests.conftest import random_tokens
 from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of

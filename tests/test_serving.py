@@ -19,8 +19,10 @@ from jobs.cli.app import app
 from pipeline.config.files import dump_config
 from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
-from pipeline.kv.view_cache import ATTENTION, view_of
-from pipeline.models.load import ModelRef, prepare_model
+from pipeline.kv.view_cache import ATTENTION
+from pipeline.kv.views import view_of
+from pipeline.models.build import prepare_model
+from pipeline.models.load import ModelRef
 from pipeline.serving.assisted import BudgetedAssistant
 from pipeline.serving.pair import Pair, load_pair
 from tests.conftest import VOCABULARY, random_tokens

@@ -21,7 +21,8 @@ from jobs.records.status import View, find, show_status, span
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, Incomplete
 from pipeline.observe.progress import progress
-from pipeline.store.artifacts import open_artifact, write_rows
+from pipeline.store.artifacts import open_artifact
+from pipeline.store.files import write_rows
 from pipeline.store.rows import FailedCell
 from tests.faults.toy import ROOT, Toy, make_toy
 from tests.tiny import tiny_config

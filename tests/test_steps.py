@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.decode import steps
 from pipeline.decode.model import decode_model
-from pipeline.decode.sources import Sampler
-from pipeline.decode.steps import Side
+from pipeline.decode.runner import Side
+from pipeline.decode.sampling import Sampler
 from pipeline.errors import BadData, NotFinite
-from pipeline.kv.view_cache import FULL, view_of
+from pipeline.kv.views import FULL, view_of
 from tests.conftest import random_tokens
 from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

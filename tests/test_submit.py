@@ -21,8 +21,8 @@ import yaml
 
 from jobs.commands.submit import Job, connect, send, submit
 from jobs.stages.pipeline import settled
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
 from tests.configs import MINIMAL
 from tests.faults.toy import PATIENCE_S, artifact, make_toy
 from tests.heads import BIN, Head, ray_head

@@ -17,7 +17,7 @@ from jobs.stages.pipeline import run_pipeline
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
 from pipeline.results.summary import Summary
-from pipeline.store.artifacts import read_all, read_rows
+from pipeline.store.files import read_all, read_rows
 from pipeline.store.rows import CellRow, PredictedRow, PromptRow, StepTimes
 from pipeline.sweep import predict
 from pipeline.sweep.evaluator import Evaluator, MeasureTask

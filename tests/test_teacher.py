@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jobs.stages.teach import label_bytes, label_tasks
 from pipeline.config.schema import Config
-from pipeline.decode.sources import Chance
+from pipeline.decode.sampling import Chance
 from pipeline.errors import NotFinite
 from pipeline.models.load import ModelRef
-from pipeline.store.artifacts import Artifact, read_rows
+from pipeline.store.artifacts import Artifact
+from pipeline.store.files import read_rows
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
 from tests.tiny import save_model, tiny_config, tiny_tokenizer, write_prepare

@@ -15,9 +15,9 @@ import yaml
 from jobs import Terminated
 from jobs.tracking import tracker as tracking
 from jobs.tracking.tracker import NullTracker, Tracker
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Config
-from pipeline.store.artifacts import provenance
+from pipeline.errors import ConfigError
+from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow
 from tests.configs import MINIMAL
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
 
-from jobs.executors.base import InlineExecutor
-from pipeline.config.schema import Pretrain
+from jobs.executors.inline import InlineExecutor
+from pipeline.config.models import Pretrain
 from pipeline.errors import NotFinite
 from pipeline.models.load import ModelRef, load_model, own_positions
-from pipeline.store.artifacts import write_rows
+from pipeline.store.files import write_rows
 from pipeline.train.batches import Shards
 from pipeline.train.checkpoints import checkpoint_folder, latest
 from pipeline.train.engine import TorchEngine

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.decode import bench as measure
+from pipeline.decode import runner
 from pipeline.decode.loop import Round
 from pipeline.decode.model import LeanModel, decode_model
-from pipeline.store.artifacts import read_rows
+from pipeline.store.files import read_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from pipeline.sweep.evaluator import failures_of
 from pipeline.sweep.measurer import before_divergence
@@ -128,7 +129,7 @@ def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_p
 def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
     """The gap is that of the two best logits of a plain forward; the noise is rounding."""
     prompt, continuation = bench.prompts[0], bench.continuations[0].tokens
-    held = measure.Bench(measure.Sides("none"), decode_model(bench.pair[0]), [prompt], 5)
+    held = measure.Bench(runner.Sides("none"), decode_model(bench.pair[0]), [prompt], 5)
     other = [*continuation[:7], (continuation[7] + 1) % VOCABULARY, *continuation[8:]]
     gap, noise = held.divergence(0, continuation, other)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from jobs.executors.base import InlineExecutor
+from jobs.executors.inline import InlineExecutor
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
 from pipeline.train.job import TrainJob
 from tests.group import copy_state, run_group, train

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from jobs.executors.base import InlineExecutor
+from jobs.executors.inline import InlineExecutor
 from pipeline.config.schema import Config
-from pipeline.models.load import ModelRef, export_model
-from pipeline.store.artifacts import write_array, write_rows
+from pipeline.models.export import export_model
+from pipeline.models.load import ModelRef
+from pipeline.store.files import write_array, write_rows
 from pipeline.store.rows import Prompt
 from pipeline.train.job import TrainJob
 from pipeline.train.loop import read_metrics

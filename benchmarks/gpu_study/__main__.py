@@ -23,10 +23,9 @@ from pathlib import Path
 from benchmarks.gpu_study.travel import DOCUMENTS, light_copy, pack, unpack
 from jobs import Terminated, raise_on_sigterm
 from jobs.cli.app import BAD_DATA, DONE, TERMINATED, USAGE, set_up_logging
-from pipeline.config.errors import ConfigError
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
-from pipeline.errors import BadData
+from pipeline.errors import BadData, ConfigError
 
 GRACE_S = 60.0  # between the request to stop, at which a step of training is ended and saved, and the kill
 

@@ -15,7 +15,7 @@ from benchmarks.page_parts import acceptance, check_table, end_to_end, markdown,
 from jobs.stages.pipeline import run_pipeline, settled
 from pipeline.config.schema import Config
 from pipeline.results.summary import Check, Summary
-from pipeline.store.artifacts import read_all, read_rows, write_text
+from pipeline.store.files import read_all, read_rows, write_text
 from pipeline.store.rows import CellRow, PromptRow
 
 PAIR, BASELINE = "multi_view", "full_only"

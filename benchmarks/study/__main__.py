@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.study import checks as checked
 from benchmarks.study import tables
 from benchmarks.study.runs import CONFIGS, study
-from pipeline.store.artifacts import write_text
+from pipeline.store.files import write_text
 
 FIGURES = {
     "table-1": "acceptance_by_budget_chunk_topk",

@@ -8,9 +8,10 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from benchmarks.study.runs import Study
-from pipeline.config.schema import Config, Variant
-from pipeline.config.sweep import family
-from pipeline.metrics import Interval, bootstrap_interval, seeded_difference
+from pipeline.axes import family
+from pipeline.config.schema import Config
+from pipeline.config.train import Variant
+from pipeline.intervals import Interval, bootstrap_interval, seeded_difference
 from pipeline.store.rows import Count, PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42

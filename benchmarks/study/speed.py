@@ -9,8 +9,8 @@ from typing import NamedTuple
 from benchmarks.page_parts import acceptance, end_to_end, interval_text, markdown, speed
 from benchmarks.study.families import SAMPLES, SEED
 from benchmarks.study.runs import Study
-from pipeline import metrics
-from pipeline.metrics import Interval
+from pipeline import intervals
+from pipeline.intervals import Interval
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import CellRow, PromptRow
@@ -109,7 +109,7 @@ def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
             for stops in (False, True)
         )
         prompts = sorted(cells[fixed])
-        ratio = metrics.bootstrap_interval(
+        ratio = intervals.bootstrap_interval(
             [seconds[fixed][p] for p in prompts],
             [seconds[early][p] for p in prompts],
             samples=SAMPLES,

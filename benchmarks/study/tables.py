@@ -15,9 +15,10 @@ from benchmarks.study import ablations
 from benchmarks.study import speed as speeds
 from benchmarks.study.families import GAMMA, SMALLEST, families_of, student
 from benchmarks.study.runs import Study, commits
-from pipeline.metrics import Interval
-from pipeline.results.summary import Budget, FamilyGain, Summary
-from pipeline.store.artifacts import provenance
+from pipeline.axes import Budget
+from pipeline.intervals import Interval
+from pipeline.results.summary import FamilyGain, Summary
+from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow, PredictedRow
 from pipeline.sweep.predict import cell_of
 

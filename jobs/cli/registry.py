@@ -1,4 +1,4 @@
-"""Commands around MLflow's model registry. `cli.py` turns their errors into exit codes."""
+"""Commands around MLflow's model registry: gate, pull, rollback."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli.app import app
 from pipeline.config.files import load_group
 from pipeline.config.gate import GateConfig
-
-commands = typer.Typer()
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Registered model; default: the only one.")
@@ -26,7 +25,7 @@ SIDE = (
 )
 
 
-@commands.command("gate", short_help="Compare a candidate with the champion: pass, fail, or not known yet.")
+@app.command("gate", short_help="Compare a candidate with the champion: pass, fail, or not known yet.")
 def gate_candidate(
     candidate: Annotated[str, typer.Option(metavar="RUN", help=f"Who wants to be champion: {SIDE}.")],
     baseline: Annotated[str, typer.Option(metavar="RUN", help="Whom it is compared with.")] = "champion",
@@ -62,7 +61,7 @@ def gate_candidate(
     raise typer.Exit(EXIT_CODES[decision.verdict])
 
 
-@commands.command("pull", short_help="Fetch a registered drafter as a Hugging Face folder.")
+@app.command("pull", short_help="Fetch a registered drafter as a Hugging Face folder.")
 def pull_drafter(
     reference: Annotated[
         str,
@@ -85,7 +84,7 @@ def pull_drafter(
     typer.echo(made)
 
 
-@commands.command("rollback", short_help="Make the champion before the present one champion again.")
+@app.command("rollback", short_help="Make the champion before the present one champion again.")
 def roll_back(
     to: Annotated[
         int | None,

@@ -22,8 +22,7 @@ from typing import Any
 from filelock import Timeout
 
 from jobs.records.record import RECORDS, lives
-from pipeline.config.errors import ConfigError
-from pipeline.errors import BadData
+from pipeline.errors import BadData, ConfigError
 from pipeline.store.artifacts import LOCKS, Artifact, checksum
 
 NAME = re.compile(r"(?P<stage>.+)-(?P<fingerprint>[0-9a-f]{12})")

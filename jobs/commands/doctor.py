@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.errors import ConfigError, hide_credentials
-from pipeline.config.schema import Config, PretrainedModel
-from pipeline.errors import BadData
+from pipeline.config.models import PretrainedModel
+from pipeline.config.schema import Config
+from pipeline.errors import BadData, ConfigError, hide_credentials
 
 DISTRIBUTION = "budgetdraft"
 LOW_SPACE_GB = 10.0
@@ -128,7 +128,7 @@ def _devices(config: Config | None) -> Iterator[Check]:
 
 
 def _storage(config: Config) -> Iterator[Check]:
-    from pipeline.store.artifacts import write_text
+    from pipeline.store.files import write_text
 
     folder = Path(config.storage).expanduser()
     probe = folder / f".doctor-{os.getpid()}"
@@ -162,8 +162,8 @@ def _tracking(config: Config) -> Check:
 
 
 def _sources(config: Config) -> Iterator[Check]:
-    from pipeline.data.prepare import make_readers
     from pipeline.data.reading import looks_local
+    from pipeline.data.sources.registry import make_readers
 
     if config.data.prepared is not None:
         from jobs.stages.prepare import prepared_elsewhere
@@ -210,7 +210,7 @@ def _compiler(config: Config) -> Check:
     """What `decode.compile` needs of this machine."""
     if config.decode.compile == "none":
         return Check("ok", "compiler", "not needed (decode.compile: none)")
-    from pipeline.decode.steps import cpp_compiler
+    from pipeline.decode.runner import cpp_compiler
 
     found = cpp_compiler()
     if found is None:

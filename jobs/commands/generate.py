@@ -8,9 +8,9 @@ from jobs.stages.pipeline import completed
 from kernels import dispatch
 from pipeline.config.schema import Config
 from pipeline.decode import replay
-from pipeline.decode.sources import Chance
+from pipeline.decode.sampling import Chance
 from pipeline.errors import BadData
-from pipeline.kv.view_cache import view_of
+from pipeline.kv.views import view_of
 from pipeline.serving.pair import load_pair
 
 UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character

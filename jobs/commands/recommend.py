@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.stages.report import AGAIN, CELLS, RUN_OFF, SUMMARY
+from pipeline.axes import Place
 from pipeline.errors import BadData
 from pipeline.report.page import size
 from pipeline.results.recommend import (
@@ -20,9 +20,9 @@ from pipeline.results.recommend import (
     settings_text,
 )
 from pipeline.results.summary import Summary, read_summary
-from pipeline.store.artifacts import read_rows
+from pipeline.store.files import read_rows
+from pipeline.store.layout import AGAIN, CELLS, RUN_OFF, SUMMARY
 from pipeline.store.rows import CellRow
-from pipeline.sweep.predict import Place
 
 
 def advise(

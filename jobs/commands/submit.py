@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from jobs import was_terminated
 from jobs.executors.ray_cluster import HELD
-from pipeline.config.errors import ConfigError, hide_credentials
+from jobs.executors.ray_job import check_storage
 from pipeline.config.schema import Config
-from pipeline.errors import Incomplete
-from pipeline.store.artifacts import COMMIT, provenance
+from pipeline.errors import ConfigError, Incomplete, hide_credentials
+from pipeline.store.provenance import COMMIT, provenance
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -28,33 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in what a job runs
 # Beside what .gitignore, .rayignore and Ray itself leave out.
 EXCLUDES = ("/.git/", "/.venv/", "/runs/")
 POLL_S = 0.5
 STARTING = "No available agent"  # what the server of a head answers whose own agent is not up yet
 STARTING_S = 60.0
 GIGABYTE = 10**9
-
-
-def in_ray_job() -> bool:
-    """Whether this process is what a Ray job runs."""
-    return JOB_CONFIG in os.environ
-
-
-def job_id() -> str | None:
-    """The submission id of the Ray job that this process runs for: what `budgetdraft submit` printed."""
-    given = json.loads(os.environ.get(JOB_CONFIG, "{}"))
-    return given.get("metadata", {}).get("job_submission_id")
-
-
-def check_storage(storage: str) -> None:
-    """Raises ConfigError where a job would lose what it makes."""
-    if not Path(storage).is_absolute():
-        raise ConfigError(
-            f"storage = {storage}: a Ray job runs in a copy of the working directory that goes when it ends; "
-            "set an absolute path that all nodes share, as in storage=/shared/runs"
-        )
 
 
 @dataclass(frozen=True)

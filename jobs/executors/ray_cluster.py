@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.config.schema import Run, Work
+from pipeline.config.run import Run, Work
 from pipeline.errors import BadData
-from pipeline.store.artifacts import provenance
+from pipeline.store.provenance import provenance
 
 # In the environment of a submitted job: what its own process holds, by Ray's names, as JSON.
 HELD = "BUDGETDRAFT_HELD_BY_ENTRYPOINT"

@@ -22,7 +22,8 @@ from jobs.executors.base import Item, Result
 from jobs.executors.ray_cluster import check_nodes, count_fitting, request
 from jobs.executors.ray_pool import Pool, Tasks, Worker
 from jobs.executors.ray_train import train_on_ray
-from pipeline.config.schema import Config, Work
+from pipeline.config.run import Work
+from pipeline.config.schema import Config
 from pipeline.errors import BadData, Incomplete
 from pipeline.observe import logs
 from pipeline.observe.events import listening

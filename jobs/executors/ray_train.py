@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any
 
 from pipeline.errors import BadData, NotFinite
-from pipeline.store.artifacts import write_json
+from pipeline.store.files import write_json
 from pipeline.train.job import TrainJob, is_first_worker, run_job
 from pipeline.train.stopping import Stopped
 

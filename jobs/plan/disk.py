@@ -12,7 +12,8 @@ import numpy as np
 from jobs.plan.facts import Facts
 from jobs.stages.teach import taught
 from jobs.stages.train import drafters, scratch_models
-from pipeline.config.schema import AnyModel, Config, ScratchModel
+from pipeline.config.models import AnyModel, ScratchModel
+from pipeline.config.schema import Config
 from pipeline.plan.shapes import FP32, Shape
 from pipeline.plan.sweep_counts import SweepCounts
 from pipeline.store.artifacts import Artifact

@@ -18,19 +18,21 @@ import torch
 
 from jobs.stages.prepare import prepared_elsewhere
 from jobs.stages.teach import label_tasks
+from pipeline.axes import Place
 from pipeline.config.data import AnySource, Data
-from pipeline.config.schema import AnyModel, Config, PretrainedModel, ScratchModel
+from pipeline.config.models import AnyModel, PretrainedModel, ScratchModel
+from pipeline.config.schema import Config
 from pipeline.data.documents import Document, Reader
-from pipeline.data.packing import TOKENIZER
-from pipeline.data.prepare import distinct, local_files, make_readers, stage_inputs
+from pipeline.data.prepare import distinct, local_files, stage_inputs
 from pipeline.data.prompts import places
 from pipeline.data.reading import BadRow, looks_local
+from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import check_tokenizers, read_tokenizer
 from pipeline.errors import BadData
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.plan.shapes import Shape, pretrained_shape, scratch_shape
 from pipeline.store.artifacts import Artifact, open_artifact
-from pipeline.sweep.predict import Place
+from pipeline.store.layout import TOKENIZER
 from pipeline.train.teacher import LabelTask
 
 COMPRESSED, EXPANSION = {".gz", ".parquet", ".zip"}, 2.5  # text in files of these kinds, to its size there

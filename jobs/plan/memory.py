@@ -12,20 +12,14 @@ import torch
 
 from jobs.executors.ray_train import read_settings
 from jobs.plan.facts import Facts
-from pipeline.config.schema import Config, ScratchModel, Work
+from pipeline.config.models import ScratchModel
+from pipeline.config.run import Work
+from pipeline.config.schema import Config
 from pipeline.models.load import pick_device
-from pipeline.plan.flops import timed_step
-from pipeline.plan.shapes import (
-    Device,
-    Memory,
-    Shape,
-    Sharding,
-    pretrain_memory,
-    sharding_of,
-    teach_memory,
-    train_memory,
-)
-from pipeline.plan.sweep_counts import measure_memory, replay_memory
+from pipeline.plan.rates import timed_step
+from pipeline.plan.shapes import Device, Memory, Shape, Sharding, sharding_of
+from pipeline.plan.sweep_memory import measure_memory, replay_memory
+from pipeline.plan.train_memory import pretrain_memory, teach_memory, train_memory
 
 # Resident bytes of imports that a plan does without, measured on Linux with the pinned versions.
 MLFLOW_BYTES, RAY_BYTES = 100_000_000, 70_000_000

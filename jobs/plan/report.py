@@ -13,7 +13,8 @@ from jobs.plan.memory import device_memory, device_of, memory, memory_problems
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.plan.flops import MEASURING, Rates, hours, prefills, rates_of, step_of, work
+from pipeline.plan.flops import MEASURING, Rates, hours, prefills, work
+from pipeline.plan.rates import rates_of, step_of
 from pipeline.plan.shapes import Memory, Shape
 from pipeline.plan.sweep_counts import SweepCounts, count_sweep, unranked
 

@@ -25,11 +25,11 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from jobs import Terminated, was_terminated
-from pipeline.config.errors import hide_credentials
-from pipeline.config.schema import Config, ScratchModel
-from pipeline.errors import Incomplete
+from pipeline.config.models import ScratchModel
+from pipeline.config.schema import Config
+from pipeline.errors import Incomplete, hide_credentials
 from pipeline.observe import events, logs
-from pipeline.store.artifacts import fingerprint, write_json
+from pipeline.store.files import fingerprint, write_json
 
 RECORDS, STATUS, ALIVE = "run-records", "status.json", "alive.lock"
 STAGES = ("prepare", "pretrain", "teach", "train", "sweep", "report")

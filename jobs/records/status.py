@@ -13,7 +13,7 @@ from typing import Any
 from jobs.records.record import RECORDS, STATUS, RunStatus, StageRecord, lives
 from pipeline.errors import BadData
 from pipeline.observe.logs import LOG
-from pipeline.store.artifacts import read_all
+from pipeline.store.files import read_all
 from pipeline.store.rows import FailedCell
 
 SHOWN = 5  # failed cells

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jobs.stages.report import CELLS
+from pipeline.axes import budget_order
 from pipeline.gate.evidence import Evidence, Results, manifest, sound_files
-from pipeline.results.axes import budget_order
 from pipeline.results.pool import MODES
-from pipeline.store.artifacts import read_rows
+from pipeline.store.files import read_rows
+from pipeline.store.layout import CELLS
 from pipeline.store.rows import CellRow
 
 TITLE = "# BudgetDraft drafter"

@@ -4,56 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from jobs.registry import champion as registry_champion
 from jobs.registry import versions
-from pipeline.config.errors import ConfigError
+from jobs.registry.decision import Decision, Side, markdown, title
 from pipeline.config.gate import GateConfig
-from pipeline.errors import BadData
+from pipeline.errors import BadData, ConfigError
 from pipeline.gate.bounds import Verdict
 from pipeline.gate.evidence import Evidence, open_results, read_evidence, weights_of
-from pipeline.gate.verdict import Comparison, GatedCell, compare
-from pipeline.metrics import Interval
-from pipeline.store.artifacts import write_json, write_text
-from pipeline.store.rows import Row
+from pipeline.gate.verdict import Comparison, compare
+from pipeline.store.files import write_json, write_text
 
 JSON, MARKDOWN, FIGURE = "gate.json", "gate.md", "gate.png"
-STRIP = 25  # characters of the figure in the Markdown table
-SAID: dict[Verdict, str] = {
-    "pass": "pass",
-    "fail": "fail: the candidate is worse than what is tolerated",
-    "not_enough_evidence": "not enough evidence",
-}
 
 
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 5, "not_enough_evidence": 6}
-
-
-class Side(Row):
-    """Who was compared. `version` is the number in the registry; of finished results None, or the champion's
-    where they were promoted against as its own."""
-
-    reference: str
-    version: int | None
-    drafter: str
-    config: str
-    hardware: str
-    budgets: list[int | Literal["full"]]
-
-
-class Decision(Row):
-    """`gate.json`. `model` is the registered one, None for finished results; `baseline` None: no champion."""
-
-    verdict: Verdict
-    reasons: list[str]
-    model: str | None
-    candidate: Side
-    baseline: Side | None
-    target: str
-    prompts: str
-    gate: GateConfig
-    cells: list[GatedCell]
 
 
 @dataclass(frozen=True)
@@ -176,88 +141,3 @@ def write(decision: Decision, output: Path) -> None:
         (output / FIGURE).unlink(missing_ok=True)
     write_text(output / MARKDOWN, markdown(decision))
     write_json(output / JSON, decision.model_dump(mode="json"))
-
-
-def title(decision: Decision) -> str:
-    sides = [f"{side.drafter} ({side.config})" for side in (decision.candidate, decision.baseline) if side]
-    return f"{' against '.join(sides)}: {SAID[decision.verdict]}"
-
-
-def markdown(decision: Decision) -> str:
-    """The summary for a CI service."""
-    lines = [f"## Gate: {SAID[decision.verdict]}", "", *(f"- {reason}" for reason in decision.reasons), ""]
-    lines += ["| | drafter | config | trained on budgets | version | hardware of timings |", "|---" * 6 + "|"]
-    for name, side in (("candidate", decision.candidate), ("baseline", decision.baseline)):
-        if side:
-            budgets = ", ".join(map(str, side.budgets)) or "none"
-            version = f"{decision.model} {side.version}" if side.version else side.reference
-            timed = side.hardware or "none"
-            lines.append(f"| {name} | `{side.drafter}` | {side.config} | {budgets} | {version} | {timed} |")
-    if decision.cells:
-        lines += ["", *cell_table(decision)]
-    return "\n".join(lines) + "\n"
-
-
-def cell_table(decision: Decision) -> list[str]:
-    """A line a cell, with its interval drawn: the figure, where no image can be shown."""
-    chance = f"{100 * decision.gate.error_rate:g} %"
-    known = [(cell.low, cell.high, cell.floor, cell.difference) for cell in decision.cells]
-    at = [100 * value for values in known for value in values if value is not None]
-    return [
-        "Differences and bounds are in points of acceptance, or % of speedup; `┊` is the least that is "
-        f"tolerated. A lower bound errs with a chance of {chance}, and so do all upper bounds together.",
-        "",
-        "| cell | of | candidate | baseline | difference | bounds | drawn | tolerated | documents | "
-        "prompts, looping | without looping | `other_prompt` | outcome |",
-        "|---" * 13 + "|",
-        *(cell_line(cell, min(at), max(at)) for cell in decision.cells),
-    ]
-
-
-def cell_line(cell: GatedCell, least: float, most: float) -> str:
-    speed = cell.metric == "speed"
-    sides = [f"{x:.2f}×" if speed else f"{100 * x:.1f} %" for x in (cell.candidate, cell.baseline)]
-    known = cell.low is not None and cell.high is not None
-    bounds = f"[{points(cell.low)}, {points(cell.high)}]" if known else "too few documents"
-    parts = [
-        cell.name,
-        cell.metric,
-        *sides,
-        points(cell.difference),
-        bounds,
-        f"`{strip(cell, least, most)}`",
-        points(cell.floor),
-        str(cell.num_documents),
-        f"{cell.num_prompts}, {cell.num_looping}",
-        with_interval(cell.not_looping),
-        with_interval(cell.other_prompt),
-        {
-            "pass": "pass",
-            "fail": "**fail**",
-            "open": f"open, needs {cell.documents_needed or 'no number of'} documents",
-        }[cell.outcome],
-    ]
-    return f"| {' | '.join(parts)} |"
-
-
-def strip(cell: GatedCell, least: float, most: float) -> str:
-    """The interval as text, from `least` to `most` in percent."""
-
-    def column(value: float) -> int:
-        return round((100 * value - least) / ((most - least) or 1) * (STRIP - 1))
-
-    drawn = ["·"] * STRIP
-    if cell.low is not None and cell.high is not None:
-        for at in range(column(cell.low), column(cell.high) + 1):
-            drawn[at] = "─"
-    drawn[column(cell.floor)] = "┊"
-    drawn[column(cell.difference)] = "●"
-    return "".join(drawn)
-
-
-def points(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:+.1f}"
-
-
-def with_interval(found: Interval | None) -> str:
-    return f"{points(found.mean)} [{points(found.low)}, {points(found.high)}]" if found else ""

@@ -19,10 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from jobs.tracking.store import RAY_JOB, tracking_problem
-from pipeline.config.errors import hide_credentials
-from pipeline.errors import BadData, Incomplete
+from pipeline.errors import BadData, Incomplete, hide_credentials
 from pipeline.gate.evidence import Evidence, load_evidence
-from pipeline.store.artifacts import file_sha256
+from pipeline.store.files import file_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

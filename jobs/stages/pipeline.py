@@ -14,25 +14,27 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from jobs.commands.submit import check_storage, in_ray_job
-from jobs.executors.base import Executor, NoExecutor, make_executor
+from jobs.executors.base import Executor
+from jobs.executors.choose import NoExecutor, make_executor
+from jobs.executors.ray_job import check_storage, in_ray_job
 from jobs.records.record import RunRecord
 from jobs.registry.register import register
 from jobs.stages.prepare import prepare
-from jobs.stages.report import CELLS, FIGURES, PAGE, SUMMARY, ReportInputs, report
+from jobs.stages.report import ReportInputs, report
 from jobs.stages.sweep import ref, sweep
 from jobs.stages.teach import sample, teach
 from jobs.stages.train import Watch, pretrain, target_ref, train
 from jobs.tracking.store import Run
 from jobs.tracking.tracker import Tracker
-from pipeline.config.errors import ConfigError
-from pipeline.config.schema import Config, Work
-from pipeline.errors import BadData, Incomplete, is_full_disk
+from pipeline.config.run import Work
+from pipeline.config.schema import Config
+from pipeline.errors import BadData, ConfigError, Incomplete, is_full_disk
 from pipeline.models.load import ModelRef
 from pipeline.results.summary import Stage, Summary
-from pipeline.store.artifacts import Artifact, read_rows
+from pipeline.store.artifacts import Artifact
+from pipeline.store.files import read_rows
+from pipeline.store.layout import CELLS, FIGURES, METRICS, PAGE, SUMMARY
 from pipeline.store.rows import CellRow
-from pipeline.train.loop import METRICS
 
 log = logging.getLogger(__name__)
 

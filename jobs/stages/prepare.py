@@ -13,25 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.commands.submit import in_ray_job
+from jobs.executors.ray_job import in_ray_job
 from pipeline.config.schema import Config
 from pipeline.data.decontaminate import find_contaminated, index_evaluation
 from pipeline.data.documents import Reader, Shard, bad_row_counts, find_copies, read_shard
-from pipeline.data.packing import DOCUMENTS, TOKENIZER, encode_part, pack, plan_packing, remove_pieces
+from pipeline.data.packing import encode_part, pack, plan_packing, remove_pieces
 from pipeline.data.prepare import (
     check_prompts,
     local_files,
-    make_readers,
     origins,
     plan_prompts,
     settings,
     stage_inputs,
     write_prompts,
 )
+from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import check_tokenizers, sample_text, save_new_tokenizer, save_target_tokenizer
 from pipeline.errors import BadData
 from pipeline.observe.events import Opened, tell
 from pipeline.store.artifacts import FORMAT, MANIFEST, Artifact, open_artifact
+from pipeline.store.layout import DOCUMENTS, TOKENIZER
 
 if TYPE_CHECKING:
     from jobs.executors.base import Executor

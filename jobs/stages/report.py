@@ -17,35 +17,43 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.stages.sweep import PREDICTED, ROWS, STEPS, STEPS_BESIDE
-from pipeline.config.errors import hide_credentials
 from pipeline.config.schema import Config
+from pipeline.errors import hide_credentials
 from pipeline.report.page import PageInputs, render
 from pipeline.results.findings import summarise
 from pipeline.results.pool import Axes, cell_rows
-from pipeline.results.recommend import ModelSize
 from pipeline.results.scores import Predictions
 from pipeline.results.summary import RankMemory, Stage, Summary
-from pipeline.store.artifacts import (
-    Artifact,
-    file_sha256,
-    open_artifact,
-    provenance,
-    read_all,
-    read_rows,
-    write_json,
-    write_rows,
-    write_text,
+from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.store.files import file_sha256, read_all, read_rows, write_json, write_rows, write_text
+from pipeline.store.layout import (
+    AGAIN,
+    ANALYSIS,
+    CELLS,
+    FIGURES,
+    PAGE,
+    PREDICTED,
+    ROWS,
+    RUN_OFF,
+    SIZES,
+    STEPS,
+    STEPS_BESIDE,
+    SUMMARY,
 )
-from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow, PromptRow, StepTimes
-from pipeline.sweep import predict
-from pipeline.sweep.evaluator import SIZES
+from pipeline.store.provenance import provenance
+from pipeline.store.rows import (
+    CellRow,
+    Continuation,
+    FailedCell,
+    ModelSize,
+    PredictedRow,
+    PromptRow,
+    StepTimes,
+)
+from pipeline.sweep import picks, predict
 
 log = logging.getLogger(__name__)
 
-CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
-RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
-SUMMARY, PAGE = "summary.json", "report.html"
 # Raised where analysis.json or cells.jsonl get other fields, or these another meaning: reports of older
 # code are then drawn anew.
 ANALYSIS_FORMAT = 3
@@ -107,7 +115,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, *predict.MEASURED_AGAIN, STEPS, STEPS_BESIDE, "failed")
+        for folder in (ROWS, *picks.MEASURED_AGAIN, STEPS, STEPS_BESIDE, "failed")
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -168,7 +176,7 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
     """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
-    rechecked = [read_all(sweep / folder, PromptRow) for folder in predict.MEASURED_AGAIN]
+    rechecked = [read_all(sweep / folder, PromptRow) for folder in picks.MEASURED_AGAIN]
     run_off, again = (cell_rows(rows, axes, samples, config.seed) for rows in rechecked)
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),

@@ -13,7 +13,7 @@ import numpy as np
 from jobs.executors.base import Executor
 from jobs.stages.train import model_identity, target_ref
 from pipeline.config.schema import Config
-from pipeline.decode.sources import Chance
+from pipeline.decode.sampling import Chance
 from pipeline.models.load import pick_device
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, smallest_uint

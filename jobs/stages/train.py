@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.executors.base import Executor
-from pipeline.config.schema import AnyModel, Config, PretrainedModel
+from pipeline.config.models import AnyModel, PretrainedModel
+from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
 from pipeline.models.load import ModelRef, model_ref
 from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.store.layout import MEMORY, METRICS
 from pipeline.train.checkpoints import CHECKPOINTS
 from pipeline.train.job import TrainJob
-from pipeline.train.loop import MEMORY, METRICS
 
 # What mirrors the growing metrics files of a launch while it runs.
 Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]

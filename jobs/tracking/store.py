@@ -19,9 +19,11 @@ from filelock import FileLock, Timeout
 
 from jobs.records.record import lives
 from jobs.tracking.writer import Refused
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Config
-from pipeline.store.artifacts import LOCKS, provenance, write_text
+from pipeline.errors import ConfigError
+from pipeline.store.artifacts import LOCKS
+from pipeline.store.files import write_text
+from pipeline.store.provenance import provenance
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -21,16 +21,15 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from jobs.commands.submit import job_id
+from jobs.executors.ray_job import job_id
 from jobs.tracking.curves import Curves
 from jobs.tracking.store import RAY_JOB, Run, Store, is_server, now_ms, open_store, piece_lock
 from jobs.tracking.sweep import Sweep, point_key, point_name
 from jobs.tracking.writer import Writer
-from pipeline.config.errors import hide_credentials
 from pipeline.config.files import dump_config
 from pipeline.config.schema import Config
-from pipeline.errors import Incomplete
-from pipeline.store.artifacts import provenance
+from pipeline.errors import Incomplete, hide_credentials
+from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow
 
 if TYPE_CHECKING:

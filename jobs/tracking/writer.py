@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.config.errors import hide_credentials
+from pipeline.errors import hide_credentials
 from pipeline.observe.progress import progress
 
 log = logging.getLogger(__name__)

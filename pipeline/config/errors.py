@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +18,6 @@ from pipeline.config.group import Group
 # Where each value was written, by its path of keys and list indexes.
 Origins = dict[tuple[str | int, ...], str]
 MOST_PROBLEMS = 6
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used. The text is complete: no traceback is needed to act on it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(hide_credentials(text))
-
-
-def hide_credentials(text: str) -> str:
-    """`text` with the user:password of every URL in it replaced by ***."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def show(value: object) -> str:

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.errors import ConfigError, Origins, explain, hide_credentials, show
+from pipeline.config.errors import Origins, explain, show
 from pipeline.config.group import Group
 from pipeline.config.schema import Config
+from pipeline.errors import ConfigError, hide_credentials
 
 Schema = TypeVar("Schema", bound=Group)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.axes import check_budget
 from pipeline.config.group import Group
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
@@ -15,20 +16,6 @@ SWEPT = (
     "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
     "controls",
 )  # fmt: skip
-
-
-def family(drafter: str) -> str:
-    """The variant that a drafter belongs to: `multi_view` of `multi_view~43`, trained with seed 43."""
-    return drafter.partition("~")[0]
-
-
-def check_budget(budget: int | str) -> int | str:
-    """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
-    if budget == "full" or budget == 0:
-        return budget
-    if isinstance(budget, str) or budget < 16 or budget % 8:
-        raise ValueError(f'a budget is "full", 0, or an integer of at least 16 divisible by 8, not {budget}')
-    return budget
 
 
 class Plane(Group):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.documents import Part, read_parts
-from pipeline.store.artifacts import atomic_path, write_text
+from pipeline.store.files import atomic_path, write_text
 from pipeline.store.rows import Row
 
 SHINGLE = 8

@@ -20,7 +20,7 @@ from pydantic import Field
 from pipeline.config.data import Context, Data, Source, Split
 from pipeline.data.reading import BadRow, Table
 from pipeline.errors import BadData
-from pipeline.store.artifacts import read_rows, write_rows, write_text
+from pipeline.store.files import read_rows, write_rows, write_text
 from pipeline.store.rows import Prompt, Row
 
 if TYPE_CHECKING:

@@ -16,10 +16,9 @@ import numpy as np
 
 from pipeline.data.documents import Part, read_parts
 from pipeline.data.tokenizer import encode, read_tokenizer
-from pipeline.store.artifacts import write_array, write_json, write_text
+from pipeline.store.files import write_array, write_json, write_text
+from pipeline.store.layout import DOCUMENTS, PIECES, SEQUENCES, TOKENIZER
 from pipeline.store.rows import Row
-
-TOKENIZER, DOCUMENTS, SEQUENCES, PROMPTS, PIECES = "tokenizer", "documents", "sequences", "prompts", ".pieces"
 
 
 class EncodedPart(Row):

@@ -10,26 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import Context, Data, Split
-from pipeline.config.schema import Config, PretrainedModel
+from pipeline.config.models import PretrainedModel
+from pipeline.config.schema import Config
 from pipeline.data.documents import Document, Part, Reader, Request, Shard, digest, read_parts
-from pipeline.data.packing import DOCUMENTS, PROMPTS, TOKENIZER
-from pipeline.data.sources.longbench import LongBenchReader
-from pipeline.data.sources.lwm import LwmReader
-from pipeline.data.sources.own_prompts import PromptsReader
-from pipeline.data.sources.pg19 import Pg19Reader
-from pipeline.data.sources.text import TextReader
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.errors import BadData
-from pipeline.store.artifacts import fingerprint, write_rows, write_text
+from pipeline.store.files import fingerprint, write_rows, write_text
+from pipeline.store.layout import DOCUMENTS, PROMPTS, TOKENIZER
 from pipeline.store.rows import Row
 
-READERS: dict[str, type[Reader[Any]]] = {
-    "text": TextReader,
-    "pg19": Pg19Reader,
-    "longbench": LongBenchReader,
-    "lwm": LwmReader,
-    "prompts": PromptsReader,
-}
 LISTED_FILES = 20
 log = logging.getLogger(__name__)
 
@@ -56,23 +45,6 @@ class PromptTask:
     @property
     def file(self) -> str:
         return f"{self.split}-{self.reader.source.name}-{self.context.name}.jsonl"
-
-
-def make_readers(data: Data, seed: int) -> dict[str, Reader[Any]]:
-    """One reader a source, by the source's name, in the config's order.
-
-    Raises:
-        BadData: if no source feeds the test split, or a split that another setting needs.
-    """
-    fed = {split for source in data.sources for split in source.use}
-    for split, needed, otherwise in (
-        ("test", True, "nothing could be evaluated"),
-        ("validation", data.validation_prompts > 0, "set data.validation_prompts: 0"),
-        ("train", data.tokenizer.kind == "bpe", "a new tokenizer has nothing to learn from"),
-    ):
-        if needed and split not in fed:
-            raise BadData(f"no source of data.sources has {split!r} in its `use`: add one, or {otherwise}")
-    return {source.name: READERS[source.kind](source, data, seed) for source in data.sources}
 
 
 def local_files(readers: dict[str, Reader[Any]], shards: list[Shard]) -> dict[str, list[Path]]:

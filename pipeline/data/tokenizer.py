@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config.schema import Config, PretrainedModel
+from pipeline.config.models import PretrainedModel
+from pipeline.config.schema import Config
 from pipeline.data.documents import Dropped, Part, read_parts
 from pipeline.errors import BadData
 

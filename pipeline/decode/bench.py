@@ -5,27 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.decode.loop import Round, autoregressive, speculate
 from pipeline.decode.model import DecodeModel
-from pipeline.decode.sources import Chance, DraftSource, Sampler
-from pipeline.decode.steps import Compile, Side
+from pipeline.decode.runner import Side, Sides
+from pipeline.decode.sampling import Chance, Sampler
+from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.view_cache import FULL, PrefixView, View
+from pipeline.kv.views import FULL, PrefixView, View
 from pipeline.store.rows import Prompt
 
 T = TypeVar("T")
-LOGIT_COPIES = 4  # of a round's logits: as they are, in fp32, as probabilities of both models
-
-
-class NotEnoughMemory(RuntimeError):
-    """What is about to be allocated does not fit."""
 
 
 @dataclass(frozen=True)
@@ -64,63 +59,6 @@ def timed_prefill(
     began = clock(device)
     kept, logits_1V = model.prefill(tokens_1S, wanted)
     return kept, logits_1V, clock(device) - began
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo does not tell the available memory")
-
-
-class Sides:
-    """Static caches and the steps over them; each is made once, and kept while its prompts' shapes last."""
-
-    def __init__(self, compile: Compile) -> None:
-        self.compile = compile
-        self.held: dict[tuple[str, int, int, int, int], Side] = {}
-        self.shapes: tuple[int, ...] = ()
-        self.past_compile_s = 0.0
-
-    @property
-    def compile_s(self) -> float:
-        """Seconds of compilation so far."""
-        return self.past_compile_s + sum(side.compile_s for side in self.held.values())
-
-    def begin(self, *shapes: int) -> None:
-        """Free the caches of prompts of other shapes; what is compiled stays."""
-        if shapes != self.shapes:
-            self.past_compile_s = self.compile_s
-            self.held.clear()
-            self.shapes = shapes
-
-    def get(
-        self, role: Literal["target", "drafter"], model: DecodeModel, rows: int, capacity: int, room: int
-    ) -> Side:
-        """A model over a cache of `rows` prompts, `capacity` kept entries and `room` more tokens.
-
-        One model may be both: the target that speculates for itself verifies with another cache.
-
-        Raises:
-            NotEnoughMemory: if the cache, and what loading and a round need beside it, do not fit.
-        """
-        key = (role, id(model), rows, capacity, room)
-        if key not in self.held:
-            one_row = model.geometry.num_bytes(1, capacity + room)
-            logits = LOGIT_COPIES * 4 * rows * room * model.num_tokens
-            needed, there = (rows + 1) * one_row + logits, available_memory(model.geometry.device)
-            if needed > there:
-                raise NotEnoughMemory(
-                    f"decoding {rows} prompt(s) of {capacity} kept entries with {model.name} needs "
-                    f"{needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free: lower "
-                    "sweep.measure.prompts_together, the contexts or data.max_new_tokens"
-                )
-            self.held[key] = Side(model, rows, capacity, room, self.compile)
-        return self.held[key]
 
 
 class Bench:

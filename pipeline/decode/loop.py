@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.decode.sources import DraftSource, Sampler
-from pipeline.decode.steps import Side
+from pipeline.decode.runner import Side
+from pipeline.decode.sampling import Sampler
+from pipeline.decode.sources import DraftSource
 from pipeline.errors import NotFinite
 
 

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import dispatch
+from pipeline.kv.attention import causal_attention, suffix_attention
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, Place, Rotation, SlotCache
-from pipeline.kv.view_cache import PrefixView, View, causal_attention, read_prefix, suffix_attention
+from pipeline.kv.view_cache import read_prefix
+from pipeline.kv.views import PrefixView, View
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Their rotation is a function of the position alone; others depend on how long the text has become.

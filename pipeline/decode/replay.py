@@ -17,32 +17,17 @@ Shape legend: R views, Q = M - 1 tokens after the first of a continuation of M, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.decode.sources import GREEDY, DraftSource
-from pipeline.kv.view_cache import PrefixView, ViewCache, read_continuation
-
-Number = int | float
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the rounds of one continuation add up to. Position i is the (i+1)-th proposal of a round.
-
-    Estimates are not whole numbers; `num_proposed` is None where replay cannot know it.
-    """
-
-    num_tokens: int
-    num_rounds: Number
-    num_proposed: Number | None
-    num_accepted: Number
-    reached: tuple[Number, ...]
-    kept: tuple[Number, ...]
+from pipeline.decode.sampling import GREEDY
+from pipeline.decode.sources import DraftSource
+from pipeline.kv.view_cache import ViewCache, read_continuation
+from pipeline.kv.views import PrefixView
+from pipeline.metrics import Counts
 
 
 # Not inference mode: training validates with this, and weights that ZeRO-3 gathers meanwhile live on.

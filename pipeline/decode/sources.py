@@ -12,70 +12,17 @@ vocabulary.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.decode.steps import Rule, Side
+from pipeline.decode.runner import Side
+from pipeline.decode.sampling import Rule, Sampler
 
 LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
-
-
-def fold(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-@dataclass
-class Sampler:
-    """A rule, and the random numbers of each row when it samples."""
-
-    rule: Rule
-    generators: tuple[torch.Generator, ...] = ()
-
-    @classmethod
-    def seeded(cls, temperature: float, seeds: Sequence[int], device: torch.device | str = "cpu") -> Sampler:
-        """One seed for each row; what a row draws does not depend on the others."""
-        if temperature == 0:
-            return GREEDY
-        return cls(Rule(temperature), tuple(torch.Generator(device).manual_seed(seed) for seed in seeds))
-
-    def uniforms(self, count: int, by_row: bool = True) -> Tensor | None:
-        """The next numbers in [0, 1) of each row, [B, count] or [count, B]; greedy decoding needs none."""
-        if not self.generators:
-            return None
-        rows = [torch.rand(count, generator=g, device=g.device) for g in self.generators]
-        return torch.stack(rows, 0 if by_row else 1)
-
-    def choose(self, logits_BV: Tensor) -> Tensor:
-        """One token per row, [B]."""
-        uniforms_B1 = self.uniforms(1)
-        return self.rule.choose(logits_BV, None if uniforms_B1 is None else uniforms_B1[:, 0])[0]
-
-
-GREEDY = Sampler(Rule())
-
-
-@dataclass(frozen=True)
-class Chance:
-    """How a run samples. Runs of one prompt and chance draw the same numbers, other prompts draw others."""
-
-    temperature: float
-    seed: int
-
-    def sampler(self, prompt_ids: Sequence[str], device: torch.device | str = "cpu") -> Sampler:
-        """One row for each prompt."""
-        seeds = [fold(self.seed, zlib.crc32(prompt_id.encode())) for prompt_id in prompt_ids]
-        return Sampler.seeded(self.temperature, seeds, device)
-
-
-GREEDILY = Chance(0.0, 0)
 
 
 class Proposals(NamedTuple):

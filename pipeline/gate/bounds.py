@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.metrics import Floats, draw_counts
+from pipeline.intervals import Floats, draw_counts
 
 Outcome = Literal["pass", "fail", "open"]
 Verdict = Literal["pass", "fail", "not_enough_evidence"]

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.schema import PretrainedModel
+from pipeline.config.models import PretrainedModel
 from pipeline.errors import BadData
 from pipeline.results.summary import Summary, read_summary
-from pipeline.store.artifacts import Artifact, atomic_path, file_sha256, fingerprint, read_rows, write_text
+from pipeline.store.artifacts import Artifact
+from pipeline.store.files import atomic_path, file_sha256, fingerprint, read_rows, write_text
 from pipeline.store.rows import Prompt, PromptRow, Row
 
 EVIDENCE, EVIDENCE_ROWS = "evidence.json", "rows.jsonl.gz"

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pipeline.gate.pairs import Metric
 from pipeline.gate.verdict import GatedCell
 from pipeline.report.figures import PALETTE, STYLE
-from pipeline.store.artifacts import atomic_path
+from pipeline.store.files import atomic_path
 
 COLOURS = {"pass": PALETTE[0], "fail": PALETTE[1], "open": "#767676"}
 SAID = {"pass": "above what is tolerated", "fail": "below it", "open": "undecided"}

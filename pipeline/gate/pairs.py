@@ -11,11 +11,12 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.axes import CellKey, budget_order
 from pipeline.config.gate import GateConfig
 from pipeline.errors import BadData
 from pipeline.gate.evidence import Evidence
-from pipeline.metrics import Floats
-from pipeline.results.axes import CellKey, Cells, PromptRows, budget_order
+from pipeline.intervals import Floats
+from pipeline.results.axes import Cells, PromptRows
 from pipeline.results.differences import paired_rows
 from pipeline.results.pool import accepted_of_proposed, documents, group, replayed_or_measured
 from pipeline.results.speed import decoded

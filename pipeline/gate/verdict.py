@@ -23,7 +23,7 @@ from pipeline.gate.pairs import (
     speed_pairs,
     sums,
 )
-from pipeline.metrics import Interval
+from pipeline.intervals import Interval
 from pipeline.results.axes import Cells
 from pipeline.results.differences import Resampling, paired_rows, pooled_difference
 from pipeline.results.speed import clock_units

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from pipeline.kv.view_cache import PrefixView
+from pipeline.kv.views import PrefixView
 
 ROUND_SLOTS = 64  # prefixes of nearly equal length share their shapes, and with them compiled steps
 

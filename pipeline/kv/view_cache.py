@@ -15,71 +15,18 @@ entries, Q new tokens, D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kernels import dispatch
-from pipeline.kv.policies import SNAP_WINDOW, select
+from pipeline.kv.attention import causal_attention, suffix_attention, suffix_mask
+from pipeline.kv.policies import SNAP_WINDOW
+from pipeline.kv.views import PrefixView, View
 
 ATTENTION = "budgetdraft"
-
-
-@dataclass(frozen=True)
-class View:
-    """What the drafter sees of a prefix: everything (budget None), or what a policy keeps within it."""
-
-    policy: str
-    budget: int | None
-
-    @property
-    def name(self) -> str:
-        return self.policy if self.budget is None else f"{self.policy}/{self.budget}"
-
-
-FULL = View("full", None)
-
-
-def view_of(policy: str, budget: int | str) -> View:
-    """The view of a sweep's (policy, budget) pair; budget "full" is the full view under every policy."""
-    if budget == "full":
-        return FULL
-    return View("none" if budget == 0 else policy, int(budget))
-
-
-@dataclass
-class PrefixView:
-    """The kept KV of one view of one prefix (or of B prefixes of equal length): per layer [B, H, N, D]."""
-
-    view: View
-    prefix_tokens: int
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def kept(self) -> int:
-        return self.layers[0][0].shape[2]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
-
-    def cut(self, keys_BHSD: Tensor, values_BHSD: Tensor, observed: Tensor) -> None:
-        """Add a layer: what the view keeps of the first `prefix_tokens` entries.
-
-        Args:
-            observed: queries [B, H, G, W, D] of the last positions of the prefix, which `snapkv` asks for.
-        """
-        keys = keys_BHSD[:, :, : self.prefix_tokens]
-        values = values_BHSD[:, :, : self.prefix_tokens]
-        if self.view.budget is not None:
-            kept_BHN = select(self.view.policy, keys, observed, self.view.budget)
-            keys, values = dispatch.gather_kept(keys, values, kept_BHN)
-        self.layers.append((keys, values))
 
 
 class PrefixReader(Cache):
@@ -222,43 +169,6 @@ class ViewCache(Cache):
         """Forget the last `num_tokens` continuation tokens."""
         for layer in self.layers:
             layer.crop(-num_tokens)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Plain causal self-attention of a whole sequence, [B, H·G, S, D]."""
-    groups = query.shape[1] // key.shape[1]
-    # On CUDA only the half-precision kernels know grouped heads; the fallback builds S × S scores.
-    grouped = groups > 1 and (query.device.type == "cpu" or query.dtype != torch.float32)
-    if groups > 1 and not grouped:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-    )
-
-
-def suffix_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None
-) -> Tensor:
-    """Attention of the last Q of the stored tokens, [B, H·G, Q, D]; each sees all that is stored before it.
-
-    The query heads of one key/value head are folded into the query length, so keys are not repeated.
-
-    Args:
-        mask: as `suffix_mask` makes it, where a caller has it already.
-    """
-    mask = suffix_mask(query, key) if mask is None else mask
-    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return output.reshape(query.shape)
-
-
-def suffix_mask(query: Tensor, key: Tensor) -> Tensor | None:
-    """Which of the stored tokens the last Q of them see, [G·Q, S]; None where Q is 1."""
-    Q, stored, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    if Q == 1:
-        return None
-    mask = torch.ones(Q, stored, dtype=torch.bool, device=query.device).tril(stored - Q)
-    return mask.repeat(groups, 1)
 
 
 def attend(

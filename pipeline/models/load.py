@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +12,20 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import BadData
 from pipeline.kv.view_cache import ATTENTION
+from pipeline.models.build import prepare_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.config.schema import PretrainedModel, ScratchModel
+    from pipeline.config.models import PretrainedModel, ScratchModel
 
 # A bar for every shard of every load would drown our own progress.
 disable_progress_bar()
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Of a repository on the hub: what loads a model from safetensors, not its other formats or parts.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HUB_OTHERS = ("*/*.json", "*/*.safetensors", "consolidated*")
@@ -164,34 +158,6 @@ def download_lock(hub_id: str) -> AbstractContextManager[Any]:
     return WeakFileLock(locks / f"budgetdraft--{hub_id.replace('/', '--')}.lock")
 
 
-def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
-    """Evaluation mode, and the number of logits that stand for tokens."""
-    model.num_tokens = num_tokens
-    return model.eval()
-
-
-def build_scratch(spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A randomly initialised Llama of the given shape; the same seed gives the same weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=spec.hidden,
-        intermediate_size=spec.intermediate,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        max_position_embeddings=spec.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta, **(spec.rope_scaling or {})},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION)
-    return prepare_model(model, len(tokenizer))
-
-
 def own_positions(ref: ModelRef) -> int:
     """Positions that a pretrained model was trained on, by the config's word or else the model's."""
     if ref.trained_positions is not None:
@@ -209,67 +175,3 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])
-
-
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that plain `AutoModelForCausalLM.from_pretrained` loads, tokenizer included."""
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-
-
-def convert_bin(source: Path, output: Path) -> None:
-    """Turn a folder with a pickled `pytorch_model.bin`, whole or in shards, into one with safetensors.
-
-    Only tensors are read: a pickle that would run code is refused.
-
-    Raises:
-        BadData: if `source` has no such checkpoint or one that does not fit its config, or `output` exists.
-    """
-    if output.exists():
-        raise BadData(f"{output} exists; name a new folder")
-    state: dict[str, Tensor] = {}
-    for file in pickled_files(source):
-        try:
-            state |= torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise BadData(f"{file} is not a whole checkpoint of tensors: {error}") from error
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise BadData(f"{source}: its config.json cannot be used: {str(error).splitlines()[0]}") from error
-    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise BadData(f"{source}: the checkpoint does not fit its config: {error}") from error
-    model.tie_weights()
-    lost = [key for key in missing if key not in model.all_tied_weights_keys]
-    unknown = [key for key in unexpected if not key.endswith("rotary_emb.inv_freq")]
-    if lost or unknown:
-        raise BadData(f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unknown}")
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    for file in source.iterdir():
-        wanted = file.suffix in {".json", ".jinja", ".model", ".txt"} and file.name != PICKLED[1]
-        if wanted and not (temporary / file.name).exists():
-            shutil.copyfile(file, temporary / file.name)
-    temporary.rename(output)
-
-
-def pickled_files(folder: Path) -> list[Path]:
-    """The pickled checkpoint files of a model folder, as its index names them where there are shards."""
-    if not folder.is_dir():
-        raise BadData(
-            f"{folder} is not a folder; a model of the hub is downloaded first with "
-            "`hf download ID --local-dir FOLDER`"
-        )
-    single, index = folder / PICKLED[0], folder / PICKLED[1]
-    if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = [single]
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-        raise BadData(f"{folder} holds no {', '.join(absent)}")
-    return files

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.errors import hide_credentials
+from pipeline.errors import hide_credentials
 
 RECORD = "BUDGETDRAFT_RECORD"  # in the environment: the folder of the run's record
 LOG = "log.jsonl"

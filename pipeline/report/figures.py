@@ -19,11 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from pipeline.config.sweep import family
-from pipeline.metrics import Interval
-from pipeline.results.axes import Axes, budget_order, budget_text
-from pipeline.results.summary import Budget, Estimate
-from pipeline.store.artifacts import atomic_path
+from pipeline.axes import Budget, budget_order, budget_text, family
+from pipeline.intervals import Interval
+from pipeline.results.axes import Axes
+from pipeline.results.summary import Estimate
+from pipeline.store.files import atomic_path
 from pipeline.store.rows import Cell, CellRow
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -16,13 +16,16 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.config.schema import Config, PretrainedModel, ScratchModel, Variant
+from pipeline.axes import budget_order
+from pipeline.config.models import PretrainedModel, ScratchModel
+from pipeline.config.schema import Config
+from pipeline.config.train import Variant
 from pipeline.report.published import CAVEAT, ar_beside, published_beside
-from pipeline.results.axes import Axes, budget_order
+from pipeline.results.axes import Axes
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import Estimate, Summary
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow
-from pipeline.sweep.predict import by_place
+from pipeline.sweep.picks import by_place
 
 MOST_CELLS = 500
 MOST_FAILED = 100

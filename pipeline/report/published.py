@@ -14,7 +14,8 @@ from functools import reduce
 from typing import NamedTuple
 
 from pipeline.config.data import LongBenchSource, LwmSource, Pg19Source, Source
-from pipeline.config.schema import Config, Labels, Variant
+from pipeline.config.schema import Config
+from pipeline.config.train import Labels, Variant
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import Cell, CellRow, PredictedRow
 

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from pipeline.axes import CellKey, budget_order, family
 from pipeline.config.schema import Config
-from pipeline.config.sweep import family
-from pipeline.results.summary import Budget
 from pipeline.store.rows import Cell, PromptRow
-
-
-class CellKey(NamedTuple):
-    """The fields of `Cell`, as something cheap to hash and to vary."""
-
-    drafter: str
-    dataset: str
-    context: str
-    policy: str
-    budget: Budget
-    control: str | None
-    gamma: int
-    threshold: float
-    temperature: float
-    seed: int
-
-    @staticmethod
-    def of(row: Cell) -> CellKey:
-        return CellKey(
-            row.drafter, row.dataset, row.context, row.policy, row.budget,
-            row.control, row.gamma, row.threshold, row.temperature, row.seed,
-        )  # fmt: skip
-
 
 PromptRows = dict[str, PromptRow]  # one cell's rows by prompt_id
 Cells = dict[CellKey, PromptRows]
@@ -87,11 +61,3 @@ class Axes:
         if documents >= self.least_documents:
             return ""
         return f"too few documents to rank ({documents} of at least {self.least_documents})"
-
-
-def budget_order(budget: Budget) -> float:
-    return math.inf if budget == "full" else budget
-
-
-def budget_text(budget: Budget) -> str:
-    return "the full cache" if budget == "full" else f"B = {budget}"

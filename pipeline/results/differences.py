@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Literal
 
-from pipeline import metrics
-from pipeline.config.sweep import family
-from pipeline.results.axes import Axes, CellKey, Cells
+from pipeline import intervals
+from pipeline.axes import Budget, CellKey, family
+from pipeline.results.axes import Axes, Cells
 from pipeline.results.pool import accepted_of_proposed, documents
-from pipeline.results.summary import Budget, ControlGap, FamilyGain, Gain
+from pipeline.results.summary import ControlGap, FamilyGain, Gain
 from pipeline.store.rows import Count, PromptRow
 
 # What a gain is given over: all prompts, without looping prompts, and under the control `other_prompt`. What
@@ -89,7 +89,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
         if not shared:
             continue
         sides = shared[: len(seeds)], shared[len(seeds) :]
-        difference = metrics.seeded_difference(
+        difference = intervals.seeded_difference(
             *(_stacked(side) for side in sides),
             samples=resampling.samples,
             seed=resampling.seed,
@@ -113,7 +113,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
 
 def lost(
     cells: Cells, first: Sequence[CellKey], second: Sequence[CellKey], resampling: Resampling
-) -> metrics.Interval | None:
+) -> intervals.Interval | None:
     """What a gain under a control has lost against that with the real prefix, as in `Gain`.
 
     Args:
@@ -127,7 +127,7 @@ def lost(
         return None
     num = len(first)
     here, there, *less = (_stacked(paired[at : at + num]) for at in range(0, 4 * num, num))
-    return metrics.seeded_difference(
+    return intervals.seeded_difference(
         here,
         there,
         less=(less[0], less[1]),
@@ -211,9 +211,9 @@ def _stacked(side: Iterable[Sequence[PromptRow]]) -> tuple[list[list[Count]], li
     return [accepted for accepted, _ in counts], [proposed for _, proposed in counts]
 
 
-def pooled_difference(paired: Sequence[Sequence[PromptRow]], resampling: Resampling) -> metrics.Interval:
+def pooled_difference(paired: Sequence[Sequence[PromptRow]], resampling: Resampling) -> intervals.Interval:
     first, second = paired
-    return metrics.paired_difference(
+    return intervals.paired_difference(
         accepted_of_proposed(first),
         accepted_of_proposed(second),
         samples=resampling.samples,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from pipeline.config.sweep import family
-from pipeline.results.axes import Axes, Cells, budget_text
+from pipeline.axes import budget_text, family
+from pipeline.results.axes import Axes, Cells
 from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
 from pipeline.results.pool import acceptances, lossless, replay_check, replayed_or_measured, speedups
 from pipeline.results.recommend import settings_text

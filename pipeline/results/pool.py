@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
-from pipeline import metrics
+from pipeline import intervals, metrics
+from pipeline.axes import CellKey
 from pipeline.errors import BadData
-from pipeline.results.axes import Axes, CellKey, Cells, PromptRows
+from pipeline.results.axes import Axes, Cells, PromptRows
 from pipeline.results.speed import clock_units, speed_fields
 from pipeline.results.summary import Estimate, Lossless, ReplayCheck
 from pipeline.store.rows import CellRow, Count, Mode, PromptRow
@@ -81,7 +82,7 @@ def cell_rows(prompt_rows: Sequence[PromptRow], axes: Axes, samples: int, seed: 
 def _cell_row(key: CellKey, mode: Mode, rows: list[PromptRow], samples: int, seed: int) -> CellRow:
     acceptance, not_looping = None, None
     if all(row.num_proposed is not None for row in rows):
-        acceptance = metrics.bootstrap_interval(
+        acceptance = intervals.bootstrap_interval(
             *accepted_of_proposed(rows), samples=samples, seed=seed, clusters=documents(rows)
         )
         accepted, proposed = accepted_of_proposed([row for row in rows if not row.looping])

@@ -14,17 +14,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.axes import Place
 from pipeline.errors import BadData
-from pipeline.store.rows import Cell, CellRow, Mode, Row
-from pipeline.sweep.predict import BASELINES, LOOKUP, Place, cell_of
-
-
-class ModelSize(Row):
-    """Bytes of a model's weights, and of the KV of one token."""
-
-    name: str
-    weight_bytes: int
-    kv_bytes_per_token: int
+from pipeline.store.rows import Cell, CellRow, Mode, ModelSize, Row
+from pipeline.sweep.predict import BASELINES, LOOKUP, cell_of
 
 
 class Choice(Cell):

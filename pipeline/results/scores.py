@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config.sweep import Plane, family
+from pipeline.axes import Place, family
+from pipeline.config.sweep import Plane
 from pipeline.results.axes import Axes
-from pipeline.results.recommend import ModelSize, Recommendation, choices, recommend
+from pipeline.results.recommend import Recommendation, choices, recommend
 from pipeline.results.summary import PredictionScore
-from pipeline.store.rows import CellRow, PredictedRow, PromptRow, StepTimes
-from pipeline.sweep.predict import Place, errors, score
+from pipeline.store.rows import CellRow, ModelSize, PredictedRow, PromptRow, StepTimes
+from pipeline.sweep.predict import errors, score
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from pipeline import metrics
+from pipeline import intervals
+from pipeline.axes import CellKey
 from pipeline.errors import BadData
-from pipeline.results.axes import Axes, CellKey
+from pipeline.results.axes import Axes
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import PromptRow
 
@@ -48,7 +49,7 @@ def speed_fields(key: CellKey, rows: Sequence[PromptRow], samples: int, seed: in
     ar_tokens = [sum(row.ar_num_tokens or 0 for row in batch) for batch in batches.values()]
     seconds = [_sums(row.decode_s for row in batch) for batch in batches.values()]
     ar_seconds = [_sums(row.ar_decode_s for row in batch) for batch in batches.values()]
-    compare = partial(metrics.speedup, samples=samples, seed=seed, clusters=clusters)
+    compare = partial(intervals.speedup, samples=samples, seed=seed, clusters=clusters)
     speed = compare((tokens, seconds), (ar_tokens, ar_seconds))
     end_to_end = None
     prefills = [_total(row.prefill_s for row in batch) for batch in batches.values()]
@@ -103,7 +104,7 @@ def ar_speeds(prompt_rows: Sequence[PromptRow], axes: Axes, samples: int, seed: 
     speeds = []
     for (dataset, context, temperature), rows in places.items():
         units = clock_units(rows)
-        speed = metrics.bootstrap_interval(
+        speed = intervals.bootstrap_interval(
             [(row.ar_num_tokens or 0) * len(row.ar_decode_s) for row in rows],
             [sum(row.ar_decode_s) for row in rows],
             samples=samples,

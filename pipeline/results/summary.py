@@ -7,11 +7,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from pipeline.axes import Budget
 from pipeline.errors import BadData
-from pipeline.results.recommend import ModelSize, Recommendation
-from pipeline.store.rows import Cell, Row
-
-Budget = int | Literal["full"]
+from pipeline.results.recommend import Recommendation
+from pipeline.store.rows import Cell, ModelSize, Row
 
 
 class Estimate(Cell):

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pipeline.config.sweep import check_budget
+from pipeline.axes import check_budget
 from pipeline.decode.model import decode_model
-from pipeline.kv.view_cache import ATTENTION, PrefixView, view_of
-from pipeline.models.load import prepare_model
+from pipeline.kv.view_cache import ATTENTION
+from pipeline.kv.views import PrefixView, view_of
+from pipeline.models.build import prepare_model
 
 
 class BudgetedLayer(DynamicLayer):

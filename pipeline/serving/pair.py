@@ -12,14 +12,15 @@ from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.config.sweep import check_budget
-from pipeline.decode.bench import Bench, Sides, timed_prefill
+from pipeline.axes import check_budget
+from pipeline.decode.bench import Bench, timed_prefill
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel, decode_model
-from pipeline.decode.sources import Chance, ModelDrafts
-from pipeline.decode.steps import Compile
+from pipeline.decode.runner import Compile, Sides
+from pipeline.decode.sampling import Chance
+from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
-from pipeline.kv.view_cache import View, view_of
+from pipeline.kv.views import View, view_of
 from pipeline.models.load import ModelRef, load_model, model_folder, pick_device, stop_tokens
 from pipeline.store.rows import Prompt
 

@@ -10,176 +10,33 @@ is reused is compared with its checksums first: what is damaged is removed and m
 from __future__ import annotations
 
 import glob
-import hashlib
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import BadData
 from pipeline.hardware import peak_bytes
 from pipeline.observe.events import Opened, tell
+from pipeline.store.files import file_sha256, fingerprint, write_json
+from pipeline.store.provenance import provenance
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LOCKS = ".locks"
-COMMIT = (
-    "BUDGETDRAFT_COMMIT"  # in the environment of a submitted job: the commit, with +dirty behind it if so
-)
 WHOLE = ("tokenizer", "model")  # folders that are written as one
 CHECKING_THREADS = 8  # hashing leaves the interpreter's lock alone
 # Raised when artifacts change their meaning, or a config makes others than before, so that old folders are
 # not mistaken for new ones.
 FORMAT = 2
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "ray",
-    "deepspeed",
-    "mlflow",
-    "triton",
-    "numpy",
-)
-
-RowT = TypeVar("RowT", bound=BaseModel)
-
-
-def fingerprint(value: Any) -> str:
-    """12 hex digits of a JSON-able value or pydantic model, independent of key order."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, BaseModel):
-            return item.model_dump(mode="json")
-        if isinstance(item, Path):
-            return str(item)
-        raise TypeError(f"cannot fingerprint a {type(item).__name__}")
-
-    text = json.dumps(value, sort_keys=True, default=plain, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it on success and is removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id: containers that share a storage have the same ones.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """One `.npy` file, to be read back as a memory map."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-
-
-def write_rows(path: Path, rows: Iterable[BaseModel]) -> None:
-    """Typed rows as JSON lines."""
-    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
-
-
-def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
-    """The rows of one file.
-
-    Raises:
-        BadData: if a line is not such a row; the text names file and line.
-    """
-    rows: list[RowT] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = row_type.model_validate_json(line)
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = "".join(f" {part}" for part in first["loc"])
-                raise BadData(
-                    f"{path}, line {number}: no {row_type.__name__} of this version,{field} {first['msg']}: "
-                    "delete its folder and run its stage again"
-                ) from None
-            # Pydantic gives each row a set of the fields it was given, most of what a row weighs; in one file
-            # they are nearly always the same.
-            if rows and row.model_fields_set == rows[-1].model_fields_set:
-                object.__setattr__(row, "__pydantic_fields_set__", rows[-1].model_fields_set)
-            rows.append(row)
-    return rows
-
-
-def read_all(folder: Path, row_type: type[RowT]) -> list[RowT]:
-    """The rows of all files of a folder."""
-    return [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file, row_type)]
-
-
-@cache
-def provenance() -> dict[str, Any]:
-    """Git commit and dirty flag of the code, versions of the libraries, and the machine."""
-    code = Path(__file__).resolve().parents[2]
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(code), *args], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    versions: dict[str, str | None] = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = None
-    sha, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    dirty = None if status is None else bool(status)
-    if sha is None and COMMIT in os.environ:  # a job's copy of the code is no checkout
-        sha, _, mark = os.environ[COMMIT].partition("+")
-        dirty = bool(mark)
-    return {
-        "git_sha": sha,
-        "git_dirty": dirty,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "versions": versions,
-    }
 
 
 @dataclass(frozen=True)

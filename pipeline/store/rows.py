@@ -195,3 +195,11 @@ class CellRow(Cell):
     tokens_per_s: float | None = None
     ar_tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None
+
+
+class ModelSize(Row):
+    """Bytes of a model's weights, and of the KV of one token."""
+
+    name: str
+    weight_bytes: int
+    kv_bytes_per_token: int

@@ -20,15 +20,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
 from pipeline.config.schema import Config
-from pipeline.decode.bench import Bench, Sides
+from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel, decode_model
+from pipeline.decode.runner import Sides
 from pipeline.models.load import ModelRef, load_model, stop_tokens
 from pipeline.observe.events import Evaluated
-from pipeline.results.recommend import ModelSize
-from pipeline.store.artifacts import read_rows, write_rows
-from pipeline.store.rows import Continuation, FailedCell, Prompt, PromptRow, StepTimes
-from pipeline.sweep.grid import CELL_ERRORS, Drafter, Pick, make_failure, view_cells
+from pipeline.store.files import read_rows, write_rows
+from pipeline.store.layout import SIZES
+from pipeline.store.rows import Continuation, FailedCell, ModelSize, Prompt, PromptRow, StepTimes
+from pipeline.sweep.grid import Drafter, view_cells
+from pipeline.sweep.make_rows import CELL_ERRORS, make_failure
 from pipeline.sweep.measurer import Trial
+from pipeline.sweep.picks import Pick
 from pipeline.sweep.replayer import PromptReplay, PromptViews, lookup_rows
 from pipeline.sweep.step_times import random_prompt, step_times
 
@@ -73,7 +76,6 @@ class MeasureTask:
 
 log = logging.getLogger(__name__)
 
-SIZES = "models.jsonl"
 SweepTask = ReplayTask | MeasureTask | CalibrateTask
 
 

@@ -12,11 +12,13 @@ from pipeline.decode import replay
 from pipeline.decode.bench import Bench, Timed, timed_prefill
 from pipeline.decode.loop import Round
 from pipeline.decode.model import DecodeModel
-from pipeline.decode.sources import Chance, DraftSource, LookupDrafts, ModelDrafts
+from pipeline.decode.sampling import Chance
+from pipeline.decode.sources import DraftSource, LookupDrafts, ModelDrafts
 from pipeline.hardware import describe
-from pipeline.kv.view_cache import PrefixView
+from pipeline.kv.views import PrefixView
 from pipeline.store.rows import FailedCell, PromptRow
-from pipeline.sweep.grid import CELL_ERRORS, Drafter, DraftLength, ViewCell, make_cell, make_failure, make_row
+from pipeline.sweep.grid import Drafter, DraftLength, ViewCell
+from pipeline.sweep.make_rows import CELL_ERRORS, make_cell, make_failure, make_row
 
 Key = tuple[ViewCell, DraftLength]
 

@@ -17,25 +17,12 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from pipeline import metrics
-from pipeline.config.sweep import Baseline, Sweep, family
+from pipeline import intervals
+from pipeline.config.sweep import Baseline
 from pipeline.store.rows import Cell, PredictedRow, PromptRow, StepTimes
-from pipeline.sweep.grid import DraftLength, Pick, ViewCell, chosen_drafter
 
 BASELINES: tuple[str, ...] = get_args(Baseline)
 LOOKUP: Baseline = "prompt_lookup"
-BEST_PREDICTED = 3  # cells of a data set and context that are measured for being the fastest by prediction
-FASTEST_MEASURED = 3  # of those that are measured again
-# Folders of the sweep: a run-off picks one of them, and the fresh repeats behind it say how fast that is.
-MEASURED_AGAIN = ("run_off", "rechecked")
-# Each with so many times the repeats of the first measurement: these cells lie close together, and a clock
-# that others disturb would order them by luck.
-REPEATS_AGAIN = 4
-
-
-class Place(NamedTuple):
-    dataset: str
-    context: str
 
 
 class Clockwork:
@@ -113,7 +100,7 @@ def predict(
         known, seconds = clockwork.of(cell), [clockwork.seconds(row) for row in prompts]
         if known is None or None in seconds:
             continue
-        speedup = metrics.bootstrap_interval(
+        speedup = intervals.bootstrap_interval(
             [row.num_tokens * known.ar_s for row in prompts],
             [one or 0.0 for one in seconds],
             samples=samples,
@@ -132,64 +119,6 @@ def predict(
             )
         )
     return predicted
-
-
-def by_place(rows: Iterable[PredictedRow]) -> dict[Place, list[PredictedRow]]:
-    """Fastest first."""
-    places: dict[Place, list[PredictedRow]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: -row.speedup):
-        places[Place(row.dataset, row.context)].append(row)
-    return dict(places)
-
-
-def pick_of(cell: Cell) -> Pick:
-    view = ViewCell(cell.policy, cell.budget, cell.control)
-    return Pick(cell.drafter, view, DraftLength(cell.gamma, cell.threshold))
-
-
-def worth_measuring(here: Sequence[PredictedRow], drafters: Sequence[str]) -> list[Cell]:
-    """Of one place: the fastest by prediction, each baseline's fastest, the corners of the best plane.
-
-    Args:
-        here: predictions of one place, fastest first.
-        drafters: those that may be deployed; of a variant with several training seeds the first alone, so
-            that luck of the seed is not picked.
-    """
-    trained = [row for row in here if row.drafter in drafters and row.drafter not in BASELINES]
-    chosen = list(trained[:BEST_PREDICTED])
-    for name in BASELINES:
-        chosen += [row for row in here if row.drafter == name][:1]
-    if trained:
-        best = trained[0]
-        plane = [row for row in trained if (row.drafter, row.policy) == (best.drafter, best.policy)]
-        budgets = sorted({row.budget for row in plane}, key=lambda b: float("inf") if b == "full" else b)
-        gammas = sorted({row.gamma for row in plane})
-        corners = {(b, g) for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
-        chosen += [row for row in plane if (row.budget, row.gamma) in corners]
-    return list(dict.fromkeys(cell_of(row) for row in chosen))
-
-
-def first_seeds(drafters: Sequence[str]) -> list[str]:
-    """Of every variant the drafter of its first training seed."""
-    return list({family(drafter): drafter for drafter in reversed(drafters)}.values())
-
-
-def has_plane(sweep: Sweep, place: Place) -> bool:
-    plane = sweep.measure.plane
-    return plane is not None and (plane.dataset, plane.context) == place
-
-
-def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[str]) -> list[Pick]:
-    """The plane that scores predictions, where this is its place: every budget and γ of one drafter."""
-    plane = sweep.measure.plane
-    if plane is None or not has_plane(sweep, place):
-        return []
-    name = next(drafter for drafter in drafters if chosen_drafter(drafter, [plane.drafter]))
-    return [
-        Pick(name, ViewCell(sweep.policies[0], budget, None), DraftLength(gamma))
-        for budget in sweep.budgets
-        for gamma in sweep.gammas_of(place.context)
-    ]
 
 
 class Error(NamedTuple):

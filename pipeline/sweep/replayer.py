@@ -12,23 +12,17 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from pipeline import metrics
 from pipeline.config.sweep import Sweep
 from pipeline.decode import replay
 from pipeline.decode.model import DecodeModel
-from pipeline.decode.sources import Chance, LookupDrafts
+from pipeline.decode.sampling import Chance
+from pipeline.decode.sources import LookupDrafts
 from pipeline.errors import NotFinite
-from pipeline.kv.view_cache import PrefixView, View
+from pipeline.kv.views import PrefixView, View
 from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
-from pipeline.sweep.grid import (
-    Drafter,
-    DraftLength,
-    ViewCell,
-    draft_lengths,
-    make_cell,
-    make_failure,
-    make_row,
-    view_cells,
-)
+from pipeline.sweep.grid import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
+from pipeline.sweep.make_rows import make_cell, make_failure, make_row
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +82,7 @@ class PromptReplay:
 
     def counts(
         self, logits_RQV: torch.Tensor, prompt: Prompt, continuation: Continuation
-    ) -> Iterator[tuple[DraftLength, list[replay.Counts]]]:
+    ) -> Iterator[tuple[DraftLength, list[metrics.Counts]]]:
         """For every γ and threshold, the counts behind each view. A threshold is for greedy text only."""
         limit, ended, tokens = prompt.max_new_tokens, continuation.eos_at is not None, continuation.tokens
         lengths = draft_lengths(self.sweep, prompt.context, self.drafter)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from pipeline.config.sweep import Sweep
-from pipeline.decode.bench import Bench, Sides, clock
+from pipeline.decode.bench import Bench, clock
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel
-from pipeline.decode.sources import GREEDILY
+from pipeline.decode.runner import Sides
+from pipeline.decode.sampling import GREEDILY
 from pipeline.store.rows import Prompt, StepTimes
 from pipeline.sweep.grid import Drafter, ViewCell, view_cells
 from pipeline.sweep.measurer import Views

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import Train, Variant
+from pipeline.config.train import Train, Variant
 from pipeline.errors import BadData
 from pipeline.train.losses import TargetLabels
 

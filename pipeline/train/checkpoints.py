@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.store.artifacts import atomic_path, file_sha256, write_json
+from pipeline.store.files import atomic_path, file_sha256, write_json
 from pipeline.train.engine import PARTS, Engine, Part
 
 CHECKPOINTS = "checkpoints"

@@ -17,15 +17,19 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import dispatch
-from pipeline.config.schema import Config, ScratchModel, Variant
-from pipeline.models.load import ModelRef, build_scratch, load_model, pick_device
+from pipeline.config.models import ScratchModel
+from pipeline.config.schema import Config
+from pipeline.models.build import build_scratch
+from pipeline.models.load import ModelRef, load_model, pick_device
 from pipeline.observe import logs
-from pipeline.store.artifacts import read_rows
+from pipeline.store.files import read_rows
+from pipeline.store.layout import METRICS
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards
+from pipeline.train.cards import drafter_card, scratch_card
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
-from pipeline.train.loop import METRICS, Plan, export, fit, read_metrics, write_model
+from pipeline.train.loop import Plan, export, fit, read_metrics, write_model
 from pipeline.train.objectives import MultiView, NextToken
 
 log = logging.getLogger(__name__)
@@ -166,45 +170,3 @@ def validation_pairs(prepare: Path, teach: Path) -> list[tuple[Prompt, Continuat
     files = sorted((teach / "continuations").glob("validation-*.jsonl"))
     continuations = [row for file in files for row in read_rows(file, Continuation)]
     return list(zip(validation_prompts(prepare), continuations, strict=True))
-
-
-def describe_data(config: Config) -> str:
-    sources = [f"{s.name} ({s.kind})" for s in config.data.sources if "train" in s.use]
-    return ", ".join(sources)
-
-
-def scratch_card(config: Config, spec: ScratchModel, name: str, steps: int) -> str:
-    """The model card of a pretrained model; `steps` are those that its weights have seen."""
-    return (
-        f"# Scratch {name}\n\nA {spec.layers}-layer, {spec.hidden}-wide Llama, pretrained by next-token "
-        f"prediction for {steps} steps of {spec.pretrain.batch_sequences} sequences of "
-        f"{spec.pretrain.sequence_tokens or config.data.sequence_tokens} tokens. "
-        f"Data: {describe_data(config)}.\n"
-    )
-
-
-def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str, float]) -> str:
-    """The model card of a drafter: budgets, target, data, validation acceptance."""
-    target = config.target.path if config.target.kind == "pretrained" else "scratch target of the same run"
-    rows = "\n".join(f"| {budget} | {value:.3f} |" for budget, value in scores.items())
-    table = (
-        f"\n| budget | acceptance |\n|---|---|\n{rows}\n\nReplayed on the validation prompts at "
-        f"γ = {config.train.validation_gamma}, greedy.\n"
-        if scores
-        else "\nNo validation curve: "
-        + ("the config has no validation prompts.\n" if steps else "exported as it was, untrained.\n")
-    )
-    return (
-        "---\nlibrary_name: transformers\ntags: [speculative-decoding, budgetdraft]\n---\n"
-        f"# BudgetDraft drafter `{variant.name}`\n\n"
-        f"A drafter for speculative decoding behind a sparse KV cache. Loads with plain "
-        f"`AutoModelForCausalLM.from_pretrained`.\n\n"
-        f"- Target: {target}\n"
-        f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
-        f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
-        f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "
-        f"policy {variant.policy}\n"
-        f"- Steps: {steps} of {config.train.batch_sequences} sequences of "
-        f"{config.data.sequence_tokens} tokens\n"
-        f"- Training data: {describe_data(config)}\n{table}"
-    )

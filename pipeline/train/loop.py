@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.schema import Pretrain, Train
+from pipeline.config.models import Pretrain
+from pipeline.config.train import Train
 from pipeline.errors import NotFinite
 from pipeline.hardware import peak_bytes
-from pipeline.models.load import export_model
+from pipeline.models.export import export_model
 from pipeline.observe.progress import progress
-from pipeline.store.artifacts import write_json, write_text
+from pipeline.store.files import write_json, write_text
+from pipeline.store.layout import MEMORY, METRICS
 from pipeline.train.checkpoints import (
     checkpoint_folder,
     disk_errors,
@@ -40,8 +42,6 @@ from pipeline.train.engine import Engine
 from pipeline.train.stopping import Stopped, signals_put_off
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
-METRICS = "metrics.jsonl"
-MEMORY = "memory.json"
 WATCHED = "validation/next_token"  # the loss that `patience` goes by
 NORM = "norm"  # of the gradient, beside the losses of a step
 NAMED_MICROS = 12  # micro-batches that an error names

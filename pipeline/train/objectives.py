@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import Config, Pretrain, Variant
+from pipeline.config.models import Pretrain
+from pipeline.config.schema import Config
+from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.errors import NotFinite
-from pipeline.kv.view_cache import FULL, View, ViewCache, read_continuation, read_hidden, read_prefix, view_of
+from pipeline.kv.view_cache import ViewCache, read_continuation, read_hidden, read_prefix
+from pipeline.kv.views import FULL, View, view_of
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.train.loop import WATCHED

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.decontaminate import find_contaminated, index_evaluation, shingles
 from pipeline.data.documents import Document, DocumentNote, Part, digest
-from pipeline.store.artifacts import write_rows
+from pipeline.store.files import write_rows
 from tests.data.conftest import story
 
 

@@ -6,7 +6,7 @@ import pytest
 from pipeline.data.documents import DocumentNote, Part
 from pipeline.data.packing import encode_part, pack, plan_packing, share_evenly
 from pipeline.data.tokenizer import encode
-from pipeline.store.artifacts import write_rows
+from pipeline.store.files import write_rows
 from tests.data.conftest import document
 
 

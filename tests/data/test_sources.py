@@ -8,9 +8,10 @@ from pydantic import TypeAdapter
 
 from pipeline.config.data import AnySource, Data
 from pipeline.data.documents import Document, Reader
-from pipeline.data.prepare import make_readers, plan_prompts
+from pipeline.data.prepare import plan_prompts
 from pipeline.data.reading import BadRow
 from pipeline.data.sources.longbench import MAX_NEW_TOKENS, TEMPLATES
+from pipeline.data.sources.registry import make_readers
 from pipeline.data.sources.text import expand
 from pipeline.errors import BadData
 from tests.data.conftest import bench, book, narrative, request_for, story, write_lines

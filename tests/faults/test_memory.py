@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.observe.logs import read_lines
-from pipeline.store.artifacts import read_rows, write_rows
+from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from tests.faults.conftest import Tally
 from tests.faults.test_processes import SLOW
@@ -24,8 +24,8 @@ LONG, SPARE_MB = 24_000, 24
 
 def measure(folder: Path, limited: bool) -> None:
     """Measure three prompts, of which the second needs more memory than there is where that is limited."""
-    from pipeline.config.schema import Pretrain, ScratchModel
-    from pipeline.models.load import build_scratch
+    from pipeline.config.models import Pretrain, ScratchModel
+    from pipeline.models.build import build_scratch
     from tests.conftest import FakeTokenizer, sharpen
     from tests.sweeps import Bench
 

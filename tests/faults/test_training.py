@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.store.layout import METRICS
 from pipeline.train.checkpoints import latest, step_of
-from pipeline.train.loop import METRICS, read_metrics
+from pipeline.train.loop import read_metrics
 from tests.faults.conftest import Tally
 from tests.faults.toy import PATIENCE_S, Toy, artifact, log_of, missing, outcome, tail, wait_until
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kernels import reference
 from kernels.verify_attention import MAX_SPLITS, Tiles, choose_splits, choose_tiles, verify_attention
-from pipeline.kv.view_cache import suffix_attention
+from pipeline.kv.attention import suffix_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,8 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.results.axes import Axes
-from pipeline.store.artifacts import Artifact, open_artifact, write_rows
+from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.store.files import write_rows
 from pipeline.store.rows import Continuation, FailedCell, PromptRow
 from tests.configs import MINIMAL
 

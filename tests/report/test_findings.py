@@ -5,10 +5,9 @@ import pytest
 from pipeline.config.sweep import Plane
 from pipeline.results.findings import summarise
 from pipeline.results.pool import cell_rows
-from pipeline.results.recommend import ModelSize
 from pipeline.results.scores import Predictions
 from pipeline.results.summary import Summary
-from pipeline.store.rows import FailedCell, PredictedRow, StepTimes
+from pipeline.store.rows import FailedCell, ModelSize, PredictedRow, StepTimes
 from pipeline.sweep.predict import cell_of
 from tests.report.made import AXES, measured, row, sweep_rows
 

@@ -9,7 +9,8 @@ import pytest
 from jobs.stages.report import ReportInputs, report
 from pipeline.report.page import size
 from pipeline.results.summary import Stage
-from pipeline.store.artifacts import open_artifact, read_rows
+from pipeline.store.artifacts import open_artifact
+from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, FailedCell
 from tests.configs import MINIMAL
 from tests.report.made import artifacts, config, row, sweep_rows

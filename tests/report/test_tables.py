@@ -1,8 +1,9 @@
 import pytest
 
+from pipeline.axes import CellKey
 from pipeline.errors import BadData
 from pipeline.results import pool
-from pipeline.results.axes import Axes, CellKey
+from pipeline.results.axes import Axes
 from pipeline.store.rows import Cell, CellRow
 from tests.report.made import AXES, config, measured, row, sweep_rows
 

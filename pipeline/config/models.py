@@ -1,0 +1,87 @@
+"""Models in the config: from nothing, or from a folder or the hub."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pipeline.config.group import Group
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def check_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Names its rule as transformers does now: under the older name, `type`, it would be ignored silently."""
+    if parameters.get("rope_type") not in ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}")
+    return parameters
+
+
+RopeScaling = Annotated[dict[str, Any], AfterValidator(check_rope)]
+
+
+class Pretrain(Group):
+    """Next-token training of a scratch model on the training split."""
+
+    steps: int = Field(ge=0, description="optimizer steps")
+    batch_sequences: int = Field(8, ge=1, description="sequences per step")
+    sequence_tokens: int | None = Field(
+        None, ge=32, description="tokens of one sequence, a piece of a packed one; default: the whole"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak, AdamW")
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    compile: bool = Field(False, description="compile forward pass and loss; for run.executor: inline")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="points of the validation curve (every train.validate_every steps) without a lower loss "
+        "after which training ends; the best point's weights are kept. Default: all steps, the last weights",
+    )
+
+
+class ScratchModel(Group):
+    """A Llama that the pipeline builds and pretrains itself."""
+
+    kind: Literal["scratch"]
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=16, description="model width")
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int = Field(ge=1, description="key/value heads; divides heads")
+    intermediate: int = Field(ge=16, description="MLP width")
+    max_positions: int = Field(ge=32, description="positions that it is built for")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = Field(None, description="transformers' rope parameters, e.g. YaRN")
+    pretrain: Pretrain
+    dtype: Dtype = Field("float32", description="precision it runs in at evaluation")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ScratchModel:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError("heads must divide hidden, and kv_heads must divide heads")
+        if (self.hidden // self.heads) % 2:
+            raise ValueError("hidden / heads must be even: rotary embeddings turn pairs")
+        return self
+
+
+class PretrainedModel(Group):
+    kind: Literal["pretrained"]
+    path: str = Field(description="hub id or local folder with safetensors")
+    revision: str | None = Field(None, description="hub revision; a commit hash makes a run repeatable")
+    dtype: Dtype = Field("float32", description="precision it runs in")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    rope_scaling: RopeScaling | None = Field(None, description="replaces the model's rope parameters")
+    trained_positions: int | None = Field(
+        None, ge=1, description="positions it was trained on, where its config does not say so"
+    )
+
+    @property
+    def may_be_on_hub(self) -> bool:
+        """Whether `path`, where it is no folder, may be owner/name of the hub."""
+        return self.path.count("/") == 1 and not self.path.startswith((".", "~", "/"))
+
+
+AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]

@@ -1,0 +1,133 @@
+"""Labels, variants and training in the config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.axes import check_budget
+from pipeline.config.group import Group
+from pipeline.config.models import RopeScaling
+from pipeline.config.sweep import Policy
+
+LossKind = Literal["cross_entropy", "kl", "total_variation"]
+
+RESERVED = ("self_speculation", "prompt_lookup", "target")
+
+
+class Labels(Group):
+    top_k: int = Field(0, ge=0, description="target log-probabilities stored per position; 0: arg-max only")
+    temperature: float = Field(1.0, gt=0, description="temperature of the stored log-probabilities")
+    on_policy_fraction: float = Field(
+        0.0, ge=0, le=1, description="share of sequences whose continuation the target writes itself"
+    )
+    on_policy_temperature: float = Field(1.0, ge=0, description="temperature at which it writes them")
+    batch_sequences: int = Field(8, ge=1, description="sequences per forward pass of the target")
+    max_sequences: int = Field(1_000_000_000, ge=1, description="most training sequences that are labelled")
+    sequences_per_shard: int = Field(256, ge=1, description="sequences that one task labels")
+    num_workers: int = Field(1, ge=1, description="copies of the target that label at once")
+
+
+class Variant(Group):
+    """One drafter to train: the weights of the two branches and the views of the sparse one."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    steps: int | None = Field(None, ge=0, description="default: train.steps; 0 exports the drafter untrained")
+    full_weight: float = Field(1.0, ge=0, description="weight of the full-cache branch L_A")
+    sparse_weight: float = Field(0.5, ge=0, description="λ, the weight of the sparse-cache branch L_C")
+    full_loss: LossKind = "cross_entropy"
+    sparse_loss: LossKind = "cross_entropy"
+    policy: Policy = "chunk_topk"
+    budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
+    num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="the drafter's rope parameters from here on; default: as it comes"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="training seeds; several train a drafter each, NAME~SEED; default: the config's"
+    )
+
+    @property
+    def drafters(self) -> tuple[Variant, ...]:
+        """The drafters to train, one a seed."""
+        if len(self.seeds) < 2:
+            return (self,)
+        return tuple(
+            self.model_copy(update={"name": f"{self.name}~{seed}", "seeds": (seed,)}) for seed in self.seeds
+        )
+
+    @field_validator("budgets")
+    @classmethod
+    def _valid_budgets(cls, budgets: dict[int, float]) -> dict[int, float]:
+        for budget, weight in budgets.items():
+            check_budget(budget)
+            if weight <= 0:
+                raise ValueError(f"the weight of budget {budget} must be positive, not {weight}")
+        return budgets
+
+    @model_validator(mode="after")
+    def _has_terms(self) -> Variant:
+        if self.sparse_weight > 0 and not self.budgets and self.steps != 0:
+            raise ValueError("sparse_weight > 0 needs budgets; for L_A alone set sparse_weight: 0")
+        if self.full_weight == 0 and self.sparse_weight == 0:
+            raise ValueError("full_weight and sparse_weight are both 0: there is nothing to train on")
+        if self.name in RESERVED:
+            raise ValueError(f"{self.name!r} is what results call something else: choose another name")
+        twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
+        if twice:
+            raise ValueError(f"seeds lists {twice[0]} twice")
+        return self
+
+
+class Train(Group):
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    steps: int = Field(ge=0, description="optimizer steps of each variant")
+    batch_sequences: int = Field(8, ge=1, description="sequences per optimizer step, over all workers")
+    micro_batch_sequences: int = Field(4, ge=1, description="sequences per forward pass of one worker")
+    window_tokens: int = Field(256, ge=1, description="C, tokens of one continuation window")
+    windows: int = Field(1, ge=1, description="windows per sequence and step")
+    min_prefix_tokens: int = Field(16, ge=1, description="shortest prefix before a window")
+    learning_rate: float = Field(1e-5, gt=0, description="peak, AdamW")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine to 0")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, fp32 weights")
+    max_logits_mib: int = Field(
+        256,
+        ge=0,
+        description="MiB of fp32 logits that a micro-batch may make; beyond, losses come from hidden states "
+        "without logits (not under ZeRO-3)",
+    )
+    num_workers: int = Field(1, ge=1, description="data-parallel processes")
+    deepspeed: str = Field("conf/deepspeed/zero1.json", description="DeepSpeed settings of the Ray workers")
+    checkpoint_every: int = Field(200, ge=1, description="steps between resumable checkpoints")
+    validate_every: int = Field(100, ge=1, description="steps between points of the validation curve")
+    validation_gamma: int = Field(4, ge=1, description="γ of the validation curve")
+    validation_budgets: tuple[int | Literal["full"], ...] = Field(
+        ("full",), description="budgets of the validation curve"
+    )
+
+    @property
+    def drafters(self) -> tuple[Variant, ...]:
+        """Every drafter that is trained: the variants, one for each of their seeds."""
+        return tuple(drafter for variant in self.variants for drafter in variant.drafters)
+
+    @field_validator("validation_budgets")
+    @classmethod
+    def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        return tuple(check_budget(budget) for budget in budgets)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Train:
+        share = self.micro_batch_sequences * self.num_workers
+        if self.batch_sequences % share:
+            raise ValueError(
+                f"batch_sequences ({self.batch_sequences}) must be a multiple of micro_batch_sequences × "
+                f"num_workers ({self.micro_batch_sequences} × {self.num_workers} = {share})"
+            )
+        names = [v.name for v in self.variants]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"variants: the name {sorted(twice)[0]!r} is used twice")
+        return self

@@ -1,0 +1,151 @@
+"""FLOP/s and step times of this machine, timed on models of a config's shape."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, Literal
+
+import torch
+
+from pipeline.config.models import ScratchModel
+from pipeline.config.schema import Config
+from pipeline.decode.loop import autoregressive
+from pipeline.decode.model import decode_model
+from pipeline.decode.runner import Side
+from pipeline.decode.sampling import GREEDILY
+from pipeline.kv.slot_cache import slots_for
+from pipeline.models.build import build_scratch
+from pipeline.plan.flops import Rates
+from pipeline.plan.shapes import Shape
+from pipeline.plan.sweep_counts import longest
+
+TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
+
+TIMED_RUNS, TIMED_STEPS = 3, 8
+
+
+def rates_of(
+    config: Config, shapes: Mapping[str, Shape], device: str, tflops: float | None
+) -> tuple[Rates | None, str]:
+    """The rates of one process and where they come from; None where they cannot be known.
+
+    Args:
+        tflops: as given by the user, for everything.
+    """
+    if tflops:
+        given = dict.fromkeys(product(shapes, (False, True)), tflops * 1e12)
+        return given, f"estimate: FLOPs at the given {tflops:g} TFLOP/s"
+    specs = {"target": config.target, "drafter": config.drafter}
+    scratch = {role: spec for role, spec in specs.items() if isinstance(spec, ScratchModel)}
+    if len(scratch) < len(specs) or (device == "cuda" and not torch.cuda.is_available()):
+        return None, "not known: give --tflops X, the effective TFLOP/s of the device"
+    length = min(config.data.sequence_tokens, TIMED_TOKENS)
+    rates: Rates = {}
+    for role, spec in scratch.items():
+        flops = shapes[role].forward_flops(length, length / 2)
+        seconds = timed_step(spec, shapes[role].vocab, length, device, config.train.dtype == "bfloat16")
+        for training, least in seconds.items():
+            threads = threads_of(config, device, "train" if training else "teach")
+            rates[role, training] = threads * flops * (3 if training else 1) / least
+    measured = ", ".join(
+        f"{role} {'training' if training else 'forward'} {rate / 1e12:.3g} TFLOP/s"
+        for (role, training), rate in rates.items()
+    )
+    return (
+        rates,
+        f"estimate: FLOPs at rates measured here, of one thread times those of a process: {measured}",
+    )
+
+
+def threads_of(config: Config, device: str, work: Literal["teach", "train", "measure"]) -> int:
+    """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
+    own = config.run.needs(work).cpus or 0 if config.run.executor == "ray" else torch.get_num_threads()
+    return max(1, int(own)) if device == "cpu" else 1
+
+
+class Vocabulary:
+    """Stands in for a tokenizer of so many entries where a model is built to be timed."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return self.entries
+
+
+def timed_step(
+    spec: ScratchModel, vocab: int, tokens: int, device: str, bfloat16: bool = False
+) -> dict[bool, float]:
+    """Seconds of one sequence forward alone (False) and of a whole training step (True), the best run.
+
+    On a CPU they are seconds of one thread's own time: what else runs on the machine does not count.
+    """
+    entries: Any = Vocabulary(vocab)
+    model = build_scratch(spec, entries, 0).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens_1S = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
+    def step(training: bool) -> None:
+        half = torch.autocast(device, torch.bfloat16, enabled=bfloat16 and training)
+        with torch.set_grad_enabled(training), half:
+            logits = model(input_ids=tokens_1S, use_cache=False).logits
+        if training:
+            logits.float().logsumexp(-1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    seconds = {False: math.inf, True: math.inf}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for training in [False, True] * TIMED_RUNS:
+        began = clock()
+        step(training)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds[training] = min(seconds[training], clock() - began)
+    torch.set_num_threads(threads)
+    return seconds
+
+
+def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> tuple[float | None, str]:
+    """Seconds of one autoregressive step of the target, and where they come from; None where not known.
+
+    Args:
+        vocab: entries of the target's vocabulary.
+        step_ms: as given by the user.
+    """
+    if step_ms:
+        return step_ms / 1e3, f"the given {step_ms:g} ms"
+    spec = config.target
+    if not isinstance(spec, ScratchModel) or (device == "cuda" and not torch.cuda.is_available()):
+        return None, "not known"
+    threads = threads_of(config, device, "measure")
+    seconds = timed_decoding(spec, vocab, longest(config), device, threads)
+    return seconds, f"{1e3 * seconds:.3g} ms measured here, of a process with {threads} threads"
+
+
+def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, threads: int) -> float:
+    """Seconds of decoding one token behind a prefix of so many, uncompiled, the best step.
+
+    With so many threads: so small a step is not shared out evenly.
+    """
+    entries: Any = Vocabulary(vocab)
+    model = decode_model(build_scratch(spec, entries, 0).to(device, getattr(torch, spec.dtype)))
+    side = Side(model, 1, slots_for(prefix), TIMED_STEPS, "none")
+    side.cache.kept_B.fill_(prefix)
+    sampler = GREEDILY.sampler(["timed"], torch.device(device))
+    least, before = math.inf, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for _ in range(TIMED_RUNS):
+        began = time.perf_counter()
+        for _ in autoregressive(side, [0], TIMED_STEPS, frozenset(), sampler):
+            ended = time.perf_counter()
+            least, began = min(least, ended - began), ended
+    torch.set_num_threads(before)
+    return least

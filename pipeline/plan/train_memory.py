@@ -1,0 +1,113 @@
+"""Peak memory of the stages that train and label, by formula."""
+
+from __future__ import annotations
+
+from kernels.distill_tiles import SCRATCH_BYTES
+from pipeline.config.models import ScratchModel
+from pipeline.config.schema import Config
+from pipeline.config.train import Variant
+from pipeline.plan.shapes import FP32, ITEMSIZE, Device, Memory, Shape, Sharding
+from pipeline.train.batches import start_phases
+from pipeline.train.teacher import POSITIONS
+
+# On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Measured on
+# drafters of 64 and 128 channels: about ten new products a micro-batch until each prefix length that windows
+# have was met, three products a length, .76 and 1.05 MiB each; none in fp32.
+PRODUCT_BYTES, MOST_PRODUCTS, NEW_PRODUCTS, PRODUCTS_A_LENGTH = int(0.9 * 2**20), 1024, 10, 3
+
+LOSS_COPIES = 3  # of fp32 logits: log-softmax and, in backward, the gradients before and behind it
+
+
+def pretrain_memory(config: Config, role: str, shape: Shape, sharding: Sharding, device: Device) -> Memory:
+    """Next-token training: the activations of all layers of a micro-batch, and its logits in fp32."""
+    spec = config.target if role == "target" else config.drafter
+    assert isinstance(spec, ScratchModel)
+    length = spec.pretrain.sequence_tokens or config.data.sequence_tokens
+    tokens = config.train.micro_batch_sequences * length
+    activations, logits = training_step(shape, tokens, config.train.dtype == "bfloat16", device)
+    state = sharding.state_bytes(shape.parameters, device)
+    return Memory(f"pretrain {role}", device.base_bytes, *state, activations, logits)
+
+
+def training_step(shape: Shape, tokens: int, bfloat16: bool, device: Device) -> tuple[int, int]:
+    """Activations and logits of a forward and backward pass.
+
+    One layer at a time also has its gradients: two of the MLP's width, two of the model's.
+    """
+    wide, narrow = FP32 * tokens * shape.intermediate, FP32 * tokens * shape.hidden
+    mlp = shape.layers * 4 * wide // (2 if bfloat16 else 1)
+    rest = shape.layers * tokens * shape.training_bytes(bfloat16) - mlp
+    activations = device.held(mlp + 2 * wide, wide) + device.held(rest + 2 * narrow, narrow)
+    one = FP32 * tokens * shape.vocab
+    return activations, device.held(LOSS_COPIES * one + (one // 2 if bfloat16 else 0), one)
+
+
+def train_memory(
+    config: Config, variant: Variant, steps: int, shape: Shape, sharding: Sharding, device: Device
+) -> Memory:
+    """The two-branch loss: one prefill, the views of every window, one forward of all windows behind them.
+
+    A window starts as late as it can, and the budgets drawn are the largest. The full view of a prefix is
+    the prefill's own KV; other views are copies; the cache copies each once more, and backward makes the
+    gradients of one layer of it twice. No heap's share on these: windows that all start so late are rare.
+
+    Args:
+        steps: of all variants that one process trains, one after another.
+    """
+    train, length = config.train, config.data.sequence_tokens
+    starts = [length - (place + 1) * train.window_tokens for place in range(train.windows)]
+    budgets = sorted(variant.budgets, reverse=True)[: variant.num_views] if variant.sparse_weight else []
+    full = variant.full_weight > 0
+    kept = [min(budget, start) for budget in budgets for start in starts]
+    behind = kept + (starts if full else [])
+    micro, bfloat16 = train.micro_batch_sequences, train.dtype == "bfloat16"
+    tokens = micro * train.window_tokens * len(behind)
+    cache = shape.kv_bytes(micro * (sum(behind) + train.window_tokens * len(behind)))
+    views = shape.kv_bytes(micro * (sum(kept) + (starts[0] if full else 0)))
+    # Under autocast attention reads, and keeps for backward, a bfloat16 copy of the cache.
+    behind_bytes = views + cache + (cache // 2 if bfloat16 else 0) + 2 * cache // shape.layers
+    activations, logits = training_step(shape, tokens, bfloat16, device)
+    if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
+        logits = min(logits, SCRATCH_BYTES)
+    reading = micro * starts[0] * shape.reading_bytes(FP32)
+    lengths = len(start_phases(train, length)) * (length - train.min_prefix_tokens) // train.window_tokens
+    products = min(
+        NEW_PRODUCTS * steps * train.batch_sequences // micro, PRODUCTS_A_LENGTH * lengths, MOST_PRODUCTS
+    )
+    compiled = PRODUCT_BYTES * products if bfloat16 and device.kind == "cpu" else 0
+    return Memory(
+        f"train {variant.name}",
+        device.base_bytes + compiled,
+        *sharding.state_bytes(shape.parameters, device),
+        activations=max(activations, device.held(reading, FP32 * micro * starts[0] * shape.intermediate)),
+        logits=logits,
+        kv=behind_bytes,
+    )
+
+
+def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> Memory:
+    """The larger of labelling a batch of sequences and continuing a batch of the longest of a file's prompts.
+
+    Labelling makes the logits of all positions, and of a slice of them the copies that labels need.
+    Continuing holds the prefix KV twice while its cache is filled.
+    """
+    data, labels, size = config.data, config.labels, ITEMSIZE[config.target.dtype]
+    batch, length, wide = labels.batch_sequences, data.sequence_tokens, size * shape.intermediate
+    logits = batch * length * shape.vocab * size
+    per_logit = 2 * FP32 if labels.top_k else size + 1
+    copies = batch * min(length, POSITIONS) * shape.vocab * per_logit
+    reading = device.held(batch * length * shape.reading_bytes(size), batch * length * wide)
+    made = device.held(logits, logits) + device.held(copies, copies // 2)
+    start = (device.base_bytes, shape.parameters * size)
+    peaks = [Memory("teach", *start, activations=reading), Memory("teach", *start, logits=made)]
+
+    writing = [(min(batch, prompts), max(c.tokens for c in data.contexts), data.max_new_tokens)]
+    if labels.on_policy_fraction:
+        count = config.train.windows * config.train.window_tokens
+        writing.append((batch, length - count, count))
+    for rows, prefix, count in writing:
+        cache = shape.kv_bytes(rows * (prefix + count), size)
+        beside = max(cache, rows * prefix * shape.reading_bytes(size))
+        alive = shape.kv_bytes(rows * prefix, size) + beside
+        peaks.append(Memory("teach", *start, kv=device.held(alive, rows * prefix * shape.kv * size)))
+    return max(peaks, key=lambda peak: peak.each)
