@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.models import FakeTokenizer, sharpen
 
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on the CPU. Read when triton is imported, which transformers does.
@@ -21,10 +22,8 @@ from transformers import PreTrainedModel
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.models import Pretrain, ScratchModel
 from pipeline.models.build import build_scratch
-from tests.data.conftest import story
-from tests.toys import toy_config
-
-VOCABULARY = 97
+from tests.helpers.documents import story
+from tests.helpers.toys import toy_config
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,27 +55,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="takes long: make test-long test-faults"))
-
-
-@dataclass
-class FakeTokenizer:
-    """As much of a tokenizer as building a model needs."""
-
-    bos_token_id: int = 1
-    eos_token_id: int = 2
-    pad_token_id: int = 0
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
-def sharpen(model: PreTrainedModel, factor: float = 8.0) -> PreTrainedModel:
-    """Scale the weights of a random model, so that its arg-max depends on what it reads."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(factor)
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -116,10 +94,6 @@ def drafter(target: PreTrainedModel, make_model: Callable[..., PreTrainedModel])
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.05 * parameter.std(correction=0).nan_to_num() * noise)
     return model
-
-
-def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.app import (
-    ConfigPath,
-    ExecutorOption,
-    Overrides,
-    StorageOption,
-    app,
-    load,
-    set_up_logging,
-)
+from jobs.cli.app import ConfigPath, ExecutorOption, Overrides, StorageOption, app, load, set_up_logging
 from jobs.commands.doctor import check_name_clash
 from jobs.commands.doctor import doctor as run_doctor
 from pipeline.config.files import dump_config

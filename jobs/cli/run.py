@@ -6,15 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.cli.app import (
-    ConfigPath,
-    ExecutorOption,
-    Overrides,
-    StorageOption,
-    app,
-    load,
-    set_up_logging,
-)
+from jobs.cli.app import ConfigPath, ExecutorOption, Overrides, StorageOption, app, load, set_up_logging
 from jobs.commands.doctor import check_name_clash
 
 

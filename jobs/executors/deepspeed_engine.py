@@ -21,7 +21,7 @@ from pipeline.train.loop import Plan
 
 
 class DeepSpeedEngine:
-    """`pipeline.engine.Engine` over a DeepSpeed engine; the settings file has ZeRO stage and offload."""
+    """`pipeline.train.engine.Engine` over a DeepSpeed engine; the settings file has ZeRO stage and offload."""
 
     def __init__(self, engine: Any, device: torch.device, hosts: dist.ProcessGroup) -> None:
         self.engine, self.device = engine, device

@@ -160,7 +160,7 @@ def facts_of(config: Config, vocab: int) -> Facts:
 
 
 def prepared_data(config: Config, readers: Readers) -> Artifact | None:
-    """The complete stage prepare of a config, found as `jobs.prepare` finds it; nothing is written.
+    """The complete stage prepare of a config, found as `jobs.stages.prepare` finds it; nothing is written.
 
     Raises:
         BadData: if a local source or tokenizer is missing, unless another source is on the hub.

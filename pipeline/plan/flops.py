@@ -10,18 +10,11 @@ from pipeline.axes import Place
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import Shape
-from pipeline.plan.sweep_counts import (
-    draft_sources,
-    measured_again,
-    picks_of,
-    pointed_at,
-    role_of,
-    texts,
-)
+from pipeline.plan.sweep_counts import draft_sources, measured_again, picks_of, pointed_at, role_of, texts
 from pipeline.sweep.grid import view_cells
 from pipeline.sweep.picks import FASTEST_MEASURED, MEASURED_AGAIN
 
-MEASURING = "sweep measure"  # the stage, as in `pipeline.sweep_costs.measure_memory`
+MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
 Rates = dict[tuple[str, bool], float]  # FLOP/s by the model's role, and whether it trains
 
 

@@ -133,7 +133,7 @@ def picks_of(config: Config, place: Place) -> list[Pick]:
 
 
 def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, list[str]]:
-    """The most that `pipeline.planner.worth_measuring` can add to the named cells of a place.
+    """The most that `pipeline.sweep.picks.worth_measuring` can add to the named cells of a place.
 
     Returns:
         How many cells, and draft sources of which no cell is named: those of trained drafters, which have

@@ -14,7 +14,7 @@ from pipeline.plan.shapes import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.plan.sweep_counts import draft_sources, longest, picks_of, role_of
 from pipeline.sweep.grid import Drafter, view_cells
 
-REMEMBERED = 2  # prompts whose views `pipeline.prompt_replay.PromptViews` holds
+REMEMBERED = 2  # prompts whose views `pipeline.sweep.replayer.PromptViews` holds
 
 INDUCTOR_BYTES = 100_000_000  # resident, measured on Linux with the pinned version
 
@@ -50,7 +50,7 @@ def kept(view: View, prefix: int) -> int:
 
 
 def slots(view: View, prefix: int) -> int:
-    """As `pipeline.measure.Bench.drafter` allocates them for a prefix."""
+    """As `pipeline.decode.bench.Bench.drafter` allocates them for a prefix."""
     return slots_for(prefix) if view.budget is None else view.budget
 
 

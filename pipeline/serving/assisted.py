@@ -53,7 +53,7 @@ class BudgetedAssistant:
 
     Args:
         drafter: as `AutoModelForCausalLM.from_pretrained` loads it.
-        policy: of `pipeline.policies`.
+        policy: of `pipeline.kv.policies`.
         budget: entries that are kept per layer and KV head; "full" keeps all.
         gamma: proposals a round.
 

@@ -70,7 +70,7 @@ class Pair:
         """The target's own continuations, decoded together: its greedy ones, or samples at a temperature.
 
         Args:
-            policy: which prefix entries the drafter keeps; see `pipeline.policies`.
+            policy: which prefix entries the drafter keeps; see `pipeline.kv.policies`.
             budget: how many of them, per layer and KV head; "full" keeps all.
             gamma: proposals a round.
             max_new_tokens: the most tokens of each continuation.

@@ -35,10 +35,10 @@ from pipeline.results.summary import Summary
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
 from pipeline.train.checkpoints import complete
-from tests.test_books import made_books
-from tests.toys import artifact
+from tests.helpers.documents import made_books
+from tests.helpers.paths import ROOT
+from tests.helpers.toys import artifact
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = ("ray", "deepspeed", "mlflow", "datasets", "pyarrow", "pandas")
 SMALL = {"hidden": 32, "heads": 2, "kv_heads": 2, "intermediate": 64, "max_positions": 288}
 PRETRAIN = {"batch_sequences": 4, "learning_rate": 0.01, "warmup_steps": 5, "compile": False, "patience": 2}

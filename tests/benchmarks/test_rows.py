@@ -26,7 +26,7 @@ from benchmarks.zero import SMALL, Held, check_losses, storage_bytes, zero_rows
 from pipeline.kv.views import FULL, view_of
 from pipeline.train.losses import LOSSES, TargetLabels
 from pipeline.train.objectives import window_scores
-from tests.conftest import random_tokens
+from tests.helpers.models import random_tokens
 
 
 def test_rows_say_what_was_measured_and_whether_it_suffices(tmp_path: Path) -> None:

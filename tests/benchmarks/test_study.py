@@ -13,11 +13,9 @@ import pytest
 
 from benchmarks.study import ablations, checks, runs, tables
 from pipeline.results.summary import PredictionScore, RankMemory, Summary
-from tests.study_rows import ABLATIONS, EMPTY, gain, make_row
-from tests.test_books import made_books
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from tests.helpers.documents import made_books
+from tests.helpers.paths import ROOT
+from tests.helpers.study_rows import ABLATIONS, EMPTY, gain, make_row
 
 TOY = (
     "data.tokenizer.vocab_size=400",

@@ -14,7 +14,7 @@ from benchmarks.study.families import BySeed, Change, Column, Families
 from pipeline.results.recommend import Choice, Recommendation
 from pipeline.results.summary import Summary
 from pipeline.store.rows import PromptRow
-from tests.study_rows import ABLATIONS, EMPTY, axes, families, gain, make_row, measured, predicted
+from tests.helpers.study_rows import ABLATIONS, EMPTY, axes, families, gain, make_row, measured, predicted
 
 
 def test_a_difference_is_of_what_both_families_hold() -> None:

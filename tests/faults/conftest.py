@@ -13,14 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.toy import Toy, make_toy
-
-
-@dataclass
-class Tally:
-    """What one try lost."""
-
-    lost: int = 0
+from tests.helpers.fault_toy import Tally, Toy, make_toy
 
 
 @dataclass

@@ -15,9 +15,8 @@ import pytest
 from pipeline.observe.logs import read_lines
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, PromptRow
-from tests.faults.conftest import Tally
 from tests.faults.test_processes import SLOW
-from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail
+from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail
 
 LONG, SPARE_MB = 24_000, 24
 
@@ -26,8 +25,8 @@ def measure(folder: Path, limited: bool) -> None:
     """Measure three prompts, of which the second needs more memory than there is where that is limited."""
     from pipeline.config.models import Pretrain, ScratchModel
     from pipeline.models.build import build_scratch
-    from tests.conftest import FakeTokenizer, sharpen
-    from tests.sweeps import Bench
+    from tests.helpers.models import FakeTokenizer, sharpen
+    from tests.helpers.sweeps import Bench
 
     def model(layers: int, seed: int) -> object:
         spec = ScratchModel(

@@ -12,9 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.conftest import Tally
 from tests.faults.test_storage import marks
-from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail, wait_until
+from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail, wait_until
 
 # Python's sources take long enough to encode that a task can be met at work.
 STDLIB = (

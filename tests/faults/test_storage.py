@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Tally
-from tests.faults.toy import Toy, artifact, log_of, missing, outcome, tail
+from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail
 
 
 def flip(file: Path) -> Path:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Tally
-from tests.faults.toy import Toy, log_of, missing, outcome, tail, wait_until
-from tests.mlflow_server import MlflowServer, mirrored
+from tests.helpers.fault_toy import Tally, Toy, log_of, missing, outcome, tail, wait_until
+from tests.helpers.mlflow_server import MlflowServer, mirrored
 
 AWAY_S = 3.0
 

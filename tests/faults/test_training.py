@@ -17,8 +17,17 @@ import pytest
 from pipeline.store.layout import METRICS
 from pipeline.train.checkpoints import latest, step_of
 from pipeline.train.loop import read_metrics
-from tests.faults.conftest import Tally
-from tests.faults.toy import PATIENCE_S, Toy, artifact, log_of, missing, outcome, tail, wait_until
+from tests.helpers.fault_toy import (
+    PATIENCE_S,
+    Tally,
+    Toy,
+    artifact,
+    log_of,
+    missing,
+    outcome,
+    tail,
+    wait_until,
+)
 
 STEPS = 80
 OVERRIDES = (f"train.steps={STEPS}", "train.checkpoint_every=10")

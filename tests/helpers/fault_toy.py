@@ -19,10 +19,10 @@ import yaml
 from safetensors.torch import load_file
 
 from jobs.records.record import RECORDS
-from tests.configs import MINIMAL
-from tests.data.conftest import story
+from tests.helpers.configs import MINIMAL
+from tests.helpers.documents import story
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # What differs between two clean runs: clocks, and files that tell about them.
 CLOCKED = ("train/tokens_per_s", "train/peak_memory_bytes")
 PATIENCE_S = 180
@@ -182,3 +182,10 @@ def same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-5)
     return bool(ours == theirs)
+
+
+@dataclass
+class Tally:
+    """What one try lost."""
+
+    lost: int = 0

@@ -15,7 +15,7 @@ from pipeline.models.load import load_model
 from pipeline.train.checkpoints import resume, save
 from pipeline.train.job import TrainJob, run_job
 from pipeline.train.loop import Plan
-from tests.tiny import VOCABULARY
+from tests.helpers.tiny import VOCABULARY
 
 
 def run_group(world: int, tasks: list[Callable[[], None]]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from tests.mlflow_server import free_port
+from tests.helpers.mlflow_server import free_port
 
 PATIENCE_S = 90
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ from typing import Any
 from jobs.registry.register import register
 from jobs.registry.versions import Version
 from pipeline.config.schema import Config
-from tests.toys import artifact, toy_config
+from tests.helpers.toys import artifact, toy_config
 
 MODEL = "toy-drafters"
 

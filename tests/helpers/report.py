@@ -10,7 +10,7 @@ from pipeline.results.axes import Axes
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.files import write_rows
 from pipeline.store.rows import Continuation, FailedCell, PromptRow
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
 
 AXES = Axes(
     drafters=("full_only", "multi_view"),

@@ -11,8 +11,7 @@ from benchmarks.study.families import BySeed, Families
 from pipeline.config.files import load_config
 from pipeline.results.summary import FamilyGain, Summary
 from pipeline.store.rows import Cell, CellRow, PredictedRow, PromptRow
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 
 def make_row(prompt: str, accepted: int, proposed: int, document: str = "d") -> PromptRow:

@@ -19,8 +19,8 @@ from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask
 from pipeline.sweep.grid import Drafter
 from pipeline.sweep.picks import configured_picks
 from pipeline.train.teacher import ContinueTask, Teacher
-from tests.pairs import make_pair, rounds_of, tokens_of
-from tests.tiny import VOCABULARY, save_model, tiny_config, write_prepare
+from tests.helpers.pairs import make_pair, rounds_of, tokens_of
+from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, write_prepare
 
 CPU = torch.device("cpu")
 PROMPTS, LENGTH, LIMIT = 4, 64, 16

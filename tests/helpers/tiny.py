@@ -24,7 +24,7 @@ from pipeline.store.rows import Prompt
 from pipeline.train.job import TrainJob
 from pipeline.train.loop import read_metrics
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
 
 VOCABULARY = 97
 SPECIALS = {"<pad>": 0, "<s>": 1, "</s>": 2}

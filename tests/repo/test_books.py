@@ -13,24 +13,11 @@ import pytest
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import load_config
 from pipeline.store.artifacts import MANIFEST
-from tests.data.conftest import bench, book, narrative, story, write_lines
+from tests.helpers.documents import made_books
+from tests.helpers.paths import ROOT, SHARED
 
-BOOKS = Path(__file__).resolve().parent.parent / "conf" / "books.yaml"
-SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def made_books(root: Path) -> None:
-    """Files laid out as `conf/books.yaml` wants them, of made-up text."""
-    for split, first, count in (("train", 0, 4), ("validation", 10, 2), ("test", 20, 2)):
-        rows = [book(k, text=story(k, 400)) for k in range(first, first + count)]
-        write_lines(root / "pg19" / f"{split}.jsonl.gz", rows)
-    meetings = [bench(k, f"What of {k}?") | {"context": story(k, 400)} for k in (30, 31)]
-    write_lines(root / "longbench" / "qmsum.jsonl.gz", meetings)
-    for split, first in (("train", 40), ("validation", 50)):
-        rows = [narrative(0, f"n{k}") for k in range(first, first + 2)]
-        for k, row in enumerate(rows, first):
-            row["document"]["text"] = story(k, 400)
-        write_lines(root / "narrativeqa" / f"{split}.jsonl.gz", rows)
+BOOKS = ROOT / "conf" / "books.yaml"
+SAMPLES = SHARED / "data"
 
 
 def sample_books(root: Path) -> None:

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from tests.faults.toy import artifact, make_toy
-from tests.mlflow_server import free_port
+from tests.helpers.fault_toy import artifact, make_toy
+from tests.helpers.mlflow_server import free_port
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 SERVICES: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
 PINNED = r":\d+\.\d+(\.\d+)?-\S+@sha256:[0-9a-f]{64}"

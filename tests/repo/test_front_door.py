@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 
 from jobs.cli.app import EPILOG, app
 from pipeline.config.files import load_config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("README.md", "CONTRIBUTING.md")
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

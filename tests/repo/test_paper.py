@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import reduce
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,8 +13,9 @@ from pipeline.config.schema import Config
 from pipeline.plan.sweep_counts import count_sweep
 from pipeline.sweep.grid import Drafter
 from pipeline.sweep.picks import configured_picks
+from tests.helpers.paths import ROOT
 
-PAPER = Path(__file__).resolve().parent.parent / "conf" / "paper.yaml"
+PAPER = ROOT / "conf" / "paper.yaml"
 MULTI_VIEW = {"budgets": {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}, "num_views": 1}
 FACTS: dict[str, Any] = {
     "seed": 42,

@@ -21,10 +21,11 @@ from pipeline.data.sources.lwm import PAPER_ROWS
 from pipeline.errors import BadData
 from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, Continuation, Prompt
-from tests.conftest import sharpen
-from tests.data.conftest import bench, book, narrative, story, write_lines
+from tests.helpers.documents import bench, book, narrative, story, write_lines
+from tests.helpers.models import sharpen
+from tests.helpers.paths import ROOT
 
-PAPER = Path(__file__).resolve().parent.parent / "conf" / "paper.yaml"
+PAPER = ROOT / "conf" / "paper.yaml"
 # Everything that counts tokens, divided by 16.
 SMALL = (
     "data.sequence_tokens=1024", "data.max_sequences=6", "data.max_new_tokens=16", "data.prompts=3",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 HEAD = (
     "data", "context", "greedy", "greedy, 800 steps", "explained", "T = 1 (estimate)",
     "T = 1, KL (estimate)", "deploy (greedy)", "decode speedup", "end to end",

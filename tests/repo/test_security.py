@@ -20,11 +20,10 @@ from pydantic import ValidationError
 
 from pipeline.config import files as config_files
 from pipeline.config.schema import Config
-from tests.configs import MINIMAL
-from tests.faults.toy import make_toy
-from tests.mlflow_server import MlflowServer
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.configs import MINIMAL
+from tests.helpers.fault_toy import make_toy
+from tests.helpers.mlflow_server import MlflowServer
+from tests.helpers.paths import ROOT
 
 # ── secrets, and what a run writes ────────────────────────────────────────────────────────────────
 

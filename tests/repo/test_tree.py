@@ -3,11 +3,10 @@
 import re
 import subprocess
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 # Written in pieces, so that this file does not name them.
 PACKAGE_HOSTS = (

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.data.conftest import story
-from tests.heads import ray_head
-from tests.mlflow_server import MlflowServer
-from tests.toys import toy_config
-from tests.workflow import own_command, read_workflow, run_job
+from tests.helpers.documents import story
+from tests.helpers.heads import ray_head
+from tests.helpers.mlflow_server import MlflowServer
+from tests.helpers.paths import ROOT
+from tests.helpers.toys import toy_config
+from tests.helpers.workflow import own_command, read_workflow, run_job
 
-ROOT = Path(__file__).resolve().parent.parent
 CI, SWEEP = (ROOT / ".github" / "workflows" / name for name in ("ci.yml", "sweep.yml"))
 WORKFLOWS = pytest.mark.parametrize("path", [CI, SWEEP], ids=lambda path: path.stem)
 PINNED = re.compile(r"uses: [\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")

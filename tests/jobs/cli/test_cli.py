@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
 from pipeline.models.convert import convert_bin
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 STUBS = """
 import sys, time, types
 from pipeline.errors import BadData, Incomplete, NotFinite
@@ -281,7 +281,7 @@ def test_convert_refuses_what_it_cannot_use(
 
 def test_log_lines_name_their_stage(minimal: str) -> None:
     body = (
-        "import logging; logging.getLogger('jobs.train').info('step 10'); "
+        "import logging; logging.getLogger('jobs.stages.train').info('step 10'); "
         "logging.getLogger('other.lib').info('chatter'); logging.getLogger('other.lib').warning('careful')"
     )
     lines = run(with_stubs("run", minimal, body=body)).stderr.splitlines()

@@ -17,8 +17,8 @@ from filelock import FileLock
 from jobs.commands.artifacts import TRASH, list_artifacts, removable, remove
 from pipeline.errors import BadData
 from pipeline.store.artifacts import Artifact, open_artifact
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DAY_S = 86_400
 
 

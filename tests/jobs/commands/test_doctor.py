@@ -16,7 +16,7 @@ from jobs.commands import doctor
 from jobs.tracking.store import tracking_problem
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.commands.generate import generate
 from pipeline.errors import BadData
-from tests.data.conftest import story
-from tests.toys import artifact, toy_config
+from tests.helpers.documents import story
+from tests.helpers.toys import artifact, toy_config
 
 
 @pytest.mark.parametrize(("drafter", "budget"), [(None, 16), ("full_only", "full")])

@@ -17,8 +17,8 @@ from pipeline.errors import BadData
 from pipeline.results.summary import Summary
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import CellRow, PromptRow
-from tests.configs import MINIMAL
-from tests.report.made import artifacts, config, measured, row
+from tests.helpers.configs import MINIMAL
+from tests.helpers.report import artifacts, config, measured, row
 
 DEPLOY = "full_only, chunk_topk, B = 16, γ = 4, stopping under 0.4"
 WHY = "the fastest of 2 measured cells, leaving out 1 not shown to be faster than autoregressive decoding"

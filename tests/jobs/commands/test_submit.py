@@ -23,12 +23,12 @@ from jobs.commands.submit import Job, connect, send, submit
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from tests.configs import MINIMAL
-from tests.faults.toy import PATIENCE_S, artifact, make_toy
-from tests.heads import BIN, Head, ray_head
-from tests.mlflow_server import free_port
+from tests.helpers.configs import MINIMAL
+from tests.helpers.fault_toy import PATIENCE_S, artifact, make_toy
+from tests.helpers.heads import BIN, Head, ray_head
+from tests.helpers.mlflow_server import free_port
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 NASTY = ("$(touch x); '\"", "`touch x`", "a\nb", "*", "~", "\\", "; touch x #", "'", "")
 
 

@@ -27,9 +27,9 @@ from pipeline.errors import BadData, NotFinite
 from pipeline.train.checkpoints import checkpoint_folder, latest
 from pipeline.train.job import TrainJob
 from pipeline.train.objectives import MultiView
-from tests.tiny import Workshop, assert_same_run, tiny_config
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import Workshop, assert_same_run, tiny_config
 
-ROOT = Path(__file__).resolve().parent.parent
 # Half a CPU a worker, so that two train side by side wherever this runs.
 RAY: dict[str, Any] = {"run.executor": "ray", "run.ray_address": "local", "run.cpus_per_task": 0.5}
 PRETRAIN = {"steps": 2, "batch_sequences": 8}

@@ -15,7 +15,7 @@ from jobs.executors.ray_cluster import HELD, check_nodes, count_fitting, install
 from jobs.executors.ray_executor import RayExecutor
 from jobs.executors.ray_pool import Worker
 from pipeline.errors import BadData
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 RAY: dict[str, Any] = {"run.executor": "ray", "run.ray_address": "local", "run.cpus_per_task": 0.5}
 

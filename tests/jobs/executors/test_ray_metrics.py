@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 # Items 0 to 4: 1 kills its worker once, 3 each time. Apart, since Ray reads its settings once a process.
 PIPELINE = """
@@ -21,11 +21,11 @@ import json, os, sys, time, urllib.request
 from functools import partial
 from pathlib import Path
 
-from jobs.ray_executor import RayExecutor
-from jobs.run_record import RunRecord
+from jobs.executors.ray_executor import RayExecutor
+from jobs.records.record import RunRecord
 from pipeline import logs
-from pipeline.events import Evaluated, Trained, tell
-from tests.tiny import tiny_config
+from pipeline.observe.events import Evaluated, Trained, tell
+from tests.helpers.tiny import tiny_config
 
 storage = Path(sys.argv[1])
 

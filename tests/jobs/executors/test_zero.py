@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from jobs.executors.inline import InlineExecutor
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
 from pipeline.train.job import TrainJob
-from tests.group import copy_state, run_group, train
-from tests.tiny import Workshop, assert_same_run
+from tests.helpers.group import copy_state, run_group, train
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import Workshop, assert_same_run
 
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 # Four micro-batches a step: four, two or one for each worker.
 BATCH: dict[str, Any] = {"train.batch_sequences": 8, "train.steps": 8}
 PRETRAIN = {"steps": 2, "batch_sequences": 8}
 SCRATCH = {"target.pretrain": PRETRAIN, "drafter.pretrain": PRETRAIN}
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
 from pipeline.sweep.predict import cell_of
-from tests.configs import MINIMAL, SCRATCH
-from tests.data.conftest import story
+from tests.helpers.configs import MINIMAL, SCRATCH
+from tests.helpers.documents import story
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Started by a small process: the count of a child begins at what its parent held, here all of pytest.
 PEAK_OF = """
 import resource, subprocess, sys

@@ -24,15 +24,15 @@ from pipeline.observe.progress import progress
 from pipeline.store.artifacts import open_artifact
 from pipeline.store.files import write_rows
 from pipeline.store.rows import FailedCell
-from tests.faults.toy import ROOT, Toy, make_toy
-from tests.tiny import tiny_config
+from tests.helpers.fault_toy import ROOT, Toy, make_toy
+from tests.helpers.tiny import tiny_config
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
 RUNS = """
 import sys, time
-from jobs.run_record import RunRecord
-from pipeline.progress import progress
-from tests.tiny import tiny_config
+from jobs.records.record import RunRecord
+from pipeline.observe.progress import progress
+from tests.helpers.tiny import tiny_config
 
 with RunRecord(tiny_config({"storage": sys.argv[1]}), "report") as record:
     with record.stage("teach"), progress(8, "teach") as bar:

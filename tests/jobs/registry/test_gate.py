@@ -17,9 +17,9 @@ from pipeline.errors import BadData, ConfigError
 from pipeline.gate.evidence import Evidence
 from pipeline.gate.verdict import compare
 from pipeline.intervals import paired_difference
-from tests.report.made import measured, row
+from tests.helpers.paths import ROOT
+from tests.helpers.report import measured, row
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDED = {"samples": 4000, "seed": 0, "error_rate": 0.025}
 QUICK = GateConfig.model_validate({"bootstrap_samples": 400})
 

@@ -13,10 +13,10 @@ from jobs.registry.versions import Version, evidence_of, pull, resolve
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.registry import Registry
 from pipeline.errors import BadData, Incomplete
-from tests.mlflow_server import MlflowServer, Proxy
-from tests.registered import registered_config
-from tests.test_tracking_server import planted
-from tests.toys import artifact
+from tests.helpers.mlflow_server import MlflowServer, Proxy
+from tests.helpers.registered import registered_config
+from tests.helpers.toys import artifact
+from tests.helpers.tracking import planted
 
 
 @pytest.fixture(scope="module")

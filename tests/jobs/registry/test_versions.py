@@ -27,11 +27,12 @@ from jobs.registry.versions import Version, evidence_of, pull, resolve
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData, Incomplete
 from pipeline.gate.evidence import read_evidence
-from tests.mlflow_server import free_port
-from tests.registered import MODEL, Done, registered_config
-from tests.toys import PROMPTS, artifact, toy_config
+from tests.helpers.mlflow_server import free_port
+from tests.helpers.paths import ROOT
+from tests.helpers.registered import MODEL, Done, registered_config
+from tests.helpers.toys import PROMPTS, artifact, toy_config
 
-CONF = Path(__file__).resolve().parent.parent / "conf/gate.yaml"
+CONF = ROOT / "conf/gate.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,13 @@ from safetensors.torch import load_file, save_file
 from jobs.records.record import RECORDS
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import Incomplete, NotFinite
-from pipeline.store.artifacts import MANIFEST, checksum
-from pipeline.store.files import file_sha256, read_rows
+from pipeline.store.artifacts import MANIFEST
+from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PromptRow
 from pipeline.sweep.replayer import PromptReplay
-from tests.toys import PROMPTS, artifact, toy_config
+from tests.helpers.toys import PROMPTS, artifact, reseal, toy_config
 
 REWRITTEN = ("summary.json", "report.html")  # by every run, as they tell about it
-
-
-def reseal(folder: Path) -> None:
-    """Make the manifest say that the files are as they were made."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, known in manifest["files"].items():
-        known["sha256"], known["bytes"] = file_sha256(folder / name), (folder / name).stat().st_size
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "checksum": checksum(manifest)}))
 
 
 def changes(storage: Path) -> dict[str, int]:

@@ -17,9 +17,10 @@ from pipeline.errors import BadData
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Prompt
-from tests.data.conftest import bench, book, narrative, story, write_lines
+from tests.helpers.documents import bench, book, narrative, story, write_lines
+from tests.helpers.paths import SHARED
 
-SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
+SAMPLES = SHARED / "data"
 SCRATCH = {
     "kind": "scratch", "layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "intermediate": 16,
     "max_positions": 256, "pretrain": {"steps": 1},
@@ -203,7 +204,7 @@ def test_missing_data_fails_before_any_work(tmp_path, root):
 
 def test_the_stage_imports_without_ray_and_torch():
     heavy = {"ray", "torch", "transformers", "datasets"}
-    code = f"import sys, jobs.prepare; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, jobs.stages.prepare; sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "."}, timeout=60)
     assert done.returncode == 0
 

@@ -22,8 +22,8 @@ from pipeline.store.rows import CellRow, PredictedRow, PromptRow, StepTimes
 from pipeline.sweep import predict
 from pipeline.sweep.evaluator import Evaluator, MeasureTask
 from pipeline.sweep.predict import cell_of
-from tests.configs import MINIMAL
-from tests.data.conftest import story
+from tests.helpers.configs import MINIMAL
+from tests.helpers.documents import story
 
 PROMPTS, MEASURED, REPEATS = 12, 6, 2
 BASELINES = ("self_speculation", "prompt_lookup")

@@ -14,12 +14,12 @@ from jobs.records.record import RunRecord
 from jobs.tracking.store import tracking_uri
 from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
 
 START_TOGETHER = """
 import sys, time
 from pathlib import Path
-from jobs.run_record import RunRecord
+from jobs.records.record import RunRecord
 from jobs.tracking import Tracker
 from mlflow import MlflowClient  # so that both open the database at the same moment
 from pipeline.config import Config
@@ -65,7 +65,7 @@ def test_two_processes_make_a_new_database(tmp_path: Path) -> None:
 
 LIVE = """
 import sys, time
-from jobs.run_record import RunRecord
+from jobs.records.record import RunRecord
 from jobs.tracking import Tracker
 from pipeline.config import Config
 config = Config.model_validate_json(sys.argv[1])

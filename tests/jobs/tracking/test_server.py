@@ -17,9 +17,9 @@ from jobs.tracking import writer
 from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
-from tests.configs import MINIMAL
-from tests.mlflow_server import MlflowServer, Proxy, mirrored
-from tests.test_tracking import cell, write_rows
+from tests.helpers.configs import MINIMAL
+from tests.helpers.mlflow_server import MlflowServer, Proxy, mirrored
+from tests.helpers.tracking import cell, planted, write_rows
 
 STEPS = range(10, 60, 10)
 ROWS = [cell(drafter=name, gamma=gamma) for name in ("a", "b", "c") for gamma in (2, 4)]
@@ -64,12 +64,6 @@ def work(tracker: Tracker, folder: Path) -> None:
     with tracker.stage_run("sweep") as sweep:
         tracker.log_sweep(sweep, "made up", ROWS)
         tracker.log_files(sweep, [files["a"]])
-
-
-def planted(*folders: Path) -> list[Path]:
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    assert len(files) > 10
-    return [file for file in files if b"pa55word" in file.read_bytes()]
 
 
 def clean(start: Start, server: MlflowServer, folder: Path) -> dict[str, object]:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import pytest
@@ -18,8 +18,8 @@ from jobs.tracking.tracker import NullTracker, Tracker
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.store.provenance import provenance
-from pipeline.store.rows import CellRow
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
+from tests.helpers.tracking import cell, write_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,11 +110,6 @@ def test_status_follows_the_exception(
     }
 
 
-def write_rows(path: Path, rows: list[dict[str, float]], torn: str = "") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
-
-
 def test_curves_are_followed_live(
     config: Config, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,34 +158,6 @@ def test_more_points_than_one_request_takes(config: Config, client: MlflowClient
         pass
     run = runs_by_name(client, config)["target"]
     assert curve(client, run, "loss/7") == {step: step + 0.7 for step in range(300)}
-
-
-def cell(**changes: Any) -> CellRow:
-    values: dict[str, Any] = {
-        "drafter": "multi_view",
-        "dataset": "pg19",
-        "context": "4K",
-        "policy": "chunk_topk",
-        "budget": 256,
-        "control": None,
-        "gamma": 4,
-        "temperature": 0.0,
-        "seed": 0,
-        "mode": "replay",
-        "num_prompts": 80,
-        "num_documents": 20,
-        "num_looping": 8,
-        "acceptance": 0.5,
-        "acceptance_low": 0.4,
-        "acceptance_high": 0.6,
-        "acceptance_not_looping": None,
-        "mean_tokens_per_round": 2.5,
-        "conditional_acceptance": [0.6, 0.5, 0.4, 0.3],
-        "in_trained_range": True,
-        "drafter_kv_bytes": 1000,
-        "target_kv_bytes": 9000,
-    }
-    return CellRow.model_validate(values | changes)
 
 
 def test_sweep_runs(config: Config, client: MlflowClient) -> None:

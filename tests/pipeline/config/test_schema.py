@@ -12,7 +12,7 @@ import yaml
 from pipeline.config.files import dump_config, load_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, hide_credentials
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
 
 
 def write(folder: Path, values: object, name: str = "test.yaml") -> Path:

@@ -8,7 +8,7 @@ import pytest
 from pipeline.data.decontaminate import find_contaminated, index_evaluation, shingles
 from pipeline.data.documents import Document, DocumentNote, Part, digest
 from pipeline.store.files import write_rows
-from tests.data.conftest import story
+from tests.helpers.documents import story
 
 
 def part(folder, split, texts):

@@ -7,7 +7,7 @@ from pipeline.data.documents import DocumentNote, Part
 from pipeline.data.packing import encode_part, pack, plan_packing, share_evenly
 from pipeline.data.tokenizer import encode
 from pipeline.store.files import write_rows
-from tests.data.conftest import document
+from tests.helpers.documents import document
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 4, 7, 12, 16, 17, 99])

@@ -14,7 +14,7 @@ from pipeline.data.prompts import (
 from pipeline.data.sources.lwm import NEEDLE, RETRIEVAL
 from pipeline.data.tokenizer import encode
 from pipeline.errors import BadData
-from tests.data.conftest import document, request_for
+from tests.helpers.documents import document, request_for
 
 
 @pytest.mark.parametrize("num_tokens", [0, 9, 10, 19, 35, 100, 1001])

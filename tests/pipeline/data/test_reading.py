@@ -9,7 +9,7 @@ import pytest
 from pipeline.data.reading import BadRow, Table, hub_tables, looks_local, split_files, table_rows
 from pipeline.data.sources.pg19 import features
 from pipeline.errors import BadData
-from tests.data.conftest import book, write_lines
+from tests.helpers.documents import book, write_lines
 
 
 def rows_of(path: Path):

@@ -14,7 +14,7 @@ from pipeline.data.sources.longbench import MAX_NEW_TOKENS, TEMPLATES
 from pipeline.data.sources.registry import make_readers
 from pipeline.data.sources.text import expand
 from pipeline.errors import BadData
-from tests.data.conftest import bench, book, narrative, request_for, story, write_lines
+from tests.helpers.documents import bench, book, narrative, request_for, story, write_lines
 
 
 def data_of(root, *sources: dict[str, Any], **fields: Any) -> Data:

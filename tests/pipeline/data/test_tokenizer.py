@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 
 from pipeline.data.tokenizer import encode, encode_with_offsets, must_match, train_bpe
 from pipeline.errors import BadData
-from tests.data.conftest import story
+from tests.helpers.documents import story
 
 
 def saved(tokenizer, path):

@@ -15,7 +15,7 @@ from pipeline.store.files import read_rows
 from pipeline.store.layout import METRICS
 from pipeline.store.rows import Continuation, PromptRow
 from pipeline.train.loop import read_metrics
-from tests.configs import MINIMAL
+from tests.helpers.configs import MINIMAL
 
 
 def run(storage: Path, executor: str) -> Path:

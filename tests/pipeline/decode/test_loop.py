@@ -12,8 +12,8 @@ from kernels import reference
 from pipeline.decode.sampling import Sampler
 from pipeline.errors import NotFinite
 from pipeline.kv.views import FULL, View, view_of
-from tests.conftest import VOCABULARY, random_tokens
-from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of, tokens_of
+from tests.helpers.models import VOCABULARY, random_tokens
+from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of, tokens_of
 
 
 def decode(target, drafter, tokens, view: View, gamma, limit, eos=NEVER):  # type: ignore[no-untyped-def]

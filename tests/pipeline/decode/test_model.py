@@ -17,8 +17,8 @@ from pipeline.kv.slot_cache import SlotCache
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import FULL, View, view_of
 from pipeline.models.build import prepare_model
-from tests.conftest import VOCABULARY, random_tokens
-from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
+from tests.helpers.models import VOCABULARY, random_tokens
+from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},

@@ -12,8 +12,8 @@ from pipeline.decode.sampling import Chance
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
 from pipeline.train.teacher import write_ahead
-from tests.conftest import random_tokens
-from tests.pairs import NEVER, make_pair, plain_tokens, rounds_of
+from tests.helpers.models import random_tokens
+from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of
 
 POLICIES = ("chunk_topk", "streaming", "snapkv")
 GRID = [("chunk_topk", 16), ("chunk_topk", 32), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full")]

@@ -15,8 +15,8 @@ from pipeline.decode.runner import Side
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import LONGEST_MATCH, DraftSource, LookupDrafts, ModelDrafts, Proposals
 from pipeline.kv.views import FULL, view_of
-from tests.conftest import VOCABULARY, random_tokens
-from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
+from tests.helpers.models import VOCABULARY, random_tokens
+from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 
 LIMIT = 25
 

@@ -16,8 +16,8 @@ from pipeline.decode.runner import Side
 from pipeline.decode.sampling import Sampler
 from pipeline.errors import BadData, NotFinite
 from pipeline.kv.views import FULL, view_of
-from tests.conftest import random_tokens
-from tests.pairs import make_pair, plain_tokens, rounds_of, tokens_of
+from tests.helpers.models import random_tokens
+from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 
 LIMIT = 24
 

@@ -15,8 +15,7 @@ from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData
 from pipeline.gate.evidence import Evidence, load_evidence, read_evidence, save_evidence
 from pipeline.store.artifacts import MANIFEST
-from tests.test_pipeline import reseal
-from tests.toys import PROMPTS, artifact, toy_config
+from tests.helpers.toys import PROMPTS, artifact, reseal, toy_config
 
 
 def report_of(storage: Path) -> Path:

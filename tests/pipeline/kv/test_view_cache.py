@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from pipeline.kv.policies import select
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
 from pipeline.kv.views import FULL, View, view_of
-from tests.conftest import random_tokens
+from tests.helpers.models import random_tokens
 
 
 def eager_twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,7 +19,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 REPO, COMMIT = "people/tiny", "0123456789abcdef0123456789abcdef01234567"
 # What the repository holds besides, and what no one needs.
 OTHERS = ("pytorch_model.bin", "onnx/model.safetensors", "onnx/config.json", "consolidated.safetensors")

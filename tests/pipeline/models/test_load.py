@@ -25,8 +25,8 @@ from pipeline.models.convert import convert_bin
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef, load_model, model_ref, own_positions, pick_device, stop_tokens
 from pipeline.train.teacher import label_sequences
-from tests.pairs import make_pair, plain_tokens, rounds_of
-from tests.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
+from tests.helpers.pairs import make_pair, plain_tokens, rounds_of
+from tests.helpers.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
 
 TOKENS = torch.from_numpy(numbers(2, 60, seed=8).astype(np.int64))
 

@@ -19,8 +19,8 @@ from pipeline.data.packing import EncodedPart, Packing
 from pipeline.observe import logs
 from pipeline.sweep.evaluator import CalibrateTask, ReplayTask
 from pipeline.train.teacher import ContinueTask, LabelTask
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKER = """
 import logging, sys
 from pipeline import logs
@@ -28,12 +28,12 @@ from pipeline import logs
 for cell in sys.argv[1:]:
     try:
         with logs.item(logs.Place("sweep", cell, 2)):
-            logging.getLogger("pipeline.evaluate").info("half way")
+            logging.getLogger("pipeline.sweep.evaluator").info("half way")
             logging.getLogger("some.library").info("chatter")
             if cell == "bad":
                 raise ValueError("no answer from http://me:hidden@host/x")
     except ValueError:
-        logging.getLogger("pipeline.evaluate").warning("to stderr")
+        logging.getLogger("pipeline.sweep.evaluator").warning("to stderr")
 """
 
 
@@ -100,7 +100,7 @@ def test_credentials_are_hidden(tmp_path: Path) -> None:
 def test_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with logs.logging_to(tmp_path), logs.item(logs.Place("teach", "a", 1)):
-        logging.getLogger("pipeline.teacher").info("more")
+        logging.getLogger("pipeline.train.teacher").info("more")
     told = capsys.readouterr().err
     assert told.count("No space left on device") == 1 and "log.jsonl" in told
 

@@ -7,7 +7,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,9 +27,9 @@ from pipeline.store.rows import PredictedRow
 from pipeline.sweep import picks
 from pipeline.sweep.grid import view_cells
 from pipeline.sweep.picks import configured_picks
-from tests.configs import MINIMAL, SCRATCH
+from tests.helpers.configs import MINIMAL, SCRATCH
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 GPU, CPU = Device("cuda", 0), Device("cpu", 0)
 DRAFTER = Shape(parameters=1000, layers=1, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 TARGET = Shape(parameters=5000, layers=2, hidden=32, query=32, kv=16, intermediate=64, vocab=300)

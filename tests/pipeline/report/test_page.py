@@ -12,8 +12,8 @@ from pipeline.results.summary import Stage
 from pipeline.store.artifacts import open_artifact
 from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, FailedCell
-from tests.configs import MINIMAL
-from tests.report.made import artifacts, config, row, sweep_rows
+from tests.helpers.configs import MINIMAL
+from tests.helpers.report import artifacts, config, row, sweep_rows
 
 PREPARE = Stage(name="prepare", seconds=12.0, cached=False)
 SCRIPT = "<script>alert(1)</script>"

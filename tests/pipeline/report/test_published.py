@@ -19,9 +19,9 @@ from pipeline.results.axes import Axes
 from pipeline.results.pool import cell_rows
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import CellRow, PredictedRow, PromptRow
-from tests.report.made import artifacts, config, measured, row
+from tests.helpers.paths import ROOT
+from tests.helpers.report import artifacts, config, measured, row
 
-ROOT = Path(__file__).resolve().parents[2]
 FACTS = ROOT.parent / "shared" / "paper_results.json"
 PAPER = ROOT / "conf" / "paper.yaml"
 PEAKS_8K = {"gs": 2.72, "longbench": 1.37, "lwm": 2.90}  # speedups of the paper's Figure 3

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
 from pipeline.results.pool import replayed_or_measured
-from tests.report.made import AXES, row
+from tests.helpers.report import AXES, row
 
 RESAMPLING = Resampling(samples=500, seed=0)
 SEEDS = ("a~1", "a~2", "a~3", "b~1", "b~2", "b~3")

@@ -9,7 +9,7 @@ from pipeline.results.scores import Predictions
 from pipeline.results.summary import Summary
 from pipeline.store.rows import FailedCell, ModelSize, PredictedRow, StepTimes
 from pipeline.sweep.predict import cell_of
-from tests.report.made import AXES, measured, row, sweep_rows
+from tests.helpers.report import AXES, measured, row, sweep_rows
 
 KEYS = {
     "drafter",

@@ -5,7 +5,7 @@ from pipeline.errors import BadData
 from pipeline.results import pool
 from pipeline.results.axes import Axes
 from pipeline.store.rows import Cell, CellRow
-from tests.report.made import AXES, config, measured, row, sweep_rows
+from tests.helpers.report import AXES, config, measured, row, sweep_rows
 
 SEEDED = {"samples": 200, "seed": 0}
 

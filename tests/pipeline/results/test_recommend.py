@@ -12,7 +12,7 @@ from pipeline.errors import BadData
 from pipeline.results.pool import cell_rows
 from pipeline.results.recommend import Choice, Needs, choices, recommend, settings_text
 from pipeline.store.rows import CellRow, ModelSize, PromptRow
-from tests.report.made import AXES, measured, row
+from tests.helpers.report import AXES, measured, row
 
 PLACE = Place("code", "64")
 SIZES = {

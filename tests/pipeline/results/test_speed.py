@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.results import pool, speed
-from tests.report.made import AXES, measured, row
+from tests.helpers.report import AXES, measured, row
 
 SEEDED = {"samples": 500, "seed": 0}
 

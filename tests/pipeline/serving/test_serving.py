@@ -25,12 +25,12 @@ from pipeline.models.build import prepare_model
 from pipeline.models.load import ModelRef
 from pipeline.serving.assisted import BudgetedAssistant
 from pipeline.serving.pair import Pair, load_pair
-from tests.conftest import VOCABULARY, random_tokens
-from tests.data.conftest import story
-from tests.pairs import make_pair, rounds_of, tokens_of
-from tests.toys import artifact, toy_config
+from tests.helpers.documents import story
+from tests.helpers.models import VOCABULARY, random_tokens
+from tests.helpers.pairs import make_pair, rounds_of, tokens_of
+from tests.helpers.paths import ROOT
+from tests.helpers.toys import artifact, toy_config
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "serving.md"
 LENGTH, LIMIT, GAMMA = 100, 24, 4
 

@@ -15,8 +15,8 @@ from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, Mode, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask, failures_of
-from tests.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
-from tests.tiny import VOCABULARY, save_model
+from tests.helpers.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
+from tests.helpers.tiny import VOCABULARY, save_model
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from pipeline.store.files import read_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from pipeline.sweep.evaluator import failures_of
 from pipeline.sweep.measurer import before_divergence
-from tests.sweeps import LENGTH, LIMIT, Bench, counts, key
-from tests.tiny import VOCABULARY, tiny_tokenizer
+from tests.helpers.sweeps import LENGTH, LIMIT, Bench, counts, key
+from tests.helpers.tiny import VOCABULARY, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pipeline.store.rows import PredictedRow, StepTimes
 from pipeline.sweep import predict
 from pipeline.sweep.grid import DraftLength, ViewCell
 from pipeline.sweep.picks import Pick, by_place, first_seeds, plane_picks, worth_measuring
-from tests.configs import MINIMAL
-from tests.report.made import measured, row
+from tests.helpers.configs import MINIMAL
+from tests.helpers.report import measured, row
 
 PLACE = Place("code", "64")
 FIRSTS = first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])

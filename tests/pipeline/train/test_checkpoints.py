@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from pipeline.train.checkpoints import checkpoint_folder, complete, disk_errors
 from pipeline.train.engine import MOMENTS, PARTS
 from pipeline.train.loop import fit, read_metrics
-from tests.test_training import Line, plan_for, torch_engine
+from tests.helpers.training import Line, plan_for, torch_engine
 
 
 def run(model: PreTrainedModel, folder: Path, steps: int = 12, **train: Any) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from jobs.executors.inline import InlineExecutor
@@ -23,13 +21,11 @@ from pipeline.models.load import ModelRef, load_model, own_positions
 from pipeline.store.files import write_rows
 from pipeline.train.batches import Shards
 from pipeline.train.checkpoints import checkpoint_folder, latest
-from pipeline.train.engine import TorchEngine
 from pipeline.train.job import TrainJob
 from pipeline.train.loop import Plan, fit, read_metrics
 from pipeline.train.objectives import MultiView, NextToken, next_token_loss
-from tests.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
-
-CPU = torch.device("cpu")
+from tests.helpers.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
+from tests.helpers.training import CPU, Line, plan_for, torch_engine
 
 
 @pytest.fixture(scope="module")
@@ -98,42 +94,6 @@ def test_stopped_in_the_export_trains_no_further(
     folder = workshop.train("export")
     ours, theirs = weights(folder), weights(uninterrupted)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-class Line:
-    """A loss that pulls every weight towards 1, and at some steps is not finite."""
-
-    tokens_per_micro = 1
-
-    def __init__(self, bad_steps: tuple[int, ...] = ()) -> None:
-        self.bad_steps = bad_steps
-
-    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        value = torch.stack([(weight - 1).square().mean() for weight in model.parameters()]).mean()
-        value = value * (math.nan if step in self.bad_steps else 1.0)
-        return value, {"line": value}
-
-    def name_batch(self, step: int, micro: int) -> str:
-        return f"row {micro} of step {step}"
-
-    def validate(self, model: PreTrainedModel) -> dict[str, float]:
-        return {}
-
-
-def plan_for(steps: int, **train: Any) -> Plan:
-    config = tiny_config({f"train.{name}": value for name, value in train.items()})
-    return Plan(config.train, config.train, steps)
-
-
-def torch_engine(model: PreTrainedModel, plan: Plan) -> TorchEngine:
-    return TorchEngine(
-        model,
-        device=CPU,
-        weight_decay=plan.weight_decay,
-        clip=plan.clip,
-        accumulation=plan.micro_batches,
-        bfloat16=False,
-    )
 
 
 @pytest.mark.parametrize(

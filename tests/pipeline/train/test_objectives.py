@@ -25,8 +25,8 @@ from pipeline.store.rows import Continuation
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.train.losses import plain_head
 from pipeline.train.objectives import MultiView, NextToken, window_scores
-from tests.pairs import make_pair, plain_tokens, rounds_of
-from tests.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
+from tests.helpers.pairs import make_pair, plain_tokens, rounds_of
+from tests.helpers.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
 
 CPU = torch.device("cpu")
 SEQUENCE, WINDOW = 80, 12

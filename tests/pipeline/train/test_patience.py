@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pipeline.train.checkpoints import checkpoint_folder
 from pipeline.train.loop import Plan, fit, read_metrics
 from pipeline.train.stopping import Stopped
-from tests.test_training import Line, plan_for, torch_engine
+from tests.helpers.training import Line, plan_for, torch_engine
 
 
 class Watched(Line):

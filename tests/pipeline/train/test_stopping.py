@@ -17,8 +17,8 @@ from pipeline.train.checkpoints import latest
 from pipeline.train.loop import fit
 from pipeline.train.objectives import MultiView
 from pipeline.train.stopping import SIGNALS, Stopped, signals_put_off
-from tests.test_training import Line, plan_for, torch_engine
-from tests.tiny import Workshop, losses, weights
+from tests.helpers.tiny import Workshop, losses, weights
+from tests.helpers.training import Line, plan_for, torch_engine
 
 
 @pytest.fixture(scope="module")

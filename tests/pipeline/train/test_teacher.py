@@ -20,7 +20,7 @@ from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
-from tests.tiny import save_model, tiny_config, tiny_tokenizer, write_prepare
+from tests.helpers.tiny import save_model, tiny_config, tiny_tokenizer, write_prepare
 
 CPU = torch.device("cpu")
 TOP_K = 5
