@@ -23,7 +23,7 @@ from benchmarks.rows import Row, interleaved, median, ratios, row
 from benchmarks.synthetic import synthetic_sampler
 from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import DecodeModel, decode_model
-from pipeline.decode.runner import Compile, Side
+from pipeline.decode.runner import Compile, Runner
 from pipeline.decode.sampling import GREEDY, Rule, Sampler
 from pipeline.decode.sources import ModelDrafts
 from pipeline.kv.views import view_of
@@ -33,7 +33,7 @@ LLAMA_68M = {"hidden": 768, "layers": 2, "heads": 12, "intermediate": 3072}
 
 
 @dataclass(frozen=True)
-class Place:
+class PaperPoint:
     """A context of the paper: its acceptance, γ and claimed speedup, and the bandwidth that we aim at."""
 
     name: str
@@ -44,10 +44,10 @@ class Place:
     bandwidth: float | None
 
 
-PLACES = (
-    Place("4K", 4096, 0.68, 50, 6.55, 0.65),
-    Place("8K", 8192, 0.52, 15, 4.46, None),
-    Place("16K", 16_384, 0.34, 10, 2.10, 0.75),
+PAPER_POINTS = (
+    PaperPoint("4K", 4096, 0.68, 50, 6.55, 0.65),
+    PaperPoint("8K", 8192, 0.52, 15, 4.46, None),
+    PaperPoint("16K", 16_384, 0.34, 10, 2.10, 0.75),
 )
 
 
@@ -60,7 +60,7 @@ class Setting:
     dtype: torch.dtype = torch.bfloat16
     target: dict[str, Any] = field(default_factory=lambda: LLAMA_7B)
     drafter: dict[str, Any] = field(default_factory=lambda: LLAMA_68M)
-    places: tuple[Place, ...] = PLACES
+    points: tuple[PaperPoint, ...] = PAPER_POINTS
     gammas: tuple[int, ...] = (2, 4, 8, 16, 32)
     budget: int = 512  # of speculation
     budgets: tuple[int, ...] = (256, 512, 1024, 2048)  # of draft steps
@@ -71,7 +71,7 @@ class Setting:
     @property
     def room(self) -> int:
         """Continuation tokens that every γ needs."""
-        return self.new_tokens + max(*self.gammas, *(place.gamma for place in self.places), 16)
+        return self.new_tokens + max(*self.gammas, *(point.gamma for point in self.points), 16)
 
 
 def clock(device: str) -> float:
@@ -80,18 +80,18 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def random_side(model: DecodeModel, tokens: int, kept: int, room: int, compile: Compile) -> Side:
-    """A side behind a prefix of `tokens`, of which `kept` random entries are in its cache."""
-    side = Side(model, 1, kept, room, compile)
+def random_runner(model: DecodeModel, tokens: int, kept: int, room: int, compile: Compile) -> Runner:
+    """A runner behind a prefix of `tokens`, of which `kept` random entries are in its cache."""
+    runner = Runner(model, 1, kept, room, compile)
     generator = torch.Generator(model.geometry.device).manual_seed(0)
-    for buffer in (*side.cache.keys, *side.cache.values):
+    for buffer in (*runner.cache.keys, *runner.cache.values):
         buffer[:, :, :kept].normal_(generator=generator)
-    side.cache.kept_B.fill_(kept)
-    side.cache.prefix_B.fill_(tokens)
-    if side.cache.turns is not None and side.cache.rotation is not None:
-        positions_1R = (tokens + side.cache.step_R).unsqueeze(0)
-        side.cache.turns = side.cache.rotation(positions_1R)
-    return side
+    runner.cache.kept_B.fill_(kept)
+    runner.cache.prefix_B.fill_(tokens)
+    if runner.cache.turns is not None and runner.cache.rotation is not None:
+        positions_1R = (tokens + runner.cache.step_R).unsqueeze(0)
+        runner.cache.turns = runner.cache.rotation(positions_1R)
+    return runner
 
 
 def of_one(step: Callable[[], object], device: str, inner: int) -> Callable[[], float]:
@@ -131,26 +131,26 @@ def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
     target, drafter = decode_model(large), decode_model(small)
 
     found = [draft_row(setting, drafter)]
-    for place in setting.places:
-        side = random_side(target, place.tokens, place.tokens, setting.room, setting.compile)
-        plain, verified = step_times(setting, side)
-        read = weights + target.geometry.num_bytes(1, place.tokens)
+    for point in setting.points:
+        runner = random_runner(target, point.tokens, point.tokens, setting.room, setting.compile)
+        plain, verified = step_times(setting, runner)
+        read = weights + target.geometry.num_bytes(1, point.tokens)
         found.append(
             row(
-                f"GPU AR at Llama-2-7B's shape, {place.name}, share of copy bandwidth",
+                f"GPU AR at Llama-2-7B's shape, {point.name}, share of copy bandwidth",
                 [read / seconds / bandwidth for seconds in plain],
-                place.bandwidth,
+                point.bandwidth,
                 unit="",
                 note=f"{1e3 * sorted(plain)[len(plain) // 2]:.2f} ms a token",
             )
         )
-        wanted = 1.15 if place is setting.places[-1] else None
-        label = f"GPU verify of 16 tokens ÷ one AR step, {place.name}"
+        wanted = 1.15 if point is setting.points[-1] else None
+        label = f"GPU verify of 16 tokens ÷ one AR step, {point.name}"
         found.append(row(label, ratios(verified, plain), wanted, at_most=True))
-        drafting = random_side(drafter, place.tokens, setting.budget, setting.room, setting.compile)
-        found += speculation_rows(setting, place, side, drafting)
-        found += step_rows(setting, place, side, drafter, plain, (weights, own), bandwidth)
-        del side, drafting
+        drafting = random_runner(drafter, point.tokens, setting.budget, setting.room, setting.compile)
+        found += speculation_rows(setting, point, runner, drafting)
+        found += step_rows(setting, point, runner, drafter, plain, (weights, own), bandwidth)
+        del runner, drafting
     return [replace(one, device=name) for one in found]
 
 
@@ -162,23 +162,23 @@ def weights_read(model: PreTrainedModel) -> int:
 
 
 def draft_row(setting: Setting, drafter: DecodeModel) -> Row:
-    side = random_side(drafter, 4096, setting.budget, setting.room, setting.compile)
+    runner = random_runner(drafter, 4096, setting.budget, setting.room, setting.compile)
     pair_12 = torch.full((1, 2), 5, device=setting.device)
     step_1 = torch.full((1,), 3, device=setting.device)
-    draft = partial(side.draft, Rule(), 16, pair_12, step_1, None)
+    draft = partial(runner.draft, Rule(), 16, pair_12, step_1, None)
     times = interleaved({"draft": of_one(draft, setting.device, setting.inner)}, setting.repeats)["draft"]
     label = f"GPU draft step of a 68M drafter, B = {setting.budget}, in a graph"
     return row(label, [1e3 * seconds / 16 for seconds in times], 0.2, at_most=True, unit=" ms")
 
 
-def step_times(setting: Setting, side: Side) -> tuple[list[float], list[float]]:
+def step_times(setting: Setting, runner: Runner) -> tuple[list[float], list[float]]:
     """Seconds of an AR step, and of verifying 16 tokens."""
     device = setting.device
     pair_12, zero_1 = torch.full((1, 2), 5, device=device), torch.zeros(1, dtype=torch.long, device=device)
     draft, best = torch.full((1, 15), 5, device=device), torch.ones(1, 15, device=device)
     token_11 = pair_12[:, 1:].contiguous()
-    advance = partial(side.advance, Rule(), token_11, zero_1, None)
-    verify = partial(side.verify, Rule(), pair_12, draft, zero_1, best, None, None, zero_1 + 15)
+    advance = partial(runner.advance, Rule(), token_11, zero_1, None)
+    verify = partial(runner.verify, Rule(), pair_12, draft, zero_1, best, None, None, zero_1 + 15)
     runs = {
         "advance": of_one(advance, device, setting.inner),
         "verify": of_one(verify, device, setting.inner),
@@ -189,8 +189,8 @@ def step_times(setting: Setting, side: Side) -> tuple[list[float], list[float]]:
 
 def step_rows(
     setting: Setting,
-    place: Place,
-    side: Side,
+    point: PaperPoint,
+    runner: Runner,
     drafter: DecodeModel,
     plain: Sequence[float],
     weights: tuple[int, int],
@@ -199,31 +199,31 @@ def step_rows(
     """Latencies at one context, with the share of the copy bandwidth that reading weights and KV once makes.
 
     Args:
-        side: the target behind its prefix; graphs that speculation has captured on it are used again.
+        runner: the target behind its prefix; graphs that speculation has captured on it are used again.
         plain: seconds of its AR steps.
         weights: bytes that a pass of target and of drafter reads beside the KV.
         bandwidth: measured copy bandwidth, bytes a second.
     """
-    device, gammas = setting.device, sorted({*setting.gammas, place.gamma})
-    sampler = synthetic_sampler(place.acceptance, place.gamma, device)
+    device, gammas = setting.device, sorted({*setting.gammas, point.gamma})
+    sampler = synthetic_sampler(point.acceptance, point.gamma, device)
     pair_12, zero_1 = torch.full((1, 2), 5, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    read = weights[0] + side.model.geometry.num_bytes(1, place.tokens)
+    read = weights[0] + runner.model.geometry.num_bytes(1, point.tokens)
 
-    found = [latency(f"GPU AR step, {place.name}", plain, read, bandwidth)]
+    found = [latency(f"GPU AR step, {point.name}", plain, read, bandwidth)]
     for gamma in gammas:
         draft_1T = torch.full((1, gamma), 5, device=device)
         best_1T = torch.ones(1, gamma, device=device, dtype=setting.dtype)
         uniforms_1T1 = sampler.uniforms(gamma + 1)
-        verify = partial(side.verify, sampler.rule, pair_12, draft_1T, zero_1, best_1T, None, uniforms_1T1)
+        verify = partial(runner.verify, sampler.rule, pair_12, draft_1T, zero_1, best_1T, None, uniforms_1T1)
         times = timed(partial(verify, zero_1 + gamma), setting)
-        found.append(latency(f"GPU verify, {place.name}, γ = {gamma}", times, read, bandwidth))
+        found.append(latency(f"GPU verify, {point.name}, γ = {gamma}", times, read, bandwidth))
     for budget in setting.budgets:
-        drafting = random_side(drafter, place.tokens, budget, setting.room, setting.compile)
+        drafting = random_runner(drafter, point.tokens, budget, setting.room, setting.compile)
         read = weights[1] + drafter.geometry.num_bytes(1, budget)
         for gamma in gammas:
             uniforms_T1 = sampler.uniforms(gamma, by_row=False)
             draft = partial(drafting.draft, sampler.rule, gamma, pair_12, zero_1 + 3, uniforms_T1)
-            name = f"GPU draft, {place.name}, B = {budget}, γ = {gamma}"
+            name = f"GPU draft, {point.name}, B = {budget}, γ = {gamma}"
             found.append(latency(name, timed(draft, setting), gamma * read, bandwidth))
     return found
 
@@ -239,23 +239,25 @@ def latency(name: str, seconds: Sequence[float], num_bytes: int, bandwidth: floa
     return row(name, [1e3 * one for one in seconds], unit=" ms", note=note)
 
 
-def speculation_rows(setting: Setting, place: Place, target: Side, drafter: Side) -> list[Row]:
+def speculation_rows(setting: Setting, point: PaperPoint, target: Runner, drafter: Runner) -> list[Row]:
     """Every γ against AR; the best one against the paper's claim."""
-    speedups = speculation(setting, place, target, drafter)
+    speedups = speculation(setting, point, target, drafter)
     # Chosen on some repeats and reported on the others, so that choosing does not flatter.
     half = max(1, setting.repeats // 3)
     best = max(speedups, key=lambda gamma: median(speedups[gamma][:half])[0])
     made = []
     for gamma, values in speedups.items():
-        notes = [f"acceptance {place.acceptance} at γ = {place.gamma}"]
-        notes += ["the paper's γ"] * (gamma == place.gamma) + ["best γ"] * (gamma == best)
-        label = f"GPU speculation ÷ our graphed AR, {place.name}, γ = {gamma}"
-        wanted = place.claimed if gamma in (best, place.gamma) else None
+        notes = [f"acceptance {point.acceptance} at γ = {point.gamma}"]
+        notes += ["the paper's γ"] * (gamma == point.gamma) + ["best γ"] * (gamma == best)
+        label = f"GPU speculation ÷ our graphed AR, {point.name}, γ = {gamma}"
+        wanted = point.claimed if gamma in (best, point.gamma) else None
         made.append(row(label, values[half:], wanted, synthetic=True, note=", ".join(notes)))
     return made
 
 
-def speculation(setting: Setting, place: Place, target: Side, drafter: Side) -> dict[int, list[float]]:
+def speculation(
+    setting: Setting, point: PaperPoint, target: Runner, drafter: Runner
+) -> dict[int, list[float]]:
     """Speedup over AR for every γ, repeat by repeat, interleaved."""
     source = ModelDrafts(drafter)
 
@@ -270,11 +272,11 @@ def speculation(setting: Setting, place: Place, target: Side, drafter: Side) -> 
         seconds = clock(setting.device) - began
         return seconds / sum(len(one.tokens) for (one,) in rounds if one is not None)
 
-    gammas = sorted({*setting.gammas, place.gamma})
+    gammas = sorted({*setting.gammas, point.gamma})
     found: dict[int, list[float]] = {gamma: [] for gamma in gammas}
     for repeat in range(setting.repeats + 1):
         for gamma in gammas:
-            sampler = synthetic_sampler(place.acceptance, place.gamma, setting.device, seed=repeat)
+            sampler = synthetic_sampler(point.acceptance, point.gamma, setting.device, seed=repeat)
             ratio = plain() / speculative(gamma, sampler)
             if repeat:  # the first compiles
                 found[gamma].append(ratio)
@@ -289,12 +291,12 @@ def missing_rows() -> list[Row]:
         ("verify_attention of 16 at 16K, share of copy bandwidth", 0.75, False, False),
         ("verify of 16 tokens ÷ one AR step, 16K", 1.15, True, False),
     ]
-    for place in PLACES:
-        if place.bandwidth:
-            label = f"AR at Llama-2-7B's shape, {place.name}, share of copy bandwidth"
-            names.append((label, place.bandwidth, False, False))
-        for gamma in (f"γ = {place.gamma}", "best γ"):
-            names.append((f"speculation ÷ our graphed AR, {place.name}, {gamma}", place.claimed, False, True))
+    for point in PAPER_POINTS:
+        if point.bandwidth:
+            label = f"AR at Llama-2-7B's shape, {point.name}, share of copy bandwidth"
+            names.append((label, point.bandwidth, False, False))
+        for gamma in (f"γ = {point.gamma}", "best γ"):
+            names.append((f"speculation ÷ our graphed AR, {point.name}, {gamma}", point.claimed, False, True))
     return [
         row(f"GPU {label}", [], target, at_most=at_most, synthetic=synthetic)
         for label, target, at_most, synthetic in names

@@ -59,7 +59,7 @@ SAMPLED = 500  # cells × prompts that are decoded
 CPU = torch.device("cpu")
 
 
-class Work(NamedTuple):
+class SampledCell(NamedTuple):
     """One cell on one prompt."""
 
     prompt: Prompt
@@ -143,11 +143,11 @@ class Grid:
     def evaluator(self) -> Evaluator:
         return Evaluator(self.config, self.target, self.drafters, self.folder / "tokenizer", CPU)
 
-    def work(self) -> list[Work]:
+    def work(self) -> list[SampledCell]:
         """Every cell on every prompt."""
         sweep = self.config.sweep
         return [
-            Work(prompt, number, cell, length)
+            SampledCell(prompt, number, cell, length)
             for prompts in self.prompts.values()
             for prompt in prompts
             for number, drafter in enumerate(self.drafters)
@@ -175,13 +175,15 @@ class Grid:
         rows = read_all(self.folder / "rows", PromptRow)
         return Replayed(rows, seconds, read.seconds + sum(sum(one.seconds) for one in drafts), read.prompts)
 
-    def measure(self, sample: Sequence[Work]) -> tuple[list[float], list[int]]:
+    def measure(self, sample: Sequence[SampledCell]) -> tuple[list[float], list[int]]:
         """Decode seconds, and accepted proposals, of each of these, with the prefills not counted."""
         evaluator = self.evaluator()
         seconds, accepted = [], []
         for work in [sample[0], *sample]:  # the first run is slow, and thrown away
             one = evaluator.contenders[work.drafter]
-            bench = Bench(evaluator.sides, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas))
+            bench = Bench(
+                evaluator.runners, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas)
+            )
             source = Views(bench, one.drafter, one.fast, [work.cell]).source(work.cell)
             run = bench.speculative(source, work.length.gamma, GREEDILY, NEVER)
             seconds.append(run.seconds)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import decode_model
-from pipeline.decode.runner import Compile, Side
+from pipeline.decode.runner import Compile, Runner
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import ModelDrafts
 from pipeline.kv.slot_cache import slots_for
@@ -97,8 +97,8 @@ def random_llama(dtype: torch.dtype = torch.float32, device: str = "cpu", **shap
     return prepare_model(model, config.vocab_size)
 
 
-class Watched(Side):
-    """A side that adds up the seconds of its model calls."""
+class Watched(Runner):
+    """A runner that adds up the seconds of its model calls."""
 
     spent = 0.0
 
@@ -131,11 +131,11 @@ class Ours:
         self.drafter.cache.load(sparse)
         return [first]
 
-    def plain(self, number: int, side: Side | None = None) -> tuple[list[int], float]:
-        """Greedy tokens, and decode seconds a token, of the target or of another side alone."""
+    def plain(self, number: int, runner: Runner | None = None) -> tuple[list[int], float]:
+        """Greedy tokens, and decode seconds a token, of the target or of another runner alone."""
         firsts = self.load(number)
         began = time.perf_counter()
-        steps = list(autoregressive(side or self.target, firsts, self.pair.new_tokens, NEVER, GREEDY))
+        steps = list(autoregressive(runner or self.target, firsts, self.pair.new_tokens, NEVER, GREEDY))
         seconds = time.perf_counter() - began
         return [*firsts, *(step[0] for step in steps if step[0] is not None)], seconds / len(steps)
 

@@ -1,6 +1,6 @@
 """What a sweep of 10,000 cells costs beside its own work: memory, orchestration, resuming, tracking.
 
-The sweep is real: `jobs.stages.sweep.sweep` over the artifacts of the earlier stages, on Ray with evaluators as
+The sweep is real: `jobs.stages.sweep.sweep` over the artifacts of the earlier stages, on Ray, evaluators as
 processes, recorded as the pipeline records it. Its models are tiny and random and its text is random words:
 the rows say nothing of drafters. Every call has a process of its own, the driver. Only the throughput of
 evaluators is simulated: nodes of one CPU each on this machine, and items that sleep.

@@ -2,7 +2,7 @@
 
 Every setting of `conf/deepspeed` has fresh processes, as a peak never falls. They are forked from one that
 has imported everything, and first train a small model, so that code and buffers of libraries do not count.
-A peak's target is what a plan says of it, which is meant to be no less. On a CPU offload moves nothing.
+A peak's target is what a schedule says of it, which is meant to be no less. On a CPU offload moves nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.models.build import build_scratch
 from pipeline.plan.shapes import Device, Shape, Sharding, scratch_shape, sharding_of
 from pipeline.plan.train_memory import training_step
 from pipeline.train.engine import Engine, TorchEngine
-from pipeline.train.loop import Plan
+from pipeline.train.loop import Schedule
 from pipeline.train.objectives import next_token_loss
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -110,7 +110,9 @@ def peak_row(label: str, held: Sequence[Held], sharding: Sharding, shape: Shape)
     activations = sum(training_step(shape, LENGTH, False, device))
     most = max(held, key=lambda one: one.weights + one.gradients + one.optimizer)
     tensors = (most.weights, most.gradients, most.optimizer)
-    note = f"MB of tensors {parts(tensors)}; plan {parts(state)}, and {activations / 1e6:.0f} of activations"
+    note = (
+        f"MB of tensors {parts(tensors)}; schedule {parts(state)}, and {activations / 1e6:.0f} of activations"
+    )
     if sharding.offload:
         note += "; on a CPU offload moves nothing"
     target = round((sum(state) + activations) / 1e9, 3)
@@ -158,18 +160,18 @@ def train(model: ScratchModel, settings: str | None) -> tuple[list[float], list[
     Returns: the loss of each step over all ranks, and bytes of weights, gradients and optimizer state.
     """
     config = load_config(CONF / "quickstart.yaml", OVERRIDES)
-    plan = Plan(config.train, config.train, STEPS)
+    schedule = Schedule(config.train, config.train, STEPS)
     scratch = build_scratch(model, word_tokenizer(), 0).train()
     engine: Engine
     if settings is None:
         engine = TorchEngine(
-            scratch, device=torch.device("cpu"), weight_decay=plan.weight_decay, clip=plan.clip,
-            accumulation=plan.micro_batches, bfloat16=False,
+            scratch, device=torch.device("cpu"), weight_decay=schedule.weight_decay, clip=schedule.clip,
+            accumulation=schedule.micro_batches, bfloat16=False,
         )  # fmt: skip
     else:
         from jobs.executors.deepspeed_engine import deepspeed_engine
 
-        engine = deepspeed_engine(config, read_settings(settings_file(settings)))(scratch, plan)
+        engine = deepspeed_engine(config, read_settings(settings_file(settings)))(scratch, schedule)
     tokens = torch.randint(VOCABULARY, (STEPS, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     losses, sizes = [], []
     for batch in tokens:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.gpu import PLACES
+from benchmarks.gpu import PAPER_POINTS
 from benchmarks.page_parts import acceptance, check_table, end_to_end, markdown, points, speed
 from jobs.stages.pipeline import run_pipeline, settled
 from pipeline.config.schema import Config
@@ -188,7 +188,7 @@ def system_table(system: Sequence[dict[str, Any]]) -> str:
 def paper_table(system: Sequence[dict[str, Any]]) -> str:
     """What the paper claims at each context, beside the best γ here at the acceptance that it reports."""
     rows = []
-    for one in PLACES:
+    for one in PAPER_POINTS:
         ours = [
             row
             for row in system

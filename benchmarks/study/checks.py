@@ -31,7 +31,7 @@ def own_checks(grid: Study) -> Iterator[dict[str, object]]:
         replayed.equal / replayed.rows if replayed.rows else None,
         "1",
         0 < replayed.rows == replayed.equal,
-        f"{replayed.equal} of {replayed.rows}; round by round on tiny models: tests/pipeline/decode/test_replay.py",
+        f"{replayed.equal} of {replayed.rows}; by rounds: tests/pipeline/decode/test_replay.py",
     )
     yield from prediction_checks(summary.prediction)
     for advice in summary.recommendations:

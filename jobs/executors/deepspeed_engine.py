@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from pipeline.config.schema import Config
 from pipeline.models.load import pick_device
 from pipeline.train.engine import MOMENTS, Part, Read, restore_unsharded, unsharded_part
-from pipeline.train.loop import Plan
+from pipeline.train.loop import Schedule
 
 
 class DeepSpeedEngine:
-    """`pipeline.train.engine.Engine` over a DeepSpeed engine; the settings file has ZeRO stage and offload."""
+    """The training loop's `Engine` over DeepSpeed's; the settings file has ZeRO stage and offload."""
 
     def __init__(self, engine: Any, device: torch.device, hosts: dist.ProcessGroup) -> None:
         self.engine, self.device = engine, device
@@ -141,7 +141,7 @@ class DeepSpeedEngine:
 
 def deepspeed_engine(
     config: Config, settings: dict[str, Any]
-) -> Callable[[PreTrainedModel, Plan], DeepSpeedEngine]:
+) -> Callable[[PreTrainedModel, Schedule], DeepSpeedEngine]:
     """What makes an engine in each worker of an initialised process group."""
     import deepspeed
 
@@ -156,16 +156,18 @@ def deepspeed_engine(
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
     hosts = dist.new_group(backend="gloo")
 
-    def make(model: PreTrainedModel, plan: Plan) -> DeepSpeedEngine:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=plan.weight_decay, fused=True)
+    def make(model: PreTrainedModel, schedule: Schedule) -> DeepSpeedEngine:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=0.0, weight_decay=schedule.weight_decay, fused=True
+        )
         engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
             config={
                 **settings,
                 "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
-                "gradient_accumulation_steps": plan.micro_batches // dist.get_world_size(),
-                "gradient_clipping": plan.clip,
+                "gradient_accumulation_steps": schedule.micro_batches // dist.get_world_size(),
+                "gradient_clipping": schedule.clip,
                 "zero_force_ds_cpu_optimizer": False,
                 "torch_autocast": {"enabled": config.train.dtype == "bfloat16", "dtype": "bfloat16"},
             },

@@ -25,7 +25,7 @@ class InlineExecutor:
         self.calls += 1
         with progress(len(items), description) as bar:
             for item in items:
-                with logs.item(logs.Place(logs.here().stage, logs.name_of(item), 1)):
+                with logs.item(logs.WorkItem(logs.here().stage, logs.name_of(item), 1)):
                     result = function(item)
                 yield item, result
                 bar.update(1)
@@ -46,12 +46,12 @@ class InlineExecutor:
         train = job.config.train
         run_job(
             job,
-            lambda model, plan: TorchEngine(
+            lambda model, schedule: TorchEngine(
                 model,
                 device=job.device,
-                weight_decay=plan.weight_decay,
-                clip=plan.clip,
-                accumulation=plan.micro_batches,
+                weight_decay=schedule.weight_decay,
+                clip=schedule.clip,
+                accumulation=schedule.micro_batches,
                 bfloat16=train.dtype == "bfloat16",
             ),
         )

@@ -72,8 +72,8 @@ class RayExecutor:
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], description: str
     ) -> Iterator[tuple[Item, Result]]:
-        def call(item: Item, place: logs.Place) -> Result:  # Ray takes no partial functions
-            with logs.item(place):
+        def call(item: Item, work_item: logs.WorkItem) -> Result:  # Ray takes no partial functions
+            with logs.item(work_item):
                 return function(item)
 
         self.calls += 1
@@ -131,8 +131,8 @@ class RayExecutor:
             while queue or busy:
                 while queue and (worker := pool.take(len(queue))) is not None:
                     item, attempt = queue.popleft()
-                    place = logs.Place(logs.here().stage, logs.name_of(item), attempt)
-                    busy[worker.remote(item, place)] = (worker, item, attempt)
+                    work_item = logs.WorkItem(logs.here().stage, logs.name_of(item), attempt)
+                    busy[worker.remote(item, work_item)] = (worker, item, attempt)
                 if not queue:
                     pool.release()
                 waiting = [*busy, *pool.starting]

@@ -108,6 +108,6 @@ class Worker:
     def function(self) -> Callable[[Any], Any]:
         return self.factory()
 
-    def call(self, item: Any, place: logs.Place) -> Any:
-        with logs.item(place):
+    def call(self, item: Any, work_item: logs.WorkItem) -> Any:
+        with logs.item(work_item):
             return self.function(item)

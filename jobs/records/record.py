@@ -144,7 +144,7 @@ class RunRecord:
         stage.state, stage.started = "running", datetime.now(UTC)
         self.write()
         try:
-            with logs.at(logs.Place(stage=name)):
+            with logs.at(logs.WorkItem(stage=name)):
                 yield stage
         except BaseException as error:
             self._end(stage, how_it_ended(error)[0])
@@ -219,7 +219,7 @@ class RunRecord:
             # Steps after the checkpoint that a run resumes from are dropped from the file.
             work.initial, work.done = min(work.initial, done), done
         if speed is not None:
-            with logs.at(logs.Place(stage=stage.name)):
+            with logs.at(logs.WorkItem(stage=stage.name)):
                 events.tell(events.Trained(speed))
 
     def _refresh_until_over(self) -> None:
@@ -231,7 +231,7 @@ class RunRecord:
             self.write()
             for stage in self.status.stages:
                 if stage.state == "running":
-                    with logs.at(logs.Place(stage=stage.name)):
+                    with logs.at(logs.WorkItem(stage=stage.name)):
                         events.tell(events.Tick())
 
     def write(self) -> None:

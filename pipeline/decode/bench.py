@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.decode.loop import Round, autoregressive, speculate
 from pipeline.decode.model import DecodeModel
-from pipeline.decode.runner import Side, Sides
+from pipeline.decode.runner import Runner, Runners
 from pipeline.decode.sampling import Chance, Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
@@ -72,7 +72,7 @@ class Bench:
 
     def __init__(
         self,
-        sides: Sides,
+        runners: Runners,
         target: DecodeModel,
         prompts: Sequence[Prompt],
         most_drafts: int,
@@ -84,10 +84,10 @@ class Bench:
         self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
         if any(prompt.max_new_tokens != self.limit for prompt in prompts):
             raise ValueError("prompts that are decoded together need equal max_new_tokens")
-        self.sides, self.room = sides, (new_tokens or self.limit) + most_drafts
+        self.runners, self.room = runners, (new_tokens or self.limit) + most_drafts
         longest = max(len(prompt.tokens) for prompt in prompts)
-        sides.begin(len(self.prompts), slots_for(longest), self.room)
-        self.target = sides.get("target", target, len(self.prompts), slots_for(longest), self.room)
+        runners.begin(len(self.prompts), slots_for(longest), self.room)
+        self.target = runners.get("target", target, len(self.prompts), slots_for(longest), self.room)
         self.device = target.geometry.device
         self.logits: list[Tensor] = []
         self.prefill_s: list[float] = []
@@ -111,14 +111,14 @@ class Bench:
         first, cache = self.prompts[0], self.target.cache
         return (first.dataset, first.context, cache.rows, cache.capacity, cache.room)
 
-    def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Side:
+    def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Runner:
         """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
         budget = views[0].view.budget
         capacity = slots_for(max(view.kept for view in views)) if budget is None else budget
-        side = self.sides.get("drafter", model, len(views), capacity, self.room)
+        runner = self.runners.get("drafter", model, len(views), capacity, self.room)
         for row, view in enumerate(views):
-            side.cache.load_row(row, view)
-        return side
+            runner.cache.load_row(row, view)
+        return runner
 
     def start(self, chance: Chance) -> tuple[list[int], Sampler]:
         """The tokens that the prefills give, and the sampler that goes on from there."""
@@ -157,12 +157,12 @@ class Bench:
         A run in which something had to be compiled is not timed, but done again.
         """
         while True:
-            compiled = self.sides.compile_s
+            compiled = self.runners.compile_s
             firsts, sampler = self.start(chance)
             began = self.begin()
             steps = run(firsts, sampler)
             seconds, peak = self.end(began)
-            if self.sides.compile_s == compiled:
+            if self.runners.compile_s == compiled:
                 return firsts, steps, seconds, peak
 
     @torch.no_grad()

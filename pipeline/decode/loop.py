@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.decode.runner import Side
+from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.errors import NotFinite
@@ -36,7 +36,7 @@ class Round:
 
 @torch.no_grad()
 def autoregressive(
-    target: Side, firsts: Sequence[int], limit: int, eos: frozenset[int], sampler: Sampler
+    target: Runner, firsts: Sequence[int], limit: int, eos: frozenset[int], sampler: Sampler
 ) -> Iterator[list[int | None]]:
     """Yield the tokens after `firsts`, one step at a time, up to `limit` tokens in all or EOS.
 
@@ -63,7 +63,7 @@ def autoregressive(
 
 @torch.no_grad()
 def speculate(
-    target: Side,
+    target: Runner,
     source: DraftSource,
     firsts: Sequence[int],
     gamma: int,
@@ -132,12 +132,12 @@ def speculate(
         yield rounds
 
 
-def start(side: Side, firsts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def start(runner: Runner, firsts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The first tokens [B, 1], and their number in the continuation [B]: 0."""
-    if len(firsts) != side.cache.rows:
-        raise ValueError(f"the cache has {side.cache.rows} rows, not {len(firsts)}")
-    first_B1 = torch.tensor(firsts, device=side.cache.kept_B.device).unsqueeze(1)
-    return first_B1, torch.zeros_like(side.cache.kept_B)
+    if len(firsts) != runner.cache.rows:
+        raise ValueError(f"the cache has {runner.cache.rows} rows, not {len(firsts)}")
+    first_B1 = torch.tensor(firsts, device=runner.cache.kept_B.device).unsqueeze(1)
+    return first_B1, torch.zeros_like(runner.cache.kept_B)
 
 
 def until_eos(tokens: list[int], eos: frozenset[int]) -> list[int]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.kv.attention import causal_attention, suffix_attention
 from pipeline.kv.policies import SNAP_WINDOW
-from pipeline.kv.slot_cache import Geometry, Place, Rotation, SlotCache
+from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView, View
 
@@ -190,7 +190,7 @@ class LeanModel:
         turned = turned * cos + torch.cat([-right, left], -1) * sin
         return turned[:, :, : self.heads], turned[:, :, self.heads :], projected[:, :, both:]
 
-    def attend(self, query_BQhD: Tensor, cache: SlotCache, number: int, place: Place) -> Tensor:
+    def attend(self, query_BQhD: Tensor, cache: SlotCache, number: int, place: SlotIndex) -> Tensor:
         """[B, Q, heads · D] of new tokens over the cache."""
         query = query_BQhD.transpose(1, 2)
         keys, values = cache.keys[number], cache.values[number]
@@ -294,7 +294,7 @@ class SlotWriter(NamedTuple):
     """What `pipeline.kv.attend` is handed as `view_cache` in one forward pass over a static cache."""
 
     cache: SlotCache
-    place: Place
+    place: SlotIndex
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.cache.write(layer, key.transpose(1, 2), value.transpose(1, 2), self.place)

@@ -27,19 +27,19 @@ class NotEnoughMemory(RuntimeError):
     """What is about to be allocated does not fit."""
 
 
-class Sides:
+class Runners:
     """Static caches and the steps over them; each is made once, and kept while its prompts' shapes last."""
 
     def __init__(self, compile: Compile) -> None:
         self.compile = compile
-        self.held: dict[tuple[str, int, int, int, int], Side] = {}
+        self.held: dict[tuple[str, int, int, int, int], Runner] = {}
         self.shapes: tuple[int, ...] = ()
         self.past_compile_s = 0.0
 
     @property
     def compile_s(self) -> float:
         """Seconds of compilation so far."""
-        return self.past_compile_s + sum(side.compile_s for side in self.held.values())
+        return self.past_compile_s + sum(runner.compile_s for runner in self.held.values())
 
     def begin(self, *shapes: int) -> None:
         """Free the caches of prompts of other shapes; what is compiled stays."""
@@ -50,7 +50,7 @@ class Sides:
 
     def get(
         self, role: Literal["target", "drafter"], model: DecodeModel, rows: int, capacity: int, room: int
-    ) -> Side:
+    ) -> Runner:
         """A model over a cache of `rows` prompts, `capacity` kept entries and `room` more tokens.
 
         One model may be both: the target that speculates for itself verifies with another cache.
@@ -69,7 +69,7 @@ class Sides:
                     f"{needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free: lower "
                     "sweep.measure.prompts_together, the contexts or data.max_new_tokens"
                 )
-            self.held[key] = Side(model, rows, capacity, room, self.compile)
+            self.held[key] = Runner(model, rows, capacity, room, self.compile)
         return self.held[key]
 
 
@@ -112,7 +112,7 @@ class Captured:
         return tuple(None if tensor is None else tensor.clone() for tensor in self.outputs)
 
 
-class Side:
+class Runner:
     """One model, its static cache, and how their steps run. Target and drafter are one each.
 
     Attributes:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.decode.runner import Side
+from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Rule, Sampler
 
 LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
@@ -63,11 +63,11 @@ class ModelDrafts:
             after every proposal.
     """
 
-    def __init__(self, side: Side, threshold: float = 0.0) -> None:
-        self.side, self.threshold, self.name = side, threshold, side.model.name
+    def __init__(self, runner: Runner, threshold: float = 0.0) -> None:
+        self.runner, self.threshold, self.name = runner, threshold, runner.model.name
 
     def check_room(self, needed: int) -> None:
-        self.side.cache.check_room(needed)
+        self.runner.cache.check_room(needed)
 
     def propose(
         self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
@@ -75,7 +75,7 @@ class ModelDrafts:
         uniforms_TB = sampler.uniforms(gamma, by_row=False)
         if self.threshold > 0:
             return self.propose_until(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB, open_rows)
-        return Proposals(*self.side.draft(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB))
+        return Proposals(*self.runner.draft(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB))
 
     def propose_until(
         self,
@@ -94,7 +94,7 @@ class ModelDrafts:
         drafting = list(open_rows)
         while any(drafting):
             uniform_B = None if uniforms_TB is None else uniforms_TB[len(tokens)]
-            tokens_BQ, step_B, best_B, q_BV, confidence_B = self.side.propose_surely(
+            tokens_BQ, step_B, best_B, q_BV, confidence_B = self.runner.propose_surely(
                 rule, tokens_BQ, step_B, uniform_B
             )
             tokens.append(tokens_BQ)

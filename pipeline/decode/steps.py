@@ -1,6 +1,6 @@
 """What a decoder does on the device without asking the host: propose a token, draft γ of them, verify them.
 
-The steps are functions of tensors. `Side` runs them for one model over one static cache: as they are,
+The steps are functions of tensors. `Runner` runs them for one model over one static cache: as they are,
 compiled, or captured as CUDA graphs; a graph holds all γ draft steps, another one the verification. Compiled
 code belongs to shapes, so that models and caches of equal shapes share it.
 

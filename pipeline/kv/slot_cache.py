@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
         return 2 * self.layers * rows * self.kv_heads * slots * self.width * self.dtype.itemsize
 
 
-class Place(NamedTuple):
+class SlotIndex(NamedTuple):
     """Where Q new tokens of each row go, and what they see.
 
     Torch's attention takes the mask, the Triton kernel the number of tokens stored with the new ones.
@@ -109,20 +109,20 @@ class SlotCache:
         if self.room < needed:
             raise ValueError(f"the cache has room for {self.room} continuation tokens, not {needed}")
 
-    def place(self, step_B: Tensor, num_tokens: int) -> Place:
+    def place(self, step_B: Tensor, num_tokens: int) -> SlotIndex:
         """Q = `num_tokens` tokens of each row, the first of them being continuation token `step_B`."""
         steps_BQ = step_B.unsqueeze(1) + self.step_R[:num_tokens]
         slots_BQ = steps_BQ + self.kept_B.unsqueeze(1)
         if self.backend == "triton":
             stored_B = self.kept_B + step_B + num_tokens
-            return Place(self.rows_B1, steps_BQ, slots_BQ, None, stored_B)
+            return SlotIndex(self.rows_B1, steps_BQ, slots_BQ, None, stored_B)
         mask_BQS = torch.where(self.slot_S > slots_BQ.unsqueeze(2), self.hidden, self.seen)
         mask_B1MS = mask_BQS.unsqueeze(1)
         if self.geometry.groups > 1:
             mask_B1MS = mask_B1MS.repeat(1, 1, self.geometry.groups, 1)
-        return Place(self.rows_B1, steps_BQ, slots_BQ, mask_B1MS, None)
+        return SlotIndex(self.rows_B1, steps_BQ, slots_BQ, mask_B1MS, None)
 
-    def write(self, layer: int, keys_BQHD: Tensor, values_BQHD: Tensor, place: Place) -> None:
+    def write(self, layer: int, keys_BQHD: Tensor, values_BQHD: Tensor, place: SlotIndex) -> None:
         self.keys[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = keys_BQHD
         self.values[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = values_BQHD
 

@@ -1,4 +1,4 @@
-"""Structured logs: JSON lines that say stage, cell and attempt, in the folder of a run's record.
+"""Structured logs: JSON lines that say stage, item of work and attempt, in the folder of a run's record.
 
 The driver writes `log.jsonl`, each other process of the run `worker-<host>-<pid>.jsonl` beside it. Workers
 find the folder by an environment variable. A log that cannot be written, on a full disk, ends nothing.
@@ -28,28 +28,28 @@ PACKAGES = ("jobs", "pipeline", "kernels")
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is being worked on. A cell is one item of work, called by the file that it makes or reads."""
+class WorkItem:
+    """What is being worked on: an item is called by the file that it makes or reads."""
 
     stage: str | None = None
-    cell: str | None = None
+    item: str | None = None
     attempt: int | None = None
 
 
-_place: ContextVar[Place | None] = ContextVar("place", default=None)
+_work_item: ContextVar[WorkItem | None] = ContextVar("work item", default=None)
 
 
-def here() -> Place:
-    return _place.get() or Place()
+def here() -> WorkItem:
+    return _work_item.get() or WorkItem()
 
 
 @contextmanager
-def at(place: Place) -> Iterator[None]:
-    token = _place.set(place)
+def at(work: WorkItem) -> Iterator[None]:
+    token = _work_item.set(work)
     try:
         yield
     finally:
-        _place.reset(token)
+        _work_item.reset(token)
 
 
 class JsonLines(logging.Handler):
@@ -123,10 +123,10 @@ def process_log() -> JsonLines | None:
 
 
 @contextmanager
-def item(place: Place) -> Iterator[None]:
-    """Log that an item is begun, and done or failed; lines that the body logs carry its place."""
+def item(work: WorkItem) -> Iterator[None]:
+    """Log that an item is begun, and done or failed; lines that the body logs carry its work."""
     log = process_log()
-    with at(place):
+    with at(work):
         if log is None:
             yield
             return
@@ -141,14 +141,14 @@ def item(place: Place) -> Iterator[None]:
         log.write("INFO", __name__, "done", seconds=round(time.monotonic() - began, 3))
 
 
-def times_begun(stage: str, cell: str) -> int:
+def times_begun(stage: str, name: str) -> int:
     """How often an item was begun in this run so far, by any process: where nobody else counts attempts."""
     folder = os.environ.get(RECORD)
     count = 0
     for file in Path(folder).glob("*.jsonl") if folder else ():
         for line in read_lines(file):
             begun = line["logger"] == __name__ and line["message"] == "begun"
-            count += begun and (line["stage"], line["cell"]) == (stage, cell)
+            count += begun and (line["stage"], line["item"]) == (stage, name)
     return count
 
 

@@ -14,7 +14,7 @@ from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.decode.loop import autoregressive
 from pipeline.decode.model import decode_model
-from pipeline.decode.runner import Side
+from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY
 from pipeline.kv.slot_cache import slots_for
 from pipeline.models.build import build_scratch
@@ -137,14 +137,14 @@ def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, thr
     """
     entries: Any = Vocabulary(vocab)
     model = decode_model(build_scratch(spec, entries, 0).to(device, getattr(torch, spec.dtype)))
-    side = Side(model, 1, slots_for(prefix), TIMED_STEPS, "none")
-    side.cache.kept_B.fill_(prefix)
+    runner = Runner(model, 1, slots_for(prefix), TIMED_STEPS, "none")
+    runner.cache.kept_B.fill_(prefix)
     sampler = GREEDILY.sampler(["timed"], torch.device(device))
     least, before = math.inf, torch.get_num_threads()
     torch.set_num_threads(threads)
     for _ in range(TIMED_RUNS):
         began = time.perf_counter()
-        for _ in autoregressive(side, [0], TIMED_STEPS, frozenset(), sampler):
+        for _ in autoregressive(runner, [0], TIMED_STEPS, frozenset(), sampler):
             ended = time.perf_counter()
             least, began = min(least, ended - began), ended
     torch.set_num_threads(before)

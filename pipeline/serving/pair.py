@@ -16,7 +16,7 @@ from pipeline.axes import check_budget
 from pipeline.decode.bench import Bench, timed_prefill
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel, decode_model
-from pipeline.decode.runner import Compile, Sides
+from pipeline.decode.runner import Compile, Runners
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
@@ -54,7 +54,7 @@ class Pair:
     target: DecodeModel
     drafter: DecodeModel
     eos: frozenset[int]
-    sides: Sides = field(repr=False)
+    runners: Runners = field(repr=False)
 
     def continue_prompts(
         self,
@@ -98,7 +98,7 @@ class Pair:
         if not prompts:
             raise BadData("there is no prompt to continue")
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
-        bench = Bench(self.sides, self.target, asked, gamma)
+        bench = Bench(self.runners, self.target, asked, gamma)
         views = [timed_prefill(self.drafter, prompt, [view])[0][0] for prompt in asked]
         source = ModelDrafts(bench.drafter(self.drafter, views), threshold)
         return Reading(bench, source, gamma, self.eos)
@@ -151,4 +151,4 @@ def load_pair(
         raise BadData(f"{folder} holds no tokenizer: name the folder of one as `tokenizer`") from error
     models = [load_model(ref, len(shared), pick_device(device)) for ref in (target, drafter)]
     large, small = (decode_model(model, prefill_chunk) for model in models)
-    return Pair(shared, large, small, stop_tokens(models[0]), Sides(compile))
+    return Pair(shared, large, small, stop_tokens(models[0]), Runners(compile))

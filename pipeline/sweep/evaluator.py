@@ -22,7 +22,7 @@ from kernels import dispatch
 from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel, decode_model
-from pipeline.decode.runner import Sides
+from pipeline.decode.runner import Runners
 from pipeline.models.load import ModelRef, load_model, stop_tokens
 from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
@@ -110,7 +110,7 @@ class Evaluator:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         dispatch.choose(config.run.kernels)
         self.contenders = [self.contender(drafter) for drafter in drafters]
-        self.sides = Sides(config.decode.compile)
+        self.runners = Runners(config.decode.compile)
         self.warm: set[tuple[object, ...]] = set()
 
     def load(self, ref: ModelRef) -> tuple[PreTrainedModel, DecodeModel]:
@@ -195,7 +195,7 @@ class Evaluator:
                 continue
             try:
                 bench = bench or Bench(
-                    self.sides,
+                    self.runners,
                     fast_target,
                     batch,
                     max(self.sweep.gammas),
@@ -235,7 +235,9 @@ class Evaluator:
         times: list[StepTimes] = []
         for one in sources:
             try:
-                times += step_times(self.sweep, self.sides, target, one.drafter, one.fast, prompt, new_tokens)
+                times += step_times(
+                    self.sweep, self.runners, target, one.drafter, one.fast, prompt, new_tokens
+                )
             except CELL_ERRORS as error:
                 if isinstance(error, torch.AcceleratorError):  # the process has lost its GPU
                     raise

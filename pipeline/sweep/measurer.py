@@ -99,14 +99,14 @@ class Trial:
         for repeat in range(-(place not in self.warm), self.repeats):
             order = [key for key in runs if key not in failures]
             for key in order if repeat % 2 else reversed(order):
-                before = self.bench.sides.compile_s
+                before = self.bench.runners.compile_s
                 try:
                     runs[key].append(self.run(key, chance))
                 except CELL_ERRORS as error:
                     if key is None:
                         raise
                     failures[key] = error
-                compile_s[key] += self.bench.sides.compile_s - before
+                compile_s[key] += self.bench.runners.compile_s - before
             if repeat < 0:
                 runs = {key: [] for key in runs}
         self.warm.add(place)

@@ -25,7 +25,7 @@ BASELINES: tuple[str, ...] = get_args(Baseline)
 LOOKUP: Baseline = "prompt_lookup"
 
 
-class Clockwork:
+class StepModel:
     """Step times by context, kind of draft source, and view."""
 
     def __init__(self, times: Sequence[StepTimes]) -> None:
@@ -90,14 +90,14 @@ def predict(
     rows: Iterable[PromptRow], times: Sequence[StepTimes], samples: int, seed: int
 ) -> list[PredictedRow]:
     """Speed of every cell that was replayed exactly: greedy, without control and threshold."""
-    clockwork = Clockwork(times)
+    step_model = StepModel(times)
     cells: dict[Cell, list[PromptRow]] = defaultdict(list)
     for row in rows:
         if row.mode == "replay" and row.control is None and not row.threshold:
             cells[cell_of(row)].append(row)
     predicted = []
     for cell, prompts in cells.items():
-        known, seconds = clockwork.of(cell), [clockwork.seconds(row) for row in prompts]
+        known, seconds = step_model.of(cell), [step_model.seconds(row) for row in prompts]
         if known is None or None in seconds:
             continue
         speedup = intervals.bootstrap_interval(
@@ -152,12 +152,12 @@ class Score(NamedTuple):
 
 def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, Error]:
     """Of every cell that was predicted and measured."""
-    clockwork = Clockwork(times)
+    step_model = StepModel(times)
     replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
     pairs: dict[Cell, list[tuple[float, float, float, float]]] = defaultdict(list)
     for row in rows:
         same = replayed.get((cell_of(row), row.prompt_id)) if row.mode == "measure" else None
-        known, seconds = clockwork.of(row), clockwork.seconds(same) if same and not row.threshold else None
+        known, seconds = step_model.of(row), step_model.seconds(same) if same and not row.threshold else None
         if known is not None and seconds is not None:
             plain = known.ar_s * (row.ar_num_tokens or 0)
             found = (seconds, median(row.decode_s), plain, median(row.ar_decode_s))

@@ -20,7 +20,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, clock
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel
-from pipeline.decode.runner import Sides
+from pipeline.decode.runner import Runners
 from pipeline.decode.sampling import GREEDILY
 from pipeline.store.rows import Prompt, StepTimes
 from pipeline.sweep.grid import Drafter, ViewCell, view_cells
@@ -63,7 +63,7 @@ class RoundTimes(NamedTuple):
 
 def step_times(
     sweep: Sweep,
-    sides: Sides,
+    runners: Runners,
     target: DecodeModel,
     drafter: Drafter,
     model: DecodeModel | None,
@@ -80,7 +80,7 @@ def step_times(
         cells = [cell for cell in cells if cell.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
     own = [cell.view for cell in cells] if drafter.baseline == "self_speculation" else []
-    bench = Bench(sides, target, [prompt], max(sweep.gammas), own, new_tokens)
+    bench = Bench(runners, target, [prompt], max(sweep.gammas), own, new_tokens)
     views = Views(bench, drafter, model, cells)
     # Prompt lookup is one step a round, however many tokens it proposes.
     by_round = model is None

@@ -29,12 +29,12 @@ from pipeline.train.batches import LabelledSequences, Shards
 from pipeline.train.cards import drafter_card, scratch_card
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
-from pipeline.train.loop import Plan, export, fit, read_metrics, write_model
+from pipeline.train.loop import Schedule, export, fit, read_metrics, write_model
 from pipeline.train.objectives import MultiView, NextToken
 
 log = logging.getLogger(__name__)
 
-MakeEngine = Callable[[PreTrainedModel, Plan], Engine]
+MakeEngine = Callable[[PreTrainedModel, Schedule], Engine]
 Stop = Callable[[], bool] | None
 
 
@@ -71,18 +71,18 @@ def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
     for name, folder in job.outputs.items():
         if (folder / "model").exists():
             continue
-        with logs.item(place_of(job, name)):
+        with logs.item(work_item_of(job, name)):
             if job.teach is None:
                 pretrain(job, name, folder, tokenizer, make_engine, stop)
             else:
                 distil(job, name, folder, tokenizer, make_engine, stop)
 
 
-def place_of(job: TrainJob, name: str) -> logs.Place:
+def work_item_of(job: TrainJob, name: str) -> logs.WorkItem:
     """What the logs say that this worker trains. Ray Train does not tell a worker which attempt it is."""
     stage = "pretrain" if job.teach is None else "train"
     cell = f"{name}, rank {dist.get_rank()}" if dist.is_initialized() else name
-    return logs.Place(stage, cell, logs.times_begun(stage, cell) + 1)
+    return logs.WorkItem(stage, cell, logs.times_begun(stage, cell) + 1)
 
 
 def pretrain(
@@ -99,17 +99,17 @@ def pretrain(
     assert isinstance(spec, ScratchModel)
     # Target and drafter must not start from the same random numbers.
     seed = config.seed + (name == "drafter")
-    plan = Plan(spec.pretrain, config.train, spec.pretrain.steps)
+    schedule = Schedule(spec.pretrain, config.train, spec.pretrain.steps)
     model = build_scratch(spec, tokenizer, seed)
-    if plan.steps == 0:
+    if schedule.steps == 0:
         if is_first_worker():
             write_model(model, tokenizer, folder, scratch_card(config, spec, name, 0))
         return
-    engine = make_engine(model.train(), plan)
+    engine = make_engine(model.train(), schedule)
     tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
     prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
-    trained = fit(engine, objective, plan, folder, name, stop)
+    trained = fit(engine, objective, schedule, folder, name, stop)
     if engine.rank == 0:
         card = scratch_card(config, spec, name, step_of(trained))
         export(build_scratch(spec, tokenizer, seed), tokenizer, folder, trained, card)
@@ -140,12 +140,12 @@ def distil(
         if is_first_worker():
             write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
         return
-    plan = Plan(config.train, config.train, steps)
-    engine = make_engine(fresh().train(), plan)
+    schedule = Schedule(config.train, config.train, steps)
+    engine = make_engine(fresh().train(), schedule)
     data = LabelledSequences(job.teach / "labels", config.labels.temperature)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)
-    trained = fit(engine, objective, plan, folder, name, stop)
+    trained = fit(engine, objective, schedule, folder, name, stop)
     if engine.rank == 0:
         scores = {
             key.removeprefix("validation/acceptance_"): value

@@ -65,7 +65,7 @@ class Objective(Protocol):
         ...
 
 
-class Plan:
+class Schedule:
     """The numbers that drive one run of the loop."""
 
     def __init__(self, group: Train | Pretrain, train: Train, steps: int) -> None:
@@ -88,19 +88,19 @@ class Plan:
 def fit(
     engine: Engine,
     objective: Objective,
-    plan: Plan,
+    schedule: Schedule,
     folder: Path,
     name: str,
     stop: Callable[[], bool] | None = None,
 ) -> Path:
-    """Train up to `plan.steps`, from the last good checkpoint in `folder` if there is one.
+    """Train up to `schedule.steps`, from the last good checkpoint in `folder` if there is one.
 
     Args:
         stop: asked on rank 0 after every step: whether to write a checkpoint and leave. By default Ctrl-C and
             SIGTERM are put off until a step is done, and act after the checkpoint.
 
     Returns:
-        The checkpoint whose weights are wanted: the last, or with `plan.patience` that of the lowest
+        The checkpoint whose weights are wanted: the last, or with `schedule.patience` that of the lowest
         validation loss.
 
     Raises:
@@ -111,15 +111,15 @@ def fit(
     resumed = resume(engine, folder)
     start = resumed.step
     log = MetricsLog(folder / METRICS, start) if engine.rank == 0 else None
-    curve = Curve(plan.patience, log.rows if log else [], folder)
-    mine = range(engine.rank, plan.micro_batches, engine.world_size)
+    curve = Curve(schedule.patience, log.rows if log else [], folder)
+    mine = range(engine.rank, schedule.micro_batches, engine.world_size)
     window = Window(engine, resumed.unlogged)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     since, timed = time.perf_counter(), 0
-    bar = progress(plan.steps, f"train {name}", start) if engine.rank == 0 else _silent()
+    bar = progress(schedule.steps, f"train {name}", start) if engine.rank == 0 else _silent()
     with signals_put_off() if stop is None else nullcontext(stop) as asked, bar:
-        for step in range(start, plan.steps):
+        for step in range(start, schedule.steps):
             # Asked at the beginning: a run that was killed before its export ends here too.
             if engine.share(int(curve.flat)):
                 break
@@ -130,25 +130,27 @@ def fit(
                 engine.backward(loss)
                 for term, value in terms.items():
                     sums[term] = sums.get(term, 0) + value.detach() / len(mine)
-            window.add(sums, engine.step(plan.rate(step)))
+            window.add(sums, engine.step(schedule.rate(step)))
             bar.update(1)
             timed += 1
-            done, last = step + 1, step + 1 == plan.steps
+            done, last = step + 1, step + 1 == schedule.steps
             stopped = bool(engine.share(int(engine.rank == 0 and asked())))
-            validated = done % plan.validate_every == 0 or last
+            validated = done % schedule.validate_every == 0 or last
             checkpoint = (
-                done % plan.checkpoint_every == 0 or last or (validated and plan.patience is not None)
+                done % schedule.checkpoint_every == 0 or last or (validated and schedule.patience is not None)
             )
             logged = done % LOG_EVERY == 0 or checkpoint
             if logged or stopped:  # before every checkpoint, which must be a good one
                 steps = window.fetch()
-                check_finite(steps, done, objective, plan, folder, name)
+                check_finite(steps, done, objective, schedule, folder, name)
             row: dict[str, float] = {}
             if logged:
                 seconds = max(time.perf_counter() - since, 1e-9)
                 row = window.row()
-                row["train/learning_rate"] = plan.rate(step)
-                row["train/tokens_per_s"] = timed * plan.micro_batches * objective.tokens_per_micro / seconds
+                row["train/learning_rate"] = schedule.rate(step)
+                row["train/tokens_per_s"] = (
+                    timed * schedule.micro_batches * objective.tokens_per_micro / seconds
+                )
             if validated:
                 row |= objective.validate(engine.model)
             if row and log:
@@ -158,7 +160,9 @@ def fit(
                 save(engine, folder, done, window.steps, curve.best)
                 write_memory(engine, folder)
             if stopped and not last:
-                raise Stopped(f"training {name} was asked to stop and did after step {done} of {plan.steps}")
+                raise Stopped(
+                    f"training {name} was asked to stop and did after step {done} of {schedule.steps}"
+                )
             if row:
                 since, timed = time.perf_counter(), 0
     newest = latest(folder)
@@ -227,17 +231,22 @@ class Window:
 
 
 def check_finite(
-    steps: list[dict[str, float]], done: int, objective: Objective, plan: Plan, folder: Path, name: str
+    steps: list[dict[str, float]],
+    done: int,
+    objective: Objective,
+    schedule: Schedule,
+    folder: Path,
+    name: str,
 ) -> None:
     """Raise NotFinite for the first of the steps up to `done` that is not finite."""
     for number, values in enumerate(steps, done - len(steps) + 1):
         if all(map(math.isfinite, values.values())):
             continue
         told = ", ".join(f"{term} {value:g}" for term, value in values.items())
-        shown = range(min(plan.micro_batches, NAMED_MICROS))
+        shown = range(min(schedule.micro_batches, NAMED_MICROS))
         batch = [f"  micro-batch {micro}: {objective.name_batch(number - 1, micro)}" for micro in shown]
-        if plan.micro_batches > NAMED_MICROS:
-            batch.append(f"  … and {plan.micro_batches - NAMED_MICROS} more")
+        if schedule.micro_batches > NAMED_MICROS:
+            batch.append(f"  … and {schedule.micro_batches - NAMED_MICROS} more")
         raise NotFinite(
             "\n".join(
                 [

@@ -185,9 +185,9 @@ def test_throughput_counts_once_every_evaluator_is_up() -> None:
 def test_gpu_rows_at_toy_size_on_any_device() -> None:
     """All of the file's work but the device: every row that a machine without a GPU leaves empty is there."""
     toy = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 64}
-    places = tuple(replace(place, tokens=64) for place in gpu.PLACES)
+    points = tuple(replace(point, tokens=64) for point in gpu.PAPER_POINTS)
     setting = gpu.Setting(
-        device="cpu", compile="none", dtype=torch.float32, target=toy, drafter=toy, places=places,
+        device="cpu", compile="none", dtype=torch.float32, target=toy, drafter=toy, points=points,
         gammas=(2, 4), budget=16, budgets=(16, 32), new_tokens=12, repeats=2, inner=2,
     )  # fmt: skip
     rows = gpu.rows(setting, 1e10, "toy")
@@ -201,7 +201,7 @@ def test_gpu_rows_at_toy_size_on_any_device() -> None:
     best = [one for one in rows if "best γ" in one.note]
     assert [one.target for one in best] == [6.55, 4.46, 2.10] and all(one.synthetic for one in best)
     wanted: set[str] = set()
-    for place in places:
+    for place in points:
         wanted.add(f"GPU AR step, {place.name}")
         for gamma in {2, 4, place.gamma}:
             wanted.add(f"GPU verify, {place.name}, γ = {gamma}")

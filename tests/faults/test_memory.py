@@ -26,7 +26,7 @@ def measure(folder: Path, limited: bool) -> None:
     from pipeline.config.models import Pretrain, ScratchModel
     from pipeline.models.build import build_scratch
     from tests.helpers.models import FakeTokenizer, sharpen
-    from tests.helpers.sweeps import Bench
+    from tests.helpers.sweeps import SweepBench
 
     def model(layers: int, seed: int) -> object:
         spec = ScratchModel(
@@ -35,7 +35,7 @@ def measure(folder: Path, limited: bool) -> None:
         )  # fmt: skip
         return sharpen(build_scratch(spec, FakeTokenizer(), seed))  # type: ignore[arg-type]
 
-    bench = Bench(folder / f"bench-{limited}", {"target": model(2, 1), "drafter": model(1, 2)})  # type: ignore[dict-item]
+    bench = SweepBench(folder / f"bench-{limited}", {"target": model(2, 1), "drafter": model(1, 2)})  # type: ignore[dict-item]
     first, second, third, _ = bench.prompts
     tokens = [3 + number % 90 for number in range(LONG)]
     write_rows(bench.file, [first, second.model_copy(update={"tokens": tokens}), third])
@@ -80,7 +80,7 @@ def working_on(storage: Path, cell: str) -> set[int]:
     for file in newest.glob("worker-*.jsonl") if newest else ():
         for line in read_lines(file):
             if line["message"] in ("begun", "done", "failed"):
-                last[line["pid"]] = (line["message"], line["cell"])
+                last[line["pid"]] = (line["message"], line["item"])
     return {pid for pid, doing in last.items() if doing == ("begun", cell)}
 
 

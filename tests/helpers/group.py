@@ -14,7 +14,7 @@ from jobs.executors.ray_train import read_settings
 from pipeline.models.load import load_model
 from pipeline.train.checkpoints import resume, save
 from pipeline.train.job import TrainJob, run_job
-from pipeline.train.loop import Plan
+from pipeline.train.loop import Schedule
 from tests.helpers.tiny import VOCABULARY
 
 
@@ -47,6 +47,6 @@ def copy_state(job: TrainJob, source: Path, target: Path) -> None:
 
     assert job.drafter is not None
     make = deepspeed_engine(job.config, read_settings(job.config.train.deepspeed))
-    plan = Plan(job.config.train, job.config.train, job.config.train.steps)
-    engine = make(load_model(job.drafter, VOCABULARY, dtype="float32"), plan)
+    schedule = Schedule(job.config.train, job.config.train, job.config.train.steps)
+    engine = make(load_model(job.drafter, VOCABULARY, dtype="float32"), schedule)
     save(engine, target, resume(engine, source).step, [])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pipeline.decode.loop import Round, autoregressive, speculate
 from pipeline.decode.model import decode_model
-from pipeline.decode.runner import Compile, Side
+from pipeline.decode.runner import Compile, Runner
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import DraftSource, ModelDrafts
 from pipeline.kv.slot_cache import slots_for
@@ -22,8 +22,8 @@ NEVER: frozenset[int] = frozenset()
 class Pair(NamedTuple):
     """Both sides, and the tokens that the target's prefill gives."""
 
-    target: Side
-    drafter: Side
+    target: Runner
+    drafter: Runner
     firsts: list[int]
 
 
@@ -47,13 +47,13 @@ def make_pair(
         views.append(full)
         kept.append(sparse)
         firsts.append(int(logits.argmax()))
-    sides = [
-        Side(model, len(prompts), slots_for(max(v.kept for v in of)), room, compile)
+    runners = [
+        Runner(model, len(prompts), slots_for(max(v.kept for v in of)), room, compile)
         for model, of in ((large, views), (small, kept))
     ]
-    sides[0].cache.load(views)
-    sides[1].cache.load(kept)
-    return Pair(*sides, firsts)
+    runners[0].cache.load(views)
+    runners[1].cache.load(kept)
+    return Pair(*runners, firsts)
 
 
 def plain_tokens(

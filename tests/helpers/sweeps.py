@@ -33,7 +33,7 @@ SWEEP: dict[str, Any] = {
 }
 
 
-class Bench:
+class SweepBench:
     """Prompts, the target's continuations, and drafters on disk."""
 
     def __init__(self, folder: Path, models: dict[str, PreTrainedModel]) -> None:

@@ -1,4 +1,4 @@
-"""The smallest thing that trains: a line, its plan and its engine."""
+"""The smallest thing that trains: a line, its schedule and its engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.train.engine import TorchEngine
-from pipeline.train.loop import Plan
+from pipeline.train.loop import Schedule
 from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -36,17 +36,17 @@ class Line:
         return {}
 
 
-def plan_for(steps: int, **train: Any) -> Plan:
+def schedule_for(steps: int, **train: Any) -> Schedule:
     config = tiny_config({f"train.{name}": value for name, value in train.items()})
-    return Plan(config.train, config.train, steps)
+    return Schedule(config.train, config.train, steps)
 
 
-def torch_engine(model: PreTrainedModel, plan: Plan) -> TorchEngine:
+def torch_engine(model: PreTrainedModel, schedule: Schedule) -> TorchEngine:
     return TorchEngine(
         model,
         device=CPU,
-        weight_decay=plan.weight_decay,
-        clip=plan.clip,
-        accumulation=plan.micro_batches,
+        weight_decay=schedule.weight_decay,
+        clip=schedule.clip,
+        accumulation=schedule.micro_batches,
         bfloat16=False,
     )

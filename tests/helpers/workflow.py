@@ -2,7 +2,8 @@
 
 By hand, with the servers up (docs/containers.md); `@FILE` stands for what is in a file:
 
-    python -m tests.helpers.workflow .github/workflows/sweep.yml sweep FOLDER inputs.config=conf/cluster.yaml \\
+    python -m tests.helpers.workflow .github/workflows/sweep.yml sweep FOLDER \\
+        inputs.config=conf/cluster.yaml \\
         secrets.RAY_TOKEN=@FILE vars.RAY_API_SERVER_ADDRESS=…
 
 Steps that use an action are left out, and so is `Install`: this environment is the one that is meant.

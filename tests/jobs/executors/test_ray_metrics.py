@@ -121,7 +121,7 @@ def test_workers_log_every_attempt(storage: Path) -> None:
         assert {file.name} == {f"worker-{line['host']}-{line['pid']}.jsonl" for line in written}
         lines += written
     assert len(files) >= 4, "four workers died"
-    told = Counter((line["cell"], line["attempt"], line["message"]) for line in lines)
+    told = Counter((line["item"], line["attempt"], line["message"]) for line in lines)
     once = [(str(item), 1, message) for item in (0, 2, 4) for message in ("begun", "done")]
     died = [("1", 1, "begun"), ("1", 2, "begun"), ("1", 2, "done"), *(("3", n, "begun") for n in (1, 2, 3))]
     assert told == Counter(once + died)

@@ -23,7 +23,7 @@ from jobs.stages.pipeline import run_pipeline
 from pipeline.axes import Place
 from pipeline.config.schema import Config
 from pipeline.data.sources.registry import make_readers
-from pipeline.decode.runner import Side, Sides
+from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
 from pipeline.plan.shapes import Device, Shape
 from pipeline.plan.sweep_counts import count_sweep
@@ -101,15 +101,15 @@ def test_a_run_makes_what_was_planned(
     assert 2 < max(prompts) < 12
 
     cached: list[int] = []
-    get = Sides.get
+    get = Runners.get
 
-    def watched(sides: Sides, *arguments: Any) -> Side:
-        side = get(sides, *arguments)
-        caches = [held.cache for held in sides.held.values()]
+    def watched(runners: Runners, *arguments: Any) -> Runner:
+        runner = get(runners, *arguments)
+        caches = [held.cache for held in runners.held.values()]
         cached.append(sum(part.nbytes for cache in caches for part in [*cache.keys, *cache.values]))
-        return side
+        return runner
 
-    monkeypatch.setattr(Sides, "get", watched)
+    monkeypatch.setattr(Runners, "get", watched)
     monkeypatch.setattr("jobs.stages.train.CHECKPOINTS", "absent")  # they stay to be weighed
     run_pipeline(config, until="sweep")
 

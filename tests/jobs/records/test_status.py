@@ -326,6 +326,6 @@ def test_the_record_and_the_log_of_a_real_run(toy: Toy, tmp_path: Path) -> None:
     assert (stage["state"], stage["cached"], stage["folders"]) == ("done", False, [str(made)])
     assert manifest["seconds"] <= stage["seconds"] < manifest["seconds"] + 60
     written = [json.loads(line) for line in (Path(found["record"]) / "log.jsonl").read_text().splitlines()]
-    cells = [line["cell"] for line in written if line["message"] == "done" and line["cell"]]
+    cells = [line["item"] for line in written if line["message"] == "done" and line["item"]]
     assert set(manifest["counts"]["prompts"]) <= set(cells)
-    assert {line["stage"] for line in written if line["cell"]} == {"prepare"}
+    assert {line["stage"] for line in written if line["item"]} == {"prepare"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.decode import replay
-from pipeline.decode.runner import Side
+from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import LONGEST_MATCH, DraftSource, LookupDrafts, ModelDrafts, Proposals
 from pipeline.kv.views import FULL, view_of
@@ -142,7 +142,7 @@ class TwoLevelDrafts:
 
     name = "two_levels"
 
-    def __init__(self, small: DraftSource, middle: Side, small_gamma: int) -> None:
+    def __init__(self, small: DraftSource, middle: Runner, small_gamma: int) -> None:
         self.small, self.middle, self.small_gamma = small, middle, small_gamma
 
     def check_room(self, needed: int) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.decode import steps
 from pipeline.decode.model import decode_model
-from pipeline.decode.runner import Side
+from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
 from pipeline.errors import BadData, NotFinite
 from pipeline.kv.views import FULL, view_of
@@ -240,10 +240,10 @@ def test_what_cannot_be_compiled_says_so(target: PreTrainedModel, monkeypatch: p
     model = decode_model(target)
     monkeypatch.setattr(steps.shutil, "which", lambda name: None)
     with pytest.raises(BadData, match=r"inductor needs a C\+\+ compiler on a CPU: install g\+\+"):
-        Side(model, 1, 64, 8, "inductor")
+        Runner(model, 1, 64, 8, "inductor")
     if not torch.cuda.is_available():
         with pytest.raises(BadData, match="cudagraphs needs a CUDA device; set inductor or none"):
-            Side(model, 1, 64, 8, "cudagraphs")
+            Runner(model, 1, 64, 8, "cudagraphs")
     with pytest.raises(ValueError, match="the cache has 1 rows, not 2"):
         pair = make_pair(target, target, [random_tokens(1, 30)], FULL, 10)
         pair.firsts.append(3)

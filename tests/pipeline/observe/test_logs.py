@@ -27,7 +27,7 @@ from pipeline import logs
 
 for cell in sys.argv[1:]:
     try:
-        with logs.item(logs.Place("sweep", cell, 2)):
+        with logs.item(logs.WorkItem("sweep", cell, 2)):
             logging.getLogger("pipeline.sweep.evaluator").info("half way")
             logging.getLogger("some.library").info("chatter")
             if cell == "bad":
@@ -46,7 +46,7 @@ def test_a_line_says_where_it_was_logged(tmp_path: Path) -> None:
     with logs.logging_to(tmp_path):
         log = logging.getLogger("pipeline.train")
         log.info("outside")
-        with logs.at(logs.Place("teach")), logs.item(logs.Place("teach", "shard-00003", 2)):
+        with logs.at(logs.WorkItem("teach")), logs.item(logs.WorkItem("teach", "shard-00003", 2)):
             log.warning("inside, %d of %d", 1, 2)
         try:
             raise OSError("torn")
@@ -55,11 +55,11 @@ def test_a_line_says_where_it_was_logged(tmp_path: Path) -> None:
     log.info("after the run")
     outside, begun, inside, done, broke = lines(tmp_path / "log.jsonl")
     who = {"host": socket.gethostname(), "pid": os.getpid()}
-    where = {"stage": "teach", "cell": "shard-00003", "attempt": 2}
+    where = {"stage": "teach", "item": "shard-00003", "attempt": 2}
     assert (
         outside.items() >= {"level": "INFO", "logger": "pipeline.train", "message": "outside", **who}.items()
     )
-    assert outside["stage"] is outside["cell"] is outside["attempt"] is None
+    assert outside["stage"] is outside["item"] is outside["attempt"] is None
     assert inside.items() >= {"level": "WARNING", "message": "inside, 1 of 2", **where, **who}.items()
     assert [begun["message"], done["message"]] == ["begun", "done"] and done.items() >= where.items()
     assert broke["message"].startswith("it broke\nTraceback") and broke["message"].endswith("OSError: torn")
@@ -76,7 +76,7 @@ def test_another_process_writes_its_own_file(tmp_path: Path) -> None:
     written = lines(file)
     assert file.name == f"worker-{socket.gethostname()}-{written[0]['pid']}.jsonl"
     assert written[0]["pid"] != os.getpid()
-    told = [(line["cell"], line["attempt"], line["message"]) for line in written]
+    told = [(line["item"], line["attempt"], line["message"]) for line in written]
     assert told == [
         ("good", 2, "begun"),
         ("good", 2, "half way"),
@@ -99,7 +99,7 @@ def test_credentials_are_hidden(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with logs.logging_to(tmp_path), logs.item(logs.Place("teach", "a", 1)):
+    with logs.logging_to(tmp_path), logs.item(logs.WorkItem("teach", "a", 1)):
         logging.getLogger("pipeline.train.teacher").info("more")
     told = capsys.readouterr().err
     assert told.count("No space left on device") == 1 and "log.jsonl" in told

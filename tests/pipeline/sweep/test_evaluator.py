@@ -15,7 +15,7 @@ from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, Mode, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask, failures_of
-from tests.helpers.sweeps import LENGTH, LIMIT, PROMPTS, Bench, by_hand, counts, key
+from tests.helpers.sweeps import LENGTH, LIMIT, PROMPTS, SweepBench, by_hand, counts, key
 from tests.helpers.tiny import VOCABULARY, save_model
 
 
@@ -25,13 +25,13 @@ def bench(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
     make_model: Any,
-) -> Bench:
+) -> SweepBench:
     models = {"target": target, "drafter": drafter, "poor": make_model(layers=1, seed=9)}
-    return Bench(tmp_path_factory.mktemp("evaluate"), models)
+    return SweepBench(tmp_path_factory.mktemp("evaluate"), models)
 
 
 @pytest.fixture(scope="module")
-def replayed(bench: Bench) -> list[PromptRow]:
+def replayed(bench: SweepBench) -> list[PromptRow]:
     task = bench.replay_task(bench.folder / "replayed")
     assert bench.evaluator()(task).failed == 0
     return read_rows(task.output, PromptRow)
@@ -53,7 +53,7 @@ def test_replay_has_every_cell_once(replayed: list[PromptRow]) -> None:
     assert all(row.budget == 0 for row in replayed if row.control == "no_prefix")
 
 
-def test_replay_counts_are_decodings(bench: Bench, replayed: list[PromptRow]) -> None:
+def test_replay_counts_are_decodings(bench: SweepBench, replayed: list[PromptRow]) -> None:
     """First and last prompt, controls included: the partner is the next prompt, for the last the first."""
     following = [*bench.prompts[1:], bench.prompts[0]]
     pairs = {own.prompt_id: (own, other) for own, other in zip(bench.prompts, following, strict=True)}
@@ -76,7 +76,7 @@ def test_another_prompts_kv_is_another_result(replayed: list[PromptRow]) -> None
     assert own != other and sum(own.values()) > sum(other.values())
 
 
-def test_a_partner_of_the_same_document_is_passed_over(bench: Bench, tmp_path: Path) -> None:
+def test_a_partner_of_the_same_document_is_passed_over(bench: SweepBench, tmp_path: Path) -> None:
     """Prompts 0 and 1 come from one document: both take prompt 2 as theirs."""
     prompts = [
         prompt.model_copy(update={"document_id": "same"}) if number < 2 else prompt
@@ -95,7 +95,7 @@ def test_a_partner_of_the_same_document_is_passed_over(bench: Bench, tmp_path: P
 
 
 def test_a_longer_partner_is_cut_to_the_length_of_the_prompt(
-    bench: Bench, replayed: list[PromptRow], tmp_path: Path
+    bench: SweepBench, replayed: list[PromptRow], tmp_path: Path
 ) -> None:
     """The first prompt's rows stay what they were; the second, now the longest, has no partner."""
     first, second, *others = bench.prompts
@@ -111,7 +111,7 @@ def test_a_longer_partner_is_cut_to_the_length_of_the_prompt(
 
 
 def test_without_a_partner_only_the_control_is_left_out(
-    bench: Bench, replayed: list[PromptRow], tmp_path: Path
+    bench: SweepBench, replayed: list[PromptRow], tmp_path: Path
 ) -> None:
     prompts = [prompt.model_copy(update={"document_id": "same"}) for prompt in bench.prompts]
     write_rows(tmp_path / "prompts.jsonl", prompts)
@@ -122,7 +122,7 @@ def test_without_a_partner_only_the_control_is_left_out(
 
 
 def test_slices_of_the_prompts_give_the_same_rows(
-    bench: Bench, replayed: list[PromptRow], tmp_path: Path
+    bench: SweepBench, replayed: list[PromptRow], tmp_path: Path
 ) -> None:
     evaluator, rows = bench.evaluator(), []
     for first, last in ((2, 4), (0, 2)):
@@ -144,7 +144,7 @@ def test_kv_bytes_and_positions(replayed: list[PromptRow]) -> None:
 
 @pytest.mark.parametrize(("trained", "inside"), [(LENGTH + LIMIT, True), (LENGTH + LIMIT - 1, False)])
 def test_the_trained_range_counts_prompt_and_continuation(
-    bench: Bench, tmp_path: Path, trained: int, inside: bool
+    bench: SweepBench, tmp_path: Path, trained: int, inside: bool
 ) -> None:
     evaluator = bench.evaluator()
     for one in evaluator.contenders:
@@ -154,7 +154,7 @@ def test_the_trained_range_counts_prompt_and_continuation(
     assert {row.in_trained_range for row in read_rows(task.output, PromptRow)} == {inside}
 
 
-def test_a_continuation_that_ends_at_once_gives_no_rows(bench: Bench, tmp_path: Path) -> None:
+def test_a_continuation_that_ends_at_once_gives_no_rows(bench: SweepBench, tmp_path: Path) -> None:
     short = bench.continuations[0]
     cut = short.model_copy(update={"tokens": short.tokens[:1], "gaps": short.gaps[:1], "eos_at": 0})
     write_rows(tmp_path / "c.jsonl", [cut, *bench.continuations[1:]])
@@ -166,7 +166,7 @@ def test_a_continuation_that_ends_at_once_gives_no_rows(bench: Bench, tmp_path: 
 # ── what fails, and what is there ─────────────────────────────────────────────────────────────────
 
 
-def without_norm(bench: Bench, folder: Path) -> ModelRef:
+def without_norm(bench: SweepBench, folder: Path) -> ModelRef:
     """The drafter with NaN in its last norm."""
     model = load_model(bench.refs["drafter"], VOCABULARY)
     model.model.norm.weight.data.fill_(float("nan"))
@@ -175,7 +175,7 @@ def without_norm(bench: Bench, folder: Path) -> ModelRef:
 
 @pytest.mark.parametrize(("mode", "last"), [("replay", PROMPTS), ("measure", 3)])
 def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
-    bench: Bench, tmp_path: Path, mode: Mode, last: int
+    bench: SweepBench, tmp_path: Path, mode: Mode, last: int
 ) -> None:
     names, changes = ["drafter", "poor"], {"sweep.measure": {"gammas": [2], "budgets": [16], "repeats": 1}}
 
@@ -215,7 +215,7 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
 
 
 def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
-    bench: Bench, target: PreTrainedModel, tmp_path: Path
+    bench: SweepBench, target: PreTrainedModel, tmp_path: Path
 ) -> None:
     """This drafter fails after some rounds, when the target's cache already holds continuation tokens: the
     embedding of a token that the continuation brings, and no prompt has, is NaN."""
@@ -246,14 +246,14 @@ def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
 
 
 def test_rows_that_are_there_are_not_redone(
-    bench: Bench, replayed: list[PromptRow], monkeypatch: pytest.MonkeyPatch
+    bench: SweepBench, replayed: list[PromptRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator = bench.evaluator()
     monkeypatch.setattr(evaluator, "replay", None)
     assert counted(evaluator(bench.replay_task(bench.folder / "replayed"))) == (len(replayed), 0)
 
 
-def test_a_task_tells_what_it_gave_first_and_again(bench: Bench, tmp_path: Path) -> None:
+def test_a_task_tells_what_it_gave_first_and_again(bench: SweepBench, tmp_path: Path) -> None:
     """Acceptance over both drafters' real prefixes, and the tokens that were on the clock, by its files."""
     evaluator = bench.evaluator(["drafter", "poor"])
     for task in (bench.replay_task(tmp_path), bench.measure_task(evaluator, tmp_path, last=2)):

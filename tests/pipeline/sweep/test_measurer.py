@@ -17,7 +17,7 @@ from pipeline.store.files import read_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from pipeline.sweep.evaluator import failures_of
 from pipeline.sweep.measurer import before_divergence
-from tests.helpers.sweeps import LENGTH, LIMIT, Bench, counts, key
+from tests.helpers.sweeps import LENGTH, LIMIT, SweepBench, counts, key
 from tests.helpers.tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -27,20 +27,20 @@ def bench(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
     make_model: Any,
-) -> Bench:
+) -> SweepBench:
     models = {"target": target, "drafter": drafter, "poor": make_model(layers=1, seed=9)}
-    return Bench(tmp_path_factory.mktemp("evaluate"), models)
+    return SweepBench(tmp_path_factory.mktemp("evaluate"), models)
 
 
 @pytest.fixture(scope="module")
-def replayed(bench: Bench) -> list[PromptRow]:
+def replayed(bench: SweepBench) -> list[PromptRow]:
     task = bench.replay_task(bench.folder / "replayed")
     assert bench.evaluator()(task).failed == 0
     return read_rows(task.output, PromptRow)
 
 
 @pytest.fixture(scope="module")
-def measured(bench: Bench) -> list[PromptRow]:
+def measured(bench: SweepBench) -> list[PromptRow]:
     task = bench.measured(bench.folder / "measured")
     assert not failures_of(task).exists()
     return read_rows(task.output, PromptRow)
@@ -55,7 +55,7 @@ def test_measured_counts_are_the_replayed_ones(measured: list[PromptRow], replay
         assert (row.repetition_rate, row.drafter_kv_bytes) == (same.repetition_rate, same.drafter_kv_bytes)
 
 
-def test_measured_rows_are_exact_timed_and_repeated(bench: Bench, measured: list[PromptRow]) -> None:
+def test_measured_rows_are_exact_timed_and_repeated(bench: SweepBench, measured: list[PromptRow]) -> None:
     tokenizer = tiny_tokenizer()
     continuations = {row.prompt_id: row for row in bench.continuations}
     for row in measured:
@@ -72,7 +72,9 @@ def test_measured_rows_are_exact_timed_and_repeated(bench: Bench, measured: list
     assert len({tuple(row.ar_decode_s) for row in measured}) == 2
 
 
-def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_runs_are_thrown_away(
+    bench: SweepBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first prompt of a worker is run once more than its repeats, the second is not."""
     runs: list[str] = []
     plain = measure.Bench.autoregressive
@@ -92,7 +94,7 @@ def test_warm_up_runs_are_thrown_away(bench: Bench, tmp_path: Path, monkeypatch:
 
 
 def test_every_second_repeat_goes_backwards_and_a_prefill_is_rehearsed(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: SweepBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autoregressive decoding and two γ, three times over behind a warm-up; both models prefill twice."""
     order: list[int] = []
@@ -120,16 +122,16 @@ def test_every_second_repeat_goes_backwards_and_a_prefill_is_rehearsed(
     assert len(prefills) == 4 and all(prefills.count(name) == 2 for name in prefills)
 
 
-def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: Bench, tmp_path: Path) -> None:
+def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: SweepBench, tmp_path: Path) -> None:
     task = bench.measured(tmp_path, ["target"])
     full = [row for row in read_rows(task.output, PromptRow) if row.budget == "full"]
     assert full and all(row.num_accepted == row.num_proposed for row in full)
 
 
-def test_a_divergence_is_weighed_against_the_noise(bench: Bench) -> None:
+def test_a_divergence_is_weighed_against_the_noise(bench: SweepBench) -> None:
     """The gap is that of the two best logits of a plain forward; the noise is rounding."""
     prompt, continuation = bench.prompts[0], bench.continuations[0].tokens
-    held = measure.Bench(runner.Sides("none"), decode_model(bench.pair[0]), [prompt], 5)
+    held = measure.Bench(runner.Runners("none"), decode_model(bench.pair[0]), [prompt], 5)
     other = [*continuation[:7], (continuation[7] + 1) % VOCABULARY, *continuation[8:]]
     gap, noise = held.divergence(0, continuation, other)
     with torch.no_grad():
@@ -152,7 +154,7 @@ def test_rounds_behind_a_divergence_are_left_out() -> None:
 
 
 def test_a_divergence_leaves_its_tokens_out_of_the_counts_and_in_the_time(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: SweepBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autoregressive decoding made to differ in its tenth token, as rounding may make it."""
     plain = measure.Bench.autoregressive
@@ -173,7 +175,7 @@ def test_a_divergence_leaves_its_tokens_out_of_the_counts_and_in_the_time(
         assert 8 - row.gamma <= row.num_tokens <= 8 and row.num_rounds == row.reached[0]
 
 
-def test_compilation_is_in_no_time_and_is_recorded(bench: Bench, tmp_path: Path) -> None:
+def test_compilation_is_in_no_time_and_is_recorded(bench: SweepBench, tmp_path: Path) -> None:
     """Two temperatures, two prompts of one shape: each compiles once, outside what is timed."""
     torch._dynamo.reset()
     changes = {
@@ -190,7 +192,7 @@ def test_compilation_is_in_no_time_and_is_recorded(bench: Bench, tmp_path: Path)
     assert max(max(*row.decode_s, *row.ar_decode_s) for row in rows) < 0.5 < min(compiled)
 
 
-def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: Bench, tmp_path: Path) -> None:
+def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: SweepBench, tmp_path: Path) -> None:
     """Counts and texts are a prompt's own; what they shared, time, is divided evenly."""
     found = {}
     for together in (1, 3):
@@ -203,7 +205,7 @@ def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: Bench, tmp_
     assert sorted(found[1]) == sorted(found[3]) and len(found[1]) == 2 * 3
 
 
-def test_thresholds_are_an_axis_of_the_measured_cells(bench: Bench, tmp_path: Path) -> None:
+def test_thresholds_are_an_axis_of_the_measured_cells(bench: SweepBench, tmp_path: Path) -> None:
     changes = {
         "decode.draft_length": "adaptive",
         "sweep.thresholds": [0.0, 0.6],
@@ -219,7 +221,7 @@ def test_thresholds_are_an_axis_of_the_measured_cells(bench: Bench, tmp_path: Pa
 
 
 def test_what_does_not_fit_into_memory_fails_before_it_is_made(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: SweepBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "available_memory", lambda device: 100_000)
     task = bench.measured(tmp_path, changes={"sweep.measure": {"prompts_together": 2}})
@@ -229,7 +231,7 @@ def test_what_does_not_fit_into_memory_fails_before_it_is_made(
     assert "lower sweep.measure.prompts_together, the contexts or data.max_new_tokens" in error
 
 
-def test_only_the_named_drafters_are_measured(bench: Bench, tmp_path: Path) -> None:
+def test_only_the_named_drafters_are_measured(bench: SweepBench, tmp_path: Path) -> None:
     variants = [{"name": name, "steps": 0, "budgets": {16: 1.0}} for name in ("drafter", "poor")]
     changes = {"train.variants": variants, "sweep.measure": {"drafters": ["poor"], "gammas": [5]}}
     task = bench.measured(tmp_path, ["drafter", "poor"], changes)
@@ -238,7 +240,7 @@ def test_only_the_named_drafters_are_measured(bench: Bench, tmp_path: Path) -> N
     assert all(len(row.decode_s) == 3 and row.exact for row in rows)
 
 
-def test_sampling_repeats_itself_and_claims_no_exactness(bench: Bench, tmp_path: Path) -> None:
+def test_sampling_repeats_itself_and_claims_no_exactness(bench: SweepBench, tmp_path: Path) -> None:
     changes = {"sweep.temperatures": [0.0, 1.5], "sweep.seeds": [3, 4]}
     changes["sweep.measure"] = {"budgets": [16], "gammas": [2], "repeats": 2}
     runs = []

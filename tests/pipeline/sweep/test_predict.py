@@ -87,7 +87,7 @@ def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:
     looked = row("prompt_lookup", policy="none", budget=0, num_rounds=10, reached=[7, 4, 2, 1])
     times = [*TIMES, steps(0, 0.003, "prompt_lookup", "none")]
     verify_1, verify_4, rest = 0.03, 0.04, 0.001  # below γ = 2 nothing was timed: as at γ = 2
-    seconds = predict.Clockwork(times).seconds(looked)
+    seconds = predict.StepModel(times).seconds(looked)
     assert seconds == pytest.approx(7 * verify_4 + 3 * verify_1 + 10 * (0.003 + rest))
 
 

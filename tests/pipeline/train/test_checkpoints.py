@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from pipeline.train.checkpoints import checkpoint_folder, complete, disk_errors
 from pipeline.train.engine import MOMENTS, PARTS
 from pipeline.train.loop import fit, read_metrics
-from tests.helpers.training import Line, plan_for, torch_engine
+from tests.helpers.training import Line, schedule_for, torch_engine
 
 
 def run(model: PreTrainedModel, folder: Path, steps: int = 12, **train: Any) -> PreTrainedModel:
-    plan = plan_for(steps, learning_rate=1e-2, warmup_steps=2, **{"checkpoint_every": 4, **train})
-    fit(torch_engine(model, plan), Line(), plan, folder, "x")
+    schedule = schedule_for(steps, learning_rate=1e-2, warmup_steps=2, **{"checkpoint_every": 4, **train})
+    fit(torch_engine(model, schedule), Line(), schedule, folder, "x")
     return model
 
 
@@ -43,12 +43,12 @@ def test_the_files_are_adamws_state(make_model: Any, tmp_path: Path) -> None:
     """Against a plain loop with torch's own AdamW."""
     run(make_model(), tmp_path, steps=8)
     assert [path.name for path in complete(tmp_path)] == ["step-000004", "step-000008"]
-    plan, plain = plan_for(8, learning_rate=1e-2, warmup_steps=2), make_model()
-    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=plan.weight_decay, fused=True)
+    schedule, plain = schedule_for(8, learning_rate=1e-2, warmup_steps=2), make_model()
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=schedule.weight_decay, fused=True)
     for step in range(8):
-        optimizer.param_groups[0]["lr"] = plan.rate(step)
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
         Line().loss(plain, step, 0)[0].backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), plan.clip)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), schedule.clip)
         optimizer.step()
         optimizer.zero_grad()
     folder = checkpoint_folder(tmp_path, 8)

@@ -22,10 +22,10 @@ from pipeline.store.files import write_rows
 from pipeline.train.batches import Shards
 from pipeline.train.checkpoints import checkpoint_folder, latest
 from pipeline.train.job import TrainJob
-from pipeline.train.loop import Plan, fit, read_metrics
+from pipeline.train.loop import Schedule, fit, read_metrics
 from pipeline.train.objectives import MultiView, NextToken, next_token_loss
 from tests.helpers.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
-from tests.helpers.training import CPU, Line, plan_for, torch_engine
+from tests.helpers.training import CPU, Line, schedule_for, torch_engine
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +103,26 @@ def test_stopped_in_the_export_trains_no_further(
 def test_nan_stops_before_it_reaches_a_checkpoint(
     make_model: Any, tmp_path: Path, every: int, bad: tuple[int, ...], good: int | None
 ) -> None:
-    plan = plan_for(12, checkpoint_every=every, learning_rate=1e-3)
+    schedule = schedule_for(12, checkpoint_every=every, learning_rate=1e-3)
     with pytest.raises(NotFinite) as told:
-        fit(torch_engine(make_model(), plan), Line(bad), plan, tmp_path, "sad")
+        fit(torch_engine(make_model(), schedule), Line(bad), schedule, tmp_path, "sad")
     text = str(told.value)
     assert f"training sad: step {bad[0] + 1} is the first that is not finite (line nan" in text
     batch = [line for line in text.splitlines() if "micro-batch" in line]
-    assert batch == [f"  micro-batch {n}: row {n} of step {bad[0]}" for n in range(plan.micro_batches)]
+    assert batch == [f"  micro-batch {n}: row {n} of step {bad[0]}" for n in range(schedule.micro_batches)]
     kept = latest(tmp_path)
     assert f"last good checkpoint: {kept or 'none'}" in text
     assert kept == (None if good is None else checkpoint_folder(tmp_path, good))
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     if good is not None:
         # The cause is gone: training goes on from the good checkpoint and ends well.
-        fit(torch_engine(make_model(), plan), Line(), plan, tmp_path, "happy")
+        fit(torch_engine(make_model(), schedule), Line(), schedule, tmp_path, "happy")
         assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 12
 
 
 def test_a_half_written_checkpoint_does_not_count(make_model: Any, tmp_path: Path) -> None:
-    plan = plan_for(4, checkpoint_every=2)
-    fit(torch_engine(make_model(), plan), Line(), plan, tmp_path, "x")
+    schedule = schedule_for(4, checkpoint_every=2)
+    fit(torch_engine(make_model(), schedule), Line(), schedule, tmp_path, "x")
     newer = checkpoint_folder(tmp_path, 6)
     newer.mkdir()
     (newer / "weights.safetensors").write_bytes(b"torn")
@@ -130,41 +130,41 @@ def test_a_half_written_checkpoint_does_not_count(make_model: Any, tmp_path: Pat
 
 
 def test_the_learning_rate_by_hand() -> None:
-    plan = plan_for(12, learning_rate=0.8, warmup_steps=4)
-    assert [plan.rate(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert [plan.rate(step) for step in (4, 8, 10)] == pytest.approx([0.8, 0.4, 0.8 * (1 - 2**-0.5) / 2])
-    assert 0 < plan.rate(11) < 0.05 and plan.rate(12) == pytest.approx(0)
-    assert plan_for(3, warmup_steps=0, learning_rate=1.0).rate(0) == 1.0
-    assert plan_for(3, warmup_steps=5, learning_rate=1.0).rate(2) == pytest.approx(0.6), "warm-up alone"
+    schedule = schedule_for(12, learning_rate=0.8, warmup_steps=4)
+    assert [schedule.rate(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert [schedule.rate(step) for step in (4, 8, 10)] == pytest.approx([0.8, 0.4, 0.8 * (1 - 2**-0.5) / 2])
+    assert 0 < schedule.rate(11) < 0.05 and schedule.rate(12) == pytest.approx(0)
+    assert schedule_for(3, warmup_steps=0, learning_rate=1.0).rate(0) == 1.0
+    assert schedule_for(3, warmup_steps=5, learning_rate=1.0).rate(2) == pytest.approx(0.6), "warm-up alone"
 
 
 def test_the_cosine_is_transformers_own() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     theirs = get_cosine_schedule_with_warmup(optimizer, 6, 30)
-    plan, seen = plan_for(30, learning_rate=0.5, warmup_steps=6), []
+    schedule, seen = schedule_for(30, learning_rate=0.5, warmup_steps=6), []
     for _ in range(30):
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    assert [plan.rate(step) for step in range(6, 30)] == pytest.approx(seen[6:])
+    assert [schedule.rate(step) for step in range(6, 30)] == pytest.approx(seen[6:])
 
 
 def test_the_logged_rate_is_the_one_used(uninterrupted: Path) -> None:
-    plan = plan_for(12, learning_rate=3e-3, warmup_steps=3)
+    schedule = schedule_for(12, learning_rate=3e-3, warmup_steps=3)
     rows = [row for row in read_metrics(uninterrupted / "metrics.jsonl") if "loss/total" in row]
-    assert [row["train/learning_rate"] for row in rows] == [plan.rate(step) for step in (4, 9, 11)]
+    assert [row["train/learning_rate"] for row in rows] == [schedule.rate(step) for step in (4, 9, 11)]
 
 
 # ── gradients and precision ───────────────────────────────────────────────────────────────────────
 
 
-def next_token(workshop: Workshop, micro: int, compile: bool = False) -> tuple[NextToken, Plan]:
+def next_token(workshop: Workshop, micro: int, compile: bool = False) -> tuple[NextToken, Schedule]:
     group = Pretrain(steps=5, batch_sequences=4, learning_rate=2e-3, warmup_steps=2, compile=compile)
     changes = {"train.micro_batch_sequences": micro, "train.clip": 0.5, "train.checkpoint_every": 99}
     pretrain = {f"{model}.pretrain.batch_sequences": 4 for model in ("target", "drafter")}
     config = tiny_config(changes | pretrain)
     tokens = Shards([workshop.prepare / "sequences" / "train-00000.npy"])
-    return NextToken(config, group, tokens, [], CPU), Plan(group, config.train, 5)
+    return NextToken(config, group, tokens, [], CPU), Schedule(group, config.train, 5)
 
 
 def test_accumulated_micro_batches_are_one_batch_and_a_plain_loop(
@@ -172,9 +172,9 @@ def test_accumulated_micro_batches_are_one_batch_and_a_plain_loop(
 ) -> None:
     trained = {}
     for micro in (1, 2, 4):
-        objective, plan = next_token(workshop, micro)
+        objective, schedule = next_token(workshop, micro)
         model = make_model(seed=3)
-        fit(torch_engine(model, plan), objective, plan, tmp_path / str(micro), "x")
+        fit(torch_engine(model, schedule), objective, schedule, tmp_path / str(micro), "x")
         trained[micro] = model.state_dict()
 
     plain = make_model(seed=3)

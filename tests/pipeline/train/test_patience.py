@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pipeline.train.checkpoints import checkpoint_folder
-from pipeline.train.loop import Plan, fit, read_metrics
+from pipeline.train.loop import Schedule, fit, read_metrics
 from pipeline.train.stopping import Stopped
-from tests.helpers.training import Line, plan_for, torch_engine
+from tests.helpers.training import Line, schedule_for, torch_engine
 
 
 class Watched(Line):
@@ -29,11 +29,11 @@ class Watched(Line):
         return {"validation/next_token": next(self.curve)}
 
 
-def patient_plan(patience: int | None) -> Plan:
+def patient_schedule(patience: int | None) -> Schedule:
     """A point every 2 of 20 steps."""
-    plan = plan_for(20, learning_rate=1e-2, validate_every=2, checkpoint_every=20)
-    plan.patience = patience
-    return plan
+    schedule = schedule_for(20, learning_rate=1e-2, validate_every=2, checkpoint_every=20)
+    schedule.patience = patience
+    return schedule
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def patient_plan(patience: int | None) -> Plan:
 def test_training_ends_where_validation_stays_flat(
     make_model: Any, tmp_path: Path, curve: Sequence[float], patience: int | None, best: int, last: int
 ) -> None:
-    plan = patient_plan(patience)
-    wanted = fit(torch_engine(make_model(), plan), Watched(curve), plan, tmp_path, "x")
+    schedule = patient_schedule(patience)
+    wanted = fit(torch_engine(make_model(), schedule), Watched(curve), schedule, tmp_path, "x")
     assert wanted == checkpoint_folder(tmp_path, best)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == last
-    plain = patient_plan(None)
+    plain = patient_schedule(None)
     with nullcontext() if best == 20 else pytest.raises(Stopped):
         fit(torch_engine(make_model(), plain), Line(), plain, tmp_path / "plain", "x", stop_after(best))
     theirs = load_file(checkpoint_folder(tmp_path / "plain", best) / "weights.safetensors")
@@ -69,11 +69,15 @@ def stop_after(steps: int) -> Callable[[], bool]:
 @pytest.mark.parametrize("stopped", [5, 8, 10])
 def test_patience_resumed_is_uninterrupted(make_model: Any, tmp_path: Path, stopped: int) -> None:
     """Before the lowest point, between it and the end, and where training was about to end."""
-    plan, curve = patient_plan(2), (5, 4, 3, 3.5, 3.2)
+    schedule, curve = patient_schedule(2), (5, 4, 3, 3.5, 3.2)
     with pytest.raises(Stopped):
-        fit(torch_engine(make_model(), plan), Watched(curve), plan, tmp_path, "x", stop_after(stopped))
+        fit(
+            torch_engine(make_model(), schedule), Watched(curve), schedule, tmp_path, "x", stop_after(stopped)
+        )
     for _ in range(2):  # a run that was killed before its export ends where it had ended
-        wanted = fit(torch_engine(make_model(), plan), Watched(curve[stopped // 2 :]), plan, tmp_path, "x")
+        wanted = fit(
+            torch_engine(make_model(), schedule), Watched(curve[stopped // 2 :]), schedule, tmp_path, "x"
+        )
         assert wanted == checkpoint_folder(tmp_path, 6)
         assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 10
         stopped = 10
@@ -81,11 +85,11 @@ def test_patience_resumed_is_uninterrupted(make_model: Any, tmp_path: Path, stop
 
 def test_a_best_point_without_its_checkpoint_does_not_count(make_model: Any, tmp_path: Path) -> None:
     """Step 6 has the lowest loss and is damaged; step 2, the best before, went when 6 was written."""
-    plan, curve = patient_plan(3), (3, 4, 2, 5, 6)
+    schedule, curve = patient_schedule(3), (3, 4, 2, 5, 6)
     with pytest.raises(Stopped):
-        fit(torch_engine(make_model(), plan), Watched(curve[:3]), plan, tmp_path, "x", stop_after(6))
+        fit(torch_engine(make_model(), schedule), Watched(curve[:3]), schedule, tmp_path, "x", stop_after(6))
     assert not checkpoint_folder(tmp_path, 2).exists()
     (checkpoint_folder(tmp_path, 6) / "weights.safetensors").write_bytes(b"torn")
     again = (4.5, 4.4, 4.3)
-    wanted = fit(torch_engine(make_model(), plan), Watched(again), plan, tmp_path, "x")
+    wanted = fit(torch_engine(make_model(), schedule), Watched(again), schedule, tmp_path, "x")
     assert wanted == checkpoint_folder(tmp_path, 4), "of 4, 4.5, 4.4 and 4.3"

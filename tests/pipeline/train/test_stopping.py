@@ -18,7 +18,7 @@ from pipeline.train.loop import fit
 from pipeline.train.objectives import MultiView
 from pipeline.train.stopping import SIGNALS, Stopped, signals_put_off
 from tests.helpers.tiny import Workshop, losses, weights
-from tests.helpers.training import Line, plan_for, torch_engine
+from tests.helpers.training import Line, schedule_for, torch_engine
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,10 @@ def test_a_signal_ends_with_a_checkpoint_of_the_step(
 
 def test_whoever_asks_is_heard_after_each_step(make_model: Any, tmp_path: Path) -> None:
     """The way of Ray's workers: a question instead of signals."""
-    plan = plan_for(12, checkpoint_every=5)
+    schedule = schedule_for(12, checkpoint_every=5)
     answers = iter([False, False, True])
     with pytest.raises(Stopped, match="training x was asked to stop and did after step 3 of 12"):
-        fit(torch_engine(make_model(), plan), Line(), plan, tmp_path, "x", lambda: next(answers))
+        fit(torch_engine(make_model(), schedule), Line(), schedule, tmp_path, "x", lambda: next(answers))
     kept = latest(tmp_path)
     assert kept is not None and kept.name == "step-000003"
 
