@@ -14,8 +14,9 @@ from benchmarks.baselines import assisted, generate, huggingface
 from benchmarks.pairs import Ours, Pair, mean
 from benchmarks.rows import Row, interleaved, ratios, row
 from benchmarks.synthetic import synthetic_sampler
+from pipeline.axes import FULL
 from pipeline.decode.sampling import GREEDY
-from pipeline.kv.views import FULL, view_of
+from pipeline.kv.views import view_of
 from pipeline.metrics import repetition_rate
 
 GAMMAS = (2, 4, 8, 16)

@@ -22,19 +22,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.rows import Row, row
+from pipeline.axes import Cell, Place
 from pipeline.config.files import load_config
 from pipeline.config.models import Pretrain, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
 from pipeline.decode.sampling import GREEDILY
 from pipeline.intervals import bootstrap_interval
+from pipeline.metrics import Counts
 from pipeline.models.build import build_scratch
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef
 from pipeline.store.files import read_all, write_rows
 from pipeline.store.rows import Prompt, PromptRow
 from pipeline.sweep.evaluator import Evaluator, ReplayTask
-from pipeline.sweep.grid import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
+from pipeline.sweep.grid import Drafter, cells_behind, views_of
 from pipeline.sweep.measurer import Views
 from pipeline.sweep.step_times import NEVER, Watched
 from pipeline.train.teacher import ContinueTask, Teacher
@@ -64,8 +66,7 @@ class SampledCell(NamedTuple):
 
     prompt: Prompt
     drafter: int
-    cell: ViewCell
-    length: DraftLength
+    cell: Cell
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,12 @@ class Grid:
         """Every cell on every prompt."""
         sweep = self.config.sweep
         return [
-            SampledCell(prompt, number, cell, length)
+            SampledCell(prompt, number, cell)
             for prompts in self.prompts.values()
             for prompt in prompts
             for number, drafter in enumerate(self.drafters)
-            for cell in view_cells(sweep, drafter)
-            for length in draft_lengths(sweep, prompt.context, drafter)
+            for view in views_of(sweep, drafter)
+            for cell in cells_behind(sweep, drafter, Place(prompt.dataset, prompt.context), view)
         ]
 
     def replay(self) -> Replayed:
@@ -184,8 +185,8 @@ class Grid:
             bench = Bench(
                 evaluator.runners, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas)
             )
-            source = Views(bench, one.drafter, one.fast, [work.cell]).source(work.cell)
-            run = bench.speculative(source, work.length.gamma, GREEDILY, NEVER)
+            source = Views(bench, one.drafter, one.fast, [work.cell.view]).source(work.cell.view)
+            run = bench.speculative(source, work.cell.gamma, GREEDILY, NEVER)
             seconds.append(run.seconds)
             accepted.append(sum(one.accepted for one in run.rounds[0]))
         return seconds[1:], accepted[1:]
@@ -208,12 +209,10 @@ def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row
         sample = random.Random(0).sample(work, sampled)
         sample.sort(key=lambda one: len(one.prompt.tokens))  # equal shapes side by side
         seconds, accepted = grid.measure(sample)
-    known = {(r.prompt_id, r.drafter, r.budget, r.gamma): r.num_accepted for r in replayed.rows}
-    equal = 0
-    for one, count in zip(sample, accepted, strict=True):
-        drafter = grid.drafters[one.drafter].name
-        equal += count == known[one.prompt.prompt_id, drafter, one.cell.budget, one.length.gamma]
-    rate = sum(r.num_accepted for r in replayed.rows) / sum(r.num_proposed or 0 for r in replayed.rows)
+    known = {(r.prompt_id, r.cell): r.counts.num_accepted for r in replayed.rows}
+    pairs = zip(sample, accepted, strict=True)
+    equal = sum(count == known[one.prompt.prompt_id, one.cell] for one, count in pairs)
+    rate = Counts.pooled([r.counts for r in replayed.rows]).acceptance
     mean = bootstrap_interval(seconds, [1] * sampled, samples=2000, seed=0)
     ratio, low, high = (
         (replayed.prefill_s + each * len(work)) / replayed.seconds

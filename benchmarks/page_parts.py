@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
-from pipeline.results.recommend import Choice
-from pipeline.store.rows import CellRow, PredictedRow
-
-
-class Spread(Protocol):
-    """A mean with its 95 % interval."""
-
-    @property
-    def mean(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
+from pipeline.intervals import Interval
+from pipeline.store.rows import CellRow
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -40,34 +28,26 @@ def check_table(checks: Sequence[Mapping[str, object]]) -> str:
     )
 
 
-def points(gain: Spread) -> str:
-    return f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+def points(difference: Interval) -> str:
+    return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
-def percent(share: Spread) -> str:
+def percent(share: Interval) -> str:
     return f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def acceptance(cell: CellRow | None) -> str:
+def acceptance(row: CellRow | None) -> str:
     """In percent, with its interval."""
-    if cell is None or cell.acceptance is None or cell.acceptance_low is None or cell.acceptance_high is None:
-        return ""
-    return f"{100 * cell.acceptance:.1f} [{100 * cell.acceptance_low:.1f}, {100 * cell.acceptance_high:.1f}]"
+    return percent(row.acceptance) if row and row.acceptance else ""
 
 
-def speed(cell: CellRow | PredictedRow | Choice | None) -> str:
-    if cell is None or cell.speedup is None or cell.speedup_low is None or cell.speedup_high is None:
-        return ""
-    return interval_text((cell.speedup, cell.speedup_low, cell.speedup_high))
+def speed(row: CellRow | None) -> str:
+    return interval_text(row.speed.speedup) if row and row.speed else ""
 
 
-def end_to_end(cell: CellRow) -> str:
-    low, high = cell.end_to_end_low, cell.end_to_end_high
-    if cell.end_to_end_speedup is None or low is None or high is None:
-        return ""
-    return interval_text((cell.end_to_end_speedup, low, high))
+def end_to_end(row: CellRow) -> str:
+    return interval_text(row.speed.end_to_end) if row.speed and row.speed.end_to_end else ""
 
 
-def interval_text(interval: tuple[float, float, float]) -> str:
-    mean, low, high = interval
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def interval_text(found: Interval) -> str:
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from pipeline.axes import FULL, View
 from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Compile, Runner
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import ModelDrafts
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.views import FULL, PrefixView, View
+from pipeline.kv.views import PrefixView
+from pipeline.metrics import Counts
 from pipeline.models.build import prepare_model
 
 NEVER: frozenset[int] = frozenset()
@@ -116,7 +118,7 @@ class Ours:
         self.pair = pair
         target, drafter = decode_model(pair.target), decode_model(pair.drafter)
         length, room = pair.prompts[0].shape[1], pair.new_tokens + most_drafts
-        kept = slots_for(length) if view.budget is None else view.budget
+        kept = slots_for(length) if view.budget == "full" else view.budget
         self.target = Watched(target, 1, slots_for(length), room, compile)
         self.drafter = Watched(drafter, 1, kept, room, compile)
         self.views: list[tuple[list[PrefixView], list[PrefixView], int]] = []
@@ -154,8 +156,7 @@ class Ours:
         ]
         seconds = time.perf_counter() - began
         tokens = [*firsts, *(token for one in rounds for token in one.tokens)]
-        accepted = sum(one.accepted for one in rounds) / sum(one.proposed for one in rounds)
-        return tokens, seconds / (len(tokens) - 1), accepted
+        return tokens, seconds / (len(tokens) - 1), Counts.of(rounds, gamma).acceptance or 0.0
 
 
 def mean(values: Sequence[float]) -> float:

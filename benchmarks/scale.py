@@ -283,7 +283,10 @@ def track(config: Config, folder: Path, fingerprint: str) -> Tracked:
         queued = time.perf_counter()
     ended = time.perf_counter()
     there = tracker.store.whole(f"tags.sweep_id = '{fingerprint}' and tags.stage = 'cell'")
-    curves = {(c.drafter, c.dataset, c.context, c.policy, c.budget, c.threshold) for c in cells}
+    curves = {
+        (c.cell.drafter, c.cell.dataset, c.cell.context, c.cell.policy, c.cell.budget, c.cell.threshold)
+        for c in cells
+    }
     assert len(there) == len(curves), f"{len(there)} runs are in MLflow, of {len(curves)} curves"
     return Tracked(len(there), opened - began, queued - opened, ended - opened)
 

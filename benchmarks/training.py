@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.pairs import Pair
 from benchmarks.rows import Row, interleaved, ratios, row
+from pipeline.axes import FULL, View
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
-from pipeline.kv.views import FULL, View, view_of
+from pipeline.kv.views import view_of
 from pipeline.train.batches import LabelledSequences, draw
 from pipeline.train.engine import TorchEngine
 from pipeline.train.losses import LOSSES, TargetLabels

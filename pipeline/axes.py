@@ -1,11 +1,21 @@
-"""The one coordinate of a sweep: what names a cell, and the order of its values."""
+"""The one coordinate of a sweep: a cell, with its view and its place, and the order of their values.
+
+Rows hold a `Cell`; whoever asks for part of it takes its `place` or its `view`. What is at its default is so
+in every sweep that does not name it, and in rows that were written before there was such a field.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pipeline.store.rows import Cell
+Budget = int | Literal["full"]
+Control = Literal["other_prompt", "no_prefix"]
+DrafterKind = Literal["lm", "first_layers", "head", "self_speculation", "prompt_lookup", "cascade"]
+Positions = Literal["true", "rebased", "anchor_offset"]
+AcceptanceRule = Literal["exact", "dropmatch"]
 
 
 def family(drafter: str) -> str:
@@ -22,34 +32,8 @@ def check_budget(budget: int | str) -> int | str:
     return budget
 
 
-class Place(NamedTuple):
-    dataset: str
-    context: str
-
-
-class CellKey(NamedTuple):
-    """The fields of `Cell`, as something cheap to hash and to vary."""
-
-    drafter: str
-    dataset: str
-    context: str
-    policy: str
-    budget: Budget
-    control: str | None
-    gamma: int
-    threshold: float
-    temperature: float
-    seed: int
-
-    @staticmethod
-    def of(row: Cell) -> CellKey:
-        return CellKey(
-            row.drafter, row.dataset, row.context, row.policy, row.budget,
-            row.control, row.gamma, row.threshold, row.temperature, row.seed,
-        )  # fmt: skip
-
-
 def budget_order(budget: Budget) -> float:
+    """Sorts budgets: the whole cache is the largest."""
     return math.inf if budget == "full" else budget
 
 
@@ -57,4 +41,103 @@ def budget_text(budget: Budget) -> str:
     return "the full cache" if budget == "full" else f"B = {budget}"
 
 
-Budget = int | Literal["full"]
+class Place(NamedTuple):
+    """Where cells compare with one another: a data set at a context."""
+
+    dataset: str
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a drafter sees of a prefix.
+
+    Args:
+        policy: the rule that picks the kept entries.
+        budget: the most entries that it keeps per layer and KV head; of the policy `window` its width W.
+        control: `other_prompt` has the kept entries of another document in their place, `no_prefix` has none.
+        sinks: S of a window; None where the policy has no such choice.
+        refresh: after how many rounds the entries are chosen again; None is never.
+        positions: where kept entries are taken to stand.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
+
+    policy: str
+    budget: Budget
+    control: Control | None = None
+    sinks: int | None = None
+    refresh: int | None = None
+    positions: Positions = "true"
+
+    @property
+    def kept(self) -> View:
+        """The same entries under one name: every policy keeps all of "full", and nothing of 0.
+
+        Whose entries they are, a `control` says, so it is not in it.
+        """
+        if self.budget == "full":
+            return FULL
+        return replace(self, policy="none" if self.budget == 0 else self.policy, control=None)
+
+    @property
+    def name(self) -> str:
+        return "full" if self.budget == "full" else f"{self.policy}/{self.budget}"
+
+
+FULL = View("full", "full")
+NOTHING = View("none", 0)  # what prompt lookup keeps of a prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point of a sweep.
+
+    Args:
+        drafter: a trained drafter by variant and training seed, or a baseline.
+        gamma: γ, `num_draft_tokens`.
+        threshold: drafting stops behind a proposal of which the drafter is less sure; 0 always drafts γ.
+        temperature: 0 is greedy.
+        seed: of sampling.
+        kind: what sort of model drafts; a baseline is its own. The drafter's name decides it, so it tells no
+            cells apart.
+        rule: `exact` is lossless; `dropmatch` is not.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
+
+    drafter: str
+    dataset: str
+    context: str
+    view: View
+    gamma: int
+    threshold: float = 0.0
+    temperature: float = 0.0
+    seed: int = 0
+    kind: DrafterKind = field(default="lm", compare=False)
+    rule: AcceptanceRule = "exact"
+
+    def vary(self, **changes: Any) -> Cell:
+        """The cell with other values, those of its view named as its own are."""
+        own = {name: value for name, value in changes.items() if name in _VIEW}
+        rest = {name: value for name, value in changes.items() if name not in _VIEW}
+        return replace(self, view=replace(self.view, **own), **rest)
+
+    @property
+    def place(self) -> Place:
+        return Place(self.dataset, self.context)
+
+    @property
+    def policy(self) -> str:
+        return self.view.policy
+
+    @property
+    def budget(self) -> Budget:
+        return self.view.budget
+
+    @property
+    def control(self) -> Control | None:
+        return self.view.control
+
+
+_VIEW = frozenset(one.name for one in fields(View))

@@ -1,8 +1,15 @@
-"""How sure a figure is: seeded bootstraps over documents, paired and over training seeds. numpy only."""
+"""How sure a figure is: seeded bootstraps over documents, paired and over training seeds. numpy only.
+
+Intervals are percentile bootstraps at 95 % that resample whole units (prompts, or clusters of prompts that
+share a document), seeded and hence repeatable.
+
+Shapes: N units, C clusters, B bootstrap samples, K training seeds, R repeats.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +21,8 @@ LEVEL = 0.95
 Floats = NDArray[np.float64]
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Interval:
     """A statistic of all units and the 95 % bootstrap interval around it."""
 
     mean: float

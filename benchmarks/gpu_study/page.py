@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from benchmarks.gpu import PAPER_POINTS
-from benchmarks.page_parts import acceptance, check_table, end_to_end, markdown, points, speed
+from benchmarks.page_parts import acceptance, check_table, end_to_end, interval_text, markdown, points, speed
 from jobs.stages.pipeline import run_pipeline, settled
+from pipeline.axes import Cell
 from pipeline.config.schema import Config
 from pipeline.results.summary import Check, Summary
 from pipeline.store.files import read_all, read_rows, write_text
@@ -56,7 +57,7 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
     ).get_template("gpu.md.j2")
     page = template.render(
         config=config,
-        hardware=sorted({row.hardware for row in rows if row.hardware}),
+        hardware=sorted({row.timing.hardware for row in rows if row.timing and row.timing.hardware}),
         made=json.loads((sweep / "manifest.json").read_text(encoding="utf-8"))["provenance"],
         gamma=gamma,
         checks=check_table([check.model_dump() for check in checks]),
@@ -80,45 +81,49 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
 def gains(summary: Summary, smallest: int, gamma: int) -> Iterator[Check]:
     """`multi_view` against `full_only` behind the smallest budget, in every place."""
     for gain in summary.headline:
-        if (gain.drafter, gain.baseline, gain.budget) != (PAIR, BASELINE, smallest):
+        if (gain.cell.drafter, gain.baseline, gain.cell.budget) != (PAIR, BASELINE, smallest):
             continue
-        if gain.control is None and gain.gamma == gamma and gain.prompts == "all":
+        if gain.cell.control is None and gain.cell.gamma == gamma and gain.prompts == "all":
             yield Check(
-                row=f"{PAIR} − {BASELINE}, B = {smallest}, {place(gain)}: lower bound",
-                value=gain.low,
+                row=f"{PAIR} − {BASELINE}, B = {smallest}, {place(gain.cell)}: lower bound",
+                value=gain.value.low,
                 target="above 0",
-                met=gain.low > 0,
-                note=f"{points(gain)} points, {gain.num_documents} documents",
+                met=gain.value.low > 0,
+                note=f"{points(gain.value)} points, {gain.num_documents} documents",
             )
 
 
 def gaps(summary: Summary, smallest: int, gamma: int) -> Iterator[Check]:
     """`multi_view` against itself behind another document's KV."""
     for gap in summary.controls:
-        if (gap.drafter, gap.budget, gap.control, gap.gamma) == (PAIR, smallest, "other_prompt", gamma):
+        if (gap.cell.drafter, gap.cell.budget, gap.cell.control, gap.cell.gamma) == (
+            PAIR,
+            smallest,
+            "other_prompt",
+            gamma,
+        ):
             yield Check(
-                row=f"{PAIR} − its own other_prompt, B = {smallest}, {place(gap)}",
-                value=gap.mean,
+                row=f"{PAIR} − its own other_prompt, B = {smallest}, {place(gap.cell)}",
+                value=gap.value.mean,
                 target=f"at least {LEAST_GAP}",
-                met=gap.mean >= LEAST_GAP,
-                note=f"{points(gap)} points, {gap.num_documents} documents",
+                met=gap.value.mean >= LEAST_GAP,
+                note=f"{points(gap.value)} points, {gap.num_documents} documents",
             )
 
 
 def speedups(cells: Sequence[CellRow]) -> Iterator[Check]:
     """The fastest measured cell of the trained pair at every context and temperature."""
-    timed = [cell for cell in cells if cell.mode == "measure" and cell.drafter == PAIR and cell.speedup]
-    for context, temperature in dict.fromkeys((cell.context, cell.temperature) for cell in timed):
-        here = [cell for cell in timed if (cell.context, cell.temperature) == (context, temperature)]
-        best = max(here, key=lambda cell: cell.speedup or 0)
-        assert best.speedup is not None
+    timed = [(row.cell, row.speed.speedup) for row in cells if row.speed and row.cell.drafter == PAIR]
+    for context, temperature in dict.fromkeys((cell.context, cell.temperature) for cell, _ in timed):
+        here = [(c, s) for c, s in timed if (c.context, c.temperature) == (context, temperature)]
+        best, speedup = max(here, key=lambda one: one[1].mean)
         yield Check(
             row=f"decode speed ÷ our own AR, {context}, temperature {temperature:g}",
-            value=best.speedup,
+            value=speedup.mean,
             target=f"above {LEAST_SPEEDUP}",
-            met=best.speedup > LEAST_SPEEDUP,
-            note=f"{speed(best)}; the fastest of {len(here)} cells: {best.dataset}, B = {best.budget}, "
-            f"γ = {best.gamma}",
+            met=speedup.mean > LEAST_SPEEDUP,
+            note=f"{interval_text(speedup)}; the fastest of {len(here)} cells: {best.dataset}, "
+            f"B = {best.budget}, γ = {best.gamma}",
         )
 
 
@@ -130,7 +135,7 @@ def system_checks(system: Sequence[dict[str, Any]]) -> Iterator[Check]:
             yield Check(row=row["row"], value=row["value"], target=target, met=row["met"], note=row["note"])
 
 
-def place(cell: Any) -> str:
+def place(cell: Cell) -> str:
     return f"{cell.dataset} {cell.context}, temperature {cell.temperature:g}"
 
 
@@ -139,12 +144,17 @@ def place(cell: Any) -> str:
 
 def accepted_table(cells: Sequence[CellRow], gamma: int) -> str:
     """Every drafter by place and budget, replayed or expected, with and without its own prefix."""
-    here = [cell for cell in cells if cell.mode != "measure" and cell.gamma == gamma]
-    drafters = list(dict.fromkeys((cell.drafter, cell.control) for cell in here))
-    found = {(c.dataset, c.context, c.temperature, c.budget, c.drafter, c.control): c for c in here}
+    here = [cell for cell in cells if cell.mode != "measure" and cell.cell.gamma == gamma]
+    drafters = list(dict.fromkeys((cell.cell.drafter, cell.cell.control) for cell in here))
+    found = {
+        (c.cell.dataset, c.cell.context, c.cell.temperature, c.cell.budget, c.cell.drafter, c.cell.control): c
+        for c in here
+    }
     heads = [name if control is None else f"{name}, {control}" for name, control in drafters]
     rows = []
-    for key in dict.fromkeys((c.dataset, c.context, c.temperature, c.budget) for c in here):
+    for key in dict.fromkeys(
+        (c.cell.dataset, c.cell.context, c.cell.temperature, c.cell.budget) for c in here
+    ):
         shown = [found.get((*key, *drafter)) for drafter in drafters]
         first = next(cell for cell in shown if cell)
         texts = [f"{first.num_looping} of {first.num_prompts}", *map(acceptance, shown)]
@@ -159,8 +169,9 @@ def measured_table(cells: Sequence[CellRow]) -> str:
         head,
         [
             [
-                c.dataset, c.context, f"{c.temperature:g}", c.drafter, c.budget, c.gamma, acceptance(c),
-                speed(c), end_to_end(c), f"{c.ar_tokens_per_s or 0:.0f}",
+                c.cell.dataset, c.cell.context, f"{c.cell.temperature:g}", c.cell.drafter, c.cell.budget,
+                c.cell.gamma, acceptance(c), speed(c), end_to_end(c),
+                f"{c.speed.ar_tokens_per_s if c.speed else 0:.0f}",
                 f"{(c.peak_memory_bytes or 0) / 2**20:.0f}",
                 f"{c.exact_prompts} of {c.num_prompts}" if c.exact_prompts is not None else "",
             ]

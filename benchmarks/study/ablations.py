@@ -51,7 +51,12 @@ def ablation_table(rows: Sequence[Ablation]) -> str:
     return markdown(
         ["drafter", "what differs", "data", *COLUMNS],
         [
-            [f"`{name}`", CHANGES[name], data, *(points(cells[h]) if h in cells else "" for h in COLUMNS)]
+            [
+                f"`{name}`",
+                CHANGES[name],
+                data,
+                *(points(cells[h].value) if h in cells else "" for h in COLUMNS),
+            ]
             for name, data, cells in rows
         ],
     )
@@ -79,12 +84,12 @@ def share_without_context(own: Mapping[str, Mapping[str, Change]], told: Mapping
     """How much of a greedy change that helps or hurts is there with another document's KV too."""
     if verdict(told) not in ("helps", "hurts"):
         return ""
-    shares = [100 * own[data][OTHER].mean / one.mean for data, one in told.items() if one.sign]
+    shares = [100 * own[data][OTHER].value.mean / one.value.mean for data, one in told.items() if one.sign]
     return f", {min(shares):.0f} to {max(shares):.0f} % of it {OTHER}"
 
 
 def span(told: Mapping[str, Change]) -> str:
-    means = [one.mean for one in told.values()]
+    means = [one.value.mean for one in told.values()]
     return f"{100 * min(means):+.1f} to {100 * max(means):+.1f}"
 
 
@@ -112,7 +117,7 @@ def nothing_kept(cells: Families) -> str:
     parts = []
     for temperature, how in HOW:
         found = {data: change(cells, "with_b_0", data, Column(0, temperature)) for data in datasets_of(cells)}
-        told = ", ".join(f"{points(one)} ({data})" for data, one in found.items() if one)
+        told = ", ".join(f"{points(one.value)} ({data})" for data, one in found.items() if one)
         parts.append(f"{how} {told}")
     return "; ".join(parts)
 
@@ -145,7 +150,7 @@ def accepted_table(cells: Families, config: Config) -> str:
                 f"`{name}`",
                 data,
                 *(percent(accepted(cells, name, data, column)) for column in columns),
-                *(points(one) if one and name != "untrained" else "" for one in over),
+                *(points(one.value) if one and name != "untrained" else "" for one in over),
             ]
         )
     short = SHORT.values()
@@ -186,7 +191,7 @@ def rope_table(cells: Families, config: Config) -> str:
         for context in config.data.contexts:
             found = rope_changes(cells, name, data, context.name)
             rows.append(
-                [f"`{name}`", how, data, context.name, *(points(one) if one else "" for one in found)]
+                [f"`{name}`", how, data, context.name, *(points(one.value) if one else "" for one in found)]
             )
     return markdown(["drafter", "RoPE", "data", "context", *HEADS], rows)
 

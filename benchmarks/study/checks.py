@@ -37,7 +37,7 @@ def own_checks(grid: Study) -> Iterator[dict[str, object]]:
     for advice in summary.recommendations:
         ratio = None
         if advice.choice and advice.choice.again and advice.best_again and advice.num_again > 1:
-            ratio = advice.choice.again / advice.best_again
+            ratio = advice.choice.again.mean / advice.best_again
         yield check(
             f"recommended ÷ best measured speed on fresh repeats, {advice.dataset} {advice.context}",
             ratio,
@@ -70,14 +70,16 @@ def prediction_checks(scores: Sequence[PredictionScore]) -> Iterator[dict[str, o
 def headline_checks(families: Sequence[FamilyGain], pair: tuple[str, str]) -> Iterator[dict[str, object]]:
     """Whether the first family is accepted more than the second behind the smallest budget."""
     for gain in headline(families, pair):
-        share = explained(families, gain)
+        share, cell = explained(families, gain), gain.cell
         yield check(
-            f"{gain.drafter} − {gain.baseline} at B = {gain.budget}, {gain.dataset} {gain.context}, "
-            f"{when(gain.temperature)}: lower bound",
-            gain.low,
+            f"{cell.drafter} − {gain.baseline} at B = {cell.budget}, {cell.dataset} {cell.context}, "
+            f"{when(gain.cell.temperature)}: lower bound",
+            gain.value.low,
             "above 0",
-            gain.low > 0,
-            f"{points(gain)} points" + (f", {share} of it under other_prompt" if share else "") + by_t(gain),
+            gain.value.low > 0,
+            f"{points(gain.value)} points"
+            + (f", {share} of it under other_prompt" if share else "")
+            + by_t(gain),
         )
 
 
@@ -115,7 +117,7 @@ def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
         trained[f"drafter-{drafter.name}"] for drafter in grid.config.train.drafters if drafter.steps != 0
     ]
     sweep = max(plans["table-1"][stage] for stage in ("sweep replay", "sweep measure"))
-    swept_peak = max(row.peak_memory_bytes or 0 for row in (*grid.rows, *grid.rechecked))
+    swept_peak = max(row.timing.peak_memory_bytes or 0 for row in (*grid.rows, *grid.rechecked) if row.timing)
     for name, stage, found in (
         ("table-1", "pretrain target", trained["pretrain-target"]),
         ("on-policy", "teach", manifest(studies["on-policy"].taught)["peak_memory_bytes"]),

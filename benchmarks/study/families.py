@@ -12,7 +12,8 @@ from pipeline.axes import family
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.intervals import Interval, bootstrap_interval, seeded_difference
-from pipeline.store.rows import Count, PromptRow
+from pipeline.metrics import Number
+from pipeline.store.rows import PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 RUNS = ("table-3", "ablations", "on-policy")
@@ -37,15 +38,13 @@ class Change(NamedTuple):
     least to the greatest of them, and is too narrow where they differ much.
     """
 
-    mean: float
-    low: float
-    high: float
+    value: Interval
     by_seed: list[float]
 
     @property
     def sign(self) -> int:
         """1 or -1 where this interval, and of several seeds Student's t too, leave out 0; else 0."""
-        low, high = self.low, self.high
+        low, high = self.value.low, self.value.high
         if len(self.by_seed) > 1:
             least, most = student(self.by_seed)
             low, high = min(low, least), max(high, most)
@@ -79,10 +78,16 @@ def families_of(studies: Mapping[str, Study]) -> Families:
         every = sorted({seed for own in seeds.values() for seed in own})
         seeds |= {one.name: every for one in drafters if one.steps == 0}
         for row in study.rows:
-            if row.gamma == GAMMA and row.num_proposed:
-                key = family(row.drafter), row.dataset, row.budget, row.temperature, row.control
+            if row.cell.gamma == GAMMA and row.counts.num_proposed:
+                key = (
+                    family(row.cell.drafter),
+                    row.cell.dataset,
+                    row.cell.budget,
+                    row.cell.temperature,
+                    row.cell.control,
+                )
                 by_seed = cells.setdefault(key, defaultdict(dict))
-                for seed in seeds[row.drafter]:
+                for seed in seeds[row.cell.drafter]:
                     by_seed[seed][row.prompt_id] = row
     return cells
 
@@ -101,7 +106,7 @@ def rows_of(cells: Families, name: str, dataset: str, column: Column) -> BySeed:
         seed: {
             prompt: row
             for prompt, row in rows.items()
-            if column.context in (None, row.context) and not (column.without_looping and row.looping)
+            if column.context in (None, row.cell.context) and not (column.without_looping and row.looping)
         }
         for seed, rows in by_seed.items()
     }
@@ -111,8 +116,8 @@ def accepted(cells: Families, name: str, dataset: str, column: Column) -> Interv
     """Acceptance of a family, its training seeds pooled; the interval resamples documents."""
     rows = [row for one in rows_of(cells, name, dataset, column).values() for row in one.values()]
     return bootstrap_interval(
-        [row.num_accepted for row in rows],
-        [row.num_proposed or 0 for row in rows],
+        [row.counts.num_accepted for row in rows],
+        [row.counts.num_proposed or 0 for row in rows],
         samples=SAMPLES,
         seed=SEED,
         clusters=[row.document_id for row in rows],
@@ -139,10 +144,10 @@ def difference(ours: BySeed, theirs: BySeed) -> Change:
     if not prompts:
         raise ValueError("two families have no training seed or no prompt in common")
 
-    def counts(side: BySeed, seeds: Sequence[str]) -> tuple[list[list[Count]], list[list[Count]]]:
+    def counts(side: BySeed, seeds: Sequence[str]) -> tuple[list[list[Number]], list[list[Number]]]:
         rows = [[side[seed][prompt] for prompt in prompts] for seed in seeds]
-        accepted = [[row.num_accepted for row in one] for one in rows]
-        return accepted, [[row.num_proposed or 0 for row in one] for one in rows]
+        accepted = [[row.counts.num_accepted for row in one] for one in rows]
+        return accepted, [[row.counts.num_proposed or 0 for row in one] for one in rows]
 
     clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
     pooled, *single = (
@@ -151,4 +156,4 @@ def difference(ours: BySeed, theirs: BySeed) -> Change:
         )
         for some in (seeds, *([seed] for seed in seeds))
     )
-    return Change(pooled.mean, pooled.low, pooled.high, [one.mean for one in single])
+    return Change(pooled, [one.mean for one in single])

@@ -10,11 +10,12 @@ from benchmarks.page_parts import acceptance, end_to_end, interval_text, markdow
 from benchmarks.study.families import SAMPLES, SEED
 from benchmarks.study.runs import Study
 from pipeline import intervals
+from pipeline.axes import Place
 from pipeline.intervals import Interval
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import CellRow, PromptRow
-from pipeline.sweep.predict import BASELINES, cell_of
+from pipeline.sweep.predict import BASELINES
 
 
 def measured_table(cells: Sequence[CellRow]) -> str:
@@ -24,8 +25,9 @@ def measured_table(cells: Sequence[CellRow]) -> str:
         head,
         [
             [
-                c.dataset, c.context, c.drafter, c.policy, c.budget, acceptance(c), speed(c), end_to_end(c),
-                c.num_clocked, f"{c.exact_prompts} of {c.num_prompts}",
+                *c.cell.place, c.cell.drafter, c.cell.policy, c.cell.budget, acceptance(c), speed(c),
+                end_to_end(c),
+                c.speed.num_clocked if c.speed else "", f"{c.exact_prompts} of {c.num_prompts}",
             ]
             for c in cells
             if c.mode == "measure"
@@ -37,7 +39,12 @@ def ar_table(speeds: Sequence[ArSpeed]) -> str:
     return markdown(
         ["data", "context", "tokens/s of autoregressive decoding", "documents"],
         [
-            [s.dataset, s.context, f"{s.mean:.0f} [{s.low:.0f}, {s.high:.0f}]", s.num_documents]
+            [
+                s.dataset,
+                s.context,
+                f"{s.speed.mean:.0f} [{s.speed.low:.0f}, {s.speed.high:.0f}]",
+                s.num_documents,
+            ]
             for s in speeds
         ],
     )
@@ -45,19 +52,34 @@ def ar_table(speeds: Sequence[ArSpeed]) -> str:
 
 def best_baselines(cells: Sequence[CellRow]) -> list[CellRow]:
     """The fastest measured greedy cell of each baseline in each place."""
-    best: dict[tuple[str, str, str], CellRow] = {}
-    for cell in cells:
-        if cell.mode == "measure" and cell.drafter in BASELINES and not (cell.control or cell.temperature):
-            one = cell.drafter, cell.dataset, cell.context
-            best[one] = max(best.get(one, cell), cell, key=lambda cell: cell.speedup or 0.0)
-    return sorted(best.values(), key=lambda cell: BASELINES.index(cell.drafter))
+    best: dict[tuple[str, Place], CellRow] = {}
+    for row in cells:
+        cell = row.cell
+        if row.speed and cell.drafter in BASELINES and not (cell.control or cell.temperature):
+            one = cell.drafter, cell.place
+            best[one] = max(best.get(one, row), row, key=speedup_of)
+    return sorted(best.values(), key=lambda row: BASELINES.index(row.cell.drafter))
+
+
+def speedup_of(row: CellRow) -> float:
+    """Of a measured cell."""
+    assert row.speed is not None, f"{row.cell} was not measured"
+    return row.speed.speedup.mean
 
 
 def baseline_table(best: Sequence[CellRow]) -> str:
     return markdown(
         ["data", "context", "source and settings", "acceptance", "speedup", "end to end", "documents"],
         [
-            [c.dataset, c.context, settings_text(c), acceptance(c), speed(c), end_to_end(c), c.num_clocked]
+            [
+                c.cell.dataset,
+                c.cell.context,
+                settings_text(c.cell),
+                acceptance(c),
+                speed(c),
+                end_to_end(c),
+                c.speed.num_clocked if c.speed else "",
+            ]
             for c in best
         ],
     )
@@ -66,16 +88,16 @@ def baseline_table(best: Sequence[CellRow]) -> str:
 def baseline_words(best: Sequence[CellRow]) -> str:
     """In how many places each baseline is clearly faster than autoregressive decoding."""
     parts = []
-    for name in dict.fromkeys(cell.drafter for cell in best):
-        lows = [cell.speedup_low or 0.0 for cell in best if cell.drafter == name]
+    for name in dict.fromkeys(cell.cell.drafter for cell in best):
+        lows = [row.speed.speedup.low for row in best if row.speed and row.cell.drafter == name]
         parts.append(f"`{name}` in {sum(low > 1 for low in lows)} of {len(lows)} places")
     return f"Clearly faster than autoregressive decoding, by this interval: {', '.join(parts)}."
 
 
 def gamma_table(cells: Sequence[CellRow]) -> str:
-    gammas = sorted({c.gamma for c in cells})
-    places = dict.fromkeys((c.dataset, c.context) for c in cells)
-    found = {(c.dataset, c.context, c.gamma): speed(c) for c in cells}
+    gammas = sorted({c.cell.gamma for c in cells})
+    places = dict.fromkeys((c.cell.dataset, c.cell.context) for c in cells)
+    found = {(c.cell.dataset, c.cell.context, c.cell.gamma): speed(c) for c in cells}
     return markdown(
         ["data", "context", *(f"γ = {gamma}" for gamma in gammas)],
         [[*place, *(found.get((*place, gamma), "") for gamma in gammas)] for place in places],
@@ -97,12 +119,13 @@ class EarlyStop(NamedTuple):
 def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
     times: dict[tuple[str, str], dict[tuple[int, float], dict[str, PromptRow]]] = {}
     for row in rows:
-        lengths = times.setdefault((row.dataset, row.context), {})
-        lengths.setdefault((row.gamma, row.threshold), {})[row.prompt_id] = row
+        lengths = times.setdefault((row.cell.dataset, row.cell.context), {})
+        lengths.setdefault((row.cell.gamma, row.cell.threshold), {})[row.prompt_id] = row
     found = {}
     for place, cells in times.items():
         seconds = {
-            length: {p: sum(row.decode_s) for p, row in cell.items()} for length, cell in cells.items()
+            length: {p: sum(row.timing.decode_s) for p, row in cell.items() if row.timing}
+            for length, cell in cells.items()
         }
         fixed, early = (
             min((one for one in seconds if bool(one[1]) is stops), key=lambda one: sum(seconds[one].values()))
@@ -121,8 +144,8 @@ def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
 
 
 def adaptive_table(cells: Sequence[CellRow], early: Mapping[tuple[str, str], EarlyStop]) -> str:
-    lengths = sorted({(c.gamma, c.threshold) for c in cells})
-    found = {(c.dataset, c.context, c.gamma, c.threshold): speed(c) for c in cells}
+    lengths = sorted({(c.cell.gamma, c.cell.threshold) for c in cells})
+    found = {(c.cell.dataset, c.cell.context, c.cell.gamma, c.cell.threshold): speed(c) for c in cells}
     names = [f"γ = {g}" + (f", stop under {t:g}" if t else "") for g, t in lengths]
     return markdown(
         ["data", "context", *names, "best that stops ÷ best fixed"],
@@ -146,9 +169,9 @@ def adaptive_words(early: Mapping[tuple[str, str], EarlyStop]) -> str:
 
 
 def advice_table(grid: Study) -> str:
-    run_off = {cell_of(cell): cell for cell in grid.run_off}
-    measured = [cell for cell in grid.cells if cell.mode == "measure"]
-    latest = {cell_of(cell): cell for cell in (*measured, *grid.again)}
+    run_off = {row.cell: row for row in grid.run_off}
+    measured = [row for row in grid.cells if row.mode == "measure"]
+    latest = {row.cell: row for row in (*measured, *grid.again)}
     rows = []
     for advice in grid.summary.recommendations:
         choice, other = advice.choice or advice.runner_up, advice.runner_up if advice.choice else None
@@ -157,13 +180,13 @@ def advice_table(grid: Study) -> str:
             [
                 advice.dataset,
                 advice.context,
-                what + (settings_text(choice) if choice else ""),
-                speed(choice),
-                speed(run_off.get(cell_of(choice))) if choice else "",
+                what + (settings_text(choice.cell) if choice else ""),
+                interval_text(choice.speedup) if choice else "",
+                speed(run_off.get(choice.cell)) if choice else "",
                 interval_text(choice.expected) if choice else "",
                 "" if advice.best_again is None else f"{advice.best_again:.2f}",
-                end_to_end(latest[cell_of(choice)]) if choice else "",
-                settings_text(other) if other else "",
+                end_to_end(latest[choice.cell]) if choice else "",
+                settings_text(other.cell) if other else "",
             ]
         )
     head = ["data", "context", "deploy", "first measured", "run-off", "on fresh repeats",
@@ -173,12 +196,8 @@ def advice_table(grid: Study) -> str:
 
 def advice_words(grid: Study) -> str:
     """How far the same cells were apart when they were measured twice with as many repeats."""
-    raced = {cell_of(cell): cell.speedup for cell in grid.run_off}
-    off = [
-        abs(100 * (cell.speedup / first - 1))
-        for cell in grid.again
-        if cell.speedup and (first := raced.get(cell_of(cell)))
-    ]
+    raced = {row.cell: speedup_of(row) for row in grid.run_off}
+    off = [abs(100 * (speedup_of(row) / raced[row.cell] - 1)) for row in grid.again if row.cell in raced]
     if not off:
         return ""
     return (

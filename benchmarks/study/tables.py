@@ -10,17 +10,15 @@ from typing import NamedTuple
 
 import jinja2
 
-from benchmarks.page_parts import acceptance, check_table, markdown, points, speed
+from benchmarks.page_parts import acceptance, check_table, interval_text, markdown, points, speed
 from benchmarks.study import ablations
 from benchmarks.study import speed as speeds
 from benchmarks.study.families import GAMMA, SMALLEST, families_of, student
 from benchmarks.study.runs import Study, commits
 from pipeline.axes import Budget
-from pipeline.intervals import Interval
 from pipeline.results.summary import FamilyGain, Summary
 from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow, PredictedRow
-from pipeline.sweep.predict import cell_of
 
 # What is compared behind the smallest budget: the paper's loss, and the same two trained with forward KL.
 PAPER, KL = ("multi_view", "full_only"), ("kl", "full_only_kl")
@@ -72,7 +70,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             gammas=speeds.gamma_table(studies["figure-3"].cells),
             adaptive=speeds.adaptive_table(adaptive.cells, early),
             adaptive_words=speeds.adaptive_words(early),
-            fewest=min(c.num_clocked or 0 for c in studies["table-2"].cells if c.mode == "measure"),
+            fewest=min(c.speed.num_clocked for c in studies["table-2"].cells if c.speed),
             advice=speeds.advice_table(grid),
             advice_words=speeds.advice_words(grid),
         )
@@ -80,12 +78,12 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
     )
 
 
-def same(families: Sequence[FamilyGain], gain: FamilyGain, **changes: object) -> FamilyGain | None:
+def same(
+    families: Sequence[FamilyGain], gain: FamilyGain, prompts: str | None = None, **changes: object
+) -> FamilyGain | None:
     """The gain of the same cell but for what is changed."""
-    names = ("drafter", "baseline", "dataset", "context", "policy", "budget", "control", "gamma",
-             "temperature", "seed", "prompts")  # fmt: skip
-    wanted = {name: getattr(gain, name) for name in names} | changes
-    return next((g for g in families if all(getattr(g, n) == v for n, v in wanted.items())), None)
+    wanted = gain.cell.vary(**changes), gain.baseline, prompts or gain.prompts
+    return next((g for g in families if (g.cell, g.baseline, g.prompts) == wanted), None)
 
 
 def headline(families: Sequence[FamilyGain], pair: tuple[str, str]) -> list[FamilyGain]:
@@ -94,7 +92,15 @@ def headline(families: Sequence[FamilyGain], pair: tuple[str, str]) -> list[Fami
     return [
         gain
         for gain in families
-        if (gain.drafter, gain.baseline, gain.budget, gain.control, gain.prompts, gain.gamma) == wanted
+        if (
+            gain.cell.drafter,
+            gain.baseline,
+            gain.cell.budget,
+            gain.cell.control,
+            gain.prompts,
+            gain.cell.gamma,
+        )
+        == wanted
     ]
 
 
@@ -105,7 +111,7 @@ def when(temperature: float) -> str:
 def explained(families: Sequence[FamilyGain], gain: FamilyGain) -> str:
     """The share of a gain that is there under `other_prompt`; empty where there is no clear gain."""
     other = same(families, gain, control="other_prompt")
-    return f"{100 * other.mean / gain.mean:.0f} %" if other and gain.low > 0 else ""
+    return f"{100 * other.value.mean / gain.value.mean:.0f} %" if other and gain.value.low > 0 else ""
 
 
 def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str:
@@ -113,13 +119,14 @@ def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
     rows = []
     for gain in headline(families, pair):
         varied, other, full = (
-            same(families, gain, **changes)
-            for changes in ({"prompts": "not_looping"}, {"control": "other_prompt"}, {"budget": "full"})
+            same(families, gain, prompts="not_looping"),
+            same(families, gain, control="other_prompt"),
+            same(families, gain, budget="full"),
         )
-        shown = [points(one) if one else "" for one in (gain, varied, other)]
+        shown = [points(one.value) if one else "" for one in (gain, varied, other)]
         rows.append(
-            [gain.dataset, gain.context, when(gain.temperature), *shown, explained(families, gain),
-             points(Interval(*other.lost)) if other and other.lost else "", points(full) if full else "",
+            [*gain.cell.place, when(gain.cell.temperature), *shown, explained(families, gain),
+             points(other.lost) if other and other.lost else "", points(full.value) if full else "",
              gain.num_documents]
         )  # fmt: skip
     head = ["data", "context", "decoded", f"B = {SMALLEST}", "without looping texts", "under other_prompt",
@@ -132,15 +139,15 @@ def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
     in how many something of it needs the context."""
     parts, context = [], []
     for temperature in (0.0, 1.0):
-        gains = [gain for gain in headline(families, pair) if gain.temperature == temperature]
-        clear = [gain for gain in gains if gain.low > 0]
+        gains = [gain for gain in headline(families, pair) if gain.cell.temperature == temperature]
+        clear = [gain for gain in gains if gain.value.low > 0]
         said = f"{when(temperature)} in {len(clear)} of {len(gains)} places"
         too = sum(len(gain.by_seed) > 1 and student(gain.by_seed)[0] > 0 for gain in clear)
         parts.append(
             said + (f", in {too} of them by Student's t over the training seeds too" if clear else "")
         )
         found = [other.lost for gain in gains if (other := same(families, gain, control="other_prompt"))]
-        lost = [Interval(*one) for one in found if one]
+        lost = [one for one in found if one]
         context.append(
             f"{when(temperature)} above 0 in {sum(one.low > 0 for one in lost)} and below in "
             f"{sum(one.high < 0 for one in lost)} of {len(lost)} places"
@@ -156,13 +163,13 @@ def grid_table(grid: Study) -> str:
 
     Which texts loop is the target's: all drafters and budgets of a place have the same.
     """
-    replayed = {key(c): c for c in grid.cells if c.mode in ("replay", "estimate") and not c.control}
+    replayed = {key(c): c for c in grid.cells if c.mode in ("replay", "estimate") and not c.cell.control}
     measured = {key(c): c for c in grid.cells if c.mode == "measure"}
-    predicted = [row for row in grid.predicted if row.drafter == OURS]
+    predicted = [row for row in grid.predicted if row.cell.drafter == OURS]
     rows = []
-    for place in dict.fromkeys((p.dataset, p.context, p.budget) for p in predicted):
-        here = [p for p in predicted if (p.dataset, p.context, p.budget) == place]
-        best = max(here, key=lambda p: p.speedup)
+    for place in dict.fromkeys((p.cell.dataset, p.cell.context, p.cell.budget) for p in predicted):
+        here = [p for p in predicted if (p.cell.dataset, p.cell.context, p.cell.budget) == place]
+        best = max(here, key=lambda p: p.speedup.mean)
         at_four = [
             acceptance(
                 replayed.get(key(best)._replace(drafter=drafter, gamma=GAMMA, temperature=temperature))
@@ -170,8 +177,8 @@ def grid_table(grid: Study) -> str:
             for drafter, temperature in ACCEPTED
         ]
         plain = replayed.get(key(best)._replace(gamma=GAMMA))
-        found = acceptance(replayed[key(best)]), speed(best), speed(measured.get(key(best)))
-        rows.append([*place, looping(plain), *at_four, not_looping(plain), best.gamma, *found])
+        found = acceptance(replayed[key(best)]), interval_text(best.speedup), speed(measured.get(key(best)))
+        rows.append([*place, looping(plain), *at_four, not_looping(plain), best.cell.gamma, *found])
     names = [f"{drafter.partition('~')[0]}, {'T = 1' if t else 'greedy'}" for drafter, t in ACCEPTED]
     head = ["data", "context", "B", "looping", *names, "multi_view, greedy, without looping texts", "best γ",
             "acceptance", "predicted speedup", "measured"]  # fmt: skip
@@ -193,9 +200,9 @@ def context_table(summary: Summary) -> str:
     budgets: tuple[Budget, ...] = (SMALLEST, "full")
     wanted = list(product(("full_only~42", OURS), (0.0, 1.0), budgets))
     found = {
-        (gap.dataset, gap.context, gap.drafter, gap.temperature, gap.budget): gap
+        (gap.cell.dataset, gap.cell.context, gap.cell.drafter, gap.cell.temperature, gap.cell.budget): gap
         for gap in summary.controls
-        if gap.control == "other_prompt" and gap.gamma == GAMMA
+        if gap.cell.control == "other_prompt" and gap.cell.gamma == GAMMA
     }
     heads = [
         f"{drafter.partition('~')[0]}, B = {budget}, {'T = 1' if t else 'greedy'}"
@@ -205,7 +212,7 @@ def context_table(summary: Summary) -> str:
     return markdown(
         ["data", "context", *heads],
         [
-            [*p, *(points(found[*p, *cell]) if (*p, *cell) in found else "" for cell in wanted)]
+            [*p, *(points(found[*p, *cell].value) if (*p, *cell) in found else "" for cell in wanted)]
             for p in places
         ],
     )
@@ -229,8 +236,8 @@ def prediction_table(grid: Study) -> str:
 
 def prediction_words(grid: Study) -> str:
     """How far predicted speedups are from measured ones, each over the prompts that it is of."""
-    measured = {cell_of(c): c.speedup for c in grid.cells if c.mode == "measure"}
-    pairs = [(row.speedup, measured.get(cell_of(row))) for row in grid.predicted]
+    measured = {c.cell: c.speed.speedup.mean for c in grid.cells if c.speed}
+    pairs = [(row.speedup.mean, measured.get(row.cell)) for row in grid.predicted]
     off = [100 * (predicted / found - 1) for predicted, found in pairs if found]
     return (
         f"Of the same {len(off)} cells, predicted speedups (over all prompts, against a predicted time of "

@@ -7,10 +7,10 @@ from typing import Literal
 from jobs.stages.pipeline import completed
 from kernels import dispatch
 from pipeline.config.schema import Config
-from pipeline.decode import replay
 from pipeline.decode.sampling import Chance
 from pipeline.errors import BadData
 from pipeline.kv.views import view_of
+from pipeline.metrics import Counts
 from pipeline.serving.pair import load_pair
 
 UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
@@ -69,12 +69,12 @@ def generate(
     if not rounds:
         print("[the target ended the text at once: nothing was drafted]")
         return
-    counts = replay.count([(r.proposed, r.accepted, len(r.tokens)) for r in rounds], gamma)
+    counts = Counts.of(rounds, gamma)
     speed, ar_speed = counts.num_tokens / timed.seconds, (len(plain.tokens[0]) - 1) / plain.seconds
     print(
         f"[{name}, {policy} budget {budget}, γ {gamma}: acceptance "
-        f"{counts.num_accepted / max(counts.num_proposed or 0, 1):.3f}, "
-        f"τ {counts.num_tokens / counts.num_rounds:.2f}, {speed:.1f} tokens/s, "
+        f"{counts.acceptance or 0:.3f}, "
+        f"τ {counts.tau:.2f}, {speed:.1f} tokens/s, "
         f"autoregressive {ar_speed:.1f}, speedup {speed / ar_speed:.2f}"
         + (
             f", {'same' if timed.tokens == plain.tokens else 'DIFFERENT'} tokens]"

@@ -60,7 +60,11 @@ def advise(
     length = summary.contexts[context]
     if length != context_tokens:
         yield f"{context} ({length} tokens) stands for a context of {context_tokens} tokens."
-    swept = {cell.dataset for cell in cells if cell.context == context and dataset in (None, cell.dataset)}
+    swept = {
+        cell.cell.dataset
+        for cell in cells
+        if cell.cell.context == context and dataset in (None, cell.cell.dataset)
+    }
     for place in (Place(name, context) for name in sorted(swept)):
         advice = recommend(place, here.get(place, []), summary.least_documents, needs, sizes)
         yield from lines(advice, needs, sizes, place)
@@ -81,8 +85,8 @@ def advise(
 
 def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str:
     """What the results have in place of greedy speeds at a context, or what to do."""
-    timed = [cell for cell in cells if cell.mode == "measure" and cell.context == context]
-    sampled = sorted({cell.temperature for cell in timed if dataset in (None, cell.dataset)})
+    timed = [cell for cell in cells if cell.mode == "measure" and cell.cell.context == context]
+    sampled = sorted({cell.cell.temperature for cell in timed if dataset in (None, cell.cell.dataset)})
     if sampled:
         temperatures = ", ".join(f"{temperature:g}" for temperature in sampled)
         return (
@@ -90,7 +94,7 @@ def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str
             "sweep.measure.temperatures, and run it again"
         )
     if dataset and timed:
-        known = ", ".join(sorted({cell.dataset for cell in timed}))
+        known = ", ".join(sorted({cell.cell.dataset for cell in timed}))
         return f" for data set {dataset!r}; there is {known}"
     return ": set sweep.mode to both or measure, and run it again"
 
@@ -134,20 +138,20 @@ def cell_lines(what: str, choice: Choice, needs: Needs, sizes: Sizes) -> Iterato
 
 
 def cell_text(choice: Choice) -> str:
-    mean, low, high = choice.expected
+    speed = choice.expected
     how = "by replay" if choice.acceptance_mode == "replay" else "measured"
     acceptance = "" if choice.acceptance is None else f", acceptance {100 * choice.acceptance:.1f} % {how}"
     ends = "" if choice.end_to_end is None else f", end to end {choice.end_to_end:.2f}×"
     fresh = "on fresh repeats" if choice.again is not None else "not measured again, so rather less"
     differ = f"; {choice.num_inexact} prompt(s) are not what AR gives" if choice.num_inexact else ""
     return (
-        f"{settings_text(choice)}: {mean:.2f}× [{low:.2f}, {high:.2f}] {fresh}{ends}; "
+        f"{settings_text(choice.cell)}: {speed.mean:.2f}× [{speed.low:.2f}, {speed.high:.2f}] {fresh}{ends}; "
         f"{choice.num_documents} documents timed{acceptance}{differ}"
     )
 
 
 def memory_text(choice: Choice, needs: Needs, sizes: Sizes) -> str:
-    unknown = [name for name in models_of(choice) if name not in sizes]
+    unknown = [name for name in models_of(choice.cell) if name not in sizes]
     if unknown:
         return (
             f"KV of a text: drafter {size(choice.drafter_kv_bytes)} of the prefix; the rest is not known, as "

@@ -148,9 +148,10 @@ class View:
         if self.failed_cells:
             yield f"failed cells  {len(self.failed_cells)}; the first of them:"
             for row in self.failed_cells[:SHOWN]:
+                cell = row.cell
                 yield cut(
-                    f"  {row.drafter}, {row.dataset}, {row.context}, {row.policy}, B = {row.budget}, "
-                    f"{f'γ = {row.gamma}' if row.gamma else 'every γ'}: {row.error.splitlines()[0]}"
+                    f"  {cell.drafter}, {cell.dataset}, {cell.context}, {cell.policy}, B = {cell.budget}, "
+                    f"{f'γ = {cell.gamma}' if cell.gamma else 'every γ'}: {row.error.splitlines()[0]}"
                 )
         yield f"logs   {self.folder / LOG}, worker-*.jsonl beside it"
 

@@ -35,34 +35,43 @@ def accepted(found: Results) -> list[Accepted]:
     gamma = manifest(found.report)["inputs"]["axes"]["gamma"]
     rows = [
         row for row in read_rows(found.report.path / CELLS, CellRow)
-        if row.drafter == found.name and row.gamma == gamma and row.acceptance is not None
-        and not row.threshold
+        if row.cell.drafter == found.name and row.cell.gamma == gamma and row.acceptance is not None
+        and not row.cell.threshold
     ]  # fmt: skip
-    seeds = {row.temperature: min(r.seed for r in rows if r.temperature == row.temperature) for row in rows}
+    seeds = {
+        row.cell.temperature: min(r.cell.seed for r in rows if r.cell.temperature == row.cell.temperature)
+        for row in rows
+    }
     cells: dict[tuple[object, ...], CellRow] = {}
     for mode in MODES:
         cells |= {
-            (*place(row), row.control): row for row in rows if row.mode == mode
-            and row.seed == seeds[row.temperature]
+            (*place(row), row.cell.control): row for row in rows if row.mode == mode
+            and row.cell.seed == seeds[row.cell.temperature]
         }  # fmt: skip
-    real = [row for row in cells.values() if row.control is None]
+    real = [row for row in cells.values() if row.cell.control is None]
     real.sort(
-        key=lambda row: (row.temperature, row.dataset, row.context, row.policy, budget_order(row.budget))
+        key=lambda row: (
+            row.cell.temperature,
+            row.cell.dataset,
+            row.cell.context,
+            row.cell.policy,
+            budget_order(row.cell.budget),
+        )
     )
     return [Accepted(row, cells.get((*place(row), HIDDEN))) for row in real]
 
 
 def place(row: CellRow) -> tuple[object, ...]:
-    return row.dataset, row.context, row.policy, row.budget, row.temperature
+    return row.cell.dataset, row.cell.context, row.cell.policy, row.cell.budget, row.cell.temperature
 
 
 def leading(cells: Sequence[Accepted], policy: str) -> list[CellRow]:
     """One cell for each data set, context and budget: greedy if any is, with the policy of training if it was
     evaluated."""
     rows = [cell.real for cell in cells]
-    rows = [row for row in rows if row.temperature == min(r.temperature for r in rows)]
-    policies = {row.policy for row in rows}
-    return [row for row in rows if row.policy == (policy if policy in policies else min(policies))]
+    rows = [row for row in rows if row.cell.temperature == min(r.cell.temperature for r in rows)]
+    policies = {row.cell.policy for row in rows}
+    return [row for row in rows if row.cell.policy == (policy if policy in policies else min(policies))]
 
 
 def tags(found: Results, evidence: Evidence, cells: Sequence[Accepted]) -> dict[str, str]:
@@ -80,9 +89,11 @@ def tags(found: Results, evidence: Evidence, cells: Sequence[Accepted]) -> dict[
         "git_commit": commit(found),
     }
     if rows:
-        told["acceptance_at"] = f"{rows[0].policy}, γ = {rows[0].gamma}, {chance(rows[0])}"
+        told["acceptance_at"] = f"{rows[0].cell.policy}, γ = {rows[0].cell.gamma}, {chance(rows[0])}"
     return told | {
-        f"acceptance.{row.dataset}.{row.context}.{row.budget}": f"{row.acceptance:.4f}" for row in rows
+        f"acceptance.{row.cell.dataset}.{row.cell.context}.{row.cell.budget}": f"{row.acceptance.mean:.4f}"
+        for row in rows
+        if row.acceptance
     }
 
 
@@ -93,13 +104,13 @@ def commit(found: Results) -> str:
 
 
 def chance(row: CellRow) -> str:
-    return f"temperature {row.temperature:g}" if row.temperature else "greedy"
+    return f"temperature {row.cell.temperature:g}" if row.cell.temperature else "greedy"
 
 
 def share(row: CellRow) -> str:
-    low, high = row.acceptance_low, row.acceptance_high
-    assert row.acceptance is not None and low is not None and high is not None
-    return f"{100 * row.acceptance:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    found = row.acceptance
+    assert found is not None, f"{row.cell} has no acceptance"
+    return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def table(cells: Sequence[Accepted]) -> list[str]:
@@ -109,8 +120,9 @@ def table(cells: Sequence[Accepted]) -> list[str]:
     ]
     for row, other in cells:
         hidden = "not evaluated" if other is None else share(other)
+        cell = row.cell
         lines.append(
-            f"| {row.dataset} | {row.context} | {row.policy} | {chance(row)} | {row.budget} | {share(row)} | "
+            f"| {cell.dataset} | {cell.context} | {cell.policy} | {chance(row)} | {cell.budget} | {share(row)} | "
             f"{hidden} | {row.num_documents} |"
         )
     return lines
@@ -195,7 +207,7 @@ def model_card(found: Results, evidence: Evidence, cells: Sequence[Accepted]) ->
 def outside_text(outside: Sequence[CellRow]) -> str:
     if not outside:
         return "All evaluated positions lie within those that it was trained on."
-    places = sorted({f"{row.dataset} at {row.context}" for row in outside})
+    places = sorted({f"{row.cell.dataset} at {row.cell.context}" for row in outside})
     return f"Beyond the positions that it was trained on: {', '.join(places)}."
 
 

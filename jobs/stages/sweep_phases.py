@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.executors.base import Executor
 from jobs.stages.teach import sampled_chances
-from pipeline.axes import Place
+from pipeline.axes import Cell, Place
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
@@ -24,7 +24,7 @@ from pipeline.results.recommend import choices
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_all, read_rows, write_rows
 from pipeline.store.layout import PICKS, PREDICTED, ROWS, STEPS, STEPS_BESIDE
-from pipeline.store.rows import Cell, Mode, Prompt, PromptRow, StepTimes
+from pipeline.store.rows import Mode, PickedCell, Prompt, PromptRow, StepTimes
 from pipeline.sweep import predict
 from pipeline.sweep.evaluator import (
     CalibrateTask,
@@ -36,18 +36,16 @@ from pipeline.sweep.evaluator import (
     failures_of,
 )
 from pipeline.sweep.grid import Drafter
-from pipeline.sweep.make_rows import make_failure
+from pipeline.sweep.make_rows import all_cells, make_failure
 from pipeline.sweep.picks import (
     FASTEST_MEASURED,
     MEASURED_AGAIN,
     REPEATS_AGAIN,
-    Pick,
     by_place,
     chosen,
     configured_picks,
     first_seeds,
     has_plane,
-    pick_of,
     plane_picks,
     worth_measuring,
 )
@@ -123,7 +121,11 @@ class Phases:
         error = Incomplete(f"its worker died each time: {why}")
         write_rows(
             failures_of(task),
-            [make_failure(mode, self.sweep, one, p, error) for one in self.drafters for p in prompts],
+            [
+                make_failure(mode, all_cells(self.sweep, one, prompt), prompt, error)
+                for one in self.drafters
+                for prompt in prompts
+            ],
         )
         return Evaluated(failed=len(self.drafters) * len(prompts))
 
@@ -159,18 +161,17 @@ class Phases:
             places = by_place(predicted)
             firsts = first_seeds([drafter.name for drafter in self.drafters])
             picks = [cell for here in places.values() for cell in worth_measuring(here, firsts)]
-            write_rows(self.folder / PICKS, picks)
+            write_rows(self.folder / PICKS, [PickedCell(cell=cell) for cell in picks])
 
     def measure(self) -> None:
         """What the config names, what predictions point at, and the plane that scores them."""
         picked = self.folder / PICKS
-        extra = read_rows(picked, Cell) if picked.exists() else []
-        names = [drafter.name for drafter in self.drafters]
+        extra = [row.cell for row in read_rows(picked, PickedCell)] if picked.exists() else []
         picks = {}
         for file, place in self.places():
-            here = configured_picks(self.sweep, self.drafters, place.context)
-            here += [pick_of(cell) for cell in extra if (cell.dataset, cell.context) == place]
-            here += plane_picks(self.sweep, place, names)
+            here = configured_picks(self.sweep, self.drafters, place)
+            here += [cell for cell in extra if cell.place == place]
+            here += plane_picks(self.sweep, place, self.drafters)
             picks[file] = tuple(dict.fromkeys(here))
         measure = self.sweep.measure
         if why := unranked(self.config):
@@ -190,7 +191,7 @@ class Phases:
         picks = {}
         for file, place in self.places():
             fastest = found.get(place, [])[:FASTEST_MEASURED]
-            picks[file] = tuple(pick_of(choice) for choice in fastest)
+            picks[file] = tuple(choice.cell for choice in fastest)
         repeats = REPEATS_AGAIN * self.sweep.measure.repeats
         for what in MEASURED_AGAIN:
             # Greedily, at which the fastest were found.
@@ -203,7 +204,7 @@ class Phases:
 
     def measure_tasks(
         self,
-        picks: dict[Path, tuple[Pick, ...]],
+        picks: dict[Path, tuple[Cell, ...]],
         what: str,
         folder: str,
         repeats: int,

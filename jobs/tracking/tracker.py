@@ -24,7 +24,7 @@ from filelock import FileLock
 from jobs.executors.ray_job import job_id
 from jobs.tracking.curves import Curves
 from jobs.tracking.store import RAY_JOB, Run, Store, is_server, now_ms, open_store, piece_lock
-from jobs.tracking.sweep import Sweep, point_key, point_name
+from jobs.tracking.sweep import Sweep, bounds, point_key, point_name
 from jobs.tracking.writer import Writer
 from pipeline.config.files import dump_config
 from pipeline.config.schema import Config
@@ -168,11 +168,11 @@ class Tracker:
         """
         points: dict[str, list[CellRow]] = {}
         for row in rows:
-            points.setdefault(point_key(row), []).append(row)
+            points.setdefault(point_key(row.cell), []).append(row)
         self.sweep = sweep = Sweep(self.store, sweep_id, points, self._lock(sweep_id))
         self.writer.put("the points of the sweep", sweep.find, repeatable=True)
         for key, cells in points.items():
-            run = Run(point_name(cells[0]), sweep.tags | {"cell_key": key}, stage_run)
+            run = Run(point_name(cells[0].cell), sweep.tags | {"cell_key": key}, stage_run)
             self.writer.put(f"sweep point {run.name}", partial(sweep.log, key, run), repeatable=True)
         self.writer.put("lock of the sweep", sweep.lock.release)
 
@@ -184,9 +184,9 @@ class Tracker:
             place = f"{one.dataset}.{one.context}"
             text, points = one.why, []
             if one.choice:
-                text = f"{settings_text(one.choice)}: {one.why}"
-                for name, value in zip(("", "_low", "_high"), one.choice.expected, strict=True):
-                    points.append((f"recommend/speedup{name}.{place}", value, 0))
+                text = f"{settings_text(one.choice.cell)}: {one.why}"
+                speed = bounds("recommend/speedup", one.choice.expected)
+                points = [(f"{name}.{place}", value, 0) for name, value in speed.items()]
             tags = {f"recommend.{place}": text}
             self.writer.put(
                 f"the advice for {place}", partial(self.store.log, run, {}, points, now_ms(), tags)

@@ -10,14 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.decode.loop import Round, autoregressive, speculate
+from pipeline.axes import FULL, View
+from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.runner import Runner, Runners
 from pipeline.decode.sampling import Chance, Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.views import FULL, PrefixView, View
+from pipeline.kv.views import PrefixView
+from pipeline.metrics import Round
 from pipeline.store.rows import Prompt
 
 T = TypeVar("T")
@@ -114,7 +116,7 @@ class Bench:
     def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Runner:
         """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
         budget = views[0].view.budget
-        capacity = slots_for(max(view.kept for view in views)) if budget is None else budget
+        capacity = slots_for(max(view.kept for view in views)) if budget == "full" else budget
         runner = self.runners.get("drafter", model, len(views), capacity, self.room)
         for row, view in enumerate(views):
             runner.cache.load_row(row, view)

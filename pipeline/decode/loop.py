@@ -11,7 +11,6 @@ Shape legend: B rows, one a prompt; T proposals of a round.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,18 +19,7 @@ from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.errors import NotFinite
-
-
-@dataclass(frozen=True)
-class Round:
-    """One draft → verify → accept cycle.
-
-    `tokens` are the emitted ones. Proposals that lie behind an EOS count neither as proposed nor accepted.
-    """
-
-    tokens: tuple[int, ...]
-    proposed: int
-    accepted: int
+from pipeline.metrics import Round, counted_proposals
 
 
 @torch.no_grad()
@@ -123,7 +111,7 @@ def speculate(
             allowed = limit - counts[row]
             emitted = until_eos(tokens[: accepted + 1], eos)[:allowed]
             ended = emitted[-1] in eos
-            proposed = min(lengths[row], allowed, len(emitted) if ended else gamma)
+            proposed = counted_proposals(lengths[row], allowed, len(emitted), ended)
             rounds.append(Round(tuple(emitted), proposed, min(accepted, len(emitted))))
             counts[row] += len(emitted)
             open_rows[row] = counts[row] < limit and not ended

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import dispatch
+from pipeline.axes import FULL, View
 from pipeline.kv.attention import causal_attention, suffix_attention
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
-from pipeline.kv.views import PrefixView, View
+from pipeline.kv.views import PrefixView
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Their rotation is a function of the position alone; others depend on how long the text has become.
@@ -265,9 +266,7 @@ class ModuleModel:
         self.name = model.name_or_path or type(model).__name__
         self.num_tokens = model.num_tokens
         # One token tells what the model's KV look like.
-        (view,), _ = read_prefix(
-            model, torch.zeros(1, 1, dtype=torch.long, device=model.device), [(1, View("full", None))]
-        )
+        (view,), _ = read_prefix(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), [(1, FULL)])
         keys = view.layers[0][0]
         heads = model.config.num_attention_heads
         self.geometry = Geometry(

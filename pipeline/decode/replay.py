@@ -27,7 +27,7 @@ from pipeline.decode.sampling import GREEDY
 from pipeline.decode.sources import DraftSource
 from pipeline.kv.view_cache import ViewCache, read_continuation
 from pipeline.kv.views import PrefixView
-from pipeline.metrics import Counts
+from pipeline.metrics import Counts, Round, counted_proposals
 
 
 # Not inference mode: training validates with this, and weights that ZeRO-3 gathers meanwhile live on.
@@ -83,21 +83,22 @@ def chances(
 
 def rounds(
     match: Sequence[bool],
+    continuation: Sequence[int],
     gamma: int,
     limit: int,
     ends_with_eos: bool,
     stops: Sequence[bool] | None = None,
-) -> list[tuple[int | None, int, int]]:
-    """(proposed, accepted, emitted) of each round, as decoding has them.
+) -> list[Round]:
+    """The rounds of a continuation as decoding has them.
 
     Args:
-        match: one boolean per token after the first of a continuation.
+        match: whether the drafter would propose each token after the first, [M - 1] of [M].
         limit: most tokens of a continuation, the first included; a round proposes at most what is left.
         ends_with_eos: the continuation ended by itself, so proposals behind its end do not count.
         stops: whether drafting stops behind the proposal for each token, where it stops early. How many
             proposals follow a wrong one is then unknown: `proposed` is None.
     """
-    result: list[tuple[int | None, int, int]] = []
+    result: list[Round] = []
     start, total = 0, len(match)
     while start < total:
         accepted, stopped = 0, False
@@ -110,23 +111,22 @@ def rounds(
             fewest = accepted if stopped or at == total else accepted + 1
             most = fewest if stopped or (at < total and stops[at]) else gamma
         emitted = min(accepted + 1, total - start)
-        cap = limit - 1 - start
+        ended = ends_with_eos and start + emitted == total
+        bounds = {counted_proposals(n, limit - 1 - start, emitted, ended) for n in (fewest, most)}
+        proposed = bounds.pop() if len(bounds) == 1 else None
+        result.append(Round(tuple(continuation[start + 1 : start + 1 + emitted]), proposed, accepted))
         start += emitted
-        if start == total and ends_with_eos:
-            cap = min(cap, emitted)
-        proposed = min(fewest, cap) if min(fewest, cap) == min(most, cap) else None
-        result.append((proposed, accepted, emitted))
     return result
 
 
 def source_rounds(
     source: DraftSource, continuation: Sequence[int], gamma: int, limit: int, ends_with_eos: bool
-) -> list[tuple[int | None, int, int]]:
+) -> list[Round]:
     """As `rounds`, of any source of one row: greedy decoding with the stored continuation as the target.
 
     For sources whose proposals depend on where a round begins, such as prompt lookup.
     """
-    result: list[tuple[int | None, int, int]] = []
+    result: list[Round] = []
     known, unread = 1, list(continuation[:1])
     while known < len(continuation):
         step_B = torch.tensor([known - len(unread)])
@@ -138,31 +138,12 @@ def source_rounds(
                 break
             accepted += 1
         emitted = min(accepted + 1, len(continuation) - known)
-        proposed = min(length, limit - known)
+        ended = ends_with_eos and known + emitted == len(continuation)
+        proposed = counted_proposals(length, limit - known, emitted, ended)
+        result.append(Round(tuple(continuation[known : known + emitted]), proposed, accepted))
         known += emitted
-        if known == len(continuation) and ends_with_eos:
-            proposed = min(proposed, emitted)
         unread = list(continuation[known - 2 : known])
-        result.append((proposed, accepted, emitted))
     return result
-
-
-def count(rounds: Sequence[tuple[int | None, int, int]], gamma: int) -> Counts:
-    """Add up (proposed, accepted, emitted) rounds of at most `gamma` proposals."""
-    reached, kept = [0] * gamma, [0] * gamma
-    for proposed, accepted, _ in rounds:
-        for position in range(accepted + 1 if proposed is None else min(accepted + 1, proposed)):
-            reached[position] += 1
-            kept[position] += position < accepted
-    offered = [proposed for proposed, _, _ in rounds]
-    return Counts(
-        num_tokens=sum(emitted for _, _, emitted in rounds),
-        num_rounds=len(rounds),
-        num_proposed=None if None in offered else sum(number or 0 for number in offered),
-        num_accepted=sum(accepted for _, accepted, _ in rounds),
-        reached=tuple(reached),
-        kept=tuple(kept),
-    )
 
 
 def expect(chances_RQ: np.ndarray, gamma: int, limit: int, ends_with_eos: bool) -> list[Counts]:

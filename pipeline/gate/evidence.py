@@ -109,11 +109,11 @@ def evidence_of_results(found: Results) -> Evidence:
     files = sound_files(found.sweep, "rows/")
     rows = [
         row for name in files for row in read_rows(found.sweep.path / name, PromptRow)
-        if row.drafter == found.name
+        if row.cell.drafter == found.name
     ]  # fmt: skip
-    timed = [row for row in rows if row.decode_s]
+    timings = [row.timing for row in rows if row.timing]
     unnoted = f"not noted by {found.sweep.path.name}"
-    hardware = sorted({row.hardware or unnoted for row in timed})
+    hardware = sorted({timing.hardware or unnoted for timing in timings})
     return Evidence(
         drafter=found.name,
         target=target_fingerprint(found),

@@ -11,19 +11,20 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.axes import CellKey, budget_order
+from pipeline.axes import Cell, budget_order
 from pipeline.config.gate import GateConfig
 from pipeline.errors import BadData
 from pipeline.gate.evidence import Evidence
 from pipeline.intervals import Floats
+from pipeline.metrics import Number
 from pipeline.results.axes import Cells, PromptRows
 from pipeline.results.differences import paired_rows
 from pipeline.results.pool import accepted_of_proposed, documents, group, replayed_or_measured
 from pipeline.results.speed import decoded
-from pipeline.store.rows import Count, PromptRow
+from pipeline.store.rows import PromptRow, Timing
 
 Metric = Literal["acceptance", "speed"]
-Ratio = tuple[Sequence[Count], Sequence[Count]]  # what stands above and below, per prompt
+Ratio = tuple[Sequence[Number], Sequence[Number]]  # what stands above and below, per prompt
 SIDES = CANDIDATE, BASELINE = "candidate", "baseline"
 
 
@@ -36,7 +37,7 @@ class Paired:
     difference on that scale.
     """
 
-    key: CellKey
+    key: Cell
     metric: Metric
     floor: float
     num_prompts: int
@@ -86,7 +87,7 @@ def acceptance_pairs(cells: Cells, config: GateConfig) -> list[Paired]:
     """
     pairs = []
     for key in common_keys(cells, config):
-        other = key._replace(drafter=BASELINE)
+        other = key.vary(drafter=BASELINE)
         if differing := cells[key].keys() ^ cells[other].keys():
             raise BadData(
                 f"only one side has prompt {min(differing)!r} in {place(key)} ({len(differing)} prompts "
@@ -102,7 +103,7 @@ def acceptance_pairs(cells: Cells, config: GateConfig) -> list[Paired]:
     return pairs
 
 
-def common_keys(cells: Cells, config: GateConfig) -> list[CellKey]:
+def common_keys(cells: Cells, config: GateConfig) -> list[Cell]:
     """The candidate's keys of the cells to compare, ordered; BadData where the baseline has others."""
     for name, wanted in (("gamma", config.gammas), ("temperature", config.temperatures)):
         there = sorted({getattr(key, name) for key in cells})
@@ -112,7 +113,7 @@ def common_keys(cells: Cells, config: GateConfig) -> list[CellKey]:
                     f"nothing was evaluated at {name} {value:g}, which the gate compares: only {there}"
                 )
     own, other = (
-        {key._replace(drafter=CANDIDATE) for key in cells if key.drafter == side and compared(key, config)}
+        {key.vary(drafter=CANDIDATE) for key in cells if key.drafter == side and compared(key, config)}
         for side in SIDES
     )
     if differing := own ^ other:
@@ -159,14 +160,17 @@ def speed_pairs(candidate: Evidence, baseline: Evidence, config: GateConfig) -> 
 
 def speedups(rows: PromptRows) -> dict[tuple[str, ...], tuple[PromptRow, float]]:
     """The prompts decoded together → the first row, and their decode speedup over AR beside them."""
-    batches: dict[str, list[PromptRow]] = defaultdict(list)
+    batches: dict[str, list[tuple[PromptRow, Timing]]] = defaultdict(list)
     for row in rows.values():
-        batches[row.together_with or row.prompt_id].append(row)
+        if row.timing is not None:
+            batches[row.batch].append((row, row.timing))
     found = {}
     for batch in batches.values():
-        ours = sum(map(decoded, batch)) / sum(median(row.decode_s) for row in batch)
-        plain = sum(row.ar_num_tokens or 0 for row in batch) / sum(median(row.ar_decode_s) for row in batch)
-        found[tuple(sorted(row.prompt_id for row in batch))] = batch[0], ours / plain
+        ours = sum(decoded(row) for row, _ in batch) / sum(median(timing.decode_s) for _, timing in batch)
+        plain = sum(timing.ar_num_tokens for _, timing in batch) / sum(
+            median(timing.ar_decode_s) for _, timing in batch
+        )
+        found[tuple(sorted(row.prompt_id for row, _ in batch))] = batch[0][0], ours / plain
     return found
 
 
@@ -183,12 +187,12 @@ def sums(pairs: Sequence[Paired]) -> Floats:
     return sums_UKSR
 
 
-def by_side(key: CellKey, side: str) -> CellKey:
+def by_side(key: Cell, side: str) -> Cell:
     """With the side in place of the drafter: both may have one name. Greedily the seed decides nothing."""
-    return key._replace(drafter=side, seed=key.seed if key.temperature else 0)
+    return key.vary(drafter=side, seed=key.seed if key.temperature else 0)
 
 
-def compared(key: CellKey, config: GateConfig) -> bool:
+def compared(key: Cell, config: GateConfig) -> bool:
     return (
         key.control is None
         and not key.threshold
@@ -197,12 +201,12 @@ def compared(key: CellKey, config: GateConfig) -> bool:
     )
 
 
-def order(key: CellKey) -> tuple[str | float, ...]:
+def order(key: Cell) -> tuple[str | float, ...]:
     at = budget_order(key.budget)
     return key.dataset, key.context, key.policy, key.gamma, key.temperature, key.seed, at
 
 
-def place(key: CellKey) -> str:
+def place(key: Cell) -> str:
     """A cell in words."""
     sampling = f", temperature {key.temperature:g}, seed {key.seed}" if key.temperature else ""
     return f"{key.dataset}, context {key.context}, {key.policy}, B = {key.budget}, γ = {key.gamma}{sampling}"

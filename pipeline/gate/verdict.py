@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,10 @@ from pipeline.intervals import Interval
 from pipeline.results.axes import Cells
 from pipeline.results.differences import Resampling, paired_rows, pooled_difference
 from pipeline.results.speed import clock_units
-from pipeline.store.rows import Row
+from pipeline.store.rows import OfCell
 
 
-class GatedCell(Row):
+class GatedCell(OfCell):
     """One cell of both sides, by acceptance or by speed.
 
     `name` says the cell in words. `candidate` and `baseline` are acceptance rates, or decode speedups over
@@ -44,13 +44,6 @@ class GatedCell(Row):
     """
 
     name: str
-    dataset: str
-    context: str
-    policy: str
-    budget: int | Literal["full"]
-    gamma: int
-    temperature: float
-    seed: int
     metric: Metric
     candidate: float
     baseline: float
@@ -88,7 +81,7 @@ def compare(candidate: Evidence, baseline: Evidence, config: GateConfig) -> Comp
     if config.margins.speed is not None:
         timed, obstacle = speed_pairs(candidate, baseline, config)
         # Documents whose prompts were decoded in one batch share its clock: together they are one unit.
-        linked = clock_units(row for side in (candidate, baseline) for row in side.rows if row.decode_s)
+        linked = clock_units(row for side in (candidate, baseline) for row in side.rows if row.timing)
         pairs = [replace(p, units=[linked.get(unit, unit) for unit in p.units]) for p in pairs + timed]
     pairs.sort(key=lambda pair: pair.key.dataset)
     found = bounds(
@@ -124,17 +117,16 @@ def gated_cell(
     candidate, baseline = pair.rates()
     beside: list[Interval | None] = [None, None]
     if pair.metric == "acceptance":
-        keys = [pair.key, pair.key._replace(drafter=BASELINE)]
-        controls = [key._replace(control="other_prompt") for key in keys]
+        keys = [pair.key, pair.key.vary(drafter=BASELINE)]
+        controls = [key.vary(control="other_prompt") for key in keys]
         resampling = Resampling(config.bootstrap_samples, config.seed)
         beside = [
             pooled_difference(shared, resampling) if shared else None
             for shared in (paired_rows(cells, keys, True), paired_rows(cells, controls, False))
         ]
-    key = pair.key._asdict()
     return GatedCell(
+        cell=pair.key,
         name=place(pair.key),
-        **{field: key[field] for field in key.keys() & GatedCell.model_fields.keys()},
         metric=pair.metric,
         candidate=candidate,
         baseline=baseline,

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipeline.axes import View
 from pipeline.kv.attention import causal_attention, suffix_attention, suffix_mask
 from pipeline.kv.policies import SNAP_WINDOW
-from pipeline.kv.views import PrefixView, View
+from pipeline.kv.views import PrefixView
 
 ATTENTION = "budgetdraft"
 

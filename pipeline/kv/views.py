@@ -1,4 +1,4 @@
-"""A view: what a drafter sees of one prefix."""
+"""What a view keeps of one prefix, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,29 +7,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kernels import dispatch
+from pipeline.axes import Budget, View
 from pipeline.kv.policies import select
 
 
-@dataclass(frozen=True)
-class View:
-    """What the drafter sees of a prefix: everything (budget None), or what a policy keeps within it."""
-
-    policy: str
-    budget: int | None
-
-    @property
-    def name(self) -> str:
-        return self.policy if self.budget is None else f"{self.policy}/{self.budget}"
-
-
-FULL = View("full", None)
-
-
-def view_of(policy: str, budget: int | str) -> View:
-    """The view of a sweep's (policy, budget) pair; budget "full" is the full view under every policy."""
-    if budget == "full":
-        return FULL
-    return View("none" if budget == 0 else policy, int(budget))
+def view_of(policy: str, budget: Budget) -> View:
+    """The view of a (policy, budget) pair, under the one name that its entries have."""
+    return View(policy, budget).kept
 
 
 @dataclass
@@ -56,7 +40,7 @@ class PrefixView:
         """
         keys = keys_BHSD[:, :, : self.prefix_tokens]
         values = values_BHSD[:, :, : self.prefix_tokens]
-        if self.view.budget is not None:
+        if self.view.budget != "full":
             kept_BHN = select(self.view.policy, keys, observed, self.view.budget)
             keys, values = dispatch.gather_kept(keys, values, kept_BHN)
         self.layers.append((keys, values))

@@ -11,7 +11,7 @@ from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import Shape
 from pipeline.plan.sweep_counts import draft_sources, measured_again, picks_of, pointed_at, role_of, texts
-from pipeline.sweep.grid import view_cells
+from pipeline.sweep.grid import views_of
 from pipeline.sweep.picks import FASTEST_MEASURED, MEASURED_AGAIN
 
 MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
@@ -67,7 +67,7 @@ def work(
 
     for source in draft_sources(config) if config.sweep.mode != "measure" else ():
         if reader := role_of(source):
-            views = len(view_cells(config.sweep, source)) * (greedy + sampled)
+            views = len(views_of(config.sweep, source)) * (greedy + sampled)
             flops = sum(
                 count * shapes[reader].forward_flops(tokens + views * data.max_new_tokens, tokens / 2)
                 for tokens, count in read

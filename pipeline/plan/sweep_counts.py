@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Set
+from itertools import chain
 from typing import NamedTuple
 
-from pipeline.axes import Place
+from pipeline.axes import Cell, Place, budget_order
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Sweep
-from pipeline.sweep.grid import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
+from pipeline.sweep.grid import Drafter, cells_behind, views_of
 from pipeline.sweep.picks import (
     BEST_PREDICTED,
     FASTEST_MEASURED,
     MEASURED_AGAIN,
     REPEATS_AGAIN,
-    Pick,
     chosen,
     chosen_drafter,
     configured_picks,
@@ -99,17 +99,16 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     replayed_cells = measured_cells = decoded_cells = replayed = measured = rechecked = runs = 0
     for place, count in prompts.items():
         for source in draft_sources(config):
-            lengths = draft_lengths(sweep, place.context, source)
-            fixed = [length for length in lengths if not length.threshold]
-            views = len(view_cells(sweep, source))
-            here = views * (greedy * len(lengths) + sampled * len(fixed))
+            behind = (cells_behind(sweep, source, place, view) for view in views_of(sweep, source))
+            swept = list(chain.from_iterable(behind))
+            here = greedy * len(swept) + sampled * sum(not cell.threshold for cell in swept)
             replayed_cells, replayed = replayed_cells + here, replayed + count * here
         picks, timed = picks_of(config, place), min(count, measure.prompts)
         added, others = pointed_at(config, place, set(picks)) if sweep.predicts else (0, [])
         cells = len(picks) + added
         fastest = min(FASTEST_MEASURED, cells) if measured_again(sweep) else 0
         measured_cells += cells * timed_texts
-        decoded_cells += timed_sampled * sum(pick.length.threshold > 0 for pick in picks)  # not replayed
+        decoded_cells += timed_sampled * sum(pick.threshold > 0 for pick in picks)  # not replayed
         measured += timed * cells * timed_texts
         rechecked += timed * len(MEASURED_AGAIN) * fastest
         # Autoregressive decoding is timed with each draft source.
@@ -125,14 +124,14 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     return SweepCounts(replayed_cells + decoded_cells, replayed, measured, rechecked, runs)
 
 
-def picks_of(config: Config, place: Place) -> list[Pick]:
+def picks_of(config: Config, place: Place) -> list[Cell]:
     """What is measured whatever is predicted."""
     sources = draft_sources(config)
-    picks = configured_picks(config.sweep, sources, place.context)
-    return list(dict.fromkeys(picks + plane_picks(config.sweep, place, [source.name for source in sources])))
+    picks = configured_picks(config.sweep, sources, place)
+    return list(dict.fromkeys(picks + plane_picks(config.sweep, place, sources)))
 
 
-def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, list[str]]:
+def pointed_at(config: Config, place: Place, named: Set[Cell]) -> tuple[int, list[str]]:
     """The most that `pipeline.sweep.picks.worth_measuring` can add to the named cells of a place.
 
     Returns:
@@ -141,23 +140,26 @@ def pointed_at(config: Config, place: Place, named: Set[Pick]) -> tuple[int, lis
     """
     sweep = config.sweep
     sources = {source.name: source for source in draft_sources(config)}
-    budgets = sorted(sweep.budgets, key=lambda budget: math.inf if budget == "full" else budget)
+    budgets = sorted(sweep.budgets, key=budget_order)
     gammas = sorted(sweep.gammas_of(place.context))
-    unnamed: set[Pick] = set()  # of trained drafters
+    corner = {(b, g) for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
+    unnamed: set[Cell] = set()  # of trained drafters
     corners, baselines = 0, []
     for name in first_seeds(list(sources)):
+        views = [view for view in views_of(sweep, sources[name]) if not view.control]
+        cells = {
+            cell
+            for view in views
+            for cell in cells_behind(sweep, sources[name], place, view)
+            if not cell.threshold
+        }
         if sources[name].baseline:
-            cells = view_cells(sweep, sources[name])
-            if not {Pick(name, cell, DraftLength(g)) for cell in cells for g in gammas} <= named:
-                baselines.append(name)
+            baselines += [] if cells <= named else [name]
             continue
         for policy in sweep.policies:
-            plane = {
-                (b, g): Pick(name, ViewCell(policy, b, None), DraftLength(g)) for b in budgets for g in gammas
-            }
-            ends = {plane[b, g] for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
+            ends = {cell for cell in cells if cell.policy == policy and (cell.budget, cell.gamma) in corner}
             corners = max(corners, len(ends - named))
-            unnamed |= {*plane.values()} - named
+        unnamed |= cells - named
     best = min(BEST_PREDICTED, len(unnamed) - corners)
     timed = {pick.drafter for pick in named}
     new = sorted({pick.drafter for pick in unnamed} - timed)[:BEST_PREDICTED]

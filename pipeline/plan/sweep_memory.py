@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from pipeline.axes import Place
+from pipeline.axes import Place, View
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.views import View
 from pipeline.plan.shapes import FP32, ITEMSIZE, Device, Memory, Shape
 from pipeline.plan.sweep_counts import draft_sources, longest, picks_of, role_of
-from pipeline.sweep.grid import Drafter, view_cells
+from pipeline.sweep.grid import Drafter, views_of
 
 REMEMBERED = 2  # prompts whose views `pipeline.sweep.replayer.PromptViews` holds
 
@@ -46,12 +45,12 @@ def loaded(config: Config, shapes: Mapping[str, Shape]) -> dict[str, Loaded]:
 
 
 def kept(view: View, prefix: int) -> int:
-    return prefix if view.budget is None else min(view.budget, prefix)
+    return prefix if view.budget == "full" else min(view.budget, prefix)
 
 
 def slots(view: View, prefix: int) -> int:
     """As `pipeline.decode.bench.Bench.drafter` allocates them for a prefix."""
-    return slots_for(prefix) if view.budget is None else view.budget
+    return slots_for(prefix) if view.budget == "full" else view.budget
 
 
 def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -> Memory:
@@ -71,7 +70,7 @@ def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -
     for role, source in zip(roles, sources, strict=True):
         if role is None:
             continue
-        model, views = models[role], [cell.view for cell in view_cells(sweep, source)]
+        model, views = models[role], [view.kept for view in views_of(sweep, source)]
         shape, size, tokens = model.shape, model.itemsize, len(views) * count
         held = REMEMBERED * sum(kept(view, prefix) for view in set(views))
         cached = sum(kept(view, prefix) for view in views) + tokens
@@ -129,10 +128,10 @@ def measure_memory(
 def timed_views(config: Config, sources: Iterable[Drafter], places: Iterable[Place]) -> dict[str, set[View]]:
     """The views of each draft source that are timed; predictions may point at any."""
     if config.sweep.predicts:
-        cells = {source.name: view_cells(config.sweep, source) for source in sources}
-        return {name: {cell.view for cell in own if not cell.control} for name, own in cells.items()}
+        views = {source.name: views_of(config.sweep, source) for source in sources}
+        return {name: {view.kept for view in own if not view.control} for name, own in views.items()}
     timed: dict[str, set[View]] = {source.name: set() for source in sources}
     for place in places:
         for pick in picks_of(config, place):
-            timed[pick.drafter].add(pick.cell.view)
+            timed[pick.drafter].add(pick.view.kept)
     return timed

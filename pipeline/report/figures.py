@@ -19,12 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from pipeline.axes import Budget, budget_order, budget_text, family
-from pipeline.intervals import Interval
+from pipeline.axes import Budget, Place, budget_order, budget_text, family
 from pipeline.results.axes import Axes
 from pipeline.results.summary import Estimate
 from pipeline.store.files import atomic_path
-from pipeline.store.rows import Cell, CellRow
+from pipeline.store.rows import CellRow, OfCell
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -43,7 +42,6 @@ STYLE = {
 FILLS = ("full", "none", "left", "right")
 
 Drawn = Figure | str
-Place = tuple[str, str]  # data set, context
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ class Look:
     fills: dict[str, str]
 
     @staticmethod
-    def of(cells: Collection[Cell], axes: Axes) -> Look:
-        budgets = sorted({c.budget for c in cells}, key=budget_order)
-        policies = sorted({c.policy for c in cells})
+    def of(rows: Collection[OfCell], axes: Axes) -> Look:
+        budgets = sorted({row.cell.budget for row in rows}, key=budget_order)
+        policies = sorted({row.cell.policy for row in rows})
         colours = dict(zip(dict.fromkeys(map(family, axes.drafters)), cycle(PALETTE)))
         return Look(
             colours={drafter: colours[family(drafter)] for drafter in axes.drafters},
@@ -74,20 +72,22 @@ def draw_all(
     With several temperatures or seeds, figures show the lowest temperature and its first seed, and of a
     variant that was trained with several seeds the first drafter.
     """
-    sampling = min(((e.temperature, e.seed) for e in acceptance), default=(0.0, 0))
+    sampling = min(((e.cell.temperature, e.cell.seed) for e in acceptance), default=(0.0, 0))
     firsts = {family(drafter): drafter for drafter in reversed(axes.drafters)}.values()
-    shown = [e for e in acceptance if (e.temperature, e.seed) == sampling and e.drafter in firsts]
+    shown = [
+        e for e in acceptance if (e.cell.temperature, e.cell.seed) == sampling and e.cell.drafter in firsts
+    ]
     measured = [
         c
         for c in cells
-        if c.speedup is not None
-        and c.control is None
-        and not c.threshold
-        and (c.temperature, c.seed) == sampling
+        if c.speed is not None
+        and c.cell.control is None
+        and not c.cell.threshold
+        and (c.cell.temperature, c.cell.seed) == sampling
     ]
     draws: dict[str, Callable[[], Drawn]] = {
         f"acceptance_by_budget_{policy}": partial(acceptance_by_budget, shown, axes, policy)
-        for policy in sorted({e.policy for e in shown})
+        for policy in sorted({e.cell.policy for e in shown})
     }
     draws["speedup_by_context"] = partial(speedup_by_context, measured, axes)
     draws["speedup_by_gamma"] = partial(speedup_by_gamma, measured, axes)
@@ -106,13 +106,13 @@ def draw_all(
 def acceptance_by_budget(estimates: Sequence[Estimate], axes: Axes, policy: str) -> Drawn:
     """Acceptance against budget, a line a drafter with its 95 % band; the controls dashed and hollow."""
     chosen = {
-        (e.dataset, e.context, e.drafter, e.control, e.budget): e
+        (e.cell.dataset, e.cell.context, e.cell.drafter, e.cell.control, e.cell.budget): e
         for e in estimates
-        if (e.gamma, e.policy) == (axes.gamma, policy)
+        if (e.cell.gamma, e.cell.policy) == (axes.gamma, policy)
     }
     if not chosen:
         return f"No acceptance at γ = {axes.gamma}."
-    budgets = sorted({e.budget for e in chosen.values()}, key=budget_order)
+    budgets = sorted({e.cell.budget for e in chosen.values()}, key=budget_order)
     if len(budgets) < 2:
         return f"Acceptance is known at one budget only ({budgets[0]})."
     figure, panels = _panels(chosen.values(), axes)
@@ -133,7 +133,7 @@ def acceptance_by_budget(estimates: Sequence[Estimate], axes: Axes, policy: str)
         panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     figure.supxlabel("budget: prefix KV entries the drafter keeps, per layer and head", fontsize=10)
     figure.supylabel(f"acceptance rate (γ = {axes.gamma}, {policy})", fontsize=10)
-    controls = {e.control for e in chosen.values()}
+    controls = {e.cell.control for e in chosen.values()}
     handles: list[Line2D | Patch] = [*_drafter_handles(chosen.values(), look)]
     handles.append(Patch(color="#999999", alpha=0.3, label="95 % interval over documents"))
     if "other_prompt" in controls:
@@ -150,14 +150,14 @@ def _acceptance_line(
     panel: Panel, line: Sequence[tuple[int, Estimate]], colour: str, control: str | None
 ) -> None:
     x = [position for position, _ in line]
-    mean = [e.mean for _, e in line]
+    mean = [e.value.mean for _, e in line]
     if control == "no_prefix":
         panel.plot(x, mean, color=colour, ls="", marker="o", mfc="white")
     elif control is not None:
         panel.plot(x, mean, color=colour, ls="--", lw=1.3)
     else:
         panel.plot(x, mean, color=colour, marker="o", ms=4.5, lw=1.8)
-        low, high = [e.low for _, e in line], [e.high for _, e in line]
+        low, high = [e.value.low for _, e in line], [e.value.high for _, e in line]
         panel.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
@@ -167,14 +167,16 @@ def speedup_by_context(measured: Sequence[CellRow], axes: Axes) -> Drawn:
         return "No cell's wall clock was measured."
     look = Look.of(measured, axes)
     gamma, at_gamma = _at_gamma(measured, axes)
-    contexts = [name for name in axes.contexts if any(c.context == name for c in at_gamma)]
+    contexts = [name for name in axes.contexts if any(c.cell.context == name for c in at_gamma)]
     series = _series(at_gamma, axes)
     figure, panels = _panels(at_gamma, axes, by_context=False)
     for (dataset, _), panel in panels.items():
         for index, cells in enumerate(series.values()):
             shift = 0.5 * ((index + 0.5) / len(series) - 0.5)
-            here = sorted((c for c in cells if c.dataset == dataset), key=lambda c: axes.contexts[c.context])
-            _speed_line(panel, here, [contexts.index(c.context) + shift for c in here], look, line=False)
+            here = sorted(
+                (c for c in cells if c.cell.dataset == dataset), key=lambda c: axes.contexts[c.cell.context]
+            )
+            _speed_line(panel, here, [contexts.index(c.cell.context) + shift for c in here], look, line=False)
         panel.set_xticks(
             range(len(contexts)), [_context_text(name, axes.contexts[name]) for name in contexts]
         )
@@ -190,7 +192,7 @@ def speedup_by_gamma(measured: Sequence[CellRow], axes: Axes) -> Drawn:
     """Speedup against γ, a line a drafter, policy and budget."""
     if not measured:
         return "No cell's wall clock was measured."
-    gammas = sorted({c.gamma for c in measured})
+    gammas = sorted({c.cell.gamma for c in measured})
     if len(gammas) < 2:
         return f"Wall clock was measured at one γ only ({gammas[0]})."
     look = Look.of(measured, axes)
@@ -198,9 +200,10 @@ def speedup_by_gamma(measured: Sequence[CellRow], axes: Axes) -> Drawn:
     for (dataset, context), panel in panels.items():
         for cells in _series(measured, axes).values():
             here = sorted(
-                (c for c in cells if (c.dataset, c.context) == (dataset, context)), key=lambda c: c.gamma
+                (c for c in cells if (c.cell.dataset, c.cell.context) == (dataset, context)),
+                key=lambda c: c.cell.gamma,
             )
-            _speed_line(panel, here, [c.gamma for c in here], look, line=True)
+            _speed_line(panel, here, [c.cell.gamma for c in here], look, line=True)
         panel.xaxis.set_major_locator(FixedLocator(gammas))
     figure.supxlabel("γ (tokens drafted per round)", fontsize=10)
     figure.supylabel("decode speedup", fontsize=10)
@@ -215,14 +218,14 @@ def speedup_by_memory(measured: Sequence[CellRow], axes: Axes) -> Drawn:
     look = Look.of(measured, axes)
     gamma, at_gamma = _at_gamma(measured, axes)
     targets = {
-        place: max(c.target_kv_bytes or 0 for c in at_gamma if (c.dataset, c.context) == place)
-        for place in {(c.dataset, c.context) for c in at_gamma}
+        place: max(c.target_kv_bytes or 0 for c in at_gamma if c.cell.place == place)
+        for place in {c.cell.place for c in at_gamma}
     }
     sizes = [*targets.values(), *(c.drafter_kv_bytes for c in at_gamma)]
     unit, divisor = ("MiB", 2**20) if max(sizes) >= 2**20 else ("KiB", 2**10)
     figure, panels = _panels(at_gamma, axes)
     for place, panel in panels.items():
-        for cell in (c for c in at_gamma if (c.dataset, c.context) == place):
+        for cell in (c for c in at_gamma if c.cell.place == place):
             _speed_line(panel, [cell], [cell.drafter_kv_bytes / divisor], look, line=False)
         panel.axvline(targets[place] / divisor, color="#555555", ls=":", lw=1.6)
         if min(sizes) > 0 and max(sizes) > 10 * min(sizes):
@@ -237,20 +240,22 @@ def speedup_by_memory(measured: Sequence[CellRow], axes: Axes) -> Drawn:
 
 
 def _panels(
-    cells: Collection[Cell], axes: Axes, by_context: bool = True
+    cells: Collection[OfCell], axes: Axes, by_context: bool = True
 ) -> tuple[Figure, dict[Place, Panel]]:
     """A grid of panels: a row a data set, a column a context (or data sets side by side)."""
-    datasets = [name for name in axes.datasets if any(c.dataset == name for c in cells)]
+    datasets = [name for name in axes.datasets if any(row.cell.dataset == name for row in cells)]
     contexts = (
-        [name for name in axes.contexts if any(c.context == name for c in cells)] if by_context else [""]
+        [name for name in axes.contexts if any(row.cell.context == name for row in cells)]
+        if by_context
+        else [""]
     )
     rows, columns = (len(datasets), len(contexts)) if by_context else (1, len(datasets))
     width = {1: 6.6, 2: 4.2}.get(columns, 3.3)
     figure = Figure(figsize=(width * columns, 3.0 * rows + 0.9), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    present = {(c.dataset, c.context if by_context else "") for c in cells}
+    present = {Place(row.cell.dataset, row.cell.context if by_context else "") for row in cells}
     panels = {}
-    for place, panel in zip([(d, c) for d in datasets for c in contexts], grid.flat, strict=True):
+    for place, panel in zip([Place(d, c) for d in datasets for c in contexts], grid.flat, strict=True):
         if place in present:
             panel.set_title(", ".join(name for name in place if name))
             panels[place] = panel
@@ -261,14 +266,14 @@ def _panels(
 
 def _at_gamma(measured: Sequence[CellRow], axes: Axes) -> tuple[int, list[CellRow]]:
     """The measured cells at the γ nearest to the one that the report leads with."""
-    gamma = min({c.gamma for c in measured}, key=lambda gamma: (abs(gamma - axes.gamma), gamma))
-    return gamma, [c for c in measured if c.gamma == gamma]
+    gamma = min({c.cell.gamma for c in measured}, key=lambda gamma: (abs(gamma - axes.gamma), gamma))
+    return gamma, [c for c in measured if c.cell.gamma == gamma]
 
 
 def _series(measured: Sequence[CellRow], axes: Axes) -> dict[tuple[str, str, Budget], list[CellRow]]:
     series: dict[tuple[str, str, Budget], list[CellRow]] = {}
-    for cell in sorted(measured, key=axes.order):
-        series.setdefault((cell.drafter, cell.policy, cell.budget), []).append(cell)
+    for cell in sorted(measured, key=lambda row: axes.order(row.cell)):
+        series.setdefault((cell.cell.drafter, cell.cell.policy, cell.cell.budget), []).append(cell)
     return series
 
 
@@ -278,15 +283,15 @@ def _speed_line(panel: Panel, cells: Sequence[CellRow], x: Sequence[float], look
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}×"))
     if not cells:
         return
-    speeds = [_speedup(cell) for cell in cells]
+    speeds = [cell.speed.speedup for cell in cells if cell.speed]
     panel.errorbar(
         x,
         [speed.mean for speed in speeds],
         # A percentile interval need not hold the mean.
         yerr=[[max(s.mean - s.low, 0) for s in speeds], [max(s.high - s.mean, 0) for s in speeds]],
-        color=look.colours[cells[0].drafter],
-        marker=look.markers[cells[0].budget],
-        fillstyle=look.fills[cells[0].policy],
+        color=look.colours[cells[0].cell.drafter],
+        marker=look.markers[cells[0].cell.budget],
+        fillstyle=look.fills[cells[0].cell.policy],
         ls="-" if line else "",
         ms=6.5,
         lw=1.4,
@@ -298,13 +303,8 @@ def _context_text(name: str, tokens: int) -> str:
     return name if name == str(tokens) else f"{name}\n({tokens:,})"
 
 
-def _speedup(cell: CellRow) -> Interval:
-    assert cell.speedup is not None and cell.speedup_low is not None and cell.speedup_high is not None
-    return Interval(cell.speedup, cell.speedup_low, cell.speedup_high)
-
-
-def _drafter_handles(cells: Collection[Cell], look: Look) -> list[Line2D]:
-    present = {c.drafter for c in cells}
+def _drafter_handles(rows: Collection[OfCell], look: Look) -> list[Line2D]:
+    present = {row.cell.drafter for row in rows}
     return [
         Line2D([], [], color=colour, lw=2.4, label=drafter)
         for drafter, colour in look.colours.items()
@@ -312,8 +312,8 @@ def _drafter_handles(cells: Collection[Cell], look: Look) -> list[Line2D]:
     ]
 
 
-def _speed_handles(cells: Collection[Cell], look: Look) -> list[Line2D]:
-    handles = _drafter_handles(cells, look)
+def _speed_handles(rows: Collection[OfCell], look: Look) -> list[Line2D]:
+    handles = _drafter_handles(rows, look)
     handles += [
         Line2D([], [], marker=marker, label=budget_text(budget), color="#555555", ls="")
         for budget, marker in look.markers.items()

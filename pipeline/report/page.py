@@ -90,18 +90,18 @@ def render(inputs: PageInputs) -> str:
         contexts=config.data.contexts,
         max_new_tokens=config.data.max_new_tokens,
         summary=inputs.summary,
-        gains=[gain for gain in gains if gain.gamma == axes.gamma],
-        other_gains=[gain for gain in gains if gain.gamma != axes.gamma],
-        families=[gain for gain in families if gain.gamma == axes.gamma],
-        other_families=[gain for gain in families if gain.gamma != axes.gamma],
-        controls=[gap for gap in inputs.summary.controls if gap.gamma == axes.gamma],
+        gains=[gain for gain in gains if gain.cell.gamma == axes.gamma],
+        other_gains=[gain for gain in gains if gain.cell.gamma != axes.gamma],
+        families=[gain for gain in families if gain.cell.gamma == axes.gamma],
+        other_families=[gain for gain in families if gain.cell.gamma != axes.gamma],
+        controls=[gap for gap in inputs.summary.controls if gap.cell.gamma == axes.gamma],
         matrices=_matrices(inputs.summary.acceptance, inputs.cells, axes),
         predicted=_fastest(inputs.predicted),
         num_predicted=len(inputs.predicted),
-        measured=[cell for cell in inputs.cells if cell.speedup is not None][:MOST_CELLS],
+        measured=[row for row in inputs.cells if row.speed][:MOST_CELLS],
         cells=inputs.cells[:MOST_CELLS],
-        sampled=any(cell.temperature > 0 for cell in inputs.cells),
-        adaptive=any(cell.threshold > 0 for cell in inputs.cells),
+        sampled=any(cell.cell.temperature > 0 for cell in inputs.cells),
+        adaptive=any(cell.cell.threshold > 0 for cell in inputs.cells),
         decode=config.decode,
         num_cells=len(inputs.cells),
         failed=inputs.failed[:MOST_FAILED],
@@ -208,18 +208,20 @@ def _sources(prepare: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _matrices(acceptance: Sequence[Estimate], cells: Sequence[CellRow], axes: Axes) -> list[Matrix]:
-    estimated = {(c.dataset, c.context, c.temperature) for c in cells if c.mode == "estimate"}
+    estimated = {(c.cell.dataset, c.cell.context, c.cell.temperature) for c in cells if c.mode == "estimate"}
     places: dict[tuple[str, str, str, float, int], list[Estimate]] = {}
     for e in acceptance:
-        if e.gamma == axes.gamma:
-            places.setdefault((e.dataset, e.context, e.policy, e.temperature, e.seed), []).append(e)
+        if e.cell.gamma == axes.gamma:
+            places.setdefault(
+                (e.cell.dataset, e.cell.context, e.cell.policy, e.cell.temperature, e.cell.seed), []
+            ).append(e)
     matrices = []
     for (dataset, context, policy, temperature, seed), here in places.items():
-        budgets = sorted({e.budget for e in here}, key=budget_order)
+        budgets = sorted({e.cell.budget for e in here}, key=budget_order)
         lines: dict[str, list[Estimate | None]] = {}
         for e in here:
-            label = f"{e.drafter}, control {e.control}" if e.control else e.drafter
-            lines.setdefault(label, [None] * len(budgets))[budgets.index(e.budget)] = e
+            label = f"{e.cell.drafter}, control {e.cell.control}" if e.cell.control else e.cell.drafter
+            lines.setdefault(label, [None] * len(budgets))[budgets.index(e.cell.budget)] = e
         sampling = f", temperature {temperature:g}, seed {seed}" if temperature else ""
         title = f"{dataset}, {context}, {policy}{sampling}"
         if temperature and (dataset, context, temperature) in estimated:

@@ -211,18 +211,18 @@ def published_beside(
 
     places: dict[tuple[str, str, str, int], list[CellRow]] = defaultdict(list)
     expected: dict[tuple[str, str, str, int], dict[int, float]] = defaultdict(dict)
-    for cell in cells:
-        if place := place_of(cell):
-            places[place].append(cell)
-    for row in predicted:
-        if place := place_of(row):
-            expected[place][row.gamma] = row.speedup
+    for row in cells:
+        if place := place_of(row.cell):
+            places[place].append(row)
+    for one in predicted:
+        if place := place_of(one.cell):
+            expected[place][one.cell.gamma] = one.speedup.mean
     rows = []
     for place, here in places.items():
         drafter, dataset, context, budget = place
-        speedups = {cell.gamma: cell.speedup for cell in here if cell.speedup is not None}
+        speedups = {row.cell.gamma: row.speed.speedup.mean for row in here if row.speed}
         # Replay last, so that it is what stays: it has more prompts.
-        by_gamma = {cell.gamma: cell for cell in sorted(here, key=lambda cell: cell.mode == "replay")}
+        by_gamma = {row.cell.gamma: row for row in sorted(here, key=lambda row: row.mode == "replay")}
         found: list[tuple[str, Table, int]] = []
         for name, known in (("Table 1", speedups), ("Table 1, γ by prediction", expected[place])):
             if not found and known.keys() & by_gamma.keys() >= set(GAMMAS[context]):
@@ -242,7 +242,7 @@ def published_beside(
                     gamma=gamma,
                     published=published,
                     over_own_ar=published.speedup / ar_ratio(dataset) if doubtful else None,
-                    acceptance=ours.acceptance,
+                    acceptance=ours.acceptance.mean if ours.acceptance else None,
                     speedup=speedups.get(gamma),
                     num_prompts=ours.num_prompts,
                 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.axes import CellKey, budget_order, family
+from pipeline.axes import Cell, budget_order, family
 from pipeline.config.schema import Config
-from pipeline.store.rows import Cell, PromptRow
+from pipeline.store.rows import PromptRow
 
 PromptRows = dict[str, PromptRow]  # one cell's rows by prompt_id
-Cells = dict[CellKey, PromptRows]
+Cells = dict[Cell, PromptRows]
 
 
 @dataclass(frozen=True)

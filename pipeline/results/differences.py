@@ -14,11 +14,12 @@ from itertools import combinations, product
 from typing import Literal
 
 from pipeline import intervals
-from pipeline.axes import Budget, CellKey, family
+from pipeline.axes import Budget, Cell, DrafterKind, family
+from pipeline.metrics import Number
 from pipeline.results.axes import Axes, Cells
 from pipeline.results.pool import accepted_of_proposed, documents
 from pipeline.results.summary import ControlGap, FamilyGain, Gain
-from pipeline.store.rows import Count, PromptRow
+from pipeline.store.rows import PromptRow
 
 # What a gain is given over: all prompts, without looping prompts, and under the control `other_prompt`. What
 # is left of a gain when the context is another document's cannot come from using the context.
@@ -41,7 +42,7 @@ def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
     Of two families, drafters of one training seed are compared; where they have no seed in common (such as a
     variant that was trained once), the first of each.
     """
-    families = _families(cells, axes)
+    families, kinds = _families(cells, axes), _kinds(cells)
     pairs: list[tuple[str, str]] = []
     for earlier, later in combinations(families.values(), 2):
         common = [(earlier[seed], later[seed]) for seed in earlier if seed in later]
@@ -50,17 +51,17 @@ def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
     for place, (baseline, drafter), budget, (control, prompts) in product(
         _places(cells), pairs, _budgets(axes), OVER
     ):
-        key = place._replace(drafter=drafter, budget=budget, control=control)
-        paired = paired_rows(cells, [key, key._replace(drafter=baseline)], prompts == "not_looping")
+        key = place.vary(drafter=drafter, kind=kinds[drafter], budget=budget, control=control)
+        paired = paired_rows(cells, [key, key.vary(drafter=baseline)], prompts == "not_looping")
         if paired:
             found.append(
                 Gain(
-                    **key._asdict(),
-                    **pooled_difference(paired, resampling)._asdict(),
+                    cell=key,
+                    value=pooled_difference(paired, resampling),
                     **_counts(paired[0]),
                     baseline=baseline,
                     prompts=prompts,
-                    lost=lost(cells, [key], [key._replace(drafter=baseline)], resampling),
+                    lost=lost(cells, [key], [key.vary(drafter=baseline)], resampling),
                 )
             )
     return sorted(found, key=lambda gain: _gain_order(gain, axes))
@@ -71,14 +72,15 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
 
     Over the prompts that the drafters of all these seeds hold on both sides.
     """
-    families = _families(cells, axes)
+    families, kinds = _families(cells, axes), _kinds(cells)
     found = []
     for place, (baseline, variant), budget, (control, prompts) in product(
         _places(cells), combinations(families, 2), _budgets(axes), OVER
     ):
-        key = place._replace(drafter=variant, budget=budget, control=control)
+        kind = kinds[next(iter(families[variant].values()))]
+        key = place.vary(drafter=variant, kind=kind, budget=budget, control=control)
         first, second = (
-            {seed: key._replace(drafter=drafter) for seed, drafter in families[name].items()}
+            {seed: key.vary(drafter=drafter) for seed, drafter in families[name].items()}
             for name in (variant, baseline)
         )
         seeds = [s for s in first if s in second and first[s] in cells and second[s] in cells]
@@ -98,8 +100,8 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
         by_seed = [pooled_difference(pair, resampling).mean for pair in zip(*sides, strict=True)]
         found.append(
             FamilyGain(
-                **key._asdict(),
-                **difference._asdict(),
+                cell=key,
+                value=difference,
                 **_counts(shared[0]),
                 baseline=baseline,
                 prompts=prompts,
@@ -112,7 +114,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
 
 
 def lost(
-    cells: Cells, first: Sequence[CellKey], second: Sequence[CellKey], resampling: Resampling
+    cells: Cells, first: Sequence[Cell], second: Sequence[Cell], resampling: Resampling
 ) -> intervals.Interval | None:
     """What a gain under a control has lost against that with the real prefix, as in `Gain`.
 
@@ -121,7 +123,7 @@ def lost(
     """
     if first[0].control is None:
         return None
-    real = [key._replace(control=None) for key in (*first, *second)]
+    real = [key.vary(control=None) for key in (*first, *second)]
     paired = paired_rows(cells, [*real, *first, *second], False)
     if not paired:
         return None
@@ -146,17 +148,17 @@ def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[Contr
         budget: Budget | None = axes.smallest_budget if key.control == "no_prefix" else key.budget
         if budget is None:
             continue
-        paired = paired_rows(cells, [key._replace(control=None, budget=budget), key], False)
+        paired = paired_rows(cells, [key.vary(control=None, budget=budget), key], False)
         if paired:
             found.append(
                 ControlGap(
-                    **key._asdict(),
-                    **pooled_difference(paired, resampling)._asdict(),
+                    cell=key,
+                    value=pooled_difference(paired, resampling),
                     **_counts(paired[0]),
                     real_budget=budget,
                 )
             )
-    return sorted(found, key=axes.order)
+    return sorted(found, key=lambda gap: axes.order(gap.cell))
 
 
 def _families(cells: Cells, axes: Axes) -> dict[str, dict[str, str]]:
@@ -169,9 +171,13 @@ def _families(cells: Cells, axes: Axes) -> dict[str, dict[str, str]]:
     return families
 
 
-def _places(cells: Cells) -> list[CellKey]:
-    """One key for each data set, context, policy, γ, temperature and seed that was swept."""
-    return list({key._replace(drafter="", budget=0, control=None): None for key in cells})
+def _kinds(cells: Cells) -> dict[str, DrafterKind]:
+    return {cell.drafter: cell.kind for cell in cells}
+
+
+def _places(cells: Cells) -> list[Cell]:
+    """One cell for each data set, context, policy, γ, temperature and seed that was swept."""
+    return list({key.vary(drafter="", budget=0, control=None): None for key in cells})
 
 
 def _budgets(axes: Axes) -> list[Budget]:
@@ -179,11 +185,11 @@ def _budgets(axes: Axes) -> list[Budget]:
 
 
 def _gain_order(gain: Gain, axes: Axes) -> tuple[float | str, ...]:
-    order = axes.order(gain)
+    order = axes.order(gain.cell)
     return (*order[:5], axes.drafter_order(gain.baseline), *order[5:])
 
 
-def paired_rows(cells: Cells, keys: Sequence[CellKey], without_looping: bool) -> list[list[PromptRow]]:
+def paired_rows(cells: Cells, keys: Sequence[Cell], without_looping: bool) -> list[list[PromptRow]]:
     """Each cell's rows of the prompts that all of them hold and propose something in, in one order.
 
     Empty where there is no such prompt.
@@ -197,7 +203,7 @@ def paired_rows(cells: Cells, keys: Sequence[CellKey], without_looping: bool) ->
             *(
                 rows
                 for rows in rows_by_prompt
-                if all(row.num_proposed for row in rows)
+                if all(row.counts.num_proposed for row in rows)
                 and not (without_looping and any(row.looping for row in rows))
             ),
             strict=True,
@@ -205,7 +211,7 @@ def paired_rows(cells: Cells, keys: Sequence[CellKey], without_looping: bool) ->
     ]
 
 
-def _stacked(side: Iterable[Sequence[PromptRow]]) -> tuple[list[list[Count]], list[list[Count]]]:
+def _stacked(side: Iterable[Sequence[PromptRow]]) -> tuple[list[list[Number]], list[list[Number]]]:
     """Accepted and proposed tokens, [K training seeds, N prompts] each."""
     counts = [accepted_of_proposed(rows) for rows in side]
     return [accepted for accepted, _ in counts], [proposed for _, proposed in counts]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from pipeline.axes import budget_text, family
+from pipeline.axes import Cell, budget_text, family
+from pipeline.intervals import Interval
 from pipeline.results.axes import Axes, Cells
 from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
 from pipeline.results.pool import acceptances, lossless, replay_check, replayed_or_measured, speedups
@@ -17,7 +18,7 @@ from pipeline.results.recommend import settings_text
 from pipeline.results.scores import Predictions, recommendations, scores, untimed
 from pipeline.results.speed import ar_speeds
 from pipeline.results.summary import ControlGap, Estimate, FamilyGain, Gain, PredictionScore, Summary
-from pipeline.store.rows import Cell, CellRow, FailedCell, PromptRow
+from pipeline.store.rows import CellRow, FailedCell, PromptRow
 
 NO_PREDICTIONS = Predictions()
 # Percentile intervals over fewer documents, or fewer training seeds, than this are known to be too narrow.
@@ -41,7 +42,7 @@ def summarise(
         replay_check=replay_check(prompt_rows, predictions.rechecked),
         acceptance=acceptances(cells),
         speedup=speedups(cells),
-        compile_s=sum(row.compile_s or 0.0 for row in prompt_rows),
+        compile_s=sum(row.timing.compile_s for row in prompt_rows if row.timing),
         ar_tokens_per_s=ar_speeds(prompt_rows, axes, samples, seed),
         headline=gains(by_cell, axes, resampling),
         families=family_gains(by_cell, axes, resampling),
@@ -71,18 +72,18 @@ def summarise(
 
 def _of_single_seeds(summary: Summary) -> list[Gain]:
     """Gains that no finding over training seeds speaks for, which gives the figure of every seed."""
-    told = {(place_text(gain), gain.drafter, gain.baseline) for gain in summary.families}
+    told = {(place_text(gain.cell), gain.cell.drafter, gain.baseline) for gain in summary.families}
     return [
         gain
         for gain in summary.headline
-        if (place_text(gain), family(gain.drafter), family(gain.baseline)) not in told
+        if (place_text(gain.cell), family(gain.cell.drafter), family(gain.baseline)) not in told
     ]
 
 
-def points(estimate: Gain | ControlGap) -> str:
+def points(difference: Interval) -> str:
     """A difference of shares in percentage points: "+2.1 points [+0.4, +3.9]"."""
-    low, high = (f"{100 * bound:+.1f}" for bound in (estimate.low, estimate.high))
-    return f"{100 * estimate.mean:+.1f} points [{low}, {high}]"
+    low, high = (f"{100 * bound:+.1f}" for bound in (difference.low, difference.high))
+    return f"{100 * difference.mean:+.1f} points [{low}, {high}]"
 
 
 def place_text(cell: Cell) -> str:
@@ -94,32 +95,34 @@ def verdict(estimate: Gain, axes: Axes) -> str:
     """What follows a gain in a sentence: " (better)", or why it is not ranked."""
     if few := axes.too_few(estimate.num_documents):
         return f": {few}"
-    if estimate.low > 0:
+    if estimate.value.low > 0:
         return " (better)"
-    return " (worse)" if estimate.high < 0 else " (no difference shown)"
+    return " (worse)" if estimate.value.high < 0 else " (no difference shown)"
 
 
 def gain_findings(gains: Sequence[Gain], axes: Axes) -> list[str]:
     """One text a pair of drafters or families and place: both budgets, without looping, under the control."""
     grouped: dict[tuple[str, str, str], list[Gain]] = defaultdict(list)
     for gain in gains:
-        if gain.gamma == axes.gamma:
-            grouped[place_text(gain), gain.drafter, gain.baseline].append(gain)
+        if gain.cell.gamma == axes.gamma:
+            grouped[place_text(gain.cell), gain.cell.drafter, gain.baseline].append(gain)
     texts = []
     for (place, drafter, baseline), found in grouped.items():
-        real = [gain for gain in found if gain.control is None and gain.prompts == "all"]
-        parts = [f"{points(gain)} at {budget_text(gain.budget)}{verdict(gain, axes)}" for gain in real]
+        real = [gain for gain in found if gain.cell.control is None and gain.prompts == "all"]
+        parts = [
+            f"{points(gain.value)} at {budget_text(gain.cell.budget)}{verdict(gain, axes)}" for gain in real
+        ]
         text = f"{place}, γ = {axes.gamma}: {drafter} against {baseline} accepts " + ", ".join(parts)
         text += f", over {max(gain.num_prompts for gain in found)} prompts"
         text += f" of {max(gain.num_documents for gain in found)} documents{_seeds_text(real)}."
-        small = [gain for gain in found if gain.budget != "full"]
+        small = [gain for gain in found if gain.cell.budget != "full"]
         for gain in small:
             if gain.prompts == "not_looping":
-                text += f" Without looping prompts ({gain.num_prompts} left): {points(gain)}."
-        real = [gain for gain in real if gain.budget != "full"]
-        other = [gain for gain in small if gain.control == "other_prompt"]
+                text += f" Without looping prompts ({gain.num_prompts} left): {points(gain.value)}."
+        real = [gain for gain in real if gain.cell.budget != "full"]
+        other = [gain for gain in small if gain.cell.control == "other_prompt"]
         if real and other:
-            text += f" With another document's KV in place of the context: {points(other[0])}"
+            text += f" With another document's KV in place of the context: {points(other[0].value)}"
             text += _explained(real[0], other[0], axes)
         texts.append(text)
     return texts
@@ -132,7 +135,7 @@ def _seeds_text(gains: Sequence[Gain]) -> str:
         return ""
     num_seeds = max(gain.num_seeds for gain in families)
     by_seed = [
-        f"{', '.join(f'{100 * mean:+.1f}' for mean in gain.by_seed)} at {budget_text(gain.budget)}"
+        f"{', '.join(f'{100 * mean:+.1f}' for mean in gain.by_seed)} at {budget_text(gain.cell.budget)}"
         for gain in families
     ]
     rough = "; intervals that resample so few seeds are rough" if num_seeds < FEW else ""
@@ -143,16 +146,15 @@ def _explained(real: Gain, control: Gain, axes: Axes) -> str:
     """How much of a shown gain is there without the context; over 100 % where it is larger then."""
     if few := axes.too_few(min(real.num_documents, control.num_documents)):
         return f": {few}."
-    if real.low <= 0:
+    if real.value.low <= 0:
         return "."
-    if control.high < 0:
+    if control.value.high < 0:
         return ": without the context it is the other way round."
-    text = f": {round(100 * control.mean / real.mean)} % of the gain is there without the context"
-    text += " (by an interval that reaches zero)" if control.low <= 0 <= control.high else ""
+    text = f": {round(100 * control.value.mean / real.value.mean)} % of the gain is there without the context"
+    text += " (by an interval that reaches zero)" if control.value.low <= 0 <= control.value.high else ""
     if control.lost is None:
         return f"{text}."
-    mean, low, high = (100 * bound for bound in control.lost)
-    return f"{text}, {mean:+.1f} points [{low:+.1f}, {high:+.1f}] of it are not."
+    return f"{text}, {points(control.lost)} of it are not."
 
 
 def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
@@ -162,21 +164,23 @@ def control_findings(controls: Sequence[ControlGap], axes: Axes) -> list[str]:
     """
     grouped: dict[tuple[str, str, str], list[ControlGap]] = defaultdict(list)
     for gap in controls:
-        fair = gap.control != "no_prefix" or gap.drafter in axes.trained_without_prefix
-        if gap.gamma == axes.gamma and fair and gap.real_budget in (axes.smallest_budget, "full"):
-            grouped[place_text(gap), gap.drafter, str(gap.control)].append(gap)
+        fair = gap.cell.control != "no_prefix" or gap.cell.drafter in axes.trained_without_prefix
+        if gap.cell.gamma == axes.gamma and fair and gap.real_budget in (axes.smallest_budget, "full"):
+            grouped[place_text(gap.cell), gap.cell.drafter, str(gap.cell.control)].append(gap)
     texts = []
     for (place, drafter, control), gaps in grouped.items():
         name = "another document's KV" if control == "other_prompt" else "no prefix at all"
         if few := axes.too_few(min(gap.num_documents for gap in gaps)):
-            shown_gaps = " and ".join(f"{points(gap)} at {budget_text(gap.real_budget)}" for gap in gaps)
+            shown_gaps = " and ".join(
+                f"{points(gap.value)} at {budget_text(gap.real_budget)}" for gap in gaps
+            )
             texts.append(f"{place}, γ = {axes.gamma}: {drafter} accepts {shown_gaps} over {name}: {few}.")
             continue
         unused, used = (
             " and ".join(
-                f"{budget_text(gap.real_budget)} ({points(gap)} over {name})"
+                f"{budget_text(gap.real_budget)} ({points(gap.value)} over {name})"
                 for gap in gaps
-                if (gap.low > 0) is shown
+                if (gap.value.low > 0) is shown
             )
             for shown in (False, True)
         )
@@ -196,19 +200,19 @@ def speed_findings(summary: Summary) -> list[str]:
     """Whether cells at a temperature, for which nothing is recommended, are faster than AR."""
     places: dict[tuple[str, str, float], list[Estimate]] = defaultdict(list)
     for speed in summary.speedup:
-        if speed.control is None and speed.temperature > 0:
-            places[speed.dataset, speed.context, speed.temperature].append(speed)
+        if speed.cell.control is None and speed.cell.temperature > 0:
+            places[speed.cell.dataset, speed.cell.context, speed.cell.temperature].append(speed)
     texts = []
     for (dataset, context, temperature), here in places.items():
         if min(speed.num_documents for speed in here) < summary.least_documents:
             continue
-        best = max(here, key=lambda speed: speed.mean)
-        faster = sum(speed.low > 1 for speed in here)
+        best = max(here, key=lambda speed: speed.value.mean)
+        faster = sum(speed.value.low > 1 for speed in here)
         texts.append(
             f"{dataset}, {context}, temperature {temperature:g}: {faster or 'none'} of {len(here)} measured "
             "cells are shown to be faster than autoregressive decoding; the fastest, rather high as it was "
-            f"picked from them, is {settings_text(best)} at {best.mean:.2f}× "
-            f"[{best.low:.2f}, {best.high:.2f}]."
+            f"picked from them, is {settings_text(best.cell)} at {best.value.mean:.2f}× "
+            f"[{best.value.low:.2f}, {best.value.high:.2f}]."
         )
     return texts
 
@@ -221,10 +225,11 @@ def recommendation_findings(summary: Summary) -> list[str]:
         if choice is None:
             texts.append(f"{place}: {advice.why}.")
             continue
-        mean, low, high = choice.expected
+        speed = choice.expected
         again = " on fresh repeats" if choice.again is not None else ""
         texts.append(
-            f"{place}: deploy {settings_text(choice)}: {mean:.2f}× [{low:.2f}, {high:.2f}]{again}, "
+            f"{place}: deploy {settings_text(choice.cell)}: {speed.mean:.2f}× "
+            f"[{speed.low:.2f}, {speed.high:.2f}]{again}, "
             f"{advice.why}."
         )
     scored = {(score.dataset, score.context, score.what): score for score in summary.prediction}
@@ -280,7 +285,9 @@ def exactness_findings(summary: Summary) -> list[str]:
 def range_findings(cells: Sequence[CellRow], axes: Axes) -> list[str]:
     texts = []
     for context in axes.contexts:
-        outside = {cell.drafter for cell in cells if cell.context == context and not cell.in_trained_range}
+        outside = {
+            cell.cell.drafter for cell in cells if cell.cell.context == context and not cell.in_trained_range
+        }
         if outside:
             names = ", ".join(name for name in axes.drafters if name in outside)
             texts.append(f"At {context}, outside the positions that they were trained on: {names}.")
@@ -311,7 +318,7 @@ def doubt_findings(cells: Cells, rows: Sequence[CellRow], failed: Sequence[Faile
     few = sum(row.num_documents < FEW for row in rows)
     if few:
         texts.append(f"{few} of {len(rows)} cells have fewer than {FEW} documents: intervals are too narrow.")
-    empty = sum(not any(row.num_proposed for row in prompts.values()) for prompts in cells.values())
+    empty = sum(not any(row.counts.num_proposed for row in prompts.values()) for prompts in cells.values())
     if empty:
         texts.append(f"{empty} cells are left out: every continuation ended before a token was proposed.")
     return texts

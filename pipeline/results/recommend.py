@@ -14,13 +14,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.axes import Place
+from pipeline.axes import Cell, Place
 from pipeline.errors import BadData
-from pipeline.store.rows import Cell, CellRow, Mode, ModelSize, Row
-from pipeline.sweep.predict import BASELINES, LOOKUP, cell_of
+from pipeline.intervals import Interval
+from pipeline.store.rows import CellRow, Mode, ModelSize, OfCell, Row, Speed
+from pipeline.sweep.predict import BASELINES, LOOKUP
 
 
-class Choice(Cell):
+class Choice(OfCell):
     """A measured cell: decode speedup over autoregressive decoding with its 95 % interval.
 
     `run_off` is the speedup when it was measured a second time, as one of the fastest; `again` is that on the
@@ -31,14 +32,10 @@ class Choice(Cell):
     autoregressive decoding gives.
     """
 
-    speedup: float
-    speedup_low: float
-    speedup_high: float
+    speedup: Interval
     prompts_together: int = 1
     run_off: float | None = None
-    again: float | None
-    again_low: float | None
-    again_high: float | None
+    again: Interval | None
     end_to_end: float | None
     num_documents: int
     num_inexact: int = 0
@@ -50,15 +47,13 @@ class Choice(Cell):
     def order(self) -> tuple[bool, float]:
         """Sorts the fastest first: those of the run-off by it alone, as a fast first run put them there."""
         if self.run_off is None:
-            return True, -self.speedup
+            return True, -self.speedup.mean
         return False, -self.run_off
 
     @property
-    def expected(self) -> tuple[float, float, float]:
-        """Speedup and interval, of the fresh repeats where there are any."""
-        if self.again is not None and self.again_low is not None and self.again_high is not None:
-            return self.again, self.again_low, self.again_high
-        return self.speedup, self.speedup_low, self.speedup_high
+    def expected(self) -> Interval:
+        """Speedup, on the fresh repeats where there are any."""
+        return self.again or self.speedup
 
 
 class Recommendation(Row):
@@ -79,10 +74,10 @@ class Recommendation(Row):
 Sizes = Mapping[str, ModelSize]
 
 
-def settings_text(choice: Cell) -> str:
+def settings_text(cell: Cell) -> str:
     """What to set for a cell: draft source, policy, budget, γ, and the threshold where there is one."""
-    stops = f", stopping under {choice.threshold:g}" if choice.threshold else ""
-    return f"{choice.drafter}, {choice.policy}, B = {choice.budget}, γ = {choice.gamma}{stops}"
+    stops = f", stopping under {cell.threshold:g}" if cell.threshold else ""
+    return f"{cell.drafter}, {cell.policy}, B = {cell.budget}, γ = {cell.gamma}{stops}"
 
 
 def gigabytes(num_bytes: float) -> str:
@@ -129,10 +124,10 @@ class Needs:
 
         Self-speculation keeps a cache of its own beside the target's; prompt lookup has none.
         """
-        if choice.drafter == LOOKUP:
+        if choice.cell.drafter == LOOKUP:
             return 0
-        per_token = size_of(models_of(choice)[-1], sizes).kv_bytes_per_token
-        kept = per_token * self.prompt_tokens if choice.budget == "full" else choice.drafter_kv_bytes
+        per_token = size_of(models_of(choice.cell)[-1], sizes).kv_bytes_per_token
+        kept = per_token * self.prompt_tokens if choice.cell.budget == "full" else choice.drafter_kv_bytes
         return kept + per_token * self.new_tokens
 
     def ar_bytes(self, sizes: Sizes) -> int:
@@ -141,7 +136,7 @@ class Needs:
 
     def bytes_of(self, choice: Choice, sizes: Sizes) -> int:
         """What autoregressive decoding needs, the drafter's own weights, and its KV of every text."""
-        weights = sum(size_of(name, sizes).weight_bytes for name in models_of(choice)[1:])
+        weights = sum(size_of(name, sizes).weight_bytes for name in models_of(choice.cell)[1:])
         return self.ar_bytes(sizes) + weights + self.concurrency * self.drafter_bytes(choice, sizes)
 
     def refuses(self, choice: Choice, sizes: Sizes) -> str:
@@ -159,7 +154,7 @@ class Needs:
         best = max(out, key=lambda choice: choice.acceptance or 0.0)
         return (
             f"; those out for acceptance have {100 * (best.acceptance or 0.0):.1f} % at most "
-            f"({settings_text(best)}), the least is {100 * self.min_acceptance:g} %"
+            f"({settings_text(best.cell)}), the least is {100 * self.min_acceptance:g} %"
         )
 
     def shortage(self, out: Sequence[Choice], sizes: Sizes) -> str:
@@ -179,34 +174,34 @@ def choices(
 ) -> dict[Place, list[Choice]]:
     """Every measured greedy cell of a place, in the order of `Choice.order`."""
     replayed: dict[Cell, CellRow] = {}
-    measured: dict[Cell, CellRow] = {}
+    measured: dict[Cell, tuple[CellRow, Speed]] = {}
     for row in cells:
-        if row.control is None and row.temperature == 0:
-            (measured if row.mode == "measure" else replayed)[cell_of(row)] = row
-    raced = {cell_of(row): row for row in run_off if row.mode == "measure"}
-    fresh = {cell_of(row): row for row in again if row.mode == "measure"}
+        if row.cell.control is None and row.cell.temperature == 0:
+            if row.speed is not None:
+                measured[row.cell] = row, row.speed
+            else:
+                replayed[row.cell] = row
+    raced, fresh = ({row.cell: row for row in rows if row.speed} for rows in (run_off, again))
     found: dict[Place, list[Choice]] = defaultdict(list)
-    for cell, run in measured.items():
+    for cell, (run, speed) in measured.items():
         race, second, replay = raced.get(cell), fresh.get(cell), replayed.get(cell)
         # Of a cell that stops early replay does not know what was proposed, and so no acceptance.
         accepted = replay if replay and replay.acceptance is not None else run
-        latest = second or run
-        found[Place(cell.dataset, cell.context)].append(
+        latest = (second and second.speed) or speed
+        found[cell.place].append(
             Choice(
-                **cell.model_dump(),
-                speedup=run.speedup or 0.0,
-                speedup_low=run.speedup_low or 0.0,
-                speedup_high=run.speedup_high or 0.0,
+                cell=cell,
+                speedup=speed.speedup,
                 prompts_together=run.prompts_together,
                 # With prompts failed it is not compared: those that are left may be the easy ones.
-                run_off=race.speedup if race and race.num_prompts == run.num_prompts else None,
-                again=second.speedup if second else None,
-                again_low=second.speedup_low if second else None,
-                again_high=second.speedup_high if second else None,
-                end_to_end=latest.end_to_end_speedup,
-                num_documents=latest.num_clocked or latest.num_documents,
+                run_off=race.speed.speedup.mean
+                if race and race.speed and race.num_prompts == run.num_prompts
+                else None,
+                again=second.speed.speedup if second and second.speed else None,
+                end_to_end=latest.end_to_end.mean if latest.end_to_end else None,
+                num_documents=latest.num_clocked,
                 num_inexact=inexact(run, race, second),
-                acceptance=accepted.acceptance,
+                acceptance=accepted.acceptance.mean if accepted.acceptance else None,
                 acceptance_mode=accepted.mode,
                 drafter_kv_bytes=run.drafter_kv_bytes,
             )
@@ -235,7 +230,7 @@ def recommend(
     Raises:
         BadData: if the needs limit memory and a size that this takes is not known.
     """
-    fresh = [choice.again for choice in here if choice.again is not None]
+    fresh = [choice.again.mean for choice in here if choice.again is not None]
 
     def say(why: str, choice: Choice | None = None, runner_up: Choice | None = None) -> Recommendation:
         return Recommendation(
@@ -249,7 +244,7 @@ def recommend(
         )
 
     def best_of(found: Iterable[Choice]) -> Choice | None:
-        return max(found, key=lambda choice: choice.expected[0], default=None)
+        return max(found, key=lambda choice: choice.expected.mean, default=None)
 
     if not here:
         return say("do not speculate here: no cell was measured")
@@ -270,7 +265,7 @@ def recommend(
     enough = [choice for choice in left if choice.num_documents >= least_documents]
     if not enough:
         most = max(choice.num_documents for choice in left)
-        speeds = sorted(choice.expected[0] for choice in left)
+        speeds = sorted(choice.expected.mean for choice in left)
         return say(
             f"too few documents to rank ({most} of at least {least_documents}): {len(left)} cells were "
             f"measured, at {speeds[0]:.2f}× to {speeds[-1]:.2f}× of autoregressive decode speed",
@@ -284,13 +279,13 @@ def recommend(
     if not judged:
         return say(f"no fresh repeats of the fastest cells{allowed} (they failed): run the stage sweep again")
     # In the order given: the best of the fresh repeats would be picked for its luck again.
-    shown = [choice for choice in judged if choice.expected[1] > 1]
+    shown = [choice for choice in judged if choice.expected.low > 1]
     if not shown:
-        best = max(judged, key=lambda choice: choice.expected[0])
-        mean, low, high = best.expected
+        best = max(judged, key=lambda choice: choice.expected.mean)
+        at = best.expected
         return say(
-            f"do not speculate here: the best measured cell{allowed} is at {mean:.2f}× [{low:.2f}, "
-            f"{high:.2f}] of autoregressive decode speed",
+            f"do not speculate here: the best measured cell{allowed} is at {at.mean:.2f}× [{at.low:.2f}, "
+            f"{at.high:.2f}] of autoregressive decode speed",
             None,
             best,
         )

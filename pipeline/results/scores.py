@@ -42,7 +42,7 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
     beside = errors(rows, predictions.beside) if predictions.beside else {}
     scored = []
     for place in places(axes):
-        here = {cell: e for cell, e in found.items() if (cell.dataset, cell.context) == place}
+        here = {cell: e for cell, e in found.items() if cell.place == place}
         on_plane = {
             cell
             for cell in here
@@ -71,10 +71,12 @@ def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, lis
     """Context → the drafters that were replayed there and have no predicted speed: no step was timed."""
     if not predictions.sizes:  # which every sweep that predicts leaves
         return {}
-    known = {(row.drafter, row.context) for row in predictions.predicted}
-    exact = [row for row in cells if row.mode == "replay" and row.control is None and not row.threshold]
+    known = {(row.cell.drafter, row.cell.context) for row in predictions.predicted}
+    exact = [
+        row for row in cells if row.mode == "replay" and row.cell.control is None and not row.cell.threshold
+    ]
     found: dict[str, list[str]] = {}
-    for drafter, context in dict.fromkeys((row.drafter, row.context) for row in exact):
+    for drafter, context in dict.fromkeys((row.cell.drafter, row.cell.context) for row in exact):
         if (drafter, context) not in known:
             found.setdefault(context, []).append(drafter)
     return found

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from pipeline import intervals
-from pipeline.axes import CellKey
+from pipeline.axes import Cell, Place
 from pipeline.errors import BadData
+from pipeline.metrics import sum_of_known
 from pipeline.results.axes import Axes
 from pipeline.results.summary import ArSpeed
-from pipeline.store.rows import PromptRow
+from pipeline.store.rows import PromptRow, Speed, Timing
 
 
 def clock_units(rows: Iterable[PromptRow]) -> dict[str, str]:
     """document_id → the name of its unit: the least document of those that batches link with it."""
     batches: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        batches[row.together_with or row.prompt_id].add(row.document_id)
+        batches[row.batch].add(row.document_id)
     units: dict[str, set[str]] = {}
     for documents in batches.values():
         linked = documents.union(*(units[document] for document in documents & units.keys()))
@@ -30,92 +32,114 @@ def clock_units(rows: Iterable[PromptRow]) -> dict[str, str]:
     return {document: min(linked) for document, linked in units.items()}
 
 
-def speed_fields(key: CellKey, rows: Sequence[PromptRow], samples: int, seed: int) -> dict[str, float | None]:
-    """The speed fields of a measured cell's `CellRow`."""
-    repeats = len(rows[0].decode_s)
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one measured cell that were decoded together: R repeats of one clock."""
+
+    document: str
+    tokens: int
+    ar_tokens: int
+    seconds_R: list[float]
+    ar_seconds_R: list[float]
+    prefill_s: float | None
+    ar_prefill_s: float | None
+
+    @staticmethod
+    def of(rows: Sequence[PromptRow], timings: Sequence[Timing]) -> Batch:
+        return Batch(
+            document=rows[0].document_id,
+            tokens=sum(decoded(row) for row in rows),
+            ar_tokens=sum(timing.ar_num_tokens for timing in timings),
+            seconds_R=[sum(repeat) for repeat in zip(*(t.decode_s for t in timings), strict=True)],
+            ar_seconds_R=[sum(repeat) for repeat in zip(*(t.ar_decode_s for t in timings), strict=True)],
+            prefill_s=sum_of_known(timing.prefill_s for timing in timings),
+            ar_prefill_s=sum_of_known(timing.ar_prefill_s for timing in timings),
+        )
+
+
+def batches_of(cell: Cell, rows: Sequence[PromptRow]) -> list[Batch]:
+    """The rows of a measured cell by what shared a clock.
+
+    Raises:
+        BadData: naming a prompt whose times do not fit those of the others.
+    """
+    grouped: dict[str, tuple[list[PromptRow], list[Timing]]] = defaultdict(lambda: ([], []))
+    repeats = len(rows[0].timing.decode_s) if rows[0].timing else 0
     for row in rows:
-        if not repeats or not row.ar_num_tokens or {len(row.decode_s), len(row.ar_decode_s)} != {repeats}:
+        timing = row.timing
+        counts = {len(timing.decode_s), len(timing.ar_decode_s)} if timing else set()
+        if timing is None or not repeats or not timing.ar_num_tokens or counts != {repeats}:
             raise BadData(
-                f"the measured prompt {row.prompt_id!r} of {key} needs ar_num_tokens, and one time per "
+                f"the measured prompt {row.prompt_id!r} of {cell} needs ar_num_tokens, and one time per "
                 "repeat in decode_s and ar_decode_s, as many as the cell's other prompts: delete the "
                 "measured rows in the sweep's folder and run the stage again"
             )
-    batches: dict[str, list[PromptRow]] = defaultdict(list)
-    for row in rows:
-        batches[row.together_with or row.prompt_id].append(row)
-    units = clock_units(rows)
-    clusters = [units[batch[0].document_id] for batch in batches.values()]
-    tokens = [sum(decoded(row) for row in batch) for batch in batches.values()]
-    ar_tokens = [sum(row.ar_num_tokens or 0 for row in batch) for batch in batches.values()]
-    seconds = [_sums(row.decode_s for row in batch) for batch in batches.values()]
-    ar_seconds = [_sums(row.ar_decode_s for row in batch) for batch in batches.values()]
+        prompts, timings = grouped[row.batch]
+        prompts.append(row)
+        timings.append(timing)
+    return [Batch.of(*batch) for batch in grouped.values()]
+
+
+def speed_of(cell: Cell, rows: Sequence[PromptRow], samples: int, seed: int) -> Speed:
+    """Decode speed of a measured cell over the prompts that it was measured on."""
+    batches, units = batches_of(cell, rows), clock_units(rows)
+    clusters = [units[batch.document] for batch in batches]
+    tokens, ar_tokens = [batch.tokens for batch in batches], [batch.ar_tokens for batch in batches]
+    seconds, ar_seconds = [batch.seconds_R for batch in batches], [batch.ar_seconds_R for batch in batches]
     compare = partial(intervals.speedup, samples=samples, seed=seed, clusters=clusters)
     speed = compare((tokens, seconds), (ar_tokens, ar_seconds))
     end_to_end = None
-    prefills = [_total(row.prefill_s for row in batch) for batch in batches.values()]
-    ar_prefills = [_total(row.ar_prefill_s for row in batch) for batch in batches.values()]
-    if None not in (*prefills, *ar_prefills):
-        whole, ar_whole = _later(seconds, prefills), _later(ar_seconds, ar_prefills)
+    whole = with_prefills((batch.seconds_R, batch.prefill_s) for batch in batches)
+    ar_whole = with_prefills((batch.ar_seconds_R, batch.ar_prefill_s) for batch in batches)
+    if whole and ar_whole:
         end_to_end = compare((tokens, whole), (ar_tokens, ar_whole)).overall
-    return {
-        "speedup": speed.overall.mean,
-        "speedup_low": speed.overall.low,
-        "speedup_high": speed.overall.high,
-        "worst_prompt_speedup": speed.worst_prompt,
-        "end_to_end_speedup": end_to_end.mean if end_to_end else None,
-        "end_to_end_low": end_to_end.low if end_to_end else None,
-        "end_to_end_high": end_to_end.high if end_to_end else None,
-        "tokens_per_s": sum(tokens) * repeats / sum(map(sum, seconds)),
-        "ar_tokens_per_s": sum(ar_tokens) * repeats / sum(map(sum, ar_seconds)),
-    }
+    repeats = len(seconds[0])
+    return Speed(
+        speedup=speed.overall,
+        worst_prompt_speedup=speed.worst_prompt,
+        end_to_end=end_to_end,
+        tokens_per_s=sum(tokens) * repeats / sum(map(sum, seconds)),
+        ar_tokens_per_s=sum(ar_tokens) * repeats / sum(map(sum, ar_seconds)),
+        num_clocked=len(set(units.values())),
+    )
 
 
 def decoded(row: PromptRow) -> int:
     """Tokens behind the first, those after a divergence included: they took their time too."""
-    return row.num_tokens + row.num_left_out
+    return row.counts.num_tokens + row.num_left_out
 
 
-def _sums(times: Iterable[list[float]]) -> list[float]:
-    """Repeat by repeat."""
-    return [sum(repeat) for repeat in zip(*times, strict=True)]
-
-
-def _later(seconds: Sequence[list[float]], prefills: Sequence[float | None]) -> list[list[float]]:
-    """Every repeat with the seconds of its batch's prefill, which is run once for all of them."""
-    return [[one + (first or 0.0) for one in times] for times, first in zip(seconds, prefills, strict=True)]
-
-
-def _total(values: Iterable[float | None]) -> float | None:
-    """The sum, or None where a value is missing."""
-    total = 0.0
-    for value in values:
-        if value is None:
+def with_prefills(times: Iterable[tuple[list[float], float | None]]) -> list[list[float]] | None:
+    """Every repeat with the seconds of its prefill, run once for all; None where one was not timed."""
+    whole = []
+    for seconds_R, prefill_s in times:
+        if prefill_s is None:
             return None
-        total += value
-    return total
+        whole.append([repeat + prefill_s for repeat in seconds_R])
+    return whole
 
 
 def ar_speeds(prompt_rows: Sequence[PromptRow], axes: Axes, samples: int, seed: int) -> list[ArSpeed]:
     """AR decode speed per data set, context and temperature, every interleaved run of a prompt counted."""
-    places: dict[tuple[str, str, float], list[PromptRow]] = defaultdict(list)
+    places: dict[tuple[Place, float], list[tuple[PromptRow, Timing]]] = defaultdict(list)
     for row in prompt_rows:
-        if row.ar_decode_s:
-            places[row.dataset, row.context, row.temperature].append(row)
+        if row.timing is not None:
+            places[row.cell.place, row.cell.temperature].append((row, row.timing))
     speeds = []
-    for (dataset, context, temperature), rows in places.items():
-        units = clock_units(rows)
+    for (place, temperature), timed in places.items():
+        units = clock_units(row for row, _ in timed)
         speed = intervals.bootstrap_interval(
-            [(row.ar_num_tokens or 0) * len(row.ar_decode_s) for row in rows],
-            [sum(row.ar_decode_s) for row in rows],
+            [timing.ar_num_tokens * len(timing.ar_decode_s) for _, timing in timed],
+            [sum(timing.ar_decode_s) for _, timing in timed],
             samples=samples,
             seed=seed,
-            clusters=[units[row.document_id] for row in rows],
+            clusters=[units[row.document_id] for row, _ in timed],
         )
+        prompts = {row.prompt_id for row, _ in timed}
         speeds.append(
             ArSpeed(
-                dataset=dataset, context=context, temperature=temperature,
-                mean=speed.mean, low=speed.low, high=speed.high,
-                num_prompts=len({row.prompt_id for row in rows}), num_documents=len(set(units.values())),
+                dataset=place.dataset, context=place.context, temperature=temperature, speed=speed,
+                num_prompts=len(prompts), num_documents=len(set(units.values())),
             )
         )  # fmt: skip
     order = {name: index for index, name in enumerate(axes.datasets)}

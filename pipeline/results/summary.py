@@ -9,26 +9,25 @@ from pydantic import Field, ValidationError
 
 from pipeline.axes import Budget
 from pipeline.errors import BadData
+from pipeline.intervals import Interval
 from pipeline.results.recommend import Recommendation
-from pipeline.store.rows import Cell, ModelSize, Row
+from pipeline.store.rows import ModelSize, OfCell, Row
 
 
-class Estimate(Cell):
+class Estimate(OfCell):
     """One cell's acceptance or speedup with its 95 % interval.
 
     `num_documents` is how many units the interval resamples. Of a speedup, documents whose prompts were
     decoded together count as one: they share a clock.
     """
 
-    mean: float
-    low: float
-    high: float
+    value: Interval
     num_prompts: int
     num_documents: int
 
 
 class Gain(Estimate):
-    """Acceptance of `drafter` minus that of `baseline` in the same cell, over the same prompts.
+    """Acceptance of the cell's drafter minus that of `baseline` in the same cell, over the same prompts.
 
     Under a control `lost` is the gain with the real prefix minus this one, with its interval, over the
     prompts that all four cells hold: what of the gain needs the real prefix.
@@ -36,13 +35,13 @@ class Gain(Estimate):
 
     baseline: str
     prompts: Literal["all", "not_looping"]
-    lost: tuple[float, float, float] | None = None
+    lost: Interval | None = None
 
 
 class FamilyGain(Gain):
     """A gain of one variant over another, both trained with the same seeds: the mean over these seeds.
 
-    `drafter` and `baseline` name variants; `by_seed` has each training seed's gain, as the config lists them.
+    Its cell and `baseline` name variants; `by_seed` has each training seed's gain, as the config lists them.
     The interval resamples documents and training seeds.
     """
 
@@ -53,7 +52,7 @@ class FamilyGain(Gain):
 class ControlGap(Estimate):
     """Acceptance with the real prefix minus that of this control cell, same drafter and prompts.
 
-    `real_budget` is the budget of the real prefix; it differs from `budget` for `no_prefix`, whose own is 0.
+    `real_budget` is that of the real prefix; it differs from the cell's for `no_prefix`, whose own is 0.
     """
 
     real_budget: Budget
@@ -68,9 +67,7 @@ class ArSpeed(Row):
     dataset: str
     context: str
     temperature: float
-    mean: float
-    low: float
-    high: float
+    speed: Interval
     num_prompts: int
     num_documents: int
 

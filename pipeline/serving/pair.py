@@ -12,7 +12,7 @@ from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.axes import check_budget
+from pipeline.axes import View, check_budget
 from pipeline.decode.bench import Bench, timed_prefill
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel, decode_model
@@ -20,7 +20,7 @@ from pipeline.decode.runner import Compile, Runners
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
-from pipeline.kv.views import View, view_of
+from pipeline.kv.views import view_of
 from pipeline.models.load import ModelRef, load_model, model_folder, pick_device, stop_tokens
 from pipeline.store.rows import Prompt
 

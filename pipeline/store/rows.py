@@ -1,18 +1,33 @@
-"""The typed rows that stages hand to one another, one JSON line each. Words as in the README."""
+"""The typed rows that stages hand to one another, one JSON line each. Words as in docs/words.md."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from pipeline.axes import Budget, Cell
+from pipeline.intervals import Interval
+from pipeline.metrics import Counts
+from pipeline.store import old_rows
 
 # replay is exact, estimate the expectation over sampled continuations, measure has been decoded.
 Mode = Literal["replay", "estimate", "measure"]
-Count = int | float
 
 
 class Row(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OfCell(Row):
+    """A row that tells of one cell; of an earlier format it is read too."""
+
+    cell: Cell
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_today(cls, data: Any) -> Any:
+        return old_rows.as_today(data)
 
 
 class Prompt(Row):
@@ -54,69 +69,61 @@ class Continuation(Row):
     log_probs: list[float] = []
 
 
-class Cell(Row):
-    """One point of a sweep."""
+class Timing(Row):
+    """What was timed of one prompt of a measured cell, one time per repeat.
 
-    drafter: str
-    dataset: str
-    context: str
-    policy: str
-    budget: int | Literal["full"]
-    control: str | None
-    gamma: int
-    threshold: float = 0.0
-    temperature: float
-    seed: int
-
-
-class PromptRow(Cell):
-    """One prompt of one cell. Counts leave out the token that the prefill gives.
-
-    `reached[i]` rounds got as far as draft position i, `kept[i]` of them accepted it. Times are those of
-    measured rows only, one per repeat; `ar_decode_s` are the autoregressive runs interleaved with them.
-    Where a greedy run is not `exact`, `divergence_gap` is the target's top-2 logit gap at the first token
-    that differs, and `logit_noise` how much its logits up to there depend on reading tokens singly or at
-    once: in half precision a gap below the noise explains the difference.
-    Of such a row the rounds from that token on are left out of all counts; `num_left_out` is their tokens.
-    An `estimate` has expected counts, not whole numbers. `num_proposed` is None where replay cannot know it:
-    where drafting stops early, what follows a wrong proposal.
+    `ar_decode_s` are the autoregressive runs that were interleaved with `decode_s`. `prefill_s` has one
+    prefill of the drafter for all measured views; neither it nor `ar_prefill_s` is in the others.
     `prompts_together` were decoded at once, those with one `together_with`, the first's id; their time is
     divided evenly among their rows. `compile_s` is what compiling for a cell took, outside its times: 0
-    where its shapes were compiled already.
-    `prefill_s` has one prefill of the drafter for all measured views; `peak_memory_bytes` is that of the
-    device while the cell decodes, with the caches of all measured cells of the prompt in it.
-    `hardware` is what a measured row was timed on.
+    where its shapes were compiled already. `peak_memory_bytes` is that of the device while the cell decodes,
+    with the caches of all measured cells of the prompt in it. `hardware` is what it was timed on.
+
+    A greedy run is `exact` where it has the tokens of autoregressive decoding, a sampled one is None. Where
+    it is not, `divergence_gap` is the target's top-2 logit gap at the first token that differs, and
+    `logit_noise` how much its logits up to there depend on reading tokens singly or at once: in half
+    precision a gap below the noise explains the difference.
+    """
+
+    decode_s: list[float]
+    ar_decode_s: list[float]
+    ar_num_tokens: int
+    prefill_s: float | None = None
+    ar_prefill_s: float | None = None
+    compile_s: float = 0.0
+    prompts_together: int = 1
+    together_with: str | None = None
+    target_kv_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    exact: bool | None = None
+    divergence_gap: float | None = None
+    logit_noise: float | None = None
+    hardware: str | None = None
+    text: str | None = None
+
+
+class PromptRow(OfCell):
+    """One prompt of one cell; measured ones have a `timing`.
+
+    An `estimate` has expected counts. Of a greedy row that is not exact the rounds from the first token that
+    differs are left out of all counts; `num_left_out` is their tokens.
     """
 
     mode: Mode
     prompt_id: str
     document_id: str
-    prompts_together: int = 1
-    together_with: str | None = None
-    num_tokens: int
+    counts: Counts
     num_left_out: int = 0
-    num_rounds: Count
-    num_proposed: Count | None
-    num_accepted: Count
-    reached: list[Count]
-    kept: list[Count]
     repetition_rate: float
     looping: bool
     in_trained_range: bool
     drafter_kv_bytes: int
-    target_kv_bytes: int | None = None
-    exact: bool | None = None
-    divergence_gap: float | None = None
-    logit_noise: float | None = None
-    prefill_s: float | None = None
-    ar_prefill_s: float | None = None
-    decode_s: list[float] = []
-    ar_decode_s: list[float] = []
-    compile_s: float | None = None
-    ar_num_tokens: int | None = None
-    peak_memory_bytes: int | None = None
-    hardware: str | None = None
-    text: str | None = None
+    timing: Timing | None = None
+
+    @property
+    def batch(self) -> str:
+        """The first of the prompts that this one was decoded together with: they share one clock."""
+        return (self.timing and self.timing.together_with) or self.prompt_id
 
 
 class StepTimes(Row):
@@ -132,14 +139,14 @@ class StepTimes(Row):
     prompt_tokens: int
     kind: str
     policy: str
-    budget: int | Literal["full"]
+    budget: Budget
     draft_s: float
     verify_s: dict[int, float]
     round_s: float
     ar_s: float
 
 
-class PredictedRow(Cell):
+class PredictedRow(OfCell):
     """Decode speed of a cell as predicted from step times and replayed rounds; never measured.
 
     The interval is over documents, of the rounds alone: the step times have errors of their own.
@@ -148,24 +155,40 @@ class PredictedRow(Cell):
     num_prompts: int
     num_documents: int
     decode_s: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
+    speedup: Interval
 
 
-class FailedCell(Cell):
-    """A cell (or all cells of one prompt, where gamma is 0) that ended in an error."""
+class PickedCell(OfCell):
+    """A cell that predictions point at, to be measured."""
+
+
+class FailedCell(OfCell):
+    """A cell (or all cells of one prompt, where γ is 0) that ended in an error."""
 
     mode: Mode
     prompt_id: str
     error: str
 
 
-class CellRow(Cell):
+class Speed(Row):
+    """Decode speed of a measured cell against autoregressive decoding of the same prompts.
+
+    `num_clocked` is how many units the intervals resample: documents, those whose prompts were decoded
+    together counting as one. `end_to_end` has the prefills in it; None where one was not timed.
+    """
+
+    speedup: Interval
+    worst_prompt_speedup: float
+    end_to_end: Interval | None
+    tokens_per_s: float
+    ar_tokens_per_s: float
+    num_clocked: int
+
+
+class CellRow(OfCell):
     """One cell over all its prompts: pooled acceptance and, where measured, speed, with 95 % intervals.
 
-    `num_clocked` is how many units the speed's interval resamples: documents, those whose prompts were
-    decoded together counting as one. `prompts_together` were decoded at once.
+    `prompts_together` were decoded at once.
     """
 
     mode: Mode
@@ -173,11 +196,8 @@ class CellRow(Cell):
     num_documents: int
     num_looping: int
     num_left_out: int = 0
-    num_clocked: int | None = None
     prompts_together: int = 1
-    acceptance: float | None
-    acceptance_low: float | None
-    acceptance_high: float | None
+    acceptance: Interval | None
     acceptance_not_looping: float | None
     mean_tokens_per_round: float
     conditional_acceptance: list[float]
@@ -185,16 +205,8 @@ class CellRow(Cell):
     drafter_kv_bytes: int
     target_kv_bytes: int | None = None
     exact_prompts: int | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    worst_prompt_speedup: float | None = None
-    end_to_end_speedup: float | None = None
-    end_to_end_low: float | None = None
-    end_to_end_high: float | None = None
-    tokens_per_s: float | None = None
-    ar_tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None
+    speed: Speed | None = None
 
 
 class ModelSize(Row):

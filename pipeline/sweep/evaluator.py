@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
+from pipeline.axes import Cell
 from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel, decode_model
@@ -28,10 +29,9 @@ from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.layout import SIZES
 from pipeline.store.rows import Continuation, FailedCell, ModelSize, Prompt, PromptRow, StepTimes
-from pipeline.sweep.grid import Drafter, view_cells
-from pipeline.sweep.make_rows import CELL_ERRORS, make_failure
+from pipeline.sweep.grid import Drafter, views_of
+from pipeline.sweep.make_rows import CELL_ERRORS, all_cells, make_failure
 from pipeline.sweep.measurer import Trial
-from pipeline.sweep.picks import Pick
 from pipeline.sweep.replayer import PromptReplay, PromptViews, lookup_rows
 from pipeline.sweep.step_times import random_prompt, step_times
 
@@ -65,7 +65,7 @@ class MeasureTask:
     """
 
     prompts: Path
-    picks: tuple[Pick, ...]
+    picks: tuple[Cell, ...]
     repeats: int
     temperatures: tuple[float, ...]
     first: int
@@ -158,7 +158,7 @@ class Evaluator:
         for one in self.contenders:
             made: PromptReplay | None = None
             if one.model is not None and one.fast is not None:
-                views = [cell.view for cell in view_cells(self.sweep, one.drafter)]
+                views = views_of(self.sweep, one.drafter)
                 made = PromptReplay(self.sweep, one.drafter, one.model, PromptViews(one.fast, prompts, views))
             for at in range(task.first, task.last):
                 try:
@@ -170,7 +170,8 @@ class Evaluator:
                             self.sweep, one.drafter, prompts[at], text, len(self.tokenizer)
                         )
                 except CELL_ERRORS as error:
-                    yield make_failure("replay", self.sweep, one.drafter, prompts[at], error)
+                    cell = all_cells(self.sweep, one.drafter, prompts[at])
+                    yield make_failure("replay", cell, prompts[at], error)
 
     def measure(self, task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
         """Wall clock of the picked cells against autoregressive decoding, and of the steps beside them."""
@@ -187,11 +188,11 @@ class Evaluator:
 
     def measure_batch(self, batch: list[Prompt], task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
         (target, fast_target), picks = self.target, task.picks
-        own = [pick.cell.view for pick in picks if pick.drafter == "self_speculation"]
+        own = [pick.view for pick in picks if pick.drafter == "self_speculation"]
         bench: Bench | None = None
         for one in self.contenders:
-            keys = [(pick.cell, pick.length) for pick in picks if pick.drafter == one.drafter.name]
-            if not keys:
+            cells = [pick for pick in picks if pick.drafter == one.drafter.name]
+            if not cells:
                 continue
             try:
                 bench = bench or Bench(
@@ -207,7 +208,7 @@ class Evaluator:
                     bench,
                     one.drafter,
                     one.fast,
-                    keys,
+                    cells,
                     task.repeats,
                     task.temperatures,
                     stop_tokens(target),
@@ -216,7 +217,8 @@ class Evaluator:
                 )
                 yield from list(trial.rows())
             except CELL_ERRORS as error:
-                yield from (make_failure("measure", self.sweep, one.drafter, p, error) for p in batch)
+                for prompt in batch:
+                    yield make_failure("measure", all_cells(self.sweep, one.drafter, prompt), prompt, error)
 
     def calibrate(self, task: CalibrateTask) -> int:
         """Step times of one representative of each kind of draft source: the trained ones have one shape."""
@@ -279,16 +281,16 @@ def evaluated(rows: Sequence[PromptRow], failed: int = 0, retried: int = 0) -> E
     """The counts of a task. Rows whose proposals replay cannot know tell nothing of acceptance."""
     accepted: dict[tuple[str, str], tuple[float, float]] = {}
     for row in rows:
-        if row.control is None and row.num_proposed is not None:
-            key = row.drafter, row.dataset
+        if row.cell.control is None and row.counts.num_proposed is not None:
+            key = row.cell.drafter, row.cell.dataset
             kept, proposed = accepted.get(key, (0.0, 0.0))
-            accepted[key] = kept + row.num_accepted, proposed + row.num_proposed
+            accepted[key] = kept + row.counts.num_accepted, proposed + row.counts.num_proposed
     return Evaluated(
         rows=len(rows),
         cells=len(rows),
         failed=failed,
         retried=retried,
         accepted=accepted,
-        tokens=sum(row.num_tokens * len(row.decode_s) for row in rows),
-        seconds=sum(sum(row.decode_s) for row in rows),
+        tokens=sum(row.counts.num_tokens * len(row.timing.decode_s) for row in rows if row.timing),
+        seconds=sum(sum(row.timing.decode_s) for row in rows if row.timing),
     )

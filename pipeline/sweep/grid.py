@@ -1,12 +1,12 @@
-"""The cells of a sweep: which views, γ and thresholds there are, and the rows that tell of them."""
+"""The cells of a sweep: which views, γ and thresholds there are of each draft source."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from pipeline.axes import NOTHING, Cell, DrafterKind, Place, View
 from pipeline.config.sweep import Baseline, Sweep
-from pipeline.kv.views import View, view_of
 from pipeline.models.load import ModelRef
 
 SELF_POLICIES = ("streaming", "snapkv")
@@ -24,45 +24,38 @@ class Drafter:
     trained_positions: int
     baseline: Baseline | None = None
 
-
-class ViewCell(NamedTuple):
-    """A cell's view and control; the γ, threshold, temperature and seed axes share it."""
-
-    policy: str
-    budget: int | Literal["full"]
-    control: str | None
-
     @property
-    def view(self) -> View:
-        return view_of(self.policy, self.budget)
+    def kind(self) -> DrafterKind:
+        return self.baseline or "lm"
 
 
-class DraftLength(NamedTuple):
-    """At most γ proposals a round; fewer where the drafter's confidence falls under the threshold."""
-
-    gamma: int
-    threshold: float = 0.0
-
-
-NOTHING = ViewCell("none", 0, None)  # what prompt lookup keeps of a prefix
-
-
-def view_cells(sweep: Sweep, drafter: Drafter) -> list[ViewCell]:
-    """The views of a drafter, then those of its controls; a baseline has none of the latter."""
+def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
+    """The views of a drafter, then its controls; a baseline has none of the latter."""
     if drafter.baseline == "prompt_lookup":
         return [NOTHING]
     if drafter.baseline == "self_speculation":
         sparse = [budget for budget in sweep.budgets if budget != "full" and budget > 0]
-        return [ViewCell(policy, budget, None) for policy in SELF_POLICIES for budget in sparse]
-    cells = [ViewCell(policy, budget, None) for policy in sweep.policies for budget in sweep.budgets]
+        return [View(policy, budget) for policy in SELF_POLICIES for budget in sparse]
+    views = [View(policy, budget) for policy in sweep.policies for budget in sweep.budgets]
     if "other_prompt" in sweep.controls:
-        cells += [ViewCell(c.policy, c.budget, "other_prompt") for c in cells if c.budget != 0]
+        views += [replace(view, control="other_prompt") for view in views if view.budget != 0]
     if "no_prefix" in sweep.controls:
-        cells += [ViewCell(policy, 0, "no_prefix") for policy in sweep.policies]
-    return cells
+        views += [View(policy, 0, "no_prefix") for policy in sweep.policies]
+    return views
 
 
-def draft_lengths(sweep: Sweep, context: str, drafter: Drafter) -> list[DraftLength]:
-    """Baselines always draft as many tokens as they can."""
+def cells_behind(sweep: Sweep, drafter: Drafter, place: Place, view: View) -> Iterator[Cell]:
+    """The greedy cells behind one view, by γ and threshold. Baselines always draft as many as they can."""
     thresholds = (0.0,) if drafter.baseline else sweep.thresholds
-    return [DraftLength(gamma, t) for gamma in sweep.gammas_of(context) for t in thresholds]
+    for gamma in sweep.gammas_of(place.context):
+        for threshold in thresholds:
+            yield Cell(
+                drafter=drafter.name,
+                dataset=place.dataset,
+                context=place.context,
+                view=view,
+                gamma=gamma,
+                threshold=threshold,
+                seed=sweep.seeds[0],
+                kind=drafter.kind,
+            )

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from pipeline.axes import Cell, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.sampling import Chance
 from pipeline.metrics import Counts, repetition_rate
-from pipeline.store.rows import Cell, FailedCell, Mode, Prompt, PromptRow
-from pipeline.sweep.grid import Drafter, DraftLength, ViewCell
+from pipeline.store.rows import FailedCell, Mode, Prompt, PromptRow, Timing
+from pipeline.sweep.grid import Drafter
 
 # What a cell may end in without ending the others: logits that are not finite, no memory.
 CELL_ERRORS = (ArithmeticError, RuntimeError, MemoryError)
+ALL_VIEWS = View("all", "full")  # of a failure that ended them all
 
-ALL_VIEWS, EVERY_LENGTH = ViewCell("all", "full", None), DraftLength(0)  # of a failure that ended them all
 
-
-def make_cell(drafter: Drafter, prompt: Prompt, cell: ViewCell, length: DraftLength, chance: Chance) -> Cell:
-    return Cell(
-        drafter=drafter.name,
-        dataset=prompt.dataset,
-        context=prompt.context,
-        policy=cell.policy,
-        budget=cell.budget,
-        control=cell.control,
-        gamma=length.gamma,
-        threshold=length.threshold,
-        temperature=chance.temperature,
-        seed=chance.seed,
-    )
+def at_chance(cell: Cell, chance: Chance) -> Cell:
+    """The cell as it is sampled; cells are made as greedy ones."""
+    return replace(cell, temperature=chance.temperature, seed=chance.seed)
 
 
 def make_row(
@@ -42,36 +33,40 @@ def make_row(
     tokens: Sequence[int],
     kv_bytes: int,
     looping_rate: float,
+    num_left_out: int = 0,
+    timing: Timing | None = None,
 ) -> PromptRow:
     repetition = repetition_rate(tokens)
     return PromptRow(
-        **cell.model_dump(),
+        cell=cell,
         mode=mode,
         prompt_id=prompt.prompt_id,
         document_id=prompt.document_id,
-        num_tokens=counts.num_tokens,
-        num_rounds=counts.num_rounds,
-        num_proposed=counts.num_proposed,
-        num_accepted=counts.num_accepted,
-        reached=list(counts.reached),
-        kept=list(counts.kept),
+        counts=counts,
+        num_left_out=num_left_out,
         repetition_rate=repetition,
         looping=repetition > looping_rate,
         in_trained_range=len(prompt.tokens) + prompt.max_new_tokens <= drafter.trained_positions,
         drafter_kv_bytes=kv_bytes,
+        timing=timing,
     )
 
 
-def make_failure(
-    mode: Mode,
-    sweep: Sweep,
-    drafter: Drafter,
-    prompt: Prompt,
-    error: Exception,
-    cell: ViewCell = ALL_VIEWS,
-    length: DraftLength = EVERY_LENGTH,
-) -> FailedCell:
-    """A cell, or where γ is 0 all cells of a view, of one drafter and prompt; by default of all views.
+def all_cells(sweep: Sweep, drafter: Drafter, prompt: Prompt, view: View = ALL_VIEWS) -> Cell:
+    """What stands for all cells behind a view, by default for those behind any: γ is 0."""
+    return Cell(
+        drafter=drafter.name,
+        dataset=prompt.dataset,
+        context=prompt.context,
+        view=view,
+        gamma=0,
+        seed=sweep.seeds[0],
+        kind=drafter.kind,
+    )
+
+
+def make_failure(mode: Mode, cell: Cell, prompt: Prompt, error: Exception) -> FailedCell:
+    """What became of a cell, or of `all_cells`, on a prompt.
 
     Raises:
         AcceleratorError: if that is the error. It leaves the process without its GPU, and every cell after it
@@ -79,10 +74,5 @@ def make_failure(
     """
     if isinstance(error, torch.AcceleratorError):
         raise error
-    given = make_cell(drafter, prompt, cell, length, Chance(0.0, sweep.seeds[0]))
-    return FailedCell(
-        **given.model_dump(),
-        mode=mode,
-        prompt_id=prompt.prompt_id,
-        error=f"{type(error).__name__}: {error}",
-    )
+    text = f"{type(error).__name__}: {error}"
+    return FailedCell(cell=cell, mode=mode, prompt_id=prompt.prompt_id, error=text)

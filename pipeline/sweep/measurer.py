@@ -7,20 +7,18 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.axes import Cell, View
 from pipeline.config.sweep import Sweep
-from pipeline.decode import replay
 from pipeline.decode.bench import Bench, Timed, timed_prefill
-from pipeline.decode.loop import Round
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import DraftSource, LookupDrafts, ModelDrafts
 from pipeline.hardware import describe
 from pipeline.kv.views import PrefixView
-from pipeline.store.rows import FailedCell, PromptRow
-from pipeline.sweep.grid import Drafter, DraftLength, ViewCell
-from pipeline.sweep.make_rows import CELL_ERRORS, make_cell, make_failure, make_row
-
-Key = tuple[ViewCell, DraftLength]
+from pipeline.metrics import Counts, Round
+from pipeline.store.rows import FailedCell, PromptRow, Timing
+from pipeline.sweep.grid import Drafter
+from pipeline.sweep.make_rows import CELL_ERRORS, at_chance, make_failure, make_row
 
 
 class Views:
@@ -30,34 +28,34 @@ class Views:
     """
 
     def __init__(
-        self, bench: Bench, drafter: Drafter, model: DecodeModel | None, cells: Iterable[ViewCell]
+        self, bench: Bench, drafter: Drafter, model: DecodeModel | None, views: Iterable[View]
     ) -> None:
         self.bench, self.model = bench, model
         self.prefill_s = [0.0] * len(bench.prompts)
-        self.kept: dict[ViewCell, list[PrefixView]] = {cell: [] for cell in cells}
+        self.kept: dict[View, list[PrefixView]] = {view: [] for view in views}
         for row, prompt in enumerate(bench.prompts):
             if model is None:
                 break
             if drafter.baseline == "self_speculation":
-                views = [bench.own[row][cell.view] for cell in self.kept]
+                found = [bench.own[row][view] for view in self.kept]
                 self.prefill_s[row] = bench.own_prefill_s[row]
             else:
-                wanted = [cell.view for cell in self.kept]
-                views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
-            for kept, view in zip(self.kept.values(), views, strict=True):
+                wanted = [view.kept for view in self.kept]
+                found, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
+            for kept, view in zip(self.kept.values(), found, strict=True):
                 kept.append(view)
 
-    def source(self, cell: ViewCell, threshold: float = 0.0) -> DraftSource:
+    def source(self, view: View, threshold: float = 0.0) -> DraftSource:
         """The source behind one view, as it is at the end of the prompts."""
         bench = self.bench
         if self.model is None:
             tokens = [prompt.tokens for prompt in bench.prompts]
             return LookupDrafts(tokens, bench.room, bench.target.model.num_tokens, bench.device)
-        return ModelDrafts(bench.drafter(self.model, self.kept[cell]), threshold)
+        return ModelDrafts(bench.drafter(self.model, self.kept[view]), threshold)
 
-    def kv_bytes(self, cell: ViewCell) -> list[int]:
+    def kv_bytes(self, view: View) -> list[int]:
         """Of each prompt; prompt lookup has none."""
-        return [view.num_bytes for view in self.kept[cell]] or [0] * len(self.bench.prompts)
+        return [kept.num_bytes for kept in self.kept[view]] or [0] * len(self.bench.prompts)
 
 
 @dataclass
@@ -72,7 +70,7 @@ class Trial:
     bench: Bench
     drafter: Drafter
     model: DecodeModel | None
-    keys: list[Key]
+    cells: list[Cell]
     repeats: int
     temperatures: tuple[float, ...]
     eos: frozenset[int]
@@ -85,57 +83,57 @@ class Trial:
 
         A cell that fails ends alone; what fails for all of them, such as AR, is raised.
         """
-        self.views = Views(self.bench, self.drafter, self.model, [cell for cell, _ in self.keys])
+        views = dict.fromkeys(cell.view for cell in self.cells)
+        self.views = Views(self.bench, self.drafter, self.model, views)
         for temperature in self.temperatures:
             for seed in self.sweep.seeds if temperature > 0 else self.sweep.seeds[:1]:
-                yield from self.rows_of(self.keys, Chance(temperature, seed))
+                yield from self.rows_of(Chance(temperature, seed))
 
-    def rows_of(self, keys: list[Key], chance: Chance) -> Iterator[PromptRow | FailedCell]:
-        runs: dict[Key | None, list[Timed]] = {None: [], **{key: [] for key in keys}}  # None: AR
+    def rows_of(self, chance: Chance) -> Iterator[PromptRow | FailedCell]:
+        runs: dict[Cell | None, list[Timed]] = {None: [], **{cell: [] for cell in self.cells}}  # None: AR
         compile_s = dict.fromkeys(runs, 0.0)
-        failures: dict[Key, Exception] = {}
-        place = (self.drafter.name, *self.bench.shape, chance.temperature)
+        failures: dict[Cell, Exception] = {}
+        shape = (self.drafter.name, *self.bench.shape, chance.temperature)
         # The first runs of a shape are slow, and are thrown away.
-        for repeat in range(-(place not in self.warm), self.repeats):
-            order = [key for key in runs if key not in failures]
-            for key in order if repeat % 2 else reversed(order):
+        for repeat in range(-(shape not in self.warm), self.repeats):
+            order = [cell for cell in runs if cell not in failures]
+            for cell in order if repeat % 2 else reversed(order):
                 before = self.bench.runners.compile_s
                 try:
-                    runs[key].append(self.run(key, chance))
+                    runs[cell].append(self.run(cell, chance))
                 except CELL_ERRORS as error:
-                    if key is None:
+                    if cell is None:
                         raise
-                    failures[key] = error
-                compile_s[key] += self.bench.runners.compile_s - before
+                    failures[cell] = error
+                compile_s[cell] += self.bench.runners.compile_s - before
             if repeat < 0:
-                runs = {key: [] for key in runs}
-        self.warm.add(place)
-        compile_s[keys[0]] += compile_s[None]
-        for key in keys:
-            if key in failures:
+                runs = {cell: [] for cell in runs}
+        self.warm.add(shape)
+        compile_s[self.cells[0]] += compile_s[None]
+        for cell in self.cells:
+            if cell in failures:
                 for prompt in self.bench.prompts:
-                    yield make_failure("measure", self.sweep, self.drafter, prompt, failures[key], *key)
+                    yield make_failure("measure", cell, prompt, failures[cell])
             else:
-                yield from self.cell_rows(key, chance, runs[None], runs[key], compile_s[key])
+                yield from self.cell_rows(cell, chance, runs[None], runs[cell], compile_s[cell])
 
-    def run(self, key: Key | None, chance: Chance) -> Timed:
-        if key is None:
+    def run(self, cell: Cell | None, chance: Chance) -> Timed:
+        if cell is None:
             return self.bench.autoregressive(chance, self.eos)
-        cell, length = key
-        source = self.views.source(cell, length.threshold)
-        return self.bench.speculative(source, length.gamma, chance, self.eos)
+        source = self.views.source(cell.view, cell.threshold)
+        return self.bench.speculative(source, cell.gamma, chance, self.eos)
 
     def cell_rows(
         self,
-        key: Key,
+        cell: Cell,
         chance: Chance,
         plain: list[Timed],
         runs: list[Timed],
         compile_s: float,
     ) -> Iterator[PromptRow]:
         """One row a prompt; what the prompts shared, time and compilation, is divided among them."""
-        bench, (cell, length) = self.bench, key
-        kv_bytes = self.views.kv_bytes(cell)
+        bench = self.bench
+        kv_bytes = self.views.kv_bytes(cell.view)
         share, hardware = 1 / len(bench.prompts), describe(bench.device)
         for row, prompt in enumerate(bench.prompts):
             ours, rounds = runs[0].tokens[row], runs[0].rounds[row]
@@ -144,41 +142,40 @@ class Trial:
                 continue  # the prefill's token ended the text: there is nothing to time
             if chance.temperature == 0:
                 rounds = before_divergence(rounds, expected)
-            counts = replay.count([(r.proposed, r.accepted, len(r.tokens)) for r in rounds], length.gamma)
+            counts = Counts.of(rounds, cell.gamma)
             # Sampling draws other tokens than AR from the same distribution: only greedy compares.
             others = [run.tokens[row] for run in [*runs, *plain] if run.tokens[row] != expected]
             gap = noise = None
             if others and chance.temperature == 0:
                 gap, noise = bench.divergence(row, expected, others[0])
-            made = make_row(
+            timing = Timing(
+                decode_s=[run.seconds * share for run in runs],
+                ar_decode_s=[run.seconds * share for run in plain],
+                ar_num_tokens=len(expected) - 1,
+                prefill_s=bench.prefill_s[row] + self.views.prefill_s[row],
+                ar_prefill_s=bench.prefill_s[row],
+                compile_s=compile_s * share,
+                prompts_together=len(bench.prompts),
+                together_with=bench.prompts[0].prompt_id,
+                target_kv_bytes=bench.kv_bytes[row],
+                peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
+                exact=None if chance.temperature else not others,
+                divergence_gap=gap,
+                logit_noise=noise,
+                hardware=hardware,
+                text=self.tokenizer.decode(ours, skip_special_tokens=True),
+            )
+            yield make_row(
                 "measure",
-                make_cell(self.drafter, prompt, cell, length, chance),
+                at_chance(cell, chance),
                 self.drafter,
                 prompt,
                 counts,
                 ours,
                 kv_bytes[row],
                 self.sweep.looping_rate,
-            )
-            yield made.model_copy(
-                update={
-                    "num_left_out": len(ours) - 1 - counts.num_tokens,
-                    "prompts_together": len(bench.prompts),
-                    "together_with": bench.prompts[0].prompt_id,
-                    "target_kv_bytes": bench.kv_bytes[row],
-                    "exact": None if chance.temperature else not others,
-                    "divergence_gap": gap,
-                    "logit_noise": noise,
-                    "prefill_s": bench.prefill_s[row] + self.views.prefill_s[row],
-                    "ar_prefill_s": bench.prefill_s[row],
-                    "decode_s": [run.seconds * share for run in runs],
-                    "ar_decode_s": [run.seconds * share for run in plain],
-                    "compile_s": compile_s * share,
-                    "ar_num_tokens": len(expected) - 1,
-                    "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
-                    "hardware": hardware,
-                    "text": self.tokenizer.decode(ours, skip_special_tokens=True),
-                }
+                len(ours) - 1 - counts.num_tokens,
+                timing,
             )
 
 

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from pipeline.axes import Place, family
+from pipeline.axes import NOTHING, Cell, Place, View, budget_order, family
 from pipeline.config.sweep import Sweep
-from pipeline.store.rows import Cell, PredictedRow
-from pipeline.sweep.grid import NOTHING, Drafter, DraftLength, ViewCell, draft_lengths, view_cells
-from pipeline.sweep.predict import BASELINES, cell_of
+from pipeline.store.rows import PredictedRow
+from pipeline.sweep.grid import Drafter, cells_behind, views_of
+from pipeline.sweep.predict import BASELINES
 
 
-class Pick(NamedTuple):
-    """What is measured of one drafter."""
-
-    drafter: str
-    cell: ViewCell
-    length: DraftLength
-
-
-def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], context: str) -> list[Pick]:
+def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) -> list[Cell]:
     """The cells that the config names for measuring, of every baseline too."""
     measure = sweep.measure
     return [
-        Pick(drafter.name, cell, length)
+        cell
         for drafter in drafters
         if drafter.baseline or chosen_drafter(drafter.name, measure.drafters)
-        for cell in view_cells(sweep, drafter)
-        if not cell.control and (cell == NOTHING or chosen(cell.budget, measure.budgets))
-        for length in draft_lengths(sweep, context, drafter)
-        if chosen(length.gamma, measure.gammas)
+        for view in views_of(sweep, drafter)
+        if not view.control and (view == NOTHING or chosen(view.budget, measure.budgets))
+        for cell in cells_behind(sweep, drafter, place, view)
+        if chosen(cell.gamma, measure.gammas)
     ]
 
 
@@ -60,14 +51,9 @@ REPEATS_AGAIN = 4
 def by_place(rows: Iterable[PredictedRow]) -> dict[Place, list[PredictedRow]]:
     """Fastest first."""
     places: dict[Place, list[PredictedRow]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: -row.speedup):
-        places[Place(row.dataset, row.context)].append(row)
+    for row in sorted(rows, key=lambda row: -row.speedup.mean):
+        places[row.cell.place].append(row)
     return dict(places)
-
-
-def pick_of(cell: Cell) -> Pick:
-    view = ViewCell(cell.policy, cell.budget, cell.control)
-    return Pick(cell.drafter, view, DraftLength(cell.gamma, cell.threshold))
 
 
 def worth_measuring(here: Sequence[PredictedRow], drafters: Sequence[str]) -> list[Cell]:
@@ -78,18 +64,20 @@ def worth_measuring(here: Sequence[PredictedRow], drafters: Sequence[str]) -> li
         drafters: those that may be deployed; of a variant with several training seeds the first alone, so
             that luck of the seed is not picked.
     """
-    trained = [row for row in here if row.drafter in drafters and row.drafter not in BASELINES]
+    cells = [row.cell for row in here]
+    trained = [cell for cell in cells if cell.drafter in drafters and cell.drafter not in BASELINES]
     chosen = list(trained[:BEST_PREDICTED])
     for name in BASELINES:
-        chosen += [row for row in here if row.drafter == name][:1]
+        chosen += [cell for cell in cells if cell.drafter == name][:1]
     if trained:
         best = trained[0]
-        plane = [row for row in trained if (row.drafter, row.policy) == (best.drafter, best.policy)]
-        budgets = sorted({row.budget for row in plane}, key=lambda b: float("inf") if b == "full" else b)
-        gammas = sorted({row.gamma for row in plane})
+        same = (best.drafter, best.view.policy)
+        plane = [cell for cell in trained if (cell.drafter, cell.view.policy) == same]
+        budgets = sorted({cell.view.budget for cell in plane}, key=budget_order)
+        gammas = sorted({cell.gamma for cell in plane})
         corners = {(b, g) for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
-        chosen += [row for row in plane if (row.budget, row.gamma) in corners]
-    return list(dict.fromkeys(cell_of(row) for row in chosen))
+        chosen += [cell for cell in plane if (cell.view.budget, cell.gamma) in corners]
+    return list(dict.fromkeys(chosen))
 
 
 def first_seeds(drafters: Sequence[str]) -> list[str]:
@@ -102,14 +90,15 @@ def has_plane(sweep: Sweep, place: Place) -> bool:
     return plane is not None and (plane.dataset, plane.context) == place
 
 
-def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[str]) -> list[Pick]:
+def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[Drafter]) -> list[Cell]:
     """The plane that scores predictions, where this is its place: every budget and γ of one drafter."""
     plane = sweep.measure.plane
     if plane is None or not has_plane(sweep, place):
         return []
-    name = next(drafter for drafter in drafters if chosen_drafter(drafter, [plane.drafter]))
+    chosen = next(one for one in drafters if chosen_drafter(one.name, [plane.drafter]))
     return [
-        Pick(name, ViewCell(sweep.policies[0], budget, None), DraftLength(gamma))
+        cell
         for budget in sweep.budgets
-        for gamma in sweep.gammas_of(place.context)
+        for cell in cells_behind(sweep, chosen, place, View(sweep.policies[0], budget))
+        if not cell.threshold
     ]

@@ -18,8 +18,9 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from pipeline import intervals
+from pipeline.axes import Cell
 from pipeline.config.sweep import Baseline
-from pipeline.store.rows import Cell, PredictedRow, PromptRow, StepTimes
+from pipeline.store.rows import PredictedRow, PromptRow, StepTimes
 
 BASELINES: tuple[str, ...] = get_args(Baseline)
 LOOKUP: Baseline = "prompt_lookup"
@@ -42,8 +43,8 @@ class StepModel:
     def of(self, cell: Cell) -> StepTimes | None:
         """None where no step of such a view was timed."""
         baseline = cell.drafter in BASELINES
-        kind, policy = (cell.drafter, cell.policy) if baseline else ("drafter", "")
-        return self.times.get((cell.context, kind, policy, cell.budget))
+        kind, policy = (cell.drafter, cell.view.policy) if baseline else ("drafter", "")
+        return self.times.get((cell.context, kind, policy, cell.view.budget))
 
     def verify(self, context: str, proposals: int) -> float:
         """Seconds of verifying so many proposals and the token before them."""
@@ -52,15 +53,16 @@ class StepModel:
 
     def seconds(self, row: PromptRow) -> float | None:
         """Predicted decode seconds of a replayed prompt."""
-        times = self.of(row)
-        if times is None or not self.verify_s[row.context]:
+        cell, rounds = row.cell, row.counts.num_rounds
+        times = self.of(cell)
+        if times is None or not self.verify_s[cell.context]:
             return None
-        verify_s = self.verify(row.context, row.gamma)
-        if row.drafter == LOOKUP:
-            found = row.reached[0]
-            verifying = found * verify_s + (row.num_rounds - found) * self.verify(row.context, 1)
-            return verifying + row.num_rounds * (times.draft_s + times.round_s)
-        return row.num_rounds * (row.gamma * times.draft_s + verify_s + times.round_s)
+        verify_s = self.verify(cell.context, cell.gamma)
+        if cell.drafter == LOOKUP:
+            found = row.counts.reached[0]
+            verifying = found * verify_s + (rounds - found) * self.verify(cell.context, 1)
+            return verifying + rounds * (times.draft_s + times.round_s)
+        return rounds * (cell.gamma * times.draft_s + verify_s + times.round_s)
 
 
 def mean_step_times(times: Iterable[StepTimes]) -> list[StepTimes]:
@@ -93,29 +95,28 @@ def predict(
     step_model = StepModel(times)
     cells: dict[Cell, list[PromptRow]] = defaultdict(list)
     for row in rows:
-        if row.mode == "replay" and row.control is None and not row.threshold:
-            cells[cell_of(row)].append(row)
+        if row.mode == "replay" and row.cell.control is None and not row.cell.threshold:
+            cells[row.cell].append(row)
     predicted = []
     for cell, prompts in cells.items():
-        known, seconds = step_model.of(cell), [step_model.seconds(row) for row in prompts]
-        if known is None or None in seconds:
+        known = step_model.of(cell)
+        seconds = [s for row in prompts if (s := step_model.seconds(row)) is not None]
+        if known is None or len(seconds) < len(prompts):
             continue
         speedup = intervals.bootstrap_interval(
-            [row.num_tokens * known.ar_s for row in prompts],
-            [one or 0.0 for one in seconds],
+            [row.counts.num_tokens * known.ar_s for row in prompts],
+            seconds,
             samples=samples,
             seed=seed,
             clusters=[row.document_id for row in prompts],
         )
         predicted.append(
             PredictedRow(
-                **cell.model_dump(),
+                cell=cell,
                 num_prompts=len(prompts),
                 num_documents=len({row.document_id for row in prompts}),
-                decode_s=sum(one or 0.0 for one in seconds) / len(prompts),
-                speedup=speedup.mean,
-                speedup_low=speedup.low,
-                speedup_high=speedup.high,
+                decode_s=sum(seconds) / len(prompts),
+                speedup=speedup,
             )
         )
     return predicted
@@ -153,15 +154,17 @@ class Score(NamedTuple):
 def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, Error]:
     """Of every cell that was predicted and measured."""
     step_model = StepModel(times)
-    replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
+    replayed = {(row.cell, row.prompt_id): row for row in rows if row.mode == "replay"}
     pairs: dict[Cell, list[tuple[float, float, float, float]]] = defaultdict(list)
     for row in rows:
-        same = replayed.get((cell_of(row), row.prompt_id)) if row.mode == "measure" else None
-        known, seconds = step_model.of(row), step_model.seconds(same) if same and not row.threshold else None
+        same, timing = replayed.get((row.cell, row.prompt_id)), row.timing
+        if same is None or timing is None or row.cell.threshold:
+            continue
+        known, seconds = step_model.of(row.cell), step_model.seconds(same)
         if known is not None and seconds is not None:
-            plain = known.ar_s * (row.ar_num_tokens or 0)
-            found = (seconds, median(row.decode_s), plain, median(row.ar_decode_s))
-            pairs[cell_of(row)].append(found)
+            plain = known.ar_s * timing.ar_num_tokens
+            found = (seconds, median(timing.decode_s), plain, median(timing.ar_decode_s))
+            pairs[row.cell].append(found)
     told = {}
     for cell, prompts in pairs.items():
         ours, ours_measured, plain, plain_measured = (sum(column) for column in zip(*prompts, strict=True))
@@ -182,8 +185,3 @@ def score(found: Collection[Error]) -> Score | None:
         median_error_s=median(abs(error.seconds) for error in found),
         pace=median(error.pace for error in found),
     )
-
-
-def cell_of(row: Cell) -> Cell:
-    """The axes of a row alone, which compare and hash."""
-    return Cell(**{name: getattr(row, name) for name in Cell.model_fields})

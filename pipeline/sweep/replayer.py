@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import metrics
+from pipeline.axes import NOTHING, Place, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode import replay
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import LookupDrafts
 from pipeline.errors import NotFinite
-from pipeline.kv.views import PrefixView, View
+from pipeline.kv.views import PrefixView
+from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
-from pipeline.sweep.grid import Drafter, DraftLength, ViewCell, draft_lengths, view_cells
-from pipeline.sweep.make_rows import make_cell, make_failure, make_row
+from pipeline.sweep.grid import Drafter, cells_behind, views_of
+from pipeline.sweep.make_rows import all_cells, at_chance, make_failure, make_row
 
 log = logging.getLogger(__name__)
 
@@ -41,65 +42,73 @@ class PromptReplay:
         continuations = [one for one in continuations if len(one.tokens) > 1]
         if not continuations:
             return  # the prefill's token ended the text: there is nothing to draft
-        cells, own = view_cells(self.sweep, self.drafter), self.views.of(prompt)
+        views, own = views_of(self.sweep, self.drafter), self.views.of(prompt)
         partner = None
-        if any(cell.control == "other_prompt" for cell in cells):
+        if any(view.control == "other_prompt" for view in views):
             partner = self.views.partner(prompt)
             if partner is None:  # the other cells do not depend on it
                 log.warning(
                     "no other document has a prompt as long as %s: its control other_prompt is left out",
                     prompt.prompt_id,
                 )
-                cells = [cell for cell in cells if cell.control != "other_prompt"]
+                views = [view for view in views if view.control != "other_prompt"]
         other = own if partner is None else self.views.of(partner)
-        kept = [(other if cell.control == "other_prompt" else own)[cell.view] for cell in cells]
+        kept = [(other if view.control == "other_prompt" else own)[view.kept] for view in views]
         for continuation in continuations:
-            yield from self.continuation_rows(prompt, continuation, cells, kept)
+            yield from self.continuation_rows(prompt, continuation, views, kept)
 
     def continuation_rows(
-        self, prompt: Prompt, continuation: Continuation, cells: list[ViewCell], kept: list[PrefixView]
+        self, prompt: Prompt, continuation: Continuation, views: list[View], kept: list[PrefixView]
     ) -> Iterator[PromptRow | FailedCell]:
         mode, chance = telling(continuation, self.sweep)
         logits_RQV = replay.view_logits(self.model, kept, continuation.tokens)
         finite = replay.finite_views(logits_RQV)
-        for length, counts in self.counts(logits_RQV, prompt, continuation):
-            for cell, view, good, counted in zip(cells, kept, finite, counts, strict=True):
+        place = Place(prompt.dataset, prompt.context)
+        behind = [cells_behind(self.sweep, self.drafter, place, view) for view in views]
+        # Each is one γ and threshold behind every view; a threshold is for greedy text only.
+        columns = [c for c in zip(*behind, strict=True) if not (c[0].threshold and chance.temperature)]
+        lengths = [(cells[0].gamma, cells[0].threshold) for cells in columns]
+        counts = self.counts(logits_RQV, prompt, continuation, lengths)
+        for cells, counted in zip(columns, counts, strict=True):
+            for cell, view, good, own in zip(cells, kept, finite, counted, strict=True):
                 if good:
                     yield make_row(
                         mode,
-                        make_cell(self.drafter, prompt, cell, length, chance),
+                        at_chance(cell, chance),
                         self.drafter,
                         prompt,
-                        counted,
+                        own,
                         continuation.tokens,
                         view.num_bytes,
                         self.sweep.looping_rate,
                     )
-        for cell, good in zip(cells, finite, strict=True):
+        for seen, good in zip(views, finite, strict=True):
             if not good:
-                error = NotFinite("logits not finite in replay")
-                yield make_failure(mode, self.sweep, self.drafter, prompt, error, cell)
+                cell = all_cells(self.sweep, self.drafter, prompt, seen)
+                yield make_failure(mode, cell, prompt, NotFinite("logits not finite in replay"))
 
     def counts(
-        self, logits_RQV: torch.Tensor, prompt: Prompt, continuation: Continuation
-    ) -> Iterator[tuple[DraftLength, list[metrics.Counts]]]:
-        """For every γ and threshold, the counts behind each view. A threshold is for greedy text only."""
+        self,
+        logits_RQV: torch.Tensor,
+        prompt: Prompt,
+        continuation: Continuation,
+        lengths: Sequence[tuple[int, float]],
+    ) -> Iterator[list[Counts]]:
+        """For every γ and threshold, the counts behind each view."""
         limit, ended, tokens = prompt.max_new_tokens, continuation.eos_at is not None, continuation.tokens
-        lengths = draft_lengths(self.sweep, prompt.context, self.drafter)
         if continuation.temperature > 0:
             chances_RQ = replay.chances(logits_RQV, tokens, continuation.log_probs, continuation.temperature)
-            for length in lengths:
-                if not length.threshold:
-                    yield length, replay.expect(chances_RQ, length.gamma, limit, ended)
+            for gamma, _ in lengths:
+                yield replay.expect(chances_RQ, gamma, limit, ended)
             return
         matches = replay.match_views(logits_RQV, tokens)
-        sure = replay.confidences(logits_RQV) if any(length.threshold for length in lengths) else []
-        for length in lengths:
-            gamma, counts = length.gamma, []
+        sure = replay.confidences(logits_RQV) if any(threshold for _, threshold in lengths) else []
+        for gamma, threshold in lengths:
+            counts = []
             for row, match in enumerate(matches):
-                stops = [c < length.threshold for c in sure[row]] if length.threshold else None
-                counts.append(replay.count(replay.rounds(match, gamma, limit, ended, stops), gamma))
-            yield length, counts
+                stops = [c < threshold for c in sure[row]] if threshold else None
+                counts.append(Counts.of(replay.rounds(match, tokens, gamma, limit, ended, stops), gamma))
+            yield counts
 
 
 def lookup_rows(
@@ -110,16 +119,15 @@ def lookup_rows(
     if len(continuation.tokens) < 2:
         return
     (mode, chance), ended = telling(continuation, sweep), continuation.eos_at is not None
-    (cell,) = view_cells(sweep, drafter)
-    for length in draft_lengths(sweep, prompt.context, drafter):
-        source = LookupDrafts([prompt.tokens], prompt.max_new_tokens + length.gamma, num_tokens)
-        rounds = replay.source_rounds(source, continuation.tokens, length.gamma, prompt.max_new_tokens, ended)
+    for cell in cells_behind(sweep, drafter, Place(prompt.dataset, prompt.context), NOTHING):
+        source = LookupDrafts([prompt.tokens], prompt.max_new_tokens + cell.gamma, num_tokens)
+        rounds = replay.source_rounds(source, continuation.tokens, cell.gamma, prompt.max_new_tokens, ended)
         yield make_row(
             mode,
-            make_cell(drafter, prompt, cell, length, chance),
+            at_chance(cell, chance),
             drafter,
             prompt,
-            replay.count(rounds, length.gamma),
+            Counts.of(rounds, cell.gamma),
             continuation.tokens,
             0,
             sweep.looping_rate,
@@ -137,7 +145,11 @@ class PromptViews:
     """A drafter's views of the prompts of one file, read when needed; the last two prompts are remembered."""
 
     def __init__(self, model: DecodeModel, prompts: list[Prompt], views: Sequence[View]) -> None:
-        self.model, self.prompts, self.views = model, prompts, list(dict.fromkeys(views))
+        self.model, self.prompts, self.views = (
+            model,
+            prompts,
+            list(dict.fromkeys(view.kept for view in views)),
+        )
         self.recent: dict[tuple[str, int], dict[View, PrefixView]] = {}
 
     def of(self, prompt: Prompt) -> dict[View, PrefixView]:

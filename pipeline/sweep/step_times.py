@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.axes import View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, clock
 from pipeline.decode.loop import speculate
@@ -23,7 +24,7 @@ from pipeline.decode.model import DecodeModel
 from pipeline.decode.runner import Runners
 from pipeline.decode.sampling import GREEDILY
 from pipeline.store.rows import Prompt, StepTimes
-from pipeline.sweep.grid import Drafter, ViewCell, view_cells
+from pipeline.sweep.grid import Drafter, views_of
 from pipeline.sweep.measurer import Views
 
 MOST_GAMMAS = 4  # of the sweep's, beside 1; verification of other numbers of proposals is interpolated
@@ -75,48 +76,48 @@ def step_times(
     Args:
         new_tokens: of the texts that are predicted; the caches are sized for them.
     """
-    cells = [cell for cell in view_cells(sweep, drafter) if not cell.control]
+    behind = [view for view in views_of(sweep, drafter) if not view.control]
     if drafter.baseline is None:  # another policy keeps other entries, and as many
-        cells = [cell for cell in cells if cell.policy == sweep.policies[0]]
+        behind = [view for view in behind if view.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
-    own = [cell.view for cell in cells] if drafter.baseline == "self_speculation" else []
+    own = behind if drafter.baseline == "self_speculation" else []
     bench = Bench(runners, target, [prompt], max(sweep.gammas), own, new_tokens)
-    views = Views(bench, drafter, model, cells)
+    views = Views(bench, drafter, model, behind)
     # Prompt lookup is one step a round, however many tokens it proposes.
     by_round = model is None
-    drafts: dict[ViewCell, list[float]] = defaultdict(list)
-    verifies: dict[tuple[ViewCell, int], list[float]] = defaultdict(list)
-    rests: dict[ViewCell, list[float]] = defaultdict(list)
+    drafts: dict[View, list[float]] = defaultdict(list)
+    verifies: dict[tuple[View, int], list[float]] = defaultdict(list)
+    rests: dict[View, list[float]] = defaultdict(list)
     plain: list[float] = []
     for repeat in range(REPEATS + 1):
         run = bench.autoregressive(GREEDILY, NEVER)
         if repeat:  # the first of each shape is slow
             plain.append(run.seconds / (len(run.tokens[0]) - 1))
-        for cell in cells:
+        for view in behind:
             for gamma in gammas:
-                times = one_run(bench, views, cell, gamma)
+                times = one_run(bench, views, view, gamma)
                 if repeat:
-                    drafts[cell].append(fmean(times.draft_s) / (1 if by_round else gamma))
-                    verifies[cell, gamma].append(fmean(times.verify_s))
-                    rests[cell].append(times.rest_s)
+                    drafts[view].append(fmean(times.draft_s) / (1 if by_round else gamma))
+                    verifies[view, gamma].append(fmean(times.verify_s))
+                    rests[view].append(times.rest_s)
     return [
         StepTimes(
             context=prompt.context,
             prompt_tokens=len(prompt.tokens),
             kind=drafter.baseline or "drafter",
-            policy=cell.policy,
-            budget=cell.budget,
-            draft_s=median(drafts[cell]),
-            verify_s={gamma: median(verifies[cell, gamma]) for gamma in gammas},
-            round_s=median(rests[cell]),
+            policy=view.policy,
+            budget=view.budget,
+            draft_s=median(drafts[view]),
+            verify_s={gamma: median(verifies[view, gamma]) for gamma in gammas},
+            round_s=median(rests[view]),
             ar_s=median(plain),
         )
-        for cell in cells
+        for view in behind
     ]
 
 
-def one_run(bench: Bench, views: Views, cell: ViewCell, gamma: int) -> RoundTimes:
-    source = Watched(views.source(cell), "propose", bench.device)
+def one_run(bench: Bench, views: Views, view: View, gamma: int) -> RoundTimes:
+    source = Watched(views.source(view), "propose", bench.device)
     target: Any = Watched(bench.target, "verify", bench.device)
     firsts, sampler = bench.start(GREEDILY)
     began = clock(bench.device)

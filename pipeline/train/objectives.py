@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.axes import FULL, View
 from pipeline.config.models import Pretrain
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.errors import NotFinite
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_hidden, read_prefix
-from pipeline.kv.views import FULL, View, view_of
+from pipeline.kv.views import view_of
+from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.train.loop import WATCHED
@@ -131,7 +133,7 @@ class MultiView:
             if view is FULL:
                 full = LOSSES[self.variant.full_loss](scores, labels).mean()
             else:
-                assert view.budget is not None
+                assert view.budget != "full"
                 share = drawn.budgets[view.budget] / self.variant.num_views
                 sparse = sparse + share * LOSSES[self.variant.sparse_loss](scores, labels).mean()
         total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
@@ -145,26 +147,22 @@ class MultiView:
         """Replayed acceptance on the validation prompts, by budget."""
         budgets = self.config.train.validation_budgets
         views = [view_of(self.variant.policy, budget) for budget in budgets]
-        counts = [[0, 0] for _ in budgets]
+        gamma = self.config.train.validation_gamma
+        counts: list[list[Counts]] = [[] for _ in budgets]
         for prompt, continuation in self.validation:
             tokens_1S = torch.tensor([prompt.tokens], device=self.device)
             kept, _ = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
             logits = replay.view_logits(model, kept, continuation.tokens)
             if not all(replay.finite_views(logits)):
                 raise NotFinite(f"validation of {self.variant.name}: logits not finite")
-            for row, total in zip(replay.match_views(logits, continuation.tokens), counts, strict=True):
-                rounds = replay.rounds(
-                    row,
-                    self.config.train.validation_gamma,
-                    prompt.max_new_tokens,
-                    continuation.eos_at is not None,
-                )
-                total[0] += sum(accepted for _, accepted, _ in rounds)
-                total[1] += sum(proposed or 0 for proposed, _, _ in rounds)
+            for match, behind in zip(replay.match_views(logits, continuation.tokens), counts, strict=True):
+                ends = continuation.eos_at is not None
+                rounds = replay.rounds(match, continuation.tokens, gamma, prompt.max_new_tokens, ends)
+                behind.append(Counts.of(rounds, gamma))
         return {
-            f"validation/acceptance_{'full' if budget == 'full' else f'b{budget}'}": accepted / proposed
-            for budget, (accepted, proposed) in zip(budgets, counts, strict=True)
-            if proposed
+            f"validation/acceptance_{'full' if budget == 'full' else f'b{budget}'}": acceptance
+            for budget, behind in zip(budgets, counts, strict=True)
+            if (acceptance := Counts.pooled(behind).acceptance) is not None
         }
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
+from pipeline.axes import FULL
 from pipeline.config.schema import Config
 from pipeline.config.train import Labels
 from pipeline.decode.loop import until_eos
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
 from pipeline.errors import NotFinite
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
-from pipeline.kv.views import FULL
 from pipeline.metrics import repetition_rate
 from pipeline.models.load import ModelRef, load_model, stop_tokens
 from pipeline.store.files import read_rows, write_array, write_rows

@@ -23,7 +23,8 @@ from benchmarks.rows import Row, interleaved, median, row, table, write
 from benchmarks.synthetic import solve_alpha, synthetic_sampler
 from benchmarks.training import make_engine, paper_step
 from benchmarks.zero import SMALL, Held, check_losses, storage_bytes, zero_rows
-from pipeline.kv.views import FULL, view_of
+from pipeline.axes import FULL
+from pipeline.kv.views import view_of
 from pipeline.train.losses import LOSSES, TargetLabels
 from pipeline.train.objectives import window_scores
 from tests.helpers.models import random_tokens

@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.decode.loop import Round, autoregressive, speculate
+from pipeline.axes import FULL, View
+from pipeline.decode.loop import autoregressive, speculate
 from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Compile, Runner
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import DraftSource, ModelDrafts
 from pipeline.kv.slot_cache import slots_for
-from pipeline.kv.views import FULL, PrefixView, View
+from pipeline.kv.views import PrefixView
+from pipeline.metrics import Round
 
 NEVER: frozenset[int] = frozenset()
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.decode import replay
-from pipeline.decode.loop import Round
 from pipeline.kv.views import view_of
+from pipeline.metrics import Counts, Round
 from pipeline.models.load import load_model
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Continuation, Prompt, PromptRow
@@ -104,7 +103,7 @@ def key(row: PromptRow) -> tuple[Any, ...]:
 
 
 def by_hand(rounds: list[Round], gamma: int) -> tuple[Any, ...]:
-    total = replay.count([(one.proposed, one.accepted, len(one.tokens)) for one in rounds], gamma)
+    total = Counts.of(rounds, gamma)
     return (
         total.num_tokens, total.num_rounds, total.num_proposed, total.num_accepted,
         list(total.reached), list(total.kept),

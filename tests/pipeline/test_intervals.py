@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline import intervals, metrics
+from pipeline.metrics import Counts
 
 SEEDED = {"samples": 4000, "seed": 3}
 
@@ -202,12 +203,24 @@ def test_what_has_no_rate_is_refused():
         intervals.seeded_difference(([1], [2]), ([1], [2]), **SEEDED)
 
 
+def counts_of(reached: list[float], kept: list[float]) -> Counts:
+    return Counts(0, 0, None, 0, tuple(reached), tuple(kept))
+
+
 def test_conditional_acceptance_pools_prompts_and_stops_where_no_round_came():
-    rates = metrics.conditional_acceptance([[4, 3, 0], [6, 1, 0]], [[3, 0, 0], [1, 1, 0]])
-    assert rates == pytest.approx([4 / 10, 1 / 4])
-    assert metrics.conditional_acceptance([[0, 0]], [[0, 0]]) == []
+    pooled = Counts.pooled([counts_of([4, 3, 0], [3, 0, 0]), counts_of([6, 1, 0], [1, 1, 0])])
+    assert pooled.conditional_acceptance == pytest.approx([4 / 10, 1 / 4])
+    assert counts_of([0, 0], [0, 0]).conditional_acceptance == []
     # Expected counts are no whole numbers.
-    assert metrics.conditional_acceptance([[0.5, 0.25], [0.5, 0]], [[0.25, 0.2], [0, 0]]) == [0.25, 0.8]
+    estimates = Counts.pooled([counts_of([0.5, 0.25], [0.25, 0.2]), counts_of([0.5, 0], [0, 0])])
+    assert estimates.conditional_acceptance == [0.25, 0.8]
+
+
+def test_rates_of_counts_are_pooled():
+    pooled = Counts.pooled([Counts(10, 4, 12, 6, (), ()), Counts(30, 6, 28, 24, (), ())])
+    assert pooled.acceptance == 30 / 40 and pooled.tau == 40 / 10
+    assert Counts.pooled([Counts(10, 4, 12, 6, (), ()), Counts(3, 2, None, 1, (), ())]).acceptance is None
+    assert Counts(1, 1, 0, 0, (), ()).acceptance is None
 
 
 def test_speedup_is_pooled_over_prompts_and_repeats():

@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from kernels import reference
+from pipeline.axes import FULL, View
 from pipeline.decode.sampling import Sampler
 from pipeline.errors import NotFinite
-from pipeline.kv.views import FULL, View, view_of
+from pipeline.kv.views import view_of
 from tests.helpers.models import VOCABULARY, random_tokens
 from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kernels import dispatch
+from pipeline.axes import FULL, View
 from pipeline.decode.model import LeanModel, ModuleModel, decode_model
 from pipeline.errors import BadData
 from pipeline.kv.slot_cache import SlotCache
 from pipeline.kv.view_cache import read_prefix
-from pipeline.kv.views import FULL, View, view_of
+from pipeline.kv.views import view_of
 from pipeline.models.build import prepare_model
 from tests.helpers.models import VOCABULARY, random_tokens
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pipeline.decode import replay
 from pipeline.decode.sampling import Chance
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
+from pipeline.metrics import Counts, Round
 from pipeline.train.teacher import write_ahead
 from tests.helpers.models import random_tokens
 from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of
@@ -40,8 +43,7 @@ def test_replay_is_decoding_round_by_round(
         for pair, match in zip(pairs, replay.match_views(logits, plain), strict=True):
             for gamma in (1, 2, 3, 7, 40):
                 (decoded,) = rounds_of(pair, gamma, limit, eos)
-                decoded_rounds = [(one.proposed, one.accepted, len(one.tokens)) for one in decoded]
-                assert replay.rounds(match, gamma, limit, ends) == decoded_rounds
+                assert replay.rounds(match, plain, gamma, limit, ends) == decoded
                 checked += 1
     assert checked >= 90
 
@@ -62,27 +64,38 @@ def test_the_whole_grid_is_decoding_round_by_round(target: PreTrainedModel, draf
         for gamma in (1, 2, 3, 5, 8, 12):
             decoded = rounds_of(pair, gamma, limit)
             for row, rounds in enumerate(decoded):
-                found = [(one.proposed, one.accepted, len(one.tokens)) for one in rounds]
-                assert replay.rounds(matches[row][number], gamma, limit, False) == found
-                checked += len(found)
+                assert replay.rounds(matches[row][number], texts[row], gamma, limit, False) == rounds
+                checked += len(rounds)
     assert checked > 3 * 4 * 6 * 16 * 2
+
+
+def by_hand(match: list[bool], *of: Any) -> list[tuple[int | None, int, int]]:
+    """(proposed, accepted, emitted) of each round; the rounds emit the continuation, none of it twice."""
+    continuation = range(len(match) + 1)
+    found = replay.rounds(match, continuation, *of)
+    assert [token for one in found for token in one.tokens] == list(continuation[1:])
+    return [(one.proposed, one.accepted, one.emitted) for one in found]
 
 
 def test_rounds_by_hand() -> None:
     yes, no = True, False
     match = [yes, yes, no, yes, no, no, yes, yes, yes]
-    assert replay.rounds(match, 2, 10, False) == [(2, 2, 3), (2, 1, 2), (2, 0, 1), (2, 2, 3)]
+    assert by_hand(match, 2, 10, False) == [(2, 2, 3), (2, 1, 2), (2, 0, 1), (2, 2, 3)]
     # γ reaches past what is left: the last round proposes only what is still allowed, and has no bonus.
-    assert replay.rounds(match, 4, 10, False) == [(4, 2, 3), (4, 1, 2), (4, 0, 1), (3, 3, 3)]
+    assert by_hand(match, 4, 10, False) == [(4, 2, 3), (4, 1, 2), (4, 0, 1), (3, 3, 3)]
     # The same tokens, but the last one is EOS with ten more allowed: nothing behind it counts.
-    assert replay.rounds(match, 4, 20, True) == [(4, 2, 3), (4, 1, 2), (4, 0, 1), (3, 3, 3)]
+    assert by_hand(match, 4, 20, True) == [(4, 2, 3), (4, 1, 2), (4, 0, 1), (3, 3, 3)]
     # EOS as the correction after two accepted: three positions count as proposed.
-    assert replay.rounds([yes, yes, no], 5, 20, True) == [(3, 2, 3)]
-    assert replay.rounds([], 3, 1, False) == []
+    assert by_hand([yes, yes, no], 5, 20, True) == [(3, 2, 3)]
+    assert by_hand([], 3, 1, False) == []
+
+
+def made(proposed: int | None, accepted: int, emitted: int) -> Round:
+    return Round(tuple(range(emitted)), proposed, accepted)
 
 
 def test_counts_by_hand() -> None:
-    counts = replay.count([(3, 3, 4), (3, 1, 2), (2, 0, 1)], gamma=3)
+    counts = Counts.of([made(3, 3, 4), made(3, 1, 2), made(2, 0, 1)], gamma=3)
     assert (counts.num_tokens, counts.num_rounds, counts.num_proposed, counts.num_accepted) == (7, 3, 8, 4)
     # Position 0 was reached by all three rounds and kept by two, position 1 by two and
     # one, position 2 by one.
@@ -92,7 +105,7 @@ def test_counts_by_hand() -> None:
 def test_accepted_is_the_sum_over_positions() -> None:
     match = [(7 * i) % 5 != 0 for i in range(60)]
     for gamma in range(1, 20):
-        counts = replay.count(replay.rounds(match, gamma, 61, False), gamma)
+        counts = Counts.of(replay.rounds(match, range(61), gamma, 61, False), gamma)
         assert sum(counts.kept) == counts.num_accepted
         assert counts.reached[0] == counts.num_rounds
         assert counts.num_tokens == 60
@@ -124,17 +137,17 @@ def test_what_replay_knows_of_stopping_early_is_what_decoding_does(
             for gamma in (1, 3, 9):
                 (decoded,) = rounds_of(pair, gamma, limit, eos, threshold=threshold)
                 stops = [confidence < threshold for confidence in sure]
-                replayed = replay.rounds(match, gamma, limit, ends, stops)
-                assert [one[1:] for one in replayed] == [(one.accepted, len(one.tokens)) for one in decoded]
-                for (proposed, _, _), one in zip(replayed, decoded, strict=True):
-                    known += proposed is not None
-                    assert proposed in (None, one.proposed)
+                replayed = replay.rounds(match, plain, gamma, limit, ends, stops)
+                assert [one.tokens for one in replayed] == [one.tokens for one in decoded]
+                for ours, one in zip(replayed, decoded, strict=True):
+                    known += ours.proposed is not None
+                    assert ours.accepted == one.accepted and ours.proposed in (None, one.proposed)
     assert known > 100
 
 
 def test_a_cell_with_an_unknown_round_has_no_proposed_count() -> None:
-    assert replay.count([(2, 2, 3), (None, 1, 2)], 4).num_proposed is None
-    assert replay.count([(2, 2, 3), (None, 1, 2)], 4).reached == (2, 2, 0, 0)
+    assert Counts.of([made(2, 2, 3), made(None, 1, 2)], 4).num_proposed is None
+    assert Counts.of([made(2, 2, 3), made(None, 1, 2)], 4).reached == (2, 2, 0, 0)
 
 
 def expected_by_recursion(chances: list[float], gamma: int, limit: int, ends: bool) -> tuple[float, ...]:
@@ -179,7 +192,7 @@ def test_certain_chances_are_the_greedy_replay() -> None:
     match = [True, True, False, True, False, False, True, True, True]
     for gamma in (1, 2, 4, 9):
         for ends in (False, True):
-            exact = replay.count(replay.rounds(match, gamma, 10, ends), gamma)
+            exact = Counts.of(replay.rounds(match, range(len(match) + 1), gamma, 10, ends), gamma)
             (expected,) = replay.expect(np.array([match], dtype=float), gamma, 10, ends)
             assert expected == exact
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.axes import FULL
 from pipeline.decode import replay
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDY, Sampler
 from pipeline.decode.sources import LONGEST_MATCH, DraftSource, LookupDrafts, ModelDrafts, Proposals
-from pipeline.kv.views import FULL, view_of
+from pipeline.kv.views import view_of
 from tests.helpers.models import VOCABULARY, random_tokens
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 
@@ -95,7 +96,7 @@ def test_lookup_is_lossless_and_its_replay_is_its_decoding(target: PreTrainedMod
     for row, text in enumerate(texts):
         alone = LookupDrafts([tokens[row]], LIMIT + gamma, VOCABULARY)
         replayed = replay.source_rounds(alone, text, gamma, LIMIT, text[-1] in eos)
-        assert replayed == [(one.proposed, one.accepted, len(one.tokens)) for one in rounds[row]]
+        assert replayed == rounds[row]
     assert sum(one.accepted for row in rounds for one in row) > 0
 
 
@@ -203,7 +204,7 @@ def test_a_source_of_two_levels_fits(
         (single,) = rounds_of(alone, gamma, LIMIT, eos, source=two_levels([prompt]))
         assert tokens_of(alone, [single]) == [text]
         replayed = replay.source_rounds(two_levels([prompt]), text, gamma, LIMIT, text[-1] in eos)
-        assert replayed == [(one.proposed, one.accepted, len(one.tokens)) for one in single]
+        assert replayed == single
     flat = [one for row in rounds for one in row]
     assert 0 < sum(one.accepted for one in flat) < sum(one.proposed for one in flat)
     # The middle model's own greedy tokens are what is proposed, whatever the small source says.

@@ -10,12 +10,13 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from kernels import dispatch
+from pipeline.axes import FULL
 from pipeline.decode import steps
 from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
 from pipeline.errors import BadData, NotFinite
-from pipeline.kv.views import FULL, view_of
+from pipeline.kv.views import view_of
 from tests.helpers.models import random_tokens
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from pipeline.axes import FULL, View
 from pipeline.kv.policies import select
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
-from pipeline.kv.views import FULL, View, view_of
+from pipeline.kv.views import view_of
 from tests.helpers.models import random_tokens
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from pipeline.decode import bench as measure
 from pipeline.decode import runner
-from pipeline.decode.loop import Round
 from pipeline.decode.model import LeanModel, decode_model
+from pipeline.metrics import Round
 from pipeline.store.files import read_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from pipeline.sweep.evaluator import failures_of

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from pipeline.axes import FULL, View
 from pipeline.config.schema import Config
 from pipeline.kv.policies import SNAP_WINDOW, select
-from pipeline.kv.views import FULL, View, view_of
+from pipeline.kv.views import view_of
 from pipeline.store.rows import Continuation
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.train.losses import plain_head
