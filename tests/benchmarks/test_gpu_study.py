@@ -188,7 +188,7 @@ def counted(storage: Path) -> list[PromptRow]:
     """What does not depend on a clock."""
     rows = read_all(artifact(storage, "sweep") / "rows", PromptRow)
     assert {row.mode for row in rows} == {"replay", "estimate", "measure"}
-    assert {row.control for row in rows} == {None, "other_prompt"}
+    assert {row.cell.control for row in rows} == {None, "other_prompt"}
     return [row for row in rows if row.mode != "measure"]
 
 
@@ -247,7 +247,7 @@ def test_the_page_says_what_was_reached_and_what_not(here: Here, uninterrupted: 
     lows = {
         f"multi_view − full_only, B = 16, {gpu_page.place(g)}: lower bound": g.low
         for g in told.headline
-        if (g.drafter, g.baseline, g.budget, g.control, g.gamma, g.prompts)
+        if (g.cell.drafter, g.baseline, g.cell.budget, g.cell.control, g.cell.gamma, g.prompts)
         == ("multi_view", "full_only", 16, None, 2, "all")
     }
     assert lows and lows == {c.row: c.value for c in told.checks if "full_only" in c.row}

@@ -213,7 +213,7 @@ def test_each_baseline_stands_with_its_fastest_measured_cell() -> None:
         measured("multi_view~42", 2.0),
     ]
     best = speed.best_baselines(cells)
-    assert [(c.drafter, c.context, c.speedup) for c in best] == [
+    assert [(c.cell.drafter, c.cell.context, c.speed.speedup) for c in best] == [
         ("self_speculation", "4K", 1.2), ("self_speculation", "1K", 1.05), ("prompt_lookup", "4K", 0.8)
     ]  # fmt: skip
     table = speed.baseline_table(best)

@@ -67,8 +67,10 @@ def test_the_other_cells_go_on(tally: Tally, tmp_path: Path) -> None:
     # With enough of it the same call measures what is missing.
     in_a_process(tmp_path, limited=False)
     again = read_rows(tmp_path / "rows" / "measure.jsonl", PromptRow)
-    kinds = {(row.policy, row.budget, row.gamma) for row in again}
-    tally.lost += 3 * len(kinds) - len({(row.prompt_id, row.policy, row.budget, row.gamma) for row in again})
+    kinds = {(row.cell.policy, row.cell.budget, row.cell.gamma) for row in again}
+    tally.lost += 3 * len(kinds) - len(
+        {(row.prompt_id, row.cell.policy, row.cell.budget, row.cell.gamma) for row in again}
+    )
     assert tally.lost == 0 and len(again) == 3 * len(kinds)
     assert not (tmp_path / "failed" / "measure.jsonl").exists()
 
@@ -106,7 +108,7 @@ def test_what_kills_its_worker_is_recorded_and_the_rest_is_done(
     sweep = artifact(storage, "sweep")
     assert sweep is not None and len(list(sweep.glob("rows/*.jsonl"))) == 1
     failed = [cell for file in sweep.glob("failed/*.jsonl") for cell in read_rows(file, FailedCell)]
-    assert {cell.drafter for cell in failed} == {"full_only", "multi_view"}
+    assert {cell.cell.drafter for cell in failed} == {"full_only", "multi_view"}
     assert len({cell.prompt_id for cell in failed}) == 8
     assert toy.run(storage, SLOW) == 0, tail(storage)
     tally.lost += missing(outcome(storage), expected)

@@ -95,11 +95,26 @@ class SweepBench:
 
 
 def counts(row: PromptRow) -> tuple[Any, ...]:
-    return (row.num_tokens, row.num_rounds, row.num_proposed, row.num_accepted, row.reached, row.kept)
+    return (
+        row.counts.num_tokens,
+        row.counts.num_rounds,
+        row.counts.num_proposed,
+        row.counts.num_accepted,
+        row.counts.reached,
+        row.counts.kept,
+    )
 
 
 def key(row: PromptRow) -> tuple[Any, ...]:
-    return (row.drafter, row.prompt_id, row.policy, row.budget, row.control, row.gamma, row.temperature)
+    return (
+        row.cell.drafter,
+        row.prompt_id,
+        row.cell.policy,
+        row.cell.budget,
+        row.cell.control,
+        row.cell.gamma,
+        row.cell.temperature,
+    )
 
 
 def by_hand(rounds: list[Round], gamma: int) -> tuple[Any, ...]:

@@ -179,9 +179,11 @@ def test_every_cell_is_there(summary_file: Path) -> None:
 def test_cells_know_the_range_that_their_drafter_was_trained_on(summary_file: Path) -> None:
     cells = read_rows(summary_file.parent / "cells.jsonl", CellRow)
     for cell in cells:
-        positions = DRAFTER_POSITIONS if cell.drafter == "untrained" else 1024
-        assert cell.in_trained_range == (CONTEXTS[cell.context] + 16 <= positions), cell
-    assert {c.context for c in cells if not c.in_trained_range and c.drafter == "multi_view"} == {"16K"}
+        positions = DRAFTER_POSITIONS if cell.cell.drafter == "untrained" else 1024
+        assert cell.in_trained_range == (CONTEXTS[cell.cell.context] + 16 <= positions), cell
+    assert {c.cell.context for c in cells if not c.in_trained_range and c.cell.drafter == "multi_view"} == {
+        "16K"
+    }
 
 
 def test_prompts_are_of_the_papers_form(summary_file: Path) -> None:
@@ -257,6 +259,6 @@ def test_half_precision_target_runs_on_a_cpu(hub: Path, tmp_path: Path) -> None:
     assert config.target.dtype == "float16"
     cells = read_rows(run_pipeline(config).parent / "cells.jsonl", CellRow)
     measured = [cell for cell in cells if cell.mode == "measure"]
-    assert {cell.dataset for cell in measured} == set(DATASETS)
+    assert {cell.cell.dataset for cell in measured} == set(DATASETS)
     # Two bytes a number: K and V, 2 layers of 4 heads of 16, 238 tokens.
     assert all(cell.target_kv_bytes == 2 * 2 * 2 * 4 * 16 * 238 for cell in measured)

@@ -72,7 +72,7 @@ def test_the_report_and_the_command_follow_the_run_off(tmp_path: Path) -> None:
     write_rows(sweep.path / "rechecked" / "all.jsonl", runs(1.8, 2.0))
     folder = report(config(tmp_path), ReportInputs(prepare, teach, sweep, stages=[])).path
     (advice,) = summary_of(folder).recommendations
-    assert advice.choice is not None and advice.choice.budget == 16
+    assert advice.choice is not None and advice.choice.cell.budget == 16
     assert (advice.choice.run_off, advice.choice.again) == (pytest.approx(2.5), pytest.approx(1.5))
     assert advice.best_again == pytest.approx(3.0 / 1.8)
     text = list(advise(folder, 64, None, None, 1, None))

@@ -131,8 +131,18 @@ def test_a_run_makes_what_was_planned(
     assert len(rows) - len(timed) == exact["rows of replay"]["value"]
     assert guessed["rows measured"]["value"] == pytest.approx(len(timed), rel=0.2)
     assert guessed["rows of replay"]["value"] == pytest.approx(len(rows) - len(timed), rel=0.2)
-    plain = {(row.drafter, row.together_with, row.temperature, row.seed): row.ar_decode_s for row in timed}
-    runs = sum(len(row.decode_s) / row.prompts_together for row in timed) + sum(map(len, plain.values()))
+    plain = {
+        (
+            row.cell.drafter,
+            row.timing.together_with,
+            row.cell.temperature,
+            row.cell.seed,
+        ): row.timing.ar_decode_s
+        for row in timed
+    }
+    runs = sum(len(row.timing.decode_s) / row.timing.prompts_together for row in timed) + sum(
+        map(len, plain.values())
+    )
     assert runs == pytest.approx(exact["timed runs"]["value"])
     assert guessed["timed runs"]["value"] == pytest.approx(runs, rel=0.2)
 
@@ -157,10 +167,12 @@ def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
     named = 2 * 8 * (1 + 2 + 1) * 2  # prompts × γ × views × texts
     assert named < len(measured) <= planned.measured <= 1.2 * len(measured)
     assert [len(rows) for rows in again] == [2 * 3] * 2 and planned.rechecked == 2 * 2 * 3
-    assert not any(row.temperature for rows in again for row in rows), "the fastest are greedy cells"
-    runs = sum(len(row.decode_s) for row in sum(again, measured))
+    assert not any(row.cell.temperature for rows in again for row in rows), "the fastest are greedy cells"
+    runs = sum(len(row.timing.decode_s) for row in sum(again, measured))
     for rows in (measured, *again):
-        plain = {(row.drafter, row.prompt_id, row.temperature): row.ar_decode_s for row in rows}
+        plain = {
+            (row.cell.drafter, row.prompt_id, row.cell.temperature): row.timing.ar_decode_s for row in rows
+        }
         runs += sum(map(len, plain.values()))
     assert runs <= planned.runs <= 1.25 * runs
 

@@ -78,10 +78,10 @@ def test_rows_keep_every_token_and_a_full_cache_is_not_budgeted(finished: Path) 
     (continued,) = (artifact(finished, "teach") / "continuations").glob("test-*.jsonl")
     tokens = {row.prompt_id: len(row.tokens) for row in read_rows(continued, Continuation)}
     for row in rows:
-        assert row.num_tokens == tokens[row.prompt_id] - 1  # the prefill gives the first
-        assert row.num_accepted + row.num_rounds >= row.num_tokens
+        assert row.counts.num_tokens == tokens[row.prompt_id] - 1  # the prefill gives the first
+        assert row.counts.num_accepted + row.counts.num_rounds >= row.counts.num_tokens
         # K and V in float32, 1 layer of 2 heads of 8, and what is kept of 64 prompt tokens.
-        kept = 64 if row.budget == "full" else row.budget
+        kept = 64 if row.cell.budget == "full" else row.cell.budget
         assert row.drafter_kv_bytes == 2 * 4 * 1 * 2 * 8 * kept
 
 
@@ -225,12 +225,12 @@ def test_a_broken_drafter_fails_alone_and_is_tried_again(corpus: Path, storage: 
     swept, reported = artifact(storage, "sweep"), artifact(storage, "report")
     assert not (swept / MANIFEST).exists()
     failed = [row for file in (swept / "failed").glob("*.jsonl") for row in read_rows(file, FailedCell)]
-    assert {(row.drafter, row.mode) for row in failed} == {
+    assert {(row.cell.drafter, row.mode) for row in failed} == {
         ("multi_view", "replay"),
         ("multi_view", "measure"),
     }
     assert all("not finite" in row.error for row in failed)
-    assert {c.drafter for c in read_rows(reported / "cells.jsonl", CellRow)} == {"full_only"}
+    assert {c.cell.drafter for c in read_rows(reported / "cells.jsonl", CellRow)} == {"full_only"}
     partial = summary_of(reported / "summary.json")["acceptance"]
     assert partial == [row for row in numbers["acceptance"] if row["drafter"] == "full_only"]
     page = (reported / "report.html").read_text()
@@ -293,10 +293,10 @@ def test_mlflow_mirrors_a_run_and_what_a_rerun_adds(
     assert len(points) == 2 * 7  # drafters × (three budgets, each with its control, and no prefix)
     for point in points:
         wanted = {
-            cell.gamma: cell.acceptance
+            cell.cell.gamma: cell.acceptance
             for cell in cells
             if cell.mode == "replay"
-            and (cell.drafter, str(cell.budget), cell.control or "none")
+            and (cell.cell.drafter, str(cell.cell.budget), cell.cell.control or "none")
             == tuple(point.data.params[axis] for axis in ("drafter", "budget", "control"))
         }
         history = client.get_metric_history(point.info.run_id, "accept/rate")

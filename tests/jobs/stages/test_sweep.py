@@ -83,14 +83,15 @@ def summary_of(report: Path) -> Summary:
 
 def test_every_source_is_replayed_and_estimated(swept: Path) -> None:
     rows = [row for row in read_all(swept / "rows", PromptRow) if row.mode != "measure"]
-    assert {row.mode for row in rows if row.temperature == 0} == {"replay"}
-    assert {row.mode for row in rows if row.temperature == 1} == {"estimate"}
+    assert {row.mode for row in rows if row.cell.temperature == 0} == {"replay"}
+    assert {row.mode for row in rows if row.cell.temperature == 1} == {"estimate"}
     trained = {f"{variant}~{seed}" for variant in ("full_only", "multi_view") for seed in (1, 2)}
-    assert {row.drafter for row in rows} == trained | {*BASELINES}
-    assert {row.gamma for row in rows if row.context == "4"} == {2}
-    assert {row.gamma for row in rows if row.context == "48"} == {2, 4}
+    assert {row.cell.drafter for row in rows} == trained | {*BASELINES}
+    assert {row.cell.gamma for row in rows if row.cell.context == "4"} == {2}
+    assert {row.cell.gamma for row in rows if row.cell.context == "48"} == {2, 4}
     views = {
-        drafter: {(row.policy, row.budget) for row in rows if row.drafter == drafter} for drafter in BASELINES
+        drafter: {(row.cell.policy, row.cell.budget) for row in rows if row.cell.drafter == drafter}
+        for drafter in BASELINES
     }
     assert views["prompt_lookup"] == {("none", 0)}
     assert views["self_speculation"] == {(p, b) for p in ("streaming", "snapkv") for b in (16, 32)}
@@ -100,23 +101,38 @@ def test_estimates_are_of_the_size_of_what_sampling_gives(swept: Path) -> None:
     """Expected counts over one sampled text a prompt lie within what counts can be."""
     for row in read_all(swept / "rows", PromptRow):
         if row.mode == "estimate":
-            assert row.num_proposed is not None and 0 <= row.num_accepted <= row.num_proposed
-            assert row.num_tokens / (row.gamma + 1) <= row.num_rounds + 1e-9 <= row.num_tokens + 1e-6
+            assert (
+                row.counts.num_proposed is not None
+                and 0 <= row.counts.num_accepted <= row.counts.num_proposed
+            )
+            assert (
+                row.counts.num_tokens / (row.cell.gamma + 1)
+                <= row.counts.num_rounds + 1e-9
+                <= row.counts.num_tokens + 1e-6
+            )
 
 
 def test_all_that_is_measured_is_exact_and_replay_knew_it(swept: Path) -> None:
     rows = read_all(swept / "rows", PromptRow)
     replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
     measured = [row for row in rows if row.mode == "measure"]
-    assert {row.drafter for row in measured} >= {"multi_view~1", *BASELINES}
+    assert {row.cell.drafter for row in measured} >= {"multi_view~1", *BASELINES}
     for row in measured:
         same = replayed[cell_of(row), row.prompt_id]
-        assert row.exact and row.num_left_out == 0 and len(row.decode_s) == REPEATS
-        assert (row.num_rounds, row.num_accepted) == (same.num_rounds, same.num_accepted)
-        assert (row.num_proposed, row.reached) == (same.num_proposed, same.reached)
+        assert row.timing.exact and row.num_left_out == 0 and len(row.timing.decode_s) == REPEATS
+        assert (row.counts.num_rounds, row.counts.num_accepted) == (
+            same.counts.num_rounds,
+            same.counts.num_accepted,
+        )
+        assert (row.counts.num_proposed, row.counts.reached) == (
+            same.counts.num_proposed,
+            same.counts.reached,
+        )
     # The plane: every budget and γ of the first seed of full_only, at the longer context.
     plane = {
-        (row.budget, row.gamma) for row in measured if (row.drafter, row.context) == ("full_only~1", "48")
+        (row.cell.budget, row.cell.gamma)
+        for row in measured
+        if (row.cell.drafter, row.cell.context) == ("full_only~1", "48")
     }
     assert plane == {(budget, gamma) for budget in (16, 32, "full") for gamma in (2, 4)}
 
@@ -124,7 +140,7 @@ def test_all_that_is_measured_is_exact_and_replay_knew_it(swept: Path) -> None:
 def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, swept: Path) -> None:
     predicted = read_rows(report / "predicted.jsonl", PredictedRow)
     rows = read_all(swept / "rows", PromptRow)
-    wanted = {cell_of(row) for row in rows if row.mode == "replay" and row.control is None}
+    wanted = {cell_of(row) for row in rows if row.mode == "replay" and row.cell.control is None}
     assert {cell_of(row) for row in predicted} == wanted
     times = read_all(swept / "steps", StepTimes)
     assert {time.context for time in times} == {"4", "48"}
@@ -156,13 +172,17 @@ def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None
     assert Counter(cell.context for cell in again) == {"4": 3, "48": 3}
     played = read_all(swept / "run_off", PromptRow)
     assert Counter(cell_of(row) for row in played) == Counter(cell_of(row) for row in rows)
-    assert [row.decode_s for row in played] != [row.decode_s for row in rows]
-    (repeats,) = {len(row.decode_s) for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"}
+    assert [row.timing.decode_s for row in played] != [row.timing.decode_s for row in rows]
+    (repeats,) = {
+        len(row.timing.decode_s) for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"
+    }
     for row in (*played, *rows):
-        assert len(row.decode_s) == len(row.ar_decode_s) == 4 * repeats
+        assert len(row.timing.decode_s) == len(row.timing.ar_decode_s) == 4 * repeats
     cells = [c for c in read_rows(report / "cells.jsonl", CellRow) if c.mode == "measure"]
     for context in ("4", "48"):
-        fastest = sorted((c for c in cells if c.context == context), key=lambda c: -(c.speedup or 0))[:3]
+        fastest = sorted(
+            (c for c in cells if c.cell.context == context), key=lambda c: -(c.speed.speedup or 0)
+        )[:3]
         assert {cell_of(cell) for cell in fastest} == {cell for cell in again if cell.context == context}
     advised = summary_of(report).recommendations
     assert [advice.context for advice in advised] == ["4", "48"]

@@ -39,7 +39,7 @@ def test_the_rows_are_one_drafters(finished: Path, evidence: Evidence) -> None:
         assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, wanted))
         # Three budgets, each with its control, and no prefix, at two γ; two prompts are measured of one cell.
         assert len(found) == 7 * 2 * PROMPTS + (2 if name == "multi_view" else 0)
-    assert {row.control for row in evidence.rows} == {None, "other_prompt", "no_prefix"}
+    assert {row.cell.control for row in evidence.rows} == {None, "other_prompt", "no_prefix"}
 
 
 def test_what_it_says_of_the_drafter(finished: Path, evidence: Evidence) -> None:
@@ -82,7 +82,9 @@ def test_a_drafter_trained_otherwise_stays_comparable(
     summary = run_pipeline(toy_config(corpus, storage, lambda v: v["train"].update(steps=4)))
     other = read_evidence(summary)
     assert (other.target, other.prompts) == (evidence.target, evidence.prompts)
-    assert [row.num_accepted for row in other.rows] != [row.num_accepted for row in evidence.rows]
+    assert [row.counts.num_accepted for row in other.rows] != [
+        row.counts.num_accepted for row in evidence.rows
+    ]
 
 
 def other_token(storage: Path) -> None:

@@ -134,7 +134,7 @@ def test_table_1_needs_every_gamma_measured_or_predicted() -> None:
     """By prediction γ = 20 is the fastest; its speed is shown where it was timed, a predicted one never."""
     config = paper()
     for timed, speedup in (({5}, None), ({5, 20}, pytest.approx(3 / 1.1))):
-        rows = [r for r in prompt_rows() if r.mode == "replay" or r.gamma in timed]
+        rows = [r for r in prompt_rows() if r.mode == "replay" or r.cell.gamma in timed]
         cells = cells_of(config, rows)
         (only,) = published_beside(config, cells)
         assert only.table == "Table 3"

@@ -142,7 +142,7 @@ def test_a_share_below_nothing_is_shown_as_it_is() -> None:
         ": -10 % of the gain is there without the context (by an interval that reaches zero), +11.0 points ["
     )
     assert said in "\n".join(found.findings)
-    (under,) = (g for g in found.headline if g.control)
+    (under,) = (g for g in found.headline if g.cell.control)
     mean, low, high = under.lost
     assert mean == pytest.approx(0.11) and 0.01 <= low < mean < high <= 0.21
 
@@ -160,10 +160,10 @@ def test_what_a_gain_loses_under_the_control_is_paired():
                 ]
     drafters = ("full_only~1", "full_only~2", "multi_view~1", "multi_view~2")
     found = summary_of(rows, axes=replace(AXES, drafters=drafters))
-    (family,) = (g for g in found.families if g.control)
+    (family,) = (g for g in found.families if g.cell.control)
     assert family.lost == pytest.approx((0.1, 0.1, 0.1))
-    assert all(g.lost == pytest.approx((0.1, 0.1, 0.1)) for g in found.headline if g.control)
-    assert all(g.lost is None for g in (*found.headline, *found.families) if not g.control)
+    assert all(g.lost == pytest.approx((0.1, 0.1, 0.1)) for g in found.headline if g.cell.control)
+    assert all(g.lost is None for g in (*found.headline, *found.families) if not g.cell.control)
     said = "56 % of the gain is there without the context, +10.0 points [+10.0, +10.0] of it are not."
     assert said in found.findings[0]
 
@@ -200,7 +200,7 @@ def test_sampled_cells_are_said_to_be_faster_or_not():
         "the fastest, rather high as it was picked from them, is full_only, chunk_topk, B = 16, γ = 4 at "
         "1.50× [1.50, 1.50]."
     )
-    slow = [one for one in rows if one.gamma == 2]
+    slow = [one for one in rows if one.cell.gamma == 2]
     assert any(": none of 1 measured" in text for text in summary_of(slow).findings)
     few = summary_of(rows, axes=replace(AXES, least_documents=7)).findings
     assert not any("faster" in text for text in few)
@@ -244,7 +244,7 @@ def test_no_prefix_counts_only_for_a_drafter_trained_so():
     rows += [row(prompt=p, accepted=20, proposed=100, budget=0, control="no_prefix") for p in range(12)]
     found = summary_of(rows)
     (gap,) = found.controls
-    assert (gap.mean, gap.budget, gap.real_budget) == (pytest.approx(0.3), 0, 16)
+    assert (gap.value.mean, gap.cell.budget, gap.real_budget) == (pytest.approx(0.3), 0, 16)
     assert not any("no prefix" in text for text in found.findings)
     trained = replace(AXES, trained_without_prefix=("full_only",))
     assert any(
@@ -273,18 +273,20 @@ def test_sweep_without_rows_has_nothing_to_find():
 def test_a_drafter_that_could_not_be_timed_is_named():
     """Its cells were replayed, and no prediction stands for them where others have one."""
     rows = sweep_rows()
-    replayed = [cell for cell in cell_rows(rows, AXES, 10, 0) if cell.mode == "replay" and not cell.control]
-    lost, *others = sorted({cell.drafter for cell in replayed})
+    replayed = [
+        cell for cell in cell_rows(rows, AXES, 10, 0) if cell.mode == "replay" and not cell.cell.control
+    ]
+    lost, *others = sorted({cell.cell.drafter for cell in replayed})
     predicted = [
         PredictedRow(
             **cell_of(cell).model_dump(), num_prompts=1, num_documents=1, decode_s=1.0, speedup=1.0,
             speedup_low=1.0, speedup_high=1.0,
         )
         for cell in replayed
-        if cell.drafter in others
+        if cell.cell.drafter in others
     ]  # fmt: skip
     sizes = [ModelSize(name="target", weight_bytes=1, kv_bytes_per_token=1)]
-    context = replayed[0].context
+    context = replayed[0].cell.context
 
     def told(predictions: Predictions) -> list[str]:
         found = summarise(rows, cell_rows(rows, AXES, 10, 0), (), AXES, 10, 0, predictions).findings

@@ -49,13 +49,13 @@ def test_replayed_cell_by_hand():
     cell = only(rows)
     assert (cell.num_prompts, cell.num_documents, cell.num_looping) == (3, 2, 1)
     assert cell.acceptance == pytest.approx(41 / 60)
-    assert cell.acceptance_low < cell.acceptance < cell.acceptance_high
+    assert cell.acceptance.low < cell.acceptance < cell.acceptance.high
     assert cell.acceptance_not_looping == pytest.approx(39 / 50)
     assert cell.mean_tokens_per_round == pytest.approx(60 / 20)
     assert cell.conditional_acceptance == pytest.approx([0.5, 1 / 3])
     assert cell.in_trained_range is False
     assert (cell.drafter_kv_bytes, cell.target_kv_bytes) == (2048, None)
-    assert (cell.speedup, cell.exact_prompts, cell.peak_memory_bytes) == (None, None, None)
+    assert (cell.speed.speedup, cell.exact_prompts, cell.peak_memory_bytes) == (None, None, None)
 
 
 def test_measured_cell_by_hand():
@@ -72,13 +72,13 @@ def test_measured_cell_by_hand():
     ]
     cell = only(rows)
     # 36 tokens in 2 + 4 s of decoding, against 3 + 6 s; prefills add 3 s and 2 s.
-    assert cell.tokens_per_s == pytest.approx(36 / 6)
-    assert cell.ar_tokens_per_s == pytest.approx(36 / 9)
-    assert cell.speedup == pytest.approx(9 / 6)
+    assert cell.speed.tokens_per_s == pytest.approx(36 / 6)
+    assert cell.speed.ar_tokens_per_s == pytest.approx(36 / 9)
+    assert cell.speed.speedup == pytest.approx(9 / 6)
     assert cell.end_to_end_speedup == pytest.approx(11 / 9)
     # Resamples of two prompts, each with its two repeats: no ratio lies beyond the best and worst of them.
-    assert 1 <= cell.end_to_end_low < 11 / 9 < cell.end_to_end_high <= cell.speedup_high
-    assert cell.worst_prompt_speedup == pytest.approx(1.5)
+    assert 1 <= cell.end_to_end_low < 11 / 9 < cell.end_to_end_high <= cell.speed.speedup.high
+    assert cell.speed.worst_prompt_speedup == pytest.approx(1.5)
     assert (cell.exact_prompts, cell.target_kv_bytes, cell.peak_memory_bytes) == (1, 65536, 10**6)
 
 
@@ -95,7 +95,7 @@ def test_cell_whose_proposals_are_unknown_has_no_acceptance():
     """Replay with a threshold: accepted tokens and rounds are known, refused proposals are not."""
     unknown = row(accepted=6, proposed=None, threshold=0.4)
     cell = only([unknown, row(prompt=1, accepted=6, proposed=12, threshold=0.4)])
-    assert (cell.acceptance, cell.acceptance_low, cell.acceptance_high) == (None, None, None)
+    assert (cell.acceptance, cell.acceptance.low, cell.acceptance.high) == (None, None, None)
     assert cell.acceptance_not_looping is None
     assert cell.mean_tokens_per_round == pytest.approx(24 / 12)
     assert pool.acceptances([cell]) == []
@@ -121,7 +121,9 @@ def test_measured_prompt_without_its_times_is_refused(broken):
 
 def test_cells_come_in_the_order_of_the_config():
     cells = pool.cell_rows(sweep_rows(), AXES, **SEEDED)
-    shown = [(c.drafter, c.control, c.budget, c.gamma) for c in cells if c.mode == "replay"]
+    shown = [
+        (c.cell.drafter, c.cell.control, c.cell.budget, c.cell.gamma) for c in cells if c.mode == "replay"
+    ]
     assert shown[:4] == [
         ("full_only", None, 16, 2), ("full_only", None, 16, 4),
         ("full_only", None, "full", 2), ("full_only", None, "full", 4),
@@ -137,17 +139,17 @@ def test_acceptance_prefers_the_replay_and_speedup_takes_measured_cells():
     speedup = pool.speedups(cells)
     assert len(speedup) == 4
     assert {(e.num_prompts, e.num_documents) for e in speedup} == {(2, 1)}
-    assert all(e.mean == pytest.approx(1.5) for e in speedup)
+    assert all(e.value.mean == pytest.approx(1.5) for e in speedup)
 
 
 def test_acceptance_interval_resamples_documents():
     """Two documents, each of one easy and one hard prompt: every resample has the same rate."""
     rows = [row(prompt=p, accepted=9 if p % 2 else 1, proposed=10) for p in range(4)]
     alike = only(rows)
-    assert (alike.acceptance_low, alike.acceptance, alike.acceptance_high) == pytest.approx((0.5, 0.5, 0.5))
+    assert (alike.acceptance.low, alike.acceptance, alike.acceptance.high) == pytest.approx((0.5, 0.5, 0.5))
     # The same prompts, the easy ones in one document: a resample has both documents, or one of them twice.
     apart = only([r.model_copy(update={"document_id": f"d{p % 2}"}) for p, r in enumerate(rows)])
-    assert (apart.acceptance_low, apart.acceptance_high) == pytest.approx((0.1, 0.9))
+    assert (apart.acceptance.low, apart.acceptance.high) == pytest.approx((0.1, 0.9))
 
 
 def test_lossless_counts_prompts_that_are_exact_in_every_cell():
@@ -170,6 +172,6 @@ def test_replay_is_checked_against_decoding():
     ]
     found = pool.replay_check(rows)
     assert (found.rows, found.equal) == (2, 1)
-    for changed in ({"num_rounds": rows[0].num_rounds + 1}, {"kept": [*rows[0].kept[:-1], 99]}):
+    for changed in ({"num_rounds": rows[0].counts.num_rounds + 1}, {"kept": [*rows[0].counts.kept[:-1], 99]}):
         decoded = measured(prompt=0).model_copy(update=changed)
         assert pool.replay_check([rows[0], decoded]).equal == 0, changed

@@ -48,10 +48,10 @@ def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
     again = [measured(prompt=n, budget="full", decode_s=[2.5, 2.5]) for n in range(6)]
     cells, fresh = cell_rows(rows, AXES, 100, 0), cell_rows(again, AXES, 100, 0)
     fast, slow = choices(cells, [], fresh)[PLACE]
-    assert (fast.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
-    assert fast.expected == (fast.again, fast.again_low, fast.again_high)
-    assert (slow.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
-    assert slow.expected == (slow.speedup, slow.speedup_low, slow.speedup_high)
+    assert (fast.cell.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
+    assert fast.expected == (fast.again, fast.again.low, fast.again.high)
+    assert (slow.cell.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
+    assert slow.expected == (slow.speedup, slow.speedup.low, slow.speedup.high)
     assert fast.acceptance == pytest.approx(0.6) and fast.num_documents == 3
     # With prefills of 1.5 s and of AR's 1 s: of the fresh repeats, where there are any.
     assert fast.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.5))
@@ -72,9 +72,9 @@ def test_a_run_off_decides_between_the_fastest() -> None:
         return cell_rows(made, AXES, 100, 0)
 
     found = choices(rows(0), rows(1), [])[PLACE]
-    assert [cell.budget for cell in found] == [32, "full", 16]
+    assert [cell.cell.budget for cell in found] == [32, "full", 16]
     assert [cell.run_off for cell in found] == [pytest.approx(1.7), pytest.approx(1.5), None]
-    assert [cell.budget for cell in choices(rows(0), [], [])[PLACE]] == ["full", 32, 16]
+    assert [cell.cell.budget for cell in choices(rows(0), [], [])[PLACE]] == ["full", 32, 16]
 
 
 def test_a_fast_first_run_shows_nothing_where_the_repeats_behind_the_run_off_failed() -> None:
@@ -109,7 +109,7 @@ def test_a_run_off_that_lost_prompts_is_not_compared() -> None:
     raced = [measured(prompt=0, budget="full", decode_s=[0.5, 0.5])]
     raced += [measured(prompt=n, budget=16, decode_s=[2.0, 2.0]) for n in range(6)]
     cells, run_off = cell_rows(rows, AXES, 100, 0), cell_rows(raced, AXES, 100, 0)
-    assert [(c.budget, c.run_off) for c in choices(cells, run_off, [])[PLACE]] == [
+    assert [(c.cell.budget, c.run_off) for c in choices(cells, run_off, [])[PLACE]] == [
         (16, pytest.approx(1.5)), ("full", None)
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ SEEDED = {"samples": 500, "seed": 0}
 
 def speedup_of(rows) -> tuple[float, float, float]:
     (cell,) = pool.cell_rows(rows, AXES, **SEEDED)
-    return cell.speedup_low, cell.speedup, cell.speedup_high
+    return cell.speed.speedup.low, cell.speed.speedup, cell.speed.speedup.high
 
 
 def test_units_are_documents_and_what_batches_link():
@@ -46,12 +46,12 @@ def test_ar_speed_pools_all_runs_of_a_place():
         row(prompt=2),
     ]
     (found,) = speed.ar_speeds(rows, AXES, **SEEDED)
-    assert found.mean == pytest.approx((4 * 12 + 2 * 60) / (4 * 3.0 + 15.0))
+    assert found.speed.mean == pytest.approx((4 * 12 + 2 * 60) / (4 * 3.0 + 15.0))
     assert (found.dataset, found.context, found.num_prompts) == ("code", "64", 2)
     # Both prompts are of one document, which is in every resample.
-    assert (found.low, found.high, found.num_documents) == (
-        pytest.approx(found.mean),
-        pytest.approx(found.mean),
+    assert (found.speed.low, found.speed.high, found.num_documents) == (
+        pytest.approx(found.speed.mean),
+        pytest.approx(found.speed.mean),
         1,
     )
 
@@ -59,5 +59,5 @@ def test_ar_speed_pools_all_runs_of_a_place():
 def test_ar_speed_interval_resamples_documents():
     rows = [measured(prompt=p, ar_decode_s=[3.0 if p < 2 else 6.0]) for p in range(4)]
     (found,) = speed.ar_speeds(rows, AXES, **SEEDED)
-    assert (found.low, found.high) == pytest.approx((12 / 6, 12 / 3))
+    assert (found.speed.low, found.speed.high) == pytest.approx((12 / 6, 12 / 3))
     assert (found.num_prompts, found.num_documents) == (4, 2)

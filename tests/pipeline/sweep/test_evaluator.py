@@ -48,9 +48,11 @@ def counted(done: Evaluated) -> tuple[int, int]:
 def test_replay_has_every_cell_once(replayed: list[PromptRow]) -> None:
     """2 policies × (3 budgets + 3 with another prompt's KV + none) × 2 γ × 4 prompts."""
     assert len(replayed) == len({key(row) for row in replayed}) == 2 * 7 * 2 * PROMPTS
-    assert all(row.mode == "replay" and row.temperature == 0 and not row.decode_s for row in replayed)
-    assert {row.control for row in replayed} == {None, "other_prompt", "no_prefix"}
-    assert all(row.budget == 0 for row in replayed if row.control == "no_prefix")
+    assert all(
+        row.mode == "replay" and row.cell.temperature == 0 and not row.timing.decode_s for row in replayed
+    )
+    assert {row.cell.control for row in replayed} == {None, "other_prompt", "no_prefix"}
+    assert all(row.cell.budget == 0 for row in replayed if row.cell.control == "no_prefix")
 
 
 def test_replay_counts_are_decodings(bench: SweepBench, replayed: list[PromptRow]) -> None:
@@ -61,16 +63,16 @@ def test_replay_counts_are_decodings(bench: SweepBench, replayed: list[PromptRow
         if row.prompt_id not in (bench.prompts[0].prompt_id, bench.prompts[-1].prompt_id):
             continue
         prompt, partner = pairs[row.prompt_id]
-        read = partner if row.control == "other_prompt" else prompt
-        tokens, rounds = bench.speculate(prompt, read, row.policy, row.budget, row.gamma)
-        assert counts(row) == by_hand(rounds, row.gamma), key(row)
+        read = partner if row.cell.control == "other_prompt" else prompt
+        tokens, rounds = bench.speculate(prompt, read, row.cell.policy, row.cell.budget, row.cell.gamma)
+        assert counts(row) == by_hand(rounds, row.cell.gamma), key(row)
         stored = next(c for c in bench.continuations if c.prompt_id == row.prompt_id)
         assert tokens == stored.tokens and row.repetition_rate == stored.repetition_rate
         assert row.looping == (row.repetition_rate > 0.5)
 
 
 def test_another_prompts_kv_is_another_result(replayed: list[PromptRow]) -> None:
-    found = {key(row): row.num_accepted for row in replayed}
+    found = {key(row): row.counts.num_accepted for row in replayed}
     own = {k: n for k, n in found.items() if k[4] is None}
     other = {k: found[(*k[:4], "other_prompt", *k[5:])] for k in own}
     assert own != other and sum(own.values()) > sum(other.values())
@@ -106,7 +108,7 @@ def test_a_longer_partner_is_cut_to_the_length_of_the_prompt(
     rows = read_rows(task.output, PromptRow)
     of_first = [counts(row) for row in rows if row.prompt_id == first.prompt_id]
     assert of_first == [counts(row) for row in replayed if row.prompt_id == first.prompt_id]
-    controls = {row.control for row in rows if row.prompt_id == second.prompt_id}
+    controls = {row.cell.control for row in rows if row.prompt_id == second.prompt_id}
     assert controls == {None, "no_prefix"}
 
 
@@ -116,7 +118,7 @@ def test_without_a_partner_only_the_control_is_left_out(
     prompts = [prompt.model_copy(update={"document_id": "same"}) for prompt in bench.prompts]
     write_rows(tmp_path / "prompts.jsonl", prompts)
     task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
-    wanted = [row for row in replayed if row.control != "other_prompt"]
+    wanted = [row for row in replayed if row.cell.control != "other_prompt"]
     assert counted(bench.evaluator()(task)) == (len(wanted), 0)
     assert [counts(row) for row in read_rows(task.output, PromptRow)] == [counts(row) for row in wanted]
 
@@ -137,7 +139,7 @@ def test_slices_of_the_prompts_give_the_same_rows(
 def test_kv_bytes_and_positions(replayed: list[PromptRow]) -> None:
     """Keys and values × 2 key/value heads × 12 wide × 3 layers × 4 bytes for each kept entry."""
     for row in replayed:
-        kept = LENGTH if row.budget == "full" else row.budget
+        kept = LENGTH if row.cell.budget == "full" else row.cell.budget
         assert row.drafter_kv_bytes == kept * 2 * 2 * 12 * 3 * 4
         assert row.in_trained_range
 
@@ -196,19 +198,19 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
     task = task_of(evaluator, "again")
     views = 2 * 7 if mode == "replay" else 2  # each of them is named
     assert counted(evaluator(task)) == (rows // 2, views * last)
-    assert {row.drafter for row in read_rows(task.output, PromptRow)} == {"poor"}
+    assert {row.cell.drafter for row in read_rows(task.output, PromptRow)} == {"poor"}
     failures = read_rows(failures_of(task), FailedCell)
     assert {row.prompt_id for row in failures} == {prompt.prompt_id for prompt in bench.prompts[:last]}
-    assert len({(row.policy, row.budget, row.control) for row in failures}) == views
+    assert len({(row.cell.policy, row.cell.budget, row.cell.control) for row in failures}) == views
     for row in failures:
-        assert (row.drafter, row.mode, row.gamma) == ("drafter", mode, 0 if mode == "replay" else 2)
+        assert (row.cell.drafter, row.mode, row.cell.gamma) == ("drafter", mode, 0 if mode == "replay" else 2)
         assert row.error.startswith("NotFinite:")
 
     again = bench.evaluator(names, changes)(task)
     assert counted(again) == (rows, 0) and again.retried == views * last
     assert not failures_of(task).exists()
     ours, theirs = (
-        [(key(row), counts(row), row.exact) for row in read_rows(one.output, PromptRow)]
+        [(key(row), counts(row), row.timing.exact) for row in read_rows(one.output, PromptRow)]
         for one in (task, whole)
     )
     assert ours == theirs
@@ -241,8 +243,8 @@ def test_a_run_that_breaks_off_does_not_disturb_the_next_drafter(
     assert failed >= 1 and rows == 16 + 8, "both prompts of one drafter, the first of the other"
     assert [row.prompt_id for row in read_rows(failures_of(task), FailedCell)][-1] == prompt.prompt_id
     written = read_rows(task.output, PromptRow)
-    assert all(row.exact for row in written)
-    assert {row.drafter for row in written if row.prompt_id == prompt.prompt_id} == {"drafter"}
+    assert all(row.timing.exact for row in written)
+    assert {row.cell.drafter for row in written if row.prompt_id == prompt.prompt_id} == {"drafter"}
 
 
 def test_rows_that_are_there_are_not_redone(

@@ -59,17 +59,17 @@ def test_measured_rows_are_exact_timed_and_repeated(bench: SweepBench, measured:
     tokenizer = tiny_tokenizer()
     continuations = {row.prompt_id: row for row in bench.continuations}
     for row in measured:
-        assert row.mode == "measure" and row.exact is True
-        assert len(row.decode_s) == len(row.ar_decode_s) == 2
-        assert min(*row.decode_s, *row.ar_decode_s) > 0
-        assert row.prefill_s is not None and row.ar_prefill_s is not None
-        assert row.prefill_s > row.ar_prefill_s > 0
-        assert row.ar_num_tokens == row.num_tokens == LIMIT - 1
-        assert row.target_kv_bytes == LENGTH * 2 * 2 * 12 * 3 * 4
-        assert row.peak_memory_bytes is not None and row.peak_memory_bytes > 1e6
-        assert row.text == tokenizer.decode(continuations[row.prompt_id].tokens)
+        assert row.mode == "measure" and row.timing.exact is True
+        assert len(row.timing.decode_s) == len(row.timing.ar_decode_s) == 2
+        assert min(*row.timing.decode_s, *row.timing.ar_decode_s) > 0
+        assert row.timing.prefill_s is not None and row.timing.ar_prefill_s is not None
+        assert row.timing.prefill_s > row.timing.ar_prefill_s > 0
+        assert row.timing.ar_num_tokens == row.counts.num_tokens == LIMIT - 1
+        assert row.timing.target_kv_bytes == LENGTH * 2 * 2 * 12 * 3 * 4
+        assert row.timing.peak_memory_bytes is not None and row.timing.peak_memory_bytes > 1e6
+        assert row.timing.text == tokenizer.decode(continuations[row.prompt_id].tokens)
     # All cells of a prompt stand beside the same runs of AR.
-    assert len({tuple(row.ar_decode_s) for row in measured}) == 2
+    assert len({tuple(row.timing.ar_decode_s) for row in measured}) == 2
 
 
 def test_warm_up_runs_are_thrown_away(
@@ -90,7 +90,9 @@ def test_warm_up_runs_are_thrown_away(
         evaluator(task)
     first, second = (prompt.prompt_id for prompt in bench.prompts[:2])
     assert (runs.count(first), runs.count(second)) == (3, 2)
-    assert all(len(row.ar_decode_s) == 2 for task in tasks for row in read_rows(task.output, PromptRow))
+    assert all(
+        len(row.timing.ar_decode_s) == 2 for task in tasks for row in read_rows(task.output, PromptRow)
+    )
 
 
 def test_every_second_repeat_goes_backwards_and_a_prefill_is_rehearsed(
@@ -124,8 +126,8 @@ def test_every_second_repeat_goes_backwards_and_a_prefill_is_rehearsed(
 
 def test_a_target_that_is_its_own_drafter_is_always_accepted(bench: SweepBench, tmp_path: Path) -> None:
     task = bench.measured(tmp_path, ["target"])
-    full = [row for row in read_rows(task.output, PromptRow) if row.budget == "full"]
-    assert full and all(row.num_accepted == row.num_proposed for row in full)
+    full = [row for row in read_rows(task.output, PromptRow) if row.cell.budget == "full"]
+    assert full and all(row.counts.num_accepted == row.counts.num_proposed for row in full)
 
 
 def test_a_divergence_is_weighed_against_the_noise(bench: SweepBench) -> None:
@@ -169,10 +171,13 @@ def test_a_divergence_leaves_its_tokens_out_of_the_counts_and_in_the_time(
     rows = read_rows(task.output, PromptRow)
     assert rows
     for row in rows:
-        assert row.exact is False and row.divergence_gap is not None
-        assert row.num_tokens + row.num_left_out == LIMIT - 1
+        assert row.timing.exact is False and row.timing.divergence_gap is not None
+        assert row.counts.num_tokens + row.num_left_out == LIMIT - 1
         # The first token is the prefill's: at most eight more are the same, less what its round holds.
-        assert 8 - row.gamma <= row.num_tokens <= 8 and row.num_rounds == row.reached[0]
+        assert (
+            8 - row.cell.gamma <= row.counts.num_tokens <= 8
+            and row.counts.num_rounds == row.counts.reached[0]
+        )
 
 
 def test_compilation_is_in_no_time_and_is_recorded(bench: SweepBench, tmp_path: Path) -> None:
@@ -186,10 +191,10 @@ def test_compilation_is_in_no_time_and_is_recorded(bench: SweepBench, tmp_path: 
     task = bench.measured(tmp_path, changes=changes)
     rows = read_rows(task.output, PromptRow)
     first = [row for row in rows if row.prompt_id == bench.prompts[0].prompt_id]
-    compiled = [row.compile_s for row in first if row.compile_s]
+    compiled = [row.timing.compile_s for row in first if row.timing.compile_s]
     assert len(first) == 4 and len(compiled) == 2, "one cell of each temperature compiles for both policies"
-    assert all(row.compile_s == 0 for row in rows if row not in first)
-    assert max(max(*row.decode_s, *row.ar_decode_s) for row in rows) < 0.5 < min(compiled)
+    assert all(row.timing.compile_s == 0 for row in rows if row not in first)
+    assert max(max(*row.timing.decode_s, *row.timing.ar_decode_s) for row in rows) < 0.5 < min(compiled)
 
 
 def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: SweepBench, tmp_path: Path) -> None:
@@ -199,9 +204,11 @@ def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: SweepBench,
         measured = {"gammas": [2], "budgets": [16], "repeats": 2, "prompts_together": together}
         task = bench.measured(tmp_path / str(together), changes={"sweep.measure": measured}, last=3)
         rows = read_rows(task.output, PromptRow)
-        assert all(row.exact and row.prompts_together == together for row in rows)
-        found[together] = [(key(row), counts(row), row.text, row.target_kv_bytes) for row in rows]
-        assert len({tuple(row.ar_decode_s) for row in rows}) == 3 // together
+        assert all(row.timing.exact and row.timing.prompts_together == together for row in rows)
+        found[together] = [
+            (key(row), counts(row), row.timing.text, row.timing.target_kv_bytes) for row in rows
+        ]
+        assert len({tuple(row.timing.ar_decode_s) for row in rows}) == 3 // together
     assert sorted(found[1]) == sorted(found[3]) and len(found[1]) == 2 * 3
 
 
@@ -212,12 +219,12 @@ def test_thresholds_are_an_axis_of_the_measured_cells(bench: SweepBench, tmp_pat
         "sweep.measure": {"gammas": [5], "budgets": [16], "repeats": 1},
     }
     task = bench.measured(tmp_path, changes=changes)
-    rows = {(row.prompt_id, row.threshold): row for row in read_rows(task.output, PromptRow)}
-    assert len(rows) == 4 and all(row.exact for row in rows.values())
+    rows = {(row.prompt_id, row.cell.threshold): row for row in read_rows(task.output, PromptRow)}
+    assert len(rows) == 4 and all(row.timing.exact for row in rows.values())
     for prompt in bench.prompts[:2]:
         fixed, adaptive = rows[prompt.prompt_id, 0.0], rows[prompt.prompt_id, 0.6]
-        assert fixed.num_proposed > adaptive.num_proposed >= adaptive.num_rounds
-        assert fixed.text == adaptive.text
+        assert fixed.counts.num_proposed > adaptive.counts.num_proposed >= adaptive.counts.num_rounds
+        assert fixed.timing.text == adaptive.timing.text
 
 
 def test_what_does_not_fit_into_memory_fails_before_it_is_made(
@@ -236,8 +243,8 @@ def test_only_the_named_drafters_are_measured(bench: SweepBench, tmp_path: Path)
     changes = {"train.variants": variants, "sweep.measure": {"drafters": ["poor"], "gammas": [5]}}
     task = bench.measured(tmp_path, ["drafter", "poor"], changes)
     rows = read_rows(task.output, PromptRow)
-    assert {(row.drafter, row.gamma) for row in rows} == {("poor", 5)}
-    assert all(len(row.decode_s) == 3 and row.exact for row in rows)
+    assert {(row.cell.drafter, row.cell.gamma) for row in rows} == {("poor", 5)}
+    assert all(len(row.timing.decode_s) == 3 and row.timing.exact for row in rows)
 
 
 def test_sampling_repeats_itself_and_claims_no_exactness(bench: SweepBench, tmp_path: Path) -> None:
@@ -248,10 +255,10 @@ def test_sampling_repeats_itself_and_claims_no_exactness(bench: SweepBench, tmp_
         task = bench.measured(tmp_path / name, changes=changes)
         runs.append(read_rows(task.output, PromptRow))
     for row in runs[0]:
-        assert (row.exact is None) == (row.temperature > 0)
+        assert (row.timing.exact is None) == (row.cell.temperature > 0)
     # Greedy uses the first seed, sampling all of them.
-    assert {(row.temperature, row.seed) for row in runs[0]} == {(0.0, 3), (1.5, 3), (1.5, 4)}
-    assert [(key(row), row.seed, counts(row), row.text) for row in runs[0]] == [
-        (key(row), row.seed, counts(row), row.text) for row in runs[1]
+    assert {(row.cell.temperature, row.cell.seed) for row in runs[0]} == {(0.0, 3), (1.5, 3), (1.5, 4)}
+    assert [(key(row), row.cell.seed, counts(row), row.timing.text) for row in runs[0]] == [
+        (key(row), row.cell.seed, counts(row), row.timing.text) for row in runs[1]
     ]
-    assert len({row.text for row in runs[0] if row.temperature > 0}) > 1
+    assert len({row.timing.text for row in runs[0] if row.cell.temperature > 0}) > 1

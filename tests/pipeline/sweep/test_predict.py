@@ -38,7 +38,7 @@ def test_predicted_seconds_are_the_formula() -> None:
     seconds = [(5 + n) * (4 * 0.002 + 0.04 + 0.001) for n in range(4)]
     assert predicted.decode_s == pytest.approx(sum(seconds) / 4)
     assert predicted.speedup == pytest.approx(4 * 12 * 0.02 / sum(seconds))
-    assert predicted.speedup_low < predicted.speedup < predicted.speedup_high
+    assert predicted.speedup.low < predicted.speedup < predicted.speedup.high
     assert (predicted.num_prompts, predicted.num_documents) == (4, 2)
 
 
@@ -54,7 +54,7 @@ def test_only_exact_greedy_cells_are_predicted() -> None:
         measured(),
     ]
     found = predict.predict(rows, TIMES, samples=100, seed=0)
-    assert {(p.drafter, p.policy, p.budget) for p in found} == {
+    assert {(p.cell.drafter, p.cell.policy, p.cell.budget) for p in found} == {
         ("full_only", "chunk_topk", 16),
         ("self_speculation", "snapkv", 16),
     }
