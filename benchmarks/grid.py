@@ -34,6 +34,7 @@ from pipeline.models.build import build_scratch
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef
 from pipeline.store.files import read_all, write_rows
+from pipeline.store.layout import CONTINUATIONS, PROMPTS, ROWS, TOKENIZER
 from pipeline.store.rows import Prompt, PromptRow
 from pipeline.sweep.evaluator import Evaluator, ReplayTask
 from pipeline.sweep.grid import Drafter, cells_behind, views_of
@@ -106,7 +107,7 @@ class Grid:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.tokenizer = word_tokenizer()
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.tokenizer.save_pretrained(folder / TOKENIZER)
         target = random_model(self.tokenizer)
         self.target = self.save(target, "target")
         names = [variant.name for variant in config.train.drafters]
@@ -127,7 +128,7 @@ class Grid:
         data, draw, files = self.config.data, random.Random(0), {}
         for source, context in product(data.sources, data.contexts):
             name = f"{source.name}-{context.name}"
-            files[self.folder / "prompts" / f"test-{name}.jsonl"] = [
+            files[self.folder / PROMPTS / f"test-{name}.jsonl"] = [
                 Prompt(
                     prompt_id=f"{name}-{number}",
                     document_id=f"{name}-{number}",
@@ -142,7 +143,7 @@ class Grid:
         return files
 
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.config, self.target, self.drafters, self.folder / "tokenizer", CPU)
+        return Evaluator(self.config, self.target, self.drafters, self.folder / TOKENIZER, CPU)
 
     def work(self) -> list[SampledCell]:
         """Every cell on every prompt."""
@@ -159,7 +160,7 @@ class Grid:
     def replay(self) -> Replayed:
         """The stages teach (without labels) and sweep, from files to files."""
         began = time.perf_counter()
-        teacher = Teacher(self.config, self.target, self.folder / "tokenizer", self.folder, CPU)
+        teacher = Teacher(self.config, self.target, self.folder / TOKENIZER, self.folder, CPU)
         read = Prefills(teacher.target)
         evaluator = self.evaluator()
         drafts = []
@@ -169,11 +170,11 @@ class Grid:
             drafts.append(watched)
         for file, prompts in self.prompts.items():
             teacher(ContinueTask(file))
-            text = self.folder / "continuations" / file.name
-            evaluator(ReplayTask(file, (text,), 0, len(prompts), self.folder / "rows" / file.name))
+            text = self.folder / CONTINUATIONS / file.name
+            evaluator(ReplayTask(file, (text,), 0, len(prompts), self.folder / ROWS / file.name))
         seconds = time.perf_counter() - began
         assert "target" not in vars(evaluator), "replay loaded the target"
-        rows = read_all(self.folder / "rows", PromptRow)
+        rows = read_all(self.folder / ROWS, PromptRow)
         return Replayed(rows, seconds, read.seconds + sum(sum(one.seconds) for one in drafts), read.prompts)
 
     def measure(self, sample: Sequence[SampledCell]) -> tuple[list[float], list[int]]:

@@ -22,6 +22,7 @@ from pipeline.kv.slot_cache import slots_for
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts
 from pipeline.models.build import prepare_model
+from pipeline.store.layout import PROMPTS
 
 NEVER: frozenset[int] = frozenset()
 
@@ -56,7 +57,7 @@ def trained_pair(name: str, config_file: str, storage: str, prompts: int) -> Pai
     from transformers import AutoTokenizer
 
     num_tokens = len(AutoTokenizer.from_pretrained(trained.tokenizer))
-    (file,) = (trained.tokenizer.parent / "prompts").glob("test-*.jsonl")
+    (file,) = (trained.tokenizer.parent / PROMPTS).glob("test-*.jsonl")
     rows = read_rows(file, Prompt)
     tokens = [torch.tensor([row.tokens]) for row in rows]
     return Pair(

@@ -24,6 +24,7 @@ from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
 from pipeline.kv.views import view_of
+from pipeline.store.layout import LABELS, MODEL
 from pipeline.train.batches import LabelledSequences, draw
 from pipeline.train.engine import TorchEngine
 from pipeline.train.losses import LOSSES, TargetLabels
@@ -177,8 +178,8 @@ def time_to_equal_acceptance(pair: Pair, config: Config) -> Row:
     prepared = prepare(config, nothing)
     scratch = pretrain(config, nothing, prepared)
     taught = teach(config, nothing, prepared, scratch)
-    drafter = load_model(ModelRef(str(scratch["drafter"].path / "model")), pair.drafter.num_tokens)
-    data = LabelledSequences(taught.path / "labels", 1.0)
+    drafter = load_model(ModelRef(str(scratch["drafter"].path / MODEL)), pair.drafter.num_tokens)
+    data = LabelledSequences(taught.path / LABELS, 1.0)
     validation = validation_pairs(prepared.path, taught.path)
     train, variant, device = config.train, config.train.variants[-1], torch.device("cpu")
     micros = train.batch_sequences // train.micro_batch_sequences

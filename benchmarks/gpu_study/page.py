@@ -16,7 +16,9 @@ from jobs.stages.pipeline import run_pipeline, settled
 from pipeline.axes import Cell
 from pipeline.config.schema import Config
 from pipeline.results.summary import Check, Summary
+from pipeline.store import layout
 from pipeline.store.files import read_all, read_rows, write_text
+from pipeline.store.layout import ROWS, SUMMARY
 from pipeline.store.rows import CellRow, PromptRow
 
 PAIR, BASELINE = "multi_view", "full_only"
@@ -33,11 +35,11 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
     """
     config = settled(config)
     report = run_pipeline(config).parent
-    summary = Summary.model_validate_json((report / "summary.json").read_text(encoding="utf-8"))
+    summary = Summary.model_validate_json((report / SUMMARY).read_text(encoding="utf-8"))
     cells = read_rows(report / "cells.jsonl", CellRow)
     made = json.loads((report / "manifest.json").read_text(encoding="utf-8"))
     sweep = Path(config.storage) / f"sweep-{made['inputs']['sweep']}"
-    rows = read_all(sweep / "rows", PromptRow)
+    rows = read_all(sweep / ROWS, PromptRow)
     system = json.loads(bench.read_text(encoding="utf-8"))
     # The γ that is decoded too, where there are several the largest: acceptance falls with it.
     gamma = max(config.sweep.measure.gammas or config.sweep.gammas)
@@ -49,9 +51,9 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
         *system_checks(system),
     ]
     output.mkdir(parents=True, exist_ok=True)
-    drawn = [name for name in FIGURES if (report / "figures" / f"{name}.png").exists()]
+    drawn = [name for name in FIGURES if (report / layout.FIGURES / f"{name}.png").exists()]
     for name in drawn:
-        shutil.copyfile(report / "figures" / f"{name}.png", output / f"{name}.png")
+        shutil.copyfile(report / layout.FIGURES / f"{name}.png", output / f"{name}.png")
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("benchmarks.gpu_study", "."), undefined=jinja2.StrictUndefined
     ).get_template("gpu.md.j2")
@@ -71,7 +73,7 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
     )
     write_text(output / "README.md", page + "\n")
     whole = summary.model_copy(update={"checks": tuple(checks)})
-    write_text(output / "summary.json", whole.model_dump_json() + "\n")
+    write_text(output / SUMMARY, whole.model_dump_json() + "\n")
     shutil.copyfile(bench, output / "bench.json")
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from benchmarks.study import checks as checked
 from benchmarks.study import tables
 from benchmarks.study.runs import CONFIGS, study
+from pipeline.store import layout
 from pipeline.store.files import write_text
+from pipeline.store.layout import SUMMARY
 
 FIGURES = {
     "table-1": "acceptance_by_budget_chunk_topk",
@@ -45,7 +47,7 @@ def main() -> None:
     ]
     given.output.mkdir(parents=True, exist_ok=True)
     for name, figure in FIGURES.items():
-        shutil.copyfile(studies[name].report / "figures" / f"{figure}.png", given.output / f"{name}.png")
+        shutil.copyfile(studies[name].report / layout.FIGURES / f"{figure}.png", given.output / f"{name}.png")
     write_text(given.output / "README.md", tables.page(studies, checks))
     summary = studies["table-1"].summary.model_dump(mode="json")
     kl = tables.headline(studies["ablations"].summary.families, tables.KL)
@@ -55,7 +57,7 @@ def main() -> None:
         summary[name] = [row for row in summary[name] if row["gamma"] == tables.GAMMA]
     short = json.loads(json.dumps({**summary, "checks": checks}), parse_float=lambda x: round(float(x), 6))
     text = json.dumps(short, separators=(",", ":"), ensure_ascii=False)
-    write_text(given.output / "summary.json", text + "\n")
+    write_text(given.output / SUMMARY, text + "\n")
     print(given.output)
 
 

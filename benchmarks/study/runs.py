@@ -15,11 +15,11 @@ from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.results.summary import Summary
+from pipeline.store import layout
 from pipeline.store.artifacts import MANIFEST
 from pipeline.store.files import read_all, read_rows
 from pipeline.store.layout import AGAIN, CELLS, PREDICTED, ROWS, RUN_OFF, SUMMARY
 from pipeline.store.rows import CellRow, PredictedRow, PromptRow
-from pipeline.sweep import picks
 
 CONFIGS = ("table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy")
 FOLDER = "conf/paper-small"
@@ -74,7 +74,7 @@ def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
         read_rows(report / RUN_OFF, CellRow),
         read_rows(report / AGAIN, CellRow),
         read_all(swept / ROWS, PromptRow),
-        [row for folder in picks.MEASURED_AGAIN for row in read_all(swept / folder, PromptRow)],
+        [row for folder in layout.MEASURED_AGAIN for row in read_all(swept / folder, PromptRow)],
     )
 
 

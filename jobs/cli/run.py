@@ -8,9 +8,10 @@ import typer
 
 from jobs.cli.app import ConfigPath, ExecutorOption, Overrides, StorageOption, app, load, set_up_logging
 from jobs.commands.doctor import check_name_clash
+from pipeline.store.layout import STAGES, StageName
 
 
-def _add_stage(name: str, until: str, help_text: str) -> None:
+def _add_stage(name: str, until: StageName, help_text: str) -> None:
     def stage(
         config: ConfigPath,
         overrides: Overrides = None,
@@ -27,12 +28,18 @@ def _add_stage(name: str, until: str, help_text: str) -> None:
     app.command(name, help=help_text, short_help=help_text)(stage)
 
 
-_add_stage("run", "report", "Run all stages; what is complete is reused.")
-_add_stage("prepare", "prepare", "Read the data: packed sequences and evaluation prompts.")
-_add_stage("teach", "teach", "The target's labels and continuations, after the stages before.")
-_add_stage("train", "train", "Train the drafters, after the stages before.")
-_add_stage("sweep", "sweep", "Measure every cell of the sweep, after the stages before.")
-_add_stage("report", "report", "Tables, figures and findings, after the stages before.")
+Command = Literal["run", "prepare", "teach", "train", "sweep", "report"]
+# Command → the stage up to which it runs, and its help; `pretrain` is no end of its own.
+COMMANDS: dict[Command, tuple[StageName, str]] = {
+    "run": (STAGES[-1], "Run all stages; what is complete is reused."),
+    "prepare": ("prepare", "Read the data: packed sequences and evaluation prompts."),
+    "teach": ("teach", "The target's labels and continuations, after the stages before."),
+    "train": ("train", "Train the drafters, after the stages before."),
+    "sweep": ("sweep", "Measure every cell of the sweep, after the stages before."),
+    "report": ("report", "Tables, figures and findings, after the stages before."),
+}
+for _name, (_until, _help) in COMMANDS.items():
+    _add_stage(_name, _until, _help)
 
 
 @app.command("submit", short_help="Run a stage as a job on a Ray cluster.")
@@ -41,9 +48,7 @@ def submit_job(
     overrides: Overrides = None,
     executor: ExecutorOption = None,
     storage: StorageOption = None,
-    stage: Annotated[
-        Literal["run", "prepare", "teach", "train", "sweep", "report"], typer.Option(help="What to run.")
-    ] = "run",
+    stage: Annotated[Command, typer.Option(help="What to run.")] = "run",
     wait: Annotated[bool, typer.Option("--wait", help="Follow its logs; exit with its exit code.")] = False,
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Dashboard of the head.")

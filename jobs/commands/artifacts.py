@@ -24,6 +24,7 @@ from filelock import Timeout
 from jobs.records.record import RECORDS, lives
 from pipeline.errors import BadData, ConfigError
 from pipeline.store.artifacts import LOCKS, Artifact, checksum
+from pipeline.units import decimal_size
 
 NAME = re.compile(r"(?P<stage>.+)-(?P<fingerprint>[0-9a-f]{12})")
 COMPLETE, UNFINISHED, DAMAGED, IN_USE = "complete", "unfinished", "damaged", "in use"
@@ -244,29 +245,25 @@ class Told:
     def lines(self) -> Iterator[str]:
         rows = [("STAGE", "FINGERPRINT", "STATE", "SIZE", "AGE", "USED BY")]
         rows += [
-            (one.stage, one.fingerprint, one.state, size(one.bytes), age(one.age_s), self._users(one))
+            (one.stage, one.fingerprint, one.state, decimal_size(one.bytes), age(one.age_s), self._users(one))
             for one in self.found
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         for *cells, users in rows:
             yield "  ".join([cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] + [users])
         for name, count in self.beside.items():
-            yield f"{name}: {size(count)}"
-        yield f"total: {size(self.total)} in {len(self.found)} artifacts and {len(self.beside)} others"
+            yield f"{name}: {decimal_size(count)}"
+        total = decimal_size(self.total)
+        yield f"total: {total} in {len(self.found)} artifacts and {len(self.beside)} others"
         if self.verb:
-            yield from (f"{self.verb} {one.name}: {size(one.bytes)}" for one in self.going)
+            yield from (f"{self.verb} {one.name}: {decimal_size(one.bytes)}" for one in self.going)
             if self.doubts:
                 yield f"complete ones stay: nothing tells yet what {', '.join(self.doubts)} is made from"
-            yield f"{len(self.going)} artifacts, {size(self.freed)}"
+            yield f"{len(self.going)} artifacts, {decimal_size(self.freed)}"
 
     @staticmethod
     def _users(one: Stored) -> str:
         return ", ".join(one.used_by) or ("-" if one.stage == "report" else "nothing")
-
-
-def size(count: int) -> str:
-    """Bytes in MB of 10^6, or in GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def age(seconds: float) -> str:

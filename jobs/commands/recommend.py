@@ -7,14 +7,12 @@ from pathlib import Path
 
 from pipeline.axes import Place
 from pipeline.errors import BadData
-from pipeline.report.page import size
 from pipeline.results.recommend import (
     Choice,
     Needs,
     Recommendation,
     Sizes,
     choices,
-    gigabytes,
     models_of,
     recommend,
     settings_text,
@@ -23,6 +21,7 @@ from pipeline.results.summary import Summary, read_summary
 from pipeline.store.files import read_rows
 from pipeline.store.layout import AGAIN, CELLS, RUN_OFF, SUMMARY
 from pipeline.store.rows import CellRow
+from pipeline.units import binary_size, gigabytes
 
 
 def advise(
@@ -154,9 +153,9 @@ def memory_text(choice: Choice, needs: Needs, sizes: Sizes) -> str:
     unknown = [name for name in models_of(choice.cell) if name not in sizes]
     if unknown:
         return (
-            f"KV of a text: drafter {size(choice.drafter_kv_bytes)} of the prefix; the rest is not known, as "
-            f"these results lack the size of {' and '.join(unknown)}"
+            f"KV of a text: drafter {binary_size(choice.drafter_kv_bytes)} of the prefix; the rest is not "
+            f"known, as these results lack the size of {' and '.join(unknown)}"
         )
-    drafter, target = size(needs.drafter_bytes(choice, sizes)), size(needs.target_bytes(sizes))
+    drafter, target = binary_size(needs.drafter_bytes(choice, sizes)), binary_size(needs.target_bytes(sizes))
     total = f"with weights and {needs.concurrency} text(s) {gigabytes(needs.bytes_of(choice, sizes))}"
     return f"KV of a text: drafter {drafter}, target {target}; {total}"

@@ -30,9 +30,9 @@ from pipeline.config.schema import Config
 from pipeline.errors import Incomplete, hide_credentials
 from pipeline.observe import events, logs
 from pipeline.store.files import fingerprint, write_json
+from pipeline.store.layout import METRICS, MODEL, STAGES
 
 RECORDS, STATUS, ALIVE = "run-records", "status.json", "alive.lock"
-STAGES = ("prepare", "pretrain", "teach", "train", "sweep", "report")
 KEPT = 50  # records of a storage
 REFRESH_S = 1.0
 TAIL = 65_536  # bytes at the end of a metrics file that hold its last rows
@@ -203,10 +203,10 @@ class RunRecord:
             stage, steps = self.training
             done, speed, current = 0, None, ""
             for folder, total in steps.items():
-                if (folder / "model").exists():
+                if (folder / MODEL).exists():
                     done += total
                     continue
-                rows = last_rows(folder / "metrics.jsonl")
+                rows = last_rows(folder / METRICS)
                 done += int(rows[-1]["step"]) if rows else 0
                 speed = next((r[SPEED] for r in reversed(rows) if SPEED in r), None)
                 current = folder.name.rpartition("-")[0]
@@ -276,7 +276,7 @@ def steps_of(config: Config, stage: str, model: str) -> int:
         assert isinstance(spec, ScratchModel)
         return spec.pretrain.steps
     variant = next(one for one in config.train.drafters if one.name == model)
-    return config.train.steps if variant.steps is None else variant.steps
+    return config.train.steps_of(variant)
 
 
 def last_rows(metrics: Path) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from jobs.records.record import RECORDS, STATUS, RunStatus, StageRecord, lives
 from pipeline.errors import BadData
 from pipeline.observe.logs import LOG
 from pipeline.store.files import read_all
+from pipeline.store.layout import FAILED
 from pipeline.store.rows import FailedCell
 
 SHOWN = 5  # failed cells
@@ -117,7 +118,7 @@ class View:
         return [
             row
             for path in (sweep.folders if sweep else ())
-            for row in read_all(Path(path) / "failed", FailedCell)
+            for row in read_all(Path(path) / FAILED, FailedCell)
         ]
 
     def as_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pipeline.axes import budget_order
 from pipeline.gate.evidence import Evidence, Results, manifest, sound_files
 from pipeline.results.pool import MODES
 from pipeline.store.files import read_rows
-from pipeline.store.layout import CELLS
+from pipeline.store.layout import CELLS, MODEL
 from pipeline.store.rows import CellRow
 
 TITLE = "# BudgetDraft drafter"
@@ -122,8 +122,8 @@ def table(cells: Sequence[Accepted]) -> list[str]:
         hidden = "not evaluated" if other is None else share(other)
         cell = row.cell
         lines.append(
-            f"| {cell.dataset} | {cell.context} | {cell.policy} | {chance(row)} | {cell.budget} | {share(row)} | "
-            f"{hidden} | {row.num_documents} |"
+            f"| {cell.dataset} | {cell.context} | {cell.policy} | {chance(row)} | {cell.budget} | "
+            f"{share(row)} | {hidden} | {row.num_documents} |"
         )
     return lines
 
@@ -135,7 +135,7 @@ def model_card(found: Results, evidence: Evidence, cells: Sequence[Accepted]) ->
         BadData: if the drafter's files are damaged.
     """
     sound_files(found.drafter, "model/README.md")
-    trained = (found.drafter.path / "model" / "README.md").read_text(encoding="utf-8").rstrip()
+    trained = (found.drafter.path / MODEL / "README.md").read_text(encoding="utf-8").rstrip()
     contexts = ", ".join(f"{name} = {tokens} tokens" for name, tokens in found.summary.contexts.items())
     outside = [cell.real for cell in cells if not cell.real.in_trained_range]
     looping = max((cell.real.num_looping / cell.real.num_prompts for cell in cells), default=0.0)

@@ -15,6 +15,7 @@ from jobs.tracking.store import RAY_JOB, tracking_uri
 from pipeline.config.schema import Config
 from pipeline.gate.evidence import Evidence, evidence_of_results, open_results, save_evidence, sound_files
 from pipeline.store.files import file_sha256, write_json, write_text
+from pipeline.store.layout import MODEL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +51,7 @@ def register(config: Config, report: Path, run_id: str) -> Version:
             evidence, cells = evidence_of_results(found), accepted(found)
             card = model_card(found, evidence, cells)
             sound_files(found.drafter, "model/")
-            checksums = upload(client, run_id, found.drafter.path / "model", card, evidence)
+            checksums = upload(client, run_id, found.drafter.path / MODEL, card, evidence)
             known = {"checksums": checksums} | identity | tags(found, evidence, cells)
             job = job_id()
             own = client.create_model_version(

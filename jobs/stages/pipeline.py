@@ -33,7 +33,7 @@ from pipeline.models.load import ModelRef
 from pipeline.results.summary import Stage, Summary
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
-from pipeline.store.layout import CELLS, FIGURES, METRICS, PAGE, SUMMARY
+from pipeline.store.layout import CELLS, FIGURES, METRICS, PAGE, SUMMARY, TOKENIZER, StageName
 from pipeline.store.rows import CellRow
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Stages:
             yield
 
 
-def run_pipeline(config: Config, until: str = "report") -> Path:
+def run_pipeline(config: Config, until: StageName = "report") -> Path:
     """Run the stages up to and including `until`; returns the summary, or that stage's artifact folder.
 
     Raises:
@@ -133,7 +133,7 @@ def settled(config: Config) -> Config:
     return config.model_copy(update=changes | models)
 
 
-def run_stages(config: Config, until: str, stages: Stages) -> Path:
+def run_stages(config: Config, until: StageName, stages: Stages) -> Path:
     executor, tracker = stages.executor, stages.tracker
 
     def watch(run: Run, upload_to: str | None = None) -> Watch:
@@ -211,7 +211,7 @@ def completed(config: Config) -> Trained:
     taught = teach(config, nothing, prepared, scratch)
     trained = train(config, nothing, prepared, taught, scratch)
     return Trained(
-        prepared.path / "tokenizer",
+        prepared.path / TOKENIZER,
         target_ref(config, scratch),
         {name: ref(config, artifact) for name, artifact in trained.items()},
     )

@@ -24,12 +24,15 @@ from pipeline.results.findings import summarise
 from pipeline.results.pool import Axes, cell_rows
 from pipeline.results.scores import Predictions
 from pipeline.results.summary import RankMemory, Stage, Summary
+from pipeline.store import layout
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.files import file_sha256, read_all, read_rows, write_json, write_rows, write_text
 from pipeline.store.layout import (
     AGAIN,
     ANALYSIS,
     CELLS,
+    CONTINUATIONS,
+    FAILED,
     FIGURES,
     PAGE,
     PREDICTED,
@@ -50,7 +53,7 @@ from pipeline.store.rows import (
     PromptRow,
     StepTimes,
 )
-from pipeline.sweep import picks, predict
+from pipeline.sweep import predict
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class ReportInputs:
 def report(config: Config, inputs: ReportInputs) -> Artifact:
     """Make the report; its folder holds `report.html`, `summary.json`, `cells.jsonl` and `figures/*.png`."""
     began = time.perf_counter()
-    failed = read_all(inputs.sweep.path / "failed", FailedCell)
+    failed = read_all(inputs.sweep.path / FAILED, FailedCell)
     artifact, cached = _analyse(config, inputs, failed)
     analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
     own = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
@@ -95,7 +98,7 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
         cells=read_rows(artifact.path / CELLS, CellRow),
         predicted=read_rows(artifact.path / PREDICTED, PredictedRow),
         failed=failed,
-        continuations=read_all(inputs.teach.path / "continuations", Continuation),
+        continuations=read_all(inputs.teach.path / CONTINUATIONS, Continuation),
         figures=artifact.manifest["counts"]["figures"],
         figure_folder=artifact.path / FIGURES,
         prepare=inputs.prepare.manifest,
@@ -115,7 +118,7 @@ def _analyse(config: Config, inputs: ReportInputs, failed: Sequence[FailedCell])
     # By content: a sweep that is tried again after failures keeps its fingerprint and gains rows.
     rows = {
         str(file.relative_to(inputs.sweep.path)): file_sha256(file)
-        for folder in (ROWS, *picks.MEASURED_AGAIN, STEPS, STEPS_BESIDE, "failed")
+        for folder in (ROWS, *layout.MEASURED_AGAIN, STEPS, STEPS_BESIDE, FAILED)
         for file in sorted((inputs.sweep.path / folder).glob("*.jsonl"))
     }
     identity = {
@@ -146,7 +149,7 @@ def _draw(
 
     began = time.perf_counter()
     samples, seed = config.report.bootstrap_samples, config.seed
-    prompt_rows = read_all(inputs.sweep.path / "rows", PromptRow)
+    prompt_rows = read_all(inputs.sweep.path / ROWS, PromptRow)
     log.info("report: %d prompt rows, %d failures", len(prompt_rows), len(failed))
     cells = cell_rows(prompt_rows, axes, samples, seed)
     predictions = read_predictions(config, inputs.sweep.path)
@@ -176,7 +179,7 @@ def read_predictions(config: Config, sweep: Path) -> Predictions:
     """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
-    rechecked = [read_all(sweep / folder, PromptRow) for folder in picks.MEASURED_AGAIN]
+    rechecked = [read_all(sweep / folder, PromptRow) for folder in layout.MEASURED_AGAIN]
     run_off, again = (cell_rows(rows, axes, samples, config.seed) for rows in rechecked)
     return Predictions(
         read_rows(predicted, PredictedRow) if predicted.exists() else (),

@@ -12,6 +12,7 @@ from jobs.stages.train import drafter_ref, model_identity, target_ref
 from pipeline.config.schema import Config
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.store.layout import FAILED, MODEL
 from pipeline.sweep.grid import Drafter
 from pipeline.sweep.picks import chosen_drafter
 
@@ -63,7 +64,7 @@ def sweep(
         run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
         run.all()
         if run.failures:
-            log.error("sweep: %d failed; see %s", run.failures, artifact.path / "failed")
+            log.error("sweep: %d failed; see %s", run.failures, artifact.path / FAILED)
         else:
             artifact.finish(inputs, {"rows": run.rows}, time.perf_counter() - began)
         return artifact, run.failures
@@ -84,13 +85,13 @@ def baselines(config: Config, scratch: dict[str, Artifact]) -> list[Drafter]:
 def ref(config: Config, trained: Artifact) -> ModelRef:
     """A trained drafter; its folder holds its rope parameters already."""
     trust = config.drafter.kind == "pretrained" and config.drafter.trust_remote_code
-    return ModelRef(str(trained.path / "model"), dtype=config.drafter.dtype, trust_remote_code=trust)
+    return ModelRef(str(trained.path / MODEL), dtype=config.drafter.dtype, trust_remote_code=trust)
 
 
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
     variant = next(v for v in config.train.drafters if v.name == name)
-    steps = config.train.steps if variant.steps is None else variant.steps
+    steps = config.train.steps_of(variant)
     if config.drafter.kind == "scratch":
         pretrain = config.drafter.pretrain
         own = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0

@@ -23,7 +23,17 @@ from pipeline.results.pool import cell_rows
 from pipeline.results.recommend import choices
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_all, read_rows, write_rows
-from pipeline.store.layout import PICKS, PREDICTED, ROWS, STEPS, STEPS_BESIDE
+from pipeline.store.layout import (
+    CONTINUATIONS,
+    MEASURED_AGAIN,
+    PICKS,
+    PREDICTED,
+    PROMPTS,
+    ROWS,
+    STEPS,
+    STEPS_BESIDE,
+    TOKENIZER,
+)
 from pipeline.store.rows import Mode, PickedCell, Prompt, PromptRow, StepTimes
 from pipeline.sweep import predict
 from pipeline.sweep.evaluator import (
@@ -39,7 +49,6 @@ from pipeline.sweep.grid import Drafter
 from pipeline.sweep.make_rows import all_cells, make_failure
 from pipeline.sweep.picks import (
     FASTEST_MEASURED,
-    MEASURED_AGAIN,
     REPEATS_AGAIN,
     by_place,
     chosen,
@@ -71,13 +80,13 @@ class Phases:
         drafters: list[Drafter],
     ) -> None:
         self.config, self.sweep, self.executor, self.folder = config, config.sweep, executor, artifact.path
-        self.greedy = teach.path / "continuations"
-        self.sampled = sample.path / "continuations" if sample else None
-        files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+        self.greedy = teach.path / CONTINUATIONS
+        self.sampled = sample.path / CONTINUATIONS if sample else None
+        files = sorted((prepare.path / PROMPTS).glob("test-*.jsonl"))
         self.files = [file for file in files if read_rows(file, Prompt)]
         warn_of_large_budgets(config)
         self.drafters, self.rows, self.failures = drafters, 0, 0
-        self.factory = partial(make_evaluator, config, target, drafters, prepare.path / "tokenizer")
+        self.factory = partial(make_evaluator, config, target, drafters, prepare.path / TOKENIZER)
 
     def all(self) -> None:
         """Every phase that the config asks for."""
@@ -225,7 +234,7 @@ class Phases:
                 beside = self.beside(places[file], output)
                 tasks.append(MeasureTask(file, here, repeats, temperatures, first, last, output, beside))
         wanted = {task.output.name for task in tasks}
-        for kind in (folder, STEPS_BESIDE, "failed"):
+        for kind in (folder, STEPS_BESIDE, FAILED):
             for old in (self.folder / kind).glob(f"{what}-*.jsonl"):
                 if old.name not in wanted:
                     old.unlink()

@@ -16,6 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.decode.sampling import Chance
 from pipeline.models.load import pick_device
 from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.store.layout import LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def label_and_continue(
 ) -> None:
     began = time.perf_counter()
     tasks = label_tasks(config, prepare) + [
-        ContinueTask(file) for file in sorted((prepare.path / "prompts").glob("*.jsonl"))
+        ContinueTask(file) for file in sorted((prepare.path / PROMPTS).glob("*.jsonl"))
     ]
     sequences = sum(task.last - task.first for task in tasks if isinstance(task, LabelTask))
     log.info(
@@ -67,13 +68,13 @@ def label_and_continue(
         artifact.path,
     )
     factory = partial(
-        make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
+        make_teacher, config, target_ref(config, scratch), prepare.path / TOKENIZER, artifact.path
     )
     counts = {"sequences": 0, "on_policy": 0, "continuations": 0}
     for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers, "teach"):
         for name in counts:
             counts[name] += getattr(done, name)
-    counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / "labels").glob("*.npy"))
+    counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / LABELS).glob("*.npy"))
     log.info("teach: %.1f MB of labels on disk", counts["label_bytes"] / 1e6)
     artifact.finish(inputs, counts, time.perf_counter() - began)
 
@@ -98,10 +99,10 @@ def sample(
         if not unfinished:
             return artifact
         began = time.perf_counter()
-        files = sorted((prepare.path / "prompts").glob("test-*.jsonl"))
+        files = sorted((prepare.path / PROMPTS).glob("test-*.jsonl"))
         tasks = [ContinueTask(file, chance) for file in files for chance in chances]
         factory = partial(
-            make_teacher, config, target_ref(config, scratch), prepare.path / "tokenizer", artifact.path
+            make_teacher, config, target_ref(config, scratch), prepare.path / TOKENIZER, artifact.path
         )
         done = executor.map_actors(factory, tasks, "sample", config.labels.num_workers, "teach")
         written = sum(one.continuations for _, one in done)
@@ -124,7 +125,7 @@ def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueT
 
     Of more than `labels.max_sequences`, every file gives its share, so that all documents' kinds stay.
     """
-    files = sorted((prepare.path / "sequences").glob("*.npy"))
+    files = sorted((prepare.path / SEQUENCES).glob("*.npy"))
     counts = [len(np.load(file, mmap_mode="r")) for file in files]
     share = min(1.0, config.labels.max_sequences / max(1, sum(counts)))
     tasks: list[LabelTask | ContinueTask] = []
@@ -141,6 +142,6 @@ def label_bytes(config: Config, sequences: int, prepare: Artifact) -> int:
     """What the label files will take, headers aside."""
     from transformers import AutoTokenizer
 
-    size = np.dtype(smallest_uint(len(AutoTokenizer.from_pretrained(prepare.path / "tokenizer")))).itemsize
+    size = np.dtype(smallest_uint(len(AutoTokenizer.from_pretrained(prepare.path / TOKENIZER)))).itemsize
     per_token = 2 * size + config.labels.top_k * (size + 2)
     return sequences * config.data.sequence_tokens * per_token

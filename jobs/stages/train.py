@@ -17,7 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
 from pipeline.models.load import ModelRef, model_ref
 from pipeline.store.artifacts import Artifact, open_artifact
-from pipeline.store.layout import MEMORY, METRICS
+from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import CHECKPOINTS
 from pipeline.train.job import TrainJob
 
@@ -100,12 +100,12 @@ def train(
 def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     """The drafter that training starts from."""
     start = scratch.get("drafter")
-    return model_ref(config.drafter, start.path / "model" if start else None)
+    return model_ref(config.drafter, start.path / MODEL if start else None)
 
 
 def target_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     start = scratch.get("target")
-    return model_ref(config.target, start.path / "model" if start else None)
+    return model_ref(config.target, start.path / MODEL if start else None)
 
 
 def model_identity(spec: AnyModel, scratch: Artifact | None) -> Any:
@@ -153,7 +153,7 @@ def launch(
         executor.train(job)
     seconds = time.perf_counter() - began
     for artifact in missing.values():
-        if not (artifact.path / "model").exists():
+        if not (artifact.path / MODEL).exists():
             raise Incomplete(f"training ended without a model in {artifact.path}; its checkpoints are kept")
     for name, artifact in missing.items():
         # Whoever wants more steps has another fingerprint: nothing will go on from here.

@@ -108,6 +108,10 @@ class Train(Group):
         ("full",), description="budgets of the validation curve"
     )
 
+    def steps_of(self, variant: Variant) -> int:
+        """Optimizer steps of a variant or of one of its drafters."""
+        return self.steps if variant.steps is None else variant.steps
+
     @property
     def drafters(self) -> tuple[Variant, ...]:
         """Every drafter that is trained: the variants, one for each of their seeds."""

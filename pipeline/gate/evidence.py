@@ -18,6 +18,7 @@ from pipeline.errors import BadData
 from pipeline.results.summary import Summary, read_summary
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import atomic_path, file_sha256, fingerprint, read_rows, write_text
+from pipeline.store.layout import MODEL, SUMMARY
 from pipeline.store.rows import Prompt, PromptRow, Row
 
 EVIDENCE, EVIDENCE_ROWS = "evidence.json", "rows.jsonl.gz"
@@ -72,10 +73,10 @@ def open_results(results: Path, drafter: str | None = None) -> Results:
     folder = results.parent if results.is_file() else results
     folder = folder.resolve()
     stage, _, digest = folder.name.partition("-")
-    if stage != "report" or not (folder / "summary.json").exists():
+    if stage != "report" or not (folder / SUMMARY).exists():
         raise BadData(f"{results} is not a finished report: name a report folder, such as runs/report-…")
     report = Artifact(folder, stage, digest)
-    summary = read_summary(folder / "summary.json")
+    summary = read_summary(folder / SUMMARY)
     made = manifest(report)["inputs"]
     sweep = beside(report, "sweep", made["sweep"])
     inputs = manifest(sweep)["inputs"]
@@ -131,7 +132,7 @@ def target_fingerprint(found: Results) -> str:
     if isinstance(known, str):
         scratch = beside(found.report, "pretrain-target", known)
         spec = manifest(scratch)["inputs"]["model"]
-        folder, weights = scratch.path / "model", weights_of(scratch)
+        folder, weights = scratch.path / MODEL, weights_of(scratch)
     else:
         from pipeline.models.load import model_folder, model_ref  # imports torch
 

@@ -11,8 +11,9 @@ from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import Shape
 from pipeline.plan.sweep_counts import draft_sources, measured_again, picks_of, pointed_at, role_of, texts
+from pipeline.store.layout import MEASURED_AGAIN
 from pipeline.sweep.grid import views_of
-from pipeline.sweep.picks import FASTEST_MEASURED, MEASURED_AGAIN
+from pipeline.sweep.picks import FASTEST_MEASURED
 
 MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
 Rates = dict[tuple[str, bool], float]  # FLOP/s by the model's role, and whether it trains

@@ -15,11 +15,11 @@ from typing import NamedTuple
 from pipeline.axes import Cell, Place, budget_order
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Sweep
+from pipeline.store.layout import MEASURED_AGAIN
 from pipeline.sweep.grid import Drafter, cells_behind, views_of
 from pipeline.sweep.picks import (
     BEST_PREDICTED,
     FASTEST_MEASURED,
-    MEASURED_AGAIN,
     REPEATS_AGAIN,
     chosen,
     chosen_drafter,

@@ -26,6 +26,7 @@ from pipeline.results.recommend import settings_text
 from pipeline.results.summary import Estimate, Summary
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow
 from pipeline.sweep.picks import by_place
+from pipeline.units import binary_size
 
 MOST_CELLS = 500
 MOST_FAILED = 100
@@ -125,7 +126,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "signed": signed, "times": times, "size": size}
+    environment.filters |= {"percent": percent, "signed": signed, "times": times, "size": binary_size}
     environment.filters["settings"] = settings_text
     return environment.get_template("page.html.j2")
 
@@ -146,21 +147,11 @@ def times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
-def size(num_bytes: int | None) -> str:
-    """Bytes as text, in the largest binary unit below them."""
-    if num_bytes is None:
-        return ""
-    for exponent, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if num_bytes >= 1024**exponent:
-            return f"{num_bytes / 1024**exponent:.1f} {unit}"
-    return f"{num_bytes} B"
-
-
 def _setup(config: Config) -> list[tuple[str, str]]:
     """Models and variants in words."""
     setup = [("target", _model_text(config.target)), ("drafter", _model_text(config.drafter))]
     return setup + [
-        (f"variant {v.name}", _variant_text(v, config.train.steps)) for v in config.train.drafters
+        (f"variant {v.name}", _variant_text(v, config.train.steps_of(v))) for v in config.train.drafters
     ]
 
 
@@ -173,8 +164,7 @@ def _model_text(model: ScratchModel | PretrainedModel) -> str:
     )
 
 
-def _variant_text(variant: Variant, default_steps: int) -> str:
-    steps = default_steps if variant.steps is None else variant.steps
+def _variant_text(variant: Variant, steps: int) -> str:
     if steps == 0:
         return "not trained on labels"
     text = f"{steps} steps, {variant.full_weight:g} × L_A ({variant.full_loss})"
@@ -194,7 +184,7 @@ def _sources(prepare: dict[str, Any]) -> list[tuple[str, str, str]]:
         what = f"kind {source['kind']}, from {source['from']}"
         caveat = ""
         if source["num_files"]:
-            what += f": {source['num_files']} files, {size(source['bytes'])}"
+            what += f": {source['num_files']} files, {binary_size(source['bytes'])}"
             what += "".join(f"; {file['path']}" for file in source["files"][:3])
             what += "; …" if source["num_files"] > 3 else ""
             if source["kind"] in PUBLISHED:

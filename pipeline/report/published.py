@@ -277,7 +277,7 @@ def same_drafters(config: Config) -> set[str]:
         return set()
     names = set()
     for drafter in config.train.drafters:
-        steps = config.train.steps if drafter.steps is None else drafter.steps
+        steps = config.train.steps_of(drafter)
         if drafter.model_copy(update={"name": VARIANT.name, "steps": steps, "seeds": ()}) == VARIANT:
             names.add(drafter.name)
     return names

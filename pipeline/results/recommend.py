@@ -19,6 +19,7 @@ from pipeline.errors import BadData
 from pipeline.intervals import Interval
 from pipeline.store.rows import CellRow, Mode, ModelSize, OfCell, Row, Speed
 from pipeline.sweep.predict import BASELINES, LOOKUP
+from pipeline.units import gigabytes
 
 
 class Choice(OfCell):
@@ -78,11 +79,6 @@ def settings_text(cell: Cell) -> str:
     """What to set for a cell: draft source, policy, budget, γ, and the threshold where there is one."""
     stops = f", stopping under {cell.threshold:g}" if cell.threshold else ""
     return f"{cell.drafter}, {cell.policy}, B = {cell.budget}, γ = {cell.gamma}{stops}"
-
-
-def gigabytes(num_bytes: float) -> str:
-    """In units of 10^9 bytes, as limits of memory are given."""
-    return f"{num_bytes / 1e9:.4g} GB"
 
 
 def models_of(cell: Cell) -> tuple[str, ...]:

@@ -1,17 +1,27 @@
-"""The names of the files and folders in an artifact, by the stage that writes them."""
+"""The stages by name, and the names of the files and folders that each of them writes into its artifact."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
+
+StageName = Literal["prepare", "pretrain", "teach", "train", "sweep", "report"]
+STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order in which they run
 
 # prepare
 TOKENIZER, DOCUMENTS, SEQUENCES, PROMPTS, PIECES = "tokenizer", "documents", "sequences", "prompts", ".pieces"
 
 # pretrain and train
-METRICS, MEMORY = "metrics.jsonl", "memory.json"
+MODEL, METRICS, MEMORY = "model", "metrics.jsonl", "memory.json"
+
+# teach
+LABELS, CONTINUATIONS = "labels", "continuations"
 
 # sweep
 SIZES = "models.jsonl"
-ROWS, STEPS, STEPS_BESIDE = "rows", "steps", "steps_beside"
+ROWS, FAILED, STEPS, STEPS_BESIDE = "rows", "failed", "steps", "steps_beside"
 PREDICTED, PICKS = "predicted.jsonl", "picks.jsonl"
+# A run-off picks one of the fastest cells, and the fresh repeats behind it say how fast that is.
+MEASURED_AGAIN = ("run_off", "rechecked")
 
 # report
 CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"

@@ -27,7 +27,7 @@ from pipeline.decode.runner import Runners
 from pipeline.models.load import ModelRef, load_model, stop_tokens
 from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
-from pipeline.store.layout import SIZES
+from pipeline.store.layout import FAILED, SIZES
 from pipeline.store.rows import Continuation, FailedCell, ModelSize, Prompt, PromptRow, StepTimes
 from pipeline.sweep.grid import Drafter, views_of
 from pipeline.sweep.make_rows import CELL_ERRORS, all_cells, make_failure
@@ -80,7 +80,7 @@ SweepTask = ReplayTask | MeasureTask | CalibrateTask
 
 
 def failures_of(task: ReplayTask | MeasureTask) -> Path:
-    return task.output.parent.parent / "failed" / task.output.name
+    return task.output.parent.parent / FAILED / task.output.name
 
 
 @dataclass

@@ -40,9 +40,6 @@ BEST_PREDICTED = 3  # cells of a data set and context that are measured for bein
 
 FASTEST_MEASURED = 3  # of those that are measured again
 
-# Folders of the sweep: a run-off picks one of them, and the fresh repeats behind it say how fast that is.
-MEASURED_AGAIN = ("run_off", "rechecked")
-
 # Each with so many times the repeats of the first measurement: these cells lie close together, and a clock
 # that others disturb would order them by luck.
 REPEATS_AGAIN = 4

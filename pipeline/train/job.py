@@ -23,7 +23,7 @@ from pipeline.models.build import build_scratch
 from pipeline.models.load import ModelRef, load_model, pick_device
 from pipeline.observe import logs
 from pipeline.store.files import read_rows
-from pipeline.store.layout import METRICS
+from pipeline.store.layout import CONTINUATIONS, LABELS, METRICS, MODEL, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards
 from pipeline.train.cards import drafter_card, scratch_card
@@ -67,9 +67,9 @@ def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
         NotFinite, Stopped: see `training.fit`, which also says what `stop` is.
     """
     dispatch.choose(job.config.run.kernels)
-    tokenizer = AutoTokenizer.from_pretrained(job.prepare / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(job.prepare / TOKENIZER)
     for name, folder in job.outputs.items():
-        if (folder / "model").exists():
+        if (folder / MODEL).exists():
             continue
         with logs.item(work_item_of(job, name)):
             if job.teach is None:
@@ -106,7 +106,7 @@ def pretrain(
             write_model(model, tokenizer, folder, scratch_card(config, spec, name, 0))
         return
     engine = make_engine(model.train(), schedule)
-    tokens = Shards(sorted((job.prepare / "sequences").glob("*.npy")))
+    tokens = Shards(sorted((job.prepare / SEQUENCES).glob("*.npy")))
     prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
     trained = fit(engine, objective, schedule, folder, name, stop)
@@ -127,7 +127,7 @@ def distil(
     config = job.config
     assert job.teach is not None and job.drafter is not None
     variant = next(v for v in config.train.drafters if v.name == name)
-    steps = config.train.steps if variant.steps is None else variant.steps
+    steps = config.train.steps_of(variant)
 
     start = job.drafter
     if variant.rope_scaling is not None:
@@ -142,7 +142,7 @@ def distil(
         return
     schedule = Schedule(config.train, config.train, steps)
     engine = make_engine(fresh().train(), schedule)
-    data = LabelledSequences(job.teach / "labels", config.labels.temperature)
+    data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)
     trained = fit(engine, objective, schedule, folder, name, stop)
@@ -156,7 +156,7 @@ def distil(
 
 
 def validation_prompts(prepare: Path) -> list[Prompt]:
-    files = sorted((prepare / "prompts").glob("validation-*.jsonl"))
+    files = sorted((prepare / PROMPTS).glob("validation-*.jsonl"))
     return [prompt for file in files for prompt in read_rows(file, Prompt)]
 
 
@@ -167,6 +167,6 @@ def is_first_worker() -> bool:
 
 def validation_pairs(prepare: Path, teach: Path) -> list[tuple[Prompt, Continuation]]:
     """Validation prompts with the target's continuations."""
-    files = sorted((teach / "continuations").glob("validation-*.jsonl"))
+    files = sorted((teach / CONTINUATIONS).glob("validation-*.jsonl"))
     continuations = [row for file in files for row in read_rows(file, Continuation)]
     return list(zip(validation_prompts(prepare), continuations, strict=True))

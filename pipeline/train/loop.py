@@ -28,7 +28,7 @@ from pipeline.hardware import peak_bytes
 from pipeline.models.export import export_model
 from pipeline.observe.progress import progress
 from pipeline.store.files import write_json, write_text
-from pipeline.store.layout import MEMORY, METRICS
+from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import (
     checkpoint_folder,
     disk_errors,
@@ -323,5 +323,5 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     for file in temporary.iterdir():  # the checkpoints go next
         with file.open("rb") as written:
             os.fsync(written.fileno())
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    temporary.rename(folder / "model")
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
+    temporary.rename(folder / MODEL)

@@ -27,6 +27,7 @@ from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
 from pipeline.metrics import repetition_rate
 from pipeline.models.load import ModelRef, load_model, stop_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
+from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
@@ -87,7 +88,7 @@ class Teacher:
 
     def label(self, task: LabelTask) -> TeachCounts:
         labels, data = self.config.labels, self.config.data
-        stem = self.output / "labels" / task.name
+        stem = self.output / LABELS / task.name
         rows = np.array(np.load(task.sequences, mmap_mode="r")[task.first : task.last])
         chosen = [
             row
@@ -114,7 +115,7 @@ class Teacher:
         return TeachCounts(sequences=len(rows), on_policy=len(chosen))
 
     def continue_prompts(self, task: ContinueTask) -> TeachCounts:
-        output = self.output / "continuations" / task.name
+        output = self.output / CONTINUATIONS / task.name
         prompts = read_rows(task.prompts, Prompt)
         if not output.exists():
             rows = {

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from jobs.stages.report import ReportInputs, report
-from pipeline.report.page import size
 from pipeline.results.summary import Stage
 from pipeline.store.artifacts import open_artifact
 from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, FailedCell
+from pipeline.units import binary_size
 from tests.helpers.configs import MINIMAL
 from tests.helpers.report import artifacts, config, row, sweep_rows
 
@@ -154,7 +154,7 @@ def test_memory_of_training_is_shown_by_rank(tmp_path):
     page = (made / "report.html").read_text()
     rows = page[page.index("Memory of training") :]
     assert "drafter-multi_view" in rows and "untrained" not in rows
-    assert all(page_size in rows for page_size in map(size, ranks))
+    assert all(page_size in rows for page_size in map(binary_size, ranks))
 
 
 def test_rows_added_by_another_try_make_another_report(tmp_path):
@@ -192,4 +192,4 @@ def test_local_files_are_not_passed_off_as_the_published_data(tmp_path):
     ("bytes_", "text"), [(None, ""), (12, "12 B"), (2048, "2.0 KiB"), (3 * 2**29, "1.5 GiB")]
 )
 def test_sizes_in_words(bytes_, text):
-    assert size(bytes_) == text
+    assert binary_size(bytes_) == text
