@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.rows import Row, row
-from pipeline.axes import Cell, Place
+from pipeline.axes import Cell, Place, View
 from pipeline.config.files import load_config
 from pipeline.config.models import Pretrain, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
+from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import GREEDILY
 from pipeline.intervals import bootstrap_interval
 from pipeline.metrics import Counts
@@ -84,21 +85,20 @@ class Replayed:
 
 
 class Prefills:
-    """Counts and times a model's passes over whole prompts."""
+    """A model that decodes, which counts and times the prompts that it reads."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.prompts, self.seconds, self.began = 0, 0.0, 0.0
-        model.register_forward_pre_hook(self.begin)
-        model.register_forward_hook(self.end, with_kwargs=True)
+    def __init__(self, model: DecodeModel) -> None:
+        self.model, self.prompts, self.seconds = model, 0, 0.0
 
-    def begin(self, model: nn.Module, given: Any) -> None:
-        self.began = time.perf_counter()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
-    def end(self, model: nn.Module, given: Any, named: dict[str, Any], output: Any) -> None:
-        rows, tokens = named["input_ids"].shape
-        if tokens > 1:
-            self.prompts += rows
-            self.seconds += time.perf_counter() - self.began
+    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> Any:
+        began = time.perf_counter()
+        done = self.model.prefill(tokens_BS, cuts)
+        self.prompts += len(tokens_BS)
+        self.seconds += time.perf_counter() - began
+        return done
 
 
 class Grid:
@@ -161,7 +161,8 @@ class Grid:
         """The stages teach (without labels) and sweep, from files to files."""
         began = time.perf_counter()
         teacher = Teacher(self.config, self.target, self.folder / TOKENIZER, self.folder, CPU)
-        read = Prefills(teacher.target)
+        read: Any = Prefills(teacher.writer)
+        teacher.writer = read
         evaluator = self.evaluator()
         drafts = []
         for one in evaluator.contenders:

@@ -25,6 +25,7 @@ from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_all, read_rows, write_rows
 from pipeline.store.layout import (
     CONTINUATIONS,
+    FAILED,
     MEASURED_AGAIN,
     PICKS,
     PREDICTED,

@@ -10,7 +10,8 @@ Shape legend: B rows, one a prompt; T proposals of a round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,14 @@ from pipeline.errors import NotFinite
 from pipeline.metrics import Round, counted_proposals
 
 
-@torch.no_grad()
+class Noted(NamedTuple):
+    """A token that the target chose, its top-1 minus top-2 logit, and its log-probability (0 when greedy)."""
+
+    token: int
+    gap: float
+    log_prob: float
+
+
 def autoregressive(
     target: Runner, firsts: Sequence[int], limit: int, eos: frozenset[int], sampler: Sampler
 ) -> Iterator[list[int | None]]:
@@ -33,20 +41,41 @@ def autoregressive(
     Raises:
         NotFinite: if a logit is NaN or infinite.
     """
+    for told in _walk(target, target.advance, firsts, limit, eos, sampler):
+        yield [None if row is None else row[0] for row in told]
+
+
+def autoregressive_noted(
+    target: Runner, firsts: Sequence[int], limit: int, eos: frozenset[int], sampler: Sampler
+) -> Iterator[list[Noted | None]]:
+    """As `autoregressive`, with how the target stood to each token; it costs a pass over the logits."""
+    for told in _walk(target, target.advance_noted, firsts, limit, eos, sampler):
+        yield [None if row is None else Noted(int(row[0]), row[2], row[3]) for row in told]
+
+
+@torch.no_grad()
+def _walk(
+    target: Runner,
+    advance: Callable[..., Any],
+    firsts: Sequence[int],
+    limit: int,
+    eos: frozenset[int],
+    sampler: Sampler,
+) -> Iterator[list[list[Any] | None]]:
+    """The autoregressive loop: what a step tells of each row, token and finiteness first."""
     target.cache.check_room(limit)
     token_B1, step_B = start(target, firsts)
     open_rows = [limit > 1 and first not in eos for first in firsts]
     count = 1
     while any(open_rows):
-        token_B1, step_B, told_B2 = target.advance(sampler.rule, token_B1, step_B, sampler.uniforms(1))
+        token_B1, step_B, told_BR = advance(sampler.rule, token_B1, step_B, sampler.uniforms(1))
         count += 1
-        emitted: list[int | None] = []
-        for row, (token, finite) in enumerate(told_B2.tolist()):
-            emitted.append(token if open_rows[row] else None)
-            if open_rows[row] and not finite:
+        told = [one if is_open else None for one, is_open in zip(told_BR.tolist(), open_rows, strict=True)]
+        for row, one in enumerate(told):
+            if one is not None and not one[1]:
                 raise NotFinite(f"{target.model.name}: logits not finite at continuation token {count - 1}")
-            open_rows[row] = open_rows[row] and count < limit and token not in eos
-        yield emitted
+            open_rows[row] = one is not None and count < limit and one[0] not in eos
+        yield told
 
 
 @torch.no_grad()

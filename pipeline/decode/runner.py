@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Rule
-from pipeline.decode.steps import Tensors, advance, draft, propose, propose_surely, verify
+from pipeline.decode.steps import Tensors, advance, advance_noted, draft, propose, propose_surely, verify
 from pipeline.errors import BadData
 from pipeline.hardware import available_memory
 from pipeline.kv.slot_cache import SlotCache
@@ -140,6 +140,9 @@ class Runner:
     def advance(self, rule: Rule, *arguments: Tensor | None) -> Any:
         """See `advance`, as for the other steps."""
         return self.run(advance, rule, arguments)
+
+    def advance_noted(self, rule: Rule, *arguments: Tensor | None) -> Any:
+        return self.run(advance_noted, rule, arguments)
 
     def propose(self, rule: Rule, *arguments: Tensor | None) -> Any:
         return self.run(propose, rule, arguments)

@@ -24,10 +24,17 @@ class Rule:
     """How tokens are chosen and proposals accepted: by the arg-max at temperature 0, else by sampling."""
 
     temperature: float = 0.0
+    never: tuple[int, ...] = ()  # tokens that are not chosen
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """The logits without those of tokens that are not chosen."""
+        if not self.never:
+            return logits
+        return logits.index_fill(-1, torch.tensor(self.never, device=logits.device), -torch.inf)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return (logits.float() / self.temperature).softmax(-1)
@@ -37,6 +44,7 @@ class Rule:
 
         A logit of NaN or +inf shows in the best one.
         """
+        logits_BV = self.allowed(logits_BV)
         best_B, token_B = logits_BV.max(-1)
         if self.greedy:
             return token_B, best_B, None
@@ -69,11 +77,19 @@ class Sampler:
     generators: tuple[torch.Generator, ...] = ()
 
     @classmethod
-    def seeded(cls, temperature: float, seeds: Sequence[int], device: torch.device | str = "cpu") -> Sampler:
+    def seeded(
+        cls,
+        temperature: float,
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        never: tuple[int, ...] = (),
+    ) -> Sampler:
         """One seed for each row; what a row draws does not depend on the others."""
         if temperature == 0:
-            return GREEDY
-        return cls(Rule(temperature), tuple(torch.Generator(device).manual_seed(seed) for seed in seeds))
+            return cls(Rule(never=never))
+        return cls(
+            Rule(temperature, never), tuple(torch.Generator(device).manual_seed(seed) for seed in seeds)
+        )
 
     def uniforms(self, count: int, by_row: bool = True) -> Tensor | None:
         """The next numbers in [0, 1) of each row, [B, count] or [count, B]; greedy decoding needs none."""

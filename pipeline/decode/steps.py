@@ -67,6 +67,36 @@ def advance(
     return token_B1, step_B, torch.cat([token_B1, best_B.isfinite().unsqueeze(1).long()], 1)
 
 
+def advance_noted(
+    model: DecodeModel,
+    cache: SlotCache,
+    rule: Rule,
+    token_B1: Tensor,
+    step_B: Tensor,
+    uniform_B1: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `advance`; the host is told two numbers more [B, 4], what `note` says of the token."""
+    logits_BV = model.logits(model.hidden(token_B1, step_B, cache)[:, -1])
+    token_B, best_B, _ = rule.choose(logits_BV, None if uniform_B1 is None else uniform_B1[:, 0])
+    told = [token_B, best_B.isfinite(), *note(rule, logits_BV, token_B)]
+    return token_B.unsqueeze(1), step_B + 1, torch.stack([values.double() for values in told], 1)
+
+
+def note(rule: Rule, logits_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
+    """How the target stood to the tokens that it chose.
+
+    Returns:
+        The top-1 minus the top-2 logit [B], and the log-probability [B] of each token; 0 when greedy.
+    """
+    allowed_BV = rule.allowed(logits_BV.float())
+    top_B2 = allowed_BV.topk(2, dim=-1).values
+    gap_B = top_B2[:, 0] - top_B2[:, 1]
+    if rule.greedy:
+        return gap_B, torch.zeros_like(gap_B)
+    log_p_BV = (allowed_BV / rule.temperature).log_softmax(-1)
+    return gap_B, log_p_BV.gather(-1, token_B.unsqueeze(1)).squeeze(1)
+
+
 def verify(
     model: DecodeModel,
     cache: SlotCache,

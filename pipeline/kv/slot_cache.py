@@ -86,8 +86,8 @@ class SlotCache:
         for row, view in enumerate(views):
             self.load_row(row, view)
 
-    def load_row(self, row: int, view: PrefixView) -> None:
-        """Begin a row anew behind a view of one prefix.
+    def load_row(self, row: int, view: PrefixView, number: int = 0) -> None:
+        """Begin a row anew behind a view of one prefix, of several the one of this number.
 
         Raises:
             ValueError: if the view keeps more than the buffers hold.
@@ -96,7 +96,7 @@ class SlotCache:
             raise ValueError(f"the cache holds {self.capacity} prefix entries, the view has {view.kept}")
         for buffers, part in ((self.keys, 0), (self.values, 1)):
             for buffer, layer in zip(buffers, view.layers, strict=True):
-                buffer[row, :, : view.kept] = layer[part][0]
+                buffer[row, :, : view.kept] = layer[part][number]
                 buffer[row, :, view.kept :] = 0
         self.kept_B[row], self.prefix_B[row] = view.kept, view.prefix_tokens
         if self.rotation is not None and self.turns is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +19,13 @@ from kernels import dispatch
 from pipeline.axes import FULL
 from pipeline.config.schema import Config
 from pipeline.config.train import Labels
-from pipeline.decode.loop import until_eos
+from pipeline.decode.loop import Noted, autoregressive_noted
+from pipeline.decode.model import DecodeModel, decode_model
+from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
+from pipeline.decode.steps import note
 from pipeline.errors import NotFinite
-from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
+from pipeline.kv.slot_cache import slots_for
 from pipeline.metrics import repetition_rate
 from pipeline.models.load import ModelRef, load_model, stop_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
@@ -80,8 +82,7 @@ class Teacher:
         dispatch.choose(config.run.kernels)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.target = load_model(target, len(self.tokenizer), device)
-        # A text that ended would leave the rest of its windows without a meaning.
-        self.never = torch.tensor(sorted(stop_tokens(self.target)), dtype=torch.long, device=device)
+        self.writer = decode_model(self.target, config.decode.prefill_chunk)
 
     def __call__(self, task: LabelTask | ContinueTask) -> TeachCounts:
         return self.label(task) if isinstance(task, LabelTask) else self.continue_prompts(task)
@@ -102,12 +103,14 @@ class Teacher:
             for at in range(0, len(chosen), labels.batch_sequences):
                 batch = chosen[at : at + labels.batch_sequences]
                 seeds = [fold(self.config.seed, task.shard, row) for row in batch]
-                sampler = Sampler.seeded(labels.on_policy_temperature, seeds, self.target.device)
-                prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(self.target.device)
+                # A text that ended would leave the rest of its windows without a meaning.
+                never, device = tuple(sorted(stop_tokens(self.target))), self.target.device
+                sampler = Sampler.seeded(labels.on_policy_temperature, seeds, device, never)
+                prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(device)
                 written = write_ahead(
-                    self.target, prefixes, data.sequence_tokens - start, frozenset(), sampler, self.never
+                    self.writer, prefixes, data.sequence_tokens - start, frozenset(), sampler
                 )
-                rows[batch, start:] = np.array(written.tokens)
+                rows[batch, start:] = [[one.token for one in text] for text in written]
             arrays = label_sequences(self.target, rows, labels)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
@@ -131,11 +134,10 @@ class Teacher:
         eos = stop_tokens(self.target)
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.target.device)
         sampler = chance.sampler([prompt.prompt_id for prompt in prompts], self.target.device)
-        written = write_ahead(self.target, tokens_BS, prompts[0].max_new_tokens, eos, sampler)
+        written = write_ahead(self.writer, tokens_BS, prompts[0].max_new_tokens, eos, sampler)
         rows = []
-        for number, prompt in enumerate(prompts):
-            tokens = until_eos(written.tokens[number], eos)
-            gaps, log_probs = (values[number][: len(tokens)] for values in (written.gaps, written.log_probs))
+        for prompt, chosen in zip(prompts, written, strict=True):
+            tokens = [one.token for one in chosen]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             rows.append(
                 Continuation(
@@ -146,7 +148,7 @@ class Teacher:
                     split=prompt.split,
                     prompt_tokens=len(prompt.tokens),
                     tokens=tokens,
-                    gaps=[round(gap, 6) for gap in gaps],
+                    gaps=[round(one.gap, 6) for one in chosen],
                     eos_at=len(tokens) - 1 if tokens[-1] in eos else None,
                     text=text,
                     repetition_rate=repetition_rate(tokens),
@@ -155,7 +157,7 @@ class Teacher:
                     else None,
                     temperature=chance.temperature,
                     seed=chance.seed,
-                    log_probs=[] if sampler.rule.greedy else log_probs,
+                    log_probs=[] if sampler.rule.greedy else [one.log_prob for one in chosen],
                 )
             )
         return rows
@@ -215,59 +217,27 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
     return {name: np.concatenate(arrays) for name, arrays in batches.items() if arrays}
 
 
-class Written(NamedTuple):
-    """What the target wrote behind B prefixes: tokens, the top-2 logit gap of each, its log-probability."""
-
-    tokens: list[list[int]]
-    gaps: list[list[float]]
-    log_probs: list[list[float]]
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def write_ahead(
-    target: PreTrainedModel,
-    tokens_BS: Tensor,
-    count: int,
-    eos: frozenset[int],
-    sampler: Sampler,
-    never: Tensor | None = None,
-) -> Written:
-    """Up to `count` tokens after each of B prefixes of equal length.
-
-    Rows go on to the same length; callers cut them at EOS. Stops early when every row has one. The tokens
-    in `never` are not written. Log-probabilities are those at the sampler's temperature, 0 when greedy.
+    target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> list[list[Noted]]:
+    """What the target writes behind each of B prefixes of equal length: up to `count` tokens, or to EOS.
 
     Raises:
         NotFinite: if a logit is NaN or infinite.
     """
     B, S = tokens_BS.shape
-    views, logits_BV = read_prefix(target, tokens_BS, [(S, FULL)])
-    cache = ViewCache(views, capacity=count)
-    del views  # the cache has its own copy, and at 16K tokens one is enough
-    tokens: list[Tensor] = []
-    gaps: list[Tensor] = []
-    log_probs: list[Tensor] = []
-    rule = sampler.rule
-    ended_B = torch.zeros(B, dtype=torch.bool, device=tokens_BS.device)
-    stops = torch.tensor(sorted(eos), device=tokens_BS.device)
-    for step in range(count):
-        if step:
-            position_11 = torch.tensor([[S + step - 1]], device=tokens_BS.device)
-            logits_BV = read_continuation(target, cache, tokens[-1].unsqueeze(1), position_11)[:, -1]
-        if not torch.isfinite(logits_BV).all():
-            raise NotFinite(f"{target.name_or_path}: logits not finite at position {S + step - 1}")
-        if never is not None:
-            logits_BV = logits_BV.index_fill(-1, never, -torch.inf)
-        top = logits_BV.float().topk(2, dim=-1).values
-        gaps.append(top[:, 0] - top[:, 1])
-        tokens.append(sampler.choose(logits_BV))
-        if rule.greedy:
-            log_probs.append(torch.zeros_like(gaps[-1]))
-        else:
-            log_p_BV = (logits_BV.float() / rule.temperature).log_softmax(-1)
-            log_probs.append(log_p_BV.gather(-1, tokens[-1].unsqueeze(1)).squeeze(1))
-        ended_B |= torch.isin(tokens[-1], stops)
-        if bool(ended_B.all()):
-            break
-    tokens_BT, gaps_BT, log_probs_BT = (torch.stack(values, 1) for values in (tokens, gaps, log_probs))
-    return Written(tokens_BT.tolist(), gaps_BT.tolist(), log_probs_BT.tolist())
+    (view,), logits_BV = target.prefill(tokens_BS, [(S, FULL)])
+    runner = Runner(target, B, slots_for(S), count, "none")
+    for row in range(B):
+        runner.cache.load_row(row, view, row)
+    del view  # the cache has its own copy, and at 16K tokens one is enough
+    if not torch.isfinite(logits_BV).all():
+        raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
+    first_B = sampler.choose(logits_BV)
+    columns = (first_B, *note(sampler.rule, logits_BV, first_B))
+    texts = [[Noted(*chosen)] for chosen in zip(*(values.tolist() for values in columns), strict=True)]
+    for step in autoregressive_noted(runner, first_B.tolist(), count, eos, sampler):
+        for text, chosen in zip(texts, step, strict=True):
+            text += [] if chosen is None else [chosen]
+    return texts

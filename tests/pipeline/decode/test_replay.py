@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.decode import replay
+from pipeline.decode.model import decode_model
 from pipeline.decode.sampling import Chance
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
@@ -207,10 +208,11 @@ def test_the_estimate_is_what_sampling_gives_on_average(
     view = view_of("streaming", 16)
     pair = make_pair(target, drafter, [tokens], view, limit + gamma)
     (kept,), _ = read_prefix(drafter, tokens, [(tokens.shape[1], view)])
+    writer = decode_model(target)
     estimated, sampled = [], []
     for seed in range(runs):
-        written = write_ahead(target, tokens, limit, NEVER, Chance(temperature, seed).sampler(["p"]))
-        (text,), (log_probs,) = written.tokens, written.log_probs
+        (written,) = write_ahead(writer, tokens, limit, NEVER, Chance(temperature, seed).sampler(["p"]))
+        text, log_probs = [one.token for one in written], [one.log_prob for one in written]
         logits = replay.view_logits(drafter, [kept], text)
         chances = replay.chances(logits, text, log_probs, temperature)
         (counts,) = replay.expect(chances, gamma, limit, False)
