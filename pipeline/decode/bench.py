@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from pipeline.hardware import peak_bytes
 from pipeline.kv.slot_cache import slots_for
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Round
-from pipeline.store.rows import Prompt
+
+if TYPE_CHECKING:  # rows need pydantic, which a bare machine lacks
+    from pipeline.store.rows import Prompt
 
 T = TypeVar("T")
 

@@ -1,10 +1,12 @@
-"""Import rules: jobs → pipeline → kernels, heavy dependencies in few files, a core that runs bare."""
+"""Import rules: rooms build on those below them, heavy libraries in few files, a core that runs bare."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,20 @@ ONLY_IN = {
     "deepspeed": ("jobs/executors/deepspeed_engine.py",),
     "mlflow": ("jobs/tracking/*.py", "jobs/registry/*.py"),
 }
-DECODING_CORE = (
-    "kv.view_cache", "kv.policies", "kv.slot_cache", "decode.model", "decode.steps", "decode.loop",
-    "decode.replay", "metrics", "models.load",
+# The rooms from the ground up; each imports from rooms before it alone. The ground floor is single files.
+FLOORS = (
+    "kernels",
+    "pipeline.errors", "pipeline.units", "pipeline.hardware", "pipeline.metrics", "pipeline.intervals",
+    "pipeline.axes", "pipeline.observe", "pipeline.store", "pipeline.kv", "pipeline.config",
+    "pipeline.models",
+    "pipeline.decode", "pipeline.data", "pipeline.sweep", "pipeline.train", "pipeline.results",
+    "pipeline.report", "pipeline.gate", "pipeline.plan", "pipeline.serving",
+    "jobs", "jobs.records", "jobs.executors", "jobs.tracking", "jobs.registry", "jobs.stages", "jobs.plan",
+    "jobs.commands", "jobs.cli", "jobs.__main__",
 )  # fmt: skip
+MOST_MODULES = 15  # of a room
+# Rooms that a bare machine decodes with: torch, triton and transformers, neither pydantic nor datasets.
+BARE = ("errors", "units", "hardware", "metrics", "intervals", "axes", "kv", "decode", "models")
 
 IMPORT_ALL = """
 import importlib, sys
@@ -83,7 +95,10 @@ def test_the_core_imports_without_ray_deepspeed_and_mlflow():
 
 def test_decoding_imports_without_pydantic_and_datasets_too():
     blocked = ("ray", "deepspeed", "mlflow", "jobs", "pydantic", "datasets")
-    import_without(blocked, [f"pipeline.{name}" for name in DECODING_CORE])
+    modules = [module_name(path) for path in sources("pipeline") if room(module_name(path)).split(".")[1:]]
+    bare = [module for module in modules if module.split(".")[1] in BARE]
+    assert {"pipeline.decode.loop", "pipeline.models.load", "pipeline.metrics"} <= set(bare)
+    import_without(blocked, bare)
 
 
 def test_the_gpu_benchmark_imports_on_a_bare_machine():
@@ -127,3 +142,77 @@ def test_every_imported_library_is_a_dependency():
     imported = {module for package in PACKAGES for path in sources(package) for module, _ in imports(path)}
     unknown = [line for package in PACKAGES for line in offenders(package, imported - known)]
     assert not unknown, "not in pyproject.toml:\n" + "\n".join(unknown)
+
+
+def room(module: str) -> str:
+    """`pipeline.kv` of `pipeline.kv.views`; a file that lies in no room is its own; all kernels are one."""
+    package, *rest = module.split(".")
+    return package if package == "kernels" or not rest else f"{package}.{rest[0]}"
+
+
+def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
+    """(module of this project, line) of every import in a file, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield (module if exists(module) else str(node.module)), node.lineno
+
+
+def exists(module: str) -> bool:
+    path = ROOT / Path(*module.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_rooms_import_from_the_floors_below_them_alone():
+    """Which also leaves no circle between rooms."""
+    found = []
+    for path in (path for package in PACKAGES for path in sources(package)):
+        own = room(module_name(path))
+        for module, line in imported_modules(path):
+            if room(module) != own and FLOORS.index(room(module)) > FLOORS.index(own):
+                found.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not found, "imports that run back up:\n" + "\n".join(found)
+
+
+def test_no_module_imports_in_a_circle():
+    graph: dict[str, set[str]] = {}
+    for path in (path for package in PACKAGES for path in sources(package)):
+        top = (node for node in ast.parse(path.read_text(encoding="utf-8")).body)
+        lines = {node.lineno for node in top if isinstance(node, ast.ImportFrom)}
+        graph[module_name(path)] = {
+            module for module, line in imported_modules(path) if line in lines and module != module_name(path)
+        }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_every_room_has_a_floor_and_no_room_is_crowded():
+    rooms = {room(module_name(path)) for package in PACKAGES for path in sources(package)} - {"pipeline"}
+    assert rooms == set(FLOORS)
+    folders = Counter(
+        path.parent.relative_to(ROOT)
+        for package in PACKAGES
+        for path in sources(package)
+        if path.name != "__init__.py"
+    )
+    crowded = {str(folder): count for folder, count in folders.items() if count > MOST_MODULES}
+    assert not crowded, f"more than {MOST_MODULES} modules: {crowded}"
+
+
+def test_no_file_repeats_the_name_of_its_folder():
+    repeated = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in sources(package)
+        if path.parent.name in path.stem.split("_")
+    ]
+    assert not repeated, repeated
+
+
+def test_rooms_have_no_code_of_their_own():
+    """What `__init__.py` imports, everybody imports who takes one file of a room. Two have a reason to."""
+    with_code = {"jobs", "pipeline.serving"}
+    for path in (path for package in PACKAGES for path in sources(package) if path.name == "__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        if module_name(path) not in with_code:
+            assert len(body) == 1 and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
