@@ -157,7 +157,9 @@ class Ours:
         ]
         seconds = time.perf_counter() - began
         tokens = [*firsts, *(token for one in rounds for token in one.tokens)]
-        return tokens, seconds / (len(tokens) - 1), Counts.of(rounds, gamma).acceptance or 0.0
+        accepted = Counts.of(rounds, gamma).acceptance
+        assert accepted is not None, "no round proposed anything"
+        return tokens, seconds / (len(tokens) - 1), accepted
 
 
 def mean(values: Sequence[float]) -> float:

@@ -117,7 +117,9 @@ def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
         trained[f"drafter-{drafter.name}"] for drafter in grid.config.train.drafters if drafter.steps != 0
     ]
     sweep = max(plans["table-1"][stage] for stage in ("sweep replay", "sweep measure"))
-    swept_peak = max(row.timing.peak_memory_bytes or 0 for row in (*grid.rows, *grid.rechecked) if row.timing)
+    swept_peak = max(
+        peak for row in (*grid.rows, *grid.rechecked) if row.timing and (peak := row.timing.peak_memory_bytes)
+    )
     for name, stage, found in (
         ("table-1", "pretrain target", trained["pretrain-target"]),
         ("on-policy", "teach", manifest(studies["on-policy"].taught)["peak_memory_bytes"]),

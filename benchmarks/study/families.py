@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.intervals import Interval, bootstrap_interval, seeded_difference
 from pipeline.metrics import Number
+from pipeline.results.pool import accepted_of_proposed, documents
 from pipeline.store.rows import PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
@@ -116,11 +117,7 @@ def accepted(cells: Families, name: str, dataset: str, column: Column) -> Interv
     """Acceptance of a family, its training seeds pooled; the interval resamples documents."""
     rows = [row for one in rows_of(cells, name, dataset, column).values() for row in one.values()]
     return bootstrap_interval(
-        [row.counts.num_accepted for row in rows],
-        [row.counts.num_proposed or 0 for row in rows],
-        samples=SAMPLES,
-        seed=SEED,
-        clusters=[row.document_id for row in rows],
+        *accepted_of_proposed(rows), samples=SAMPLES, seed=SEED, clusters=documents(rows)
     )
 
 
@@ -145,9 +142,8 @@ def difference(ours: BySeed, theirs: BySeed) -> Change:
         raise ValueError("two families have no training seed or no prompt in common")
 
     def counts(side: BySeed, seeds: Sequence[str]) -> tuple[list[list[Number]], list[list[Number]]]:
-        rows = [[side[seed][prompt] for prompt in prompts] for seed in seeds]
-        accepted = [[row.counts.num_accepted for row in one] for one in rows]
-        return accepted, [[row.counts.num_proposed or 0 for row in one] for one in rows]
+        pairs = [accepted_of_proposed([side[seed][prompt] for prompt in prompts]) for seed in seeds]
+        return [accepted for accepted, _ in pairs], [proposed for _, proposed in pairs]
 
     clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
     pooled, *single = (

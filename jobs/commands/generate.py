@@ -73,7 +73,7 @@ def generate(
     speed, ar_speed = counts.num_tokens / timed.seconds, (len(plain.tokens[0]) - 1) / plain.seconds
     print(
         f"[{name}, {policy} budget {budget}, γ {gamma}: acceptance "
-        f"{counts.acceptance or 0:.3f}, "
+        f"{'none proposed' if counts.acceptance is None else format(counts.acceptance, '.3f')}, "
         f"τ {counts.tau:.2f}, {speed:.1f} tokens/s, "
         f"autoregressive {ar_speed:.1f}, speedup {speed / ar_speed:.2f}"
         + (

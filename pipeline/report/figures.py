@@ -218,7 +218,9 @@ def speedup_by_memory(measured: Sequence[CellRow], axes: Axes) -> Drawn:
     look = Look.of(measured, axes)
     gamma, at_gamma = _at_gamma(measured, axes)
     targets = {
-        place: max(c.target_kv_bytes or 0 for c in at_gamma if c.cell.place == place)
+        place: max(
+            (c.target_kv_bytes for c in at_gamma if c.cell.place == place and c.target_kv_bytes), default=0
+        )
         for place in {c.cell.place for c in at_gamma}
     }
     sizes = [*targets.values(), *(c.drafter_kv_bytes for c in at_gamma)]
@@ -227,7 +229,8 @@ def speedup_by_memory(measured: Sequence[CellRow], axes: Axes) -> Drawn:
     for place, panel in panels.items():
         for cell in (c for c in at_gamma if c.cell.place == place):
             _speed_line(panel, [cell], [cell.drafter_kv_bytes / divisor], look, line=False)
-        panel.axvline(targets[place] / divisor, color="#555555", ls=":", lw=1.6)
+        if place in targets:
+            panel.axvline(targets[place] / divisor, color="#555555", ls=":", lw=1.6)
         if min(sizes) > 0 and max(sizes) > 10 * min(sizes):
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from pipeline.axes import Cell, Place
 from pipeline.errors import BadData
@@ -137,7 +138,8 @@ class Needs:
 
     def refuses(self, choice: Choice, sizes: Sizes) -> str:
         """Why a choice is out, or ""."""
-        if self.min_acceptance is not None and (choice.acceptance or 0.0) < self.min_acceptance:
+        least = self.min_acceptance
+        if least is not None and (choice.acceptance is None or choice.acceptance < least):
             return "acceptance"
         if self.memory_bytes is not None and self.bytes_of(choice, sizes) > self.memory_bytes:
             return "memory"
@@ -145,11 +147,12 @@ class Needs:
 
     def too_low(self, out: Sequence[Choice]) -> str:
         """The highest acceptance of choices that are out for it, in words; "" where there are none."""
-        if self.min_acceptance is None or not out:
+        known = [(choice.acceptance, choice) for choice in out if choice.acceptance is not None]
+        if self.min_acceptance is None or not known:
             return ""
-        best = max(out, key=lambda choice: choice.acceptance or 0.0)
+        acceptance, best = max(known, key=itemgetter(0))
         return (
-            f"; those out for acceptance have {100 * (best.acceptance or 0.0):.1f} % at most "
+            f"; those out for acceptance have {100 * acceptance:.1f} % at most "
             f"({settings_text(best.cell)}), the least is {100 * self.min_acceptance:g} %"
         )
 
@@ -207,8 +210,8 @@ def choices(
 
 def inexact(*runs: CellRow | None) -> int:
     """The most prompts of one run of a greedy cell that differ from autoregressive decoding."""
-    compared = [run for run in runs if run is not None and run.exact_prompts is not None]
-    return max((run.num_prompts - (run.exact_prompts or 0) for run in compared), default=0)
+    told = [(run.num_prompts, run.exact_prompts) for run in runs if run is not None]
+    return max((prompts - exact for prompts, exact in told if exact is not None), default=0)
 
 
 def recommend(
