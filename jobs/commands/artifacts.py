@@ -64,11 +64,11 @@ def list_artifacts(storage: Path) -> list[Stored]:
         raise BadData(f"{storage} holds no artifacts: name the folder that a config calls storage")
     known = {match["fingerprint"] for match in folders.values()}
     now = time.time()
-    found = [_read(Artifact(path, m["stage"], m["fingerprint"]), known, now) for path, m in folders.items()]
-    for one in found:
-        one.used_by = sorted(other.name for other in found if one.fingerprint in other.inputs)
-    _mark_needed(found)
-    return sorted(found, key=lambda one: -one.bytes)
+    listed = [_read(Artifact(path, m["stage"], m["fingerprint"]), known, now) for path, m in folders.items()]
+    for stored in listed:
+        stored.used_by = sorted(other.name for other in listed if stored.fingerprint in other.inputs)
+    _mark_needed(listed)
+    return sorted(listed, key=lambda stored: -stored.bytes)
 
 
 def _own(path: Path) -> bool:
@@ -135,36 +135,40 @@ def _measure(path: Path) -> tuple[int, float]:
     return sum(stat.st_size for stat in files), max(stat.st_mtime for stat in stats)
 
 
-def _mark_needed(found: list[Stored]) -> None:
+def _mark_needed(listed: list[Stored]) -> None:
     """From every report down, and from what is younger than all of them, unfinished work too. A damaged
     report is one that a rerun mends, so it counts."""
-    by_fingerprint = {one.fingerprint: one for one in found}
-    waiting = [one for one in found if one.stage == "report" and one.state != UNFINISHED]
-    last = min((one.age_s for one in waiting), default=float("inf"))
-    waiting += [one for one in found if one.state != DAMAGED and one.age_s < last]
+    by_fingerprint = {stored.fingerprint: stored for stored in listed}
+    waiting = [stored for stored in listed if stored.stage == "report" and stored.state != UNFINISHED]
+    last = min((stored.age_s for stored in waiting), default=float("inf"))
+    waiting += [stored for stored in listed if stored.state != DAMAGED and stored.age_s < last]
     while waiting:
-        one = waiting.pop()
-        if not one.needed:
-            one.needed = True
-            waiting += [by_fingerprint[name] for name in one.inputs]
+        stored = waiting.pop()
+        if not stored.needed:
+            stored.needed = True
+            waiting += [by_fingerprint[name] for name in stored.inputs]
 
 
-def unsure(storage: Path, found: Sequence[Stored]) -> list[str]:
+def unsure(storage: Path, listed: Sequence[Stored]) -> list[str]:
     """Names of runs that live, and of artifacts that matter: what they use, no manifest tells yet."""
     records = storage / RECORDS
     runs = [record.name for record in sorted(records.iterdir()) if lives(record)] if records.is_dir() else []
-    held = [one.name for one in found if one.state == IN_USE or (one.needed and one.state != COMPLETE)]
+    held = [
+        stored.name
+        for stored in listed
+        if stored.state == IN_USE or (stored.needed and stored.state != COMPLETE)
+    ]
     return runs + held
 
 
-def removable(found: Sequence[Stored], older_than_days: float, sure: bool) -> list[Stored]:
+def removable(listed: Sequence[Stored], older_than_days: float, sure: bool) -> list[Stored]:
     """What nothing needs and no run works on, and that has not changed for so many days; where it is not sure
     what is needed, only of the unfinished."""
     kept = (IN_USE,) if sure else (IN_USE, COMPLETE)
     return [
-        one
-        for one in found
-        if not one.needed and one.state not in kept and one.age_s >= older_than_days * DAY_S
+        stored
+        for stored in listed
+        if not stored.needed and stored.state not in kept and stored.age_s >= older_than_days * DAY_S
     ]
 
 
@@ -175,14 +179,14 @@ def remove(storage: Path, chosen: Sequence[Stored]) -> list[Stored]:
     that a run has taken meanwhile stays.
     """
     gone = []
-    for one in chosen:
-        artifact = Artifact(storage / one.name, one.stage, one.fingerprint)
+    for stored in chosen:
+        artifact = Artifact(storage / stored.name, stored.stage, stored.fingerprint)
         try:
             with artifact.lock.acquire(timeout=0):
-                artifact.path.rename(storage / f"{TRASH}{one.name}-{uuid.uuid4().hex[:8]}")
+                artifact.path.rename(storage / f"{TRASH}{stored.name}-{uuid.uuid4().hex[:8]}")
         except Timeout:
             continue
-        gone.append(one)
+        gone.append(stored)
     for trash in storage.glob(f"{TRASH}*"):
         shutil.rmtree(trash)
     return gone
@@ -199,26 +203,26 @@ def artifacts(
     """
     if dry_run and not remove_unneeded:
         raise ConfigError("--dry-run goes with --remove: without it nothing is removed anyway")
-    found = list_artifacts(storage)
+    listed = list_artifacts(storage)
     beside = {
         path.name: _measure(path)[0]
         for path in sorted(storage.iterdir())
         if path.name in BESIDE or path.name.startswith(TRASH)
     }
-    doubts = unsure(storage, found)
-    going = removable(found, older_than_days, sure=not doubts) if remove_unneeded else []
+    doubts = unsure(storage, listed)
+    going = removable(listed, older_than_days, sure=not doubts) if remove_unneeded else []
     if remove_unneeded and not dry_run:
         going = remove(storage, going)
     verb = ("would remove" if dry_run else "removed") if remove_unneeded else None
-    told = Told(found, beside, going, doubts, verb)
-    print(json.dumps(told.document(), indent=2) if as_json else "\n".join(told.lines()))
+    listing = Listing(listed, beside, going, doubts, verb)
+    print(json.dumps(listing.document(), indent=2) if as_json else "\n".join(listing.lines()))
 
 
 @dataclass
-class Told:
+class Listing:
     """What the command says: artifacts, bytes of what lies beside them, what goes, and why not more."""
 
-    found: list[Stored]
+    listed: list[Stored]
     beside: dict[str, int]
     going: list[Stored]
     doubts: list[str]
@@ -226,16 +230,18 @@ class Told:
 
     @property
     def total(self) -> int:
-        return sum(one.bytes for one in self.found) + sum(self.beside.values())
+        return sum(stored.bytes for stored in self.listed) + sum(self.beside.values())
 
     @property
     def freed(self) -> int:
-        return sum(one.bytes for one in self.going)
+        return sum(stored.bytes for stored in self.going)
 
     def document(self) -> dict[str, Any]:
-        removal = {self.verb: [one.name for one in self.going], "freed": self.freed} if self.verb else {}
+        removal = (
+            {self.verb: [stored.name for stored in self.going], "freed": self.freed} if self.verb else {}
+        )
         return {
-            "artifacts": [asdict(one) for one in self.found],
+            "artifacts": [asdict(stored) for stored in self.listed],
             "beside": self.beside,
             "bytes": self.total,
             "unsure_because_of": self.doubts,
@@ -245,8 +251,15 @@ class Told:
     def lines(self) -> Iterator[str]:
         rows = [("STAGE", "FINGERPRINT", "STATE", "SIZE", "AGE", "USED BY")]
         rows += [
-            (one.stage, one.fingerprint, one.state, decimal_size(one.bytes), age(one.age_s), self._users(one))
-            for one in self.found
+            (
+                stored.stage,
+                stored.fingerprint,
+                stored.state,
+                decimal_size(stored.bytes),
+                age(stored.age_s),
+                self._users(stored),
+            )
+            for stored in self.listed
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         for *cells, users in rows:
@@ -254,16 +267,16 @@ class Told:
         for name, count in self.beside.items():
             yield f"{name}: {decimal_size(count)}"
         total = decimal_size(self.total)
-        yield f"total: {total} in {len(self.found)} artifacts and {len(self.beside)} others"
+        yield f"total: {total} in {len(self.listed)} artifacts and {len(self.beside)} others"
         if self.verb:
-            yield from (f"{self.verb} {one.name}: {decimal_size(one.bytes)}" for one in self.going)
+            yield from (f"{self.verb} {stored.name}: {decimal_size(stored.bytes)}" for stored in self.going)
             if self.doubts:
                 yield f"complete ones stay: nothing tells yet what {', '.join(self.doubts)} is made from"
             yield f"{len(self.going)} artifacts, {decimal_size(self.freed)}"
 
     @staticmethod
-    def _users(one: Stored) -> str:
-        return ", ".join(one.used_by) or ("-" if one.stage == "report" else "nothing")
+    def _users(stored: Stored) -> str:
+        return ", ".join(stored.used_by) or ("-" if stored.stage == "report" else "nothing")
 
 
 def age(seconds: float) -> str:

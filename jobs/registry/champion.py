@@ -41,8 +41,8 @@ def champion_of(uri: str, model: str | None = None) -> Version | None:
 def champions(client: MlflowClient, model: str) -> tuple[int | None, list[int]]:
     """The present champion, and all in order, it as the last. Raises BadData if there is no such model."""
     champion = aliases_of(client, model).get(CHAMPION)
-    told = client.get_registered_model(model).tags.get(CHAMPIONS, "")
-    known = [int(number) for number in told.split(",") if number]
+    decision = client.get_registered_model(model).tags.get(CHAMPIONS, "")
+    known = [int(number) for number in decision.split(",") if number]
     # A promotion was cut off before it wrote the list, or a person has moved the alias in MLflow's pages.
     if champion is not None and known[-1:] != [champion]:
         known.append(champion)
@@ -73,11 +73,13 @@ def promote(version: Version, gate: Path, again: bool = False) -> int | None:
         Incomplete: if MLflow is out of reach.
     """
     try:
-        told = json.loads(gate.read_text(encoding="utf-8"))
-        verdict, asked = told["verdict"], told["gate"]
-        model, candidate = told["model"], told["candidate"]["version"]
+        decision = json.loads(gate.read_text(encoding="utf-8"))
+        verdict, asked = decision["verdict"], decision["gate"]
+        model, candidate = decision["model"], decision["candidate"]["version"]
         # Without a champion there is no baseline; results that no registry holds are one without a version.
-        baseline = None if told["baseline"] is None else told["baseline"]["version"] or "of no registry"
+        baseline = (
+            None if decision["baseline"] is None else decision["baseline"]["version"] or "of no registry"
+        )
         said = (
             f"{verdict} against {baseline or NOBODY}; margins: acceptance {asked['margins']['acceptance']}, "
             f"speed {asked['margins']['speed']}; error rate {asked['error_rate']}"

@@ -41,20 +41,20 @@ def register(config: Config, report: Path, run_id: str) -> Version:
     """
     assert config.registry
     model = config.registry.model
-    found = open_results(report, config.registry.drafter)
-    identity = {"drafter_artifact": found.drafter.fingerprint, "report": found.report.fingerprint}
+    results = open_results(report, config.registry.drafter)
+    identity = {"drafter_artifact": results.drafter.fingerprint, "report": results.report.fingerprint}
     uri = tracking_uri(config)
     with registry(uri) as client:
         create_model(client, model)
         version = first_version(client, model, identity)
         if version is None:
-            evidence, cells = evidence_of_results(found), accepted(found)
-            card = model_card(found, evidence, cells)
-            sound_files(found.drafter, "model/")
-            checksums = upload(client, run_id, found.drafter.path / MODEL, card, evidence)
-            known = {"checksums": checksums} | identity | tags(found, evidence, cells)
+            evidence, cells = evidence_of_results(results), accepted(results)
+            card = model_card(results, evidence, cells)
+            sound_files(results.drafter, "model/")
+            checksums = upload(client, run_id, results.drafter.path / MODEL, card, evidence)
+            known = {"checksums": checksums} | identity | tags(results, evidence, cells)
             job = job_id()
-            own = client.create_model_version(
+            created = client.create_model_version(
                 model,
                 f"runs:/{run_id}/{HF_MODEL}",
                 run_id,
@@ -64,11 +64,11 @@ def register(config: Config, report: Path, run_id: str) -> Version:
             # Another pipeline may have registered the same meanwhile: the earliest stays.
             version = first_version(client, model, identity)
             assert version is not None
-            if version.version != own.version:
-                client.delete_model_version(model, own.version)
+            if version.version != created.version:
+                client.delete_model_version(model, created.version)
         client.set_tag(run_id, f"{REGISTERED}.{model}", version.version)
         made = to_version(uri, version)
-    log.info("registered: %s is %s", found.name, made)
+    log.info("registered: %s is %s", results.name, made)
     return made
 
 
@@ -85,19 +85,19 @@ def create_model(client: MlflowClient, model: str) -> None:
 def first_version(client: MlflowClient, model: str, identity: Mapping[str, str]) -> ModelVersion | None:
     """The earliest version of a model that has these tags."""
     conditions = [f"name = '{model}'", *(f"tags.{name} = '{value}'" for name, value in identity.items())]
-    found = list(client.search_model_versions(" and ".join(conditions)))
-    return min(found, key=lambda version: int(version.version), default=None)
+    results = list(client.search_model_versions(" and ".join(conditions)))
+    return min(results, key=lambda version: int(version.version), default=None)
 
 
 def upload(client: MlflowClient, run_id: str, model: Path, card: str, evidence: Evidence) -> str:
     """The files of a version as artifacts of a run; returns the SHA-256 of the list of their SHA-256."""
     with TemporaryDirectory() as temporary:
-        own = Path(temporary)
-        write_text(own / HF_MODEL / "README.md", card)
-        save_evidence(evidence, own / EVIDENCE)
+        created = Path(temporary)
+        write_text(created / HF_MODEL / "README.md", card)
+        save_evidence(evidence, created / EVIDENCE)
         files = {f"{HF_MODEL}/{file.relative_to(model)}": file for file in model.rglob("*") if file.is_file()}
-        files |= {str(file.relative_to(own)): file for file in own.rglob("*") if file.is_file()}
-        checksums = own / EVIDENCE / CHECKSUMS
+        files |= {str(file.relative_to(created)): file for file in created.rglob("*") if file.is_file()}
+        checksums = created / EVIDENCE / CHECKSUMS
         write_json(checksums, {name: file_sha256(file) for name, file in sorted(files.items())})
         files[f"{EVIDENCE}/{CHECKSUMS}"] = checksums
         for name, file in files.items():

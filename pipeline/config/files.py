@@ -168,22 +168,22 @@ def _apply(override: str, values: dict[str, Any], origins: Origins) -> None:
     at: tuple[str | int, ...] = ()
     for depth, key in enumerate(keys):
         where = ".".join(keys[:depth])
-        found: Any
+        name: Any
         if isinstance(node, list):
-            found = _list_index(node, key, where, override)
+            name = _list_index(node, key, where, override)
         elif isinstance(node, dict):
             # Keys of budgets are integers in YAML and text in a dotted path.
-            found = next((known for known in node if str(known) == key), key)
+            name = next((known for known in node if str(known) == key), key)
         else:
             raise ConfigError(f"override {override!r}: {where} is {show(node)}, which has no field {key!r}")
-        at = (*at, found)
+        at = (*at, name)
         last = depth == len(keys) - 1
-        if last or (isinstance(node, dict) and node.get(found) is None):
-            node[found] = value if last else {}
+        if last or (isinstance(node, dict) and node.get(name) is None):
+            node[name] = value if last else {}
             for old in [place for place in origins if place[: len(at)] == at]:
                 del origins[old]
             origins[at] = f"override {override}"
-        node = node[found]
+        node = node[name]
 
 
 def _list_index(items: list[Any], key: str, where: str, override: str) -> int:

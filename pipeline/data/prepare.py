@@ -57,7 +57,7 @@ def local_files(readers: dict[str, Reader[Any]], shards: list[Shard]) -> dict[st
 
 def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]:
     """All that the prepared data depends on; local files by size and time of change."""
-    stats = {str(file): file.stat() for own in files.values() for file in own}
+    stats = {str(file): file.stat() for source_files in files.values() for file in source_files}
     inputs: dict[str, Any] = {
         **settings(config),
         "files": fingerprint({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}),
@@ -65,11 +65,13 @@ def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]
     if config.data.tokenizer.kind == "target":
         assert isinstance(config.target, PretrainedModel)
         folder = Path(config.target.path).expanduser()
-        own = sorted(folder.glob("*token*")) + sorted(folder.glob("*.jinja")) if folder.is_dir() else []
+        source_files = (
+            sorted(folder.glob("*token*")) + sorted(folder.glob("*.jinja")) if folder.is_dir() else []
+        )
         inputs["tokenizer"] = {
             "path": config.target.path,
             "revision": config.target.revision,
-            "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in own},
+            "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source_files},
         }
     return inputs
 
@@ -84,13 +86,13 @@ def origins(readers: dict[str, Reader[Any]], files: dict[str, list[Path]]) -> di
     """Where each source's data came from: the hub id, or the local files by path and size."""
     described: dict[str, dict[str, Any]] = {}
     for name, reader in readers.items():
-        own = list(dict.fromkeys(files[name]))
-        sizes = [{"path": str(file), "bytes": file.stat().st_size} for file in own[:LISTED_FILES]]
+        source_files = list(dict.fromkeys(files[name]))
+        sizes = [{"path": str(file), "bytes": file.stat().st_size} for file in source_files[:LISTED_FILES]]
         described[name] = {
             "kind": reader.source.kind,
-            "from": "local files" if own else f"hub {reader.source.path}",
-            "num_files": len(own),
-            "bytes": sum(file.stat().st_size for file in own),
+            "from": "local files" if source_files else f"hub {reader.source.path}",
+            "num_files": len(source_files),
+            "bytes": sum(file.stat().st_size for file in source_files),
             "files": sizes,
             **reader.origin(),
         }
@@ -107,8 +109,8 @@ def plan_prompts(data: Data, readers: dict[str, Reader[Any]], parts: list[Part])
     """
 
     def task(reader: Reader[Any], split: Split, context: Context, count: int) -> PromptTask:
-        own = tuple(p for p in parts if p.split == split and p.source == reader.source.name)
-        return PromptTask(reader, split, context, count, own)
+        own_parts = tuple(p for p in parts if p.split == split and p.source == reader.source.name)
+        return PromptTask(reader, split, context, count, own_parts)
 
     validating = [r for r in readers.values() if "validation" in r.source.use]
     validating = [r for r in validating if r.continues_text] or validating

@@ -106,31 +106,31 @@ def read_evidence(results: Path, drafter: str | None = None) -> Evidence:
     return evidence_of_results(open_results(results, drafter))
 
 
-def evidence_of_results(found: Results) -> Evidence:
-    files = sound_files(found.sweep, "rows/")
+def evidence_of_results(results: Results) -> Evidence:
+    files = sound_files(results.sweep, "rows/")
     rows = [
-        row for name in files for row in read_rows(found.sweep.path / name, PromptRow)
-        if row.cell.drafter == found.name
+        row for name in files for row in read_rows(results.sweep.path / name, PromptRow)
+        if row.cell.drafter == results.name
     ]  # fmt: skip
     timings = [row.timing for row in rows if row.timing]
-    unnoted = f"not noted by {found.sweep.path.name}"
+    unnoted = f"not noted by {results.sweep.path.name}"
     hardware = sorted({timing.hardware or unnoted for timing in timings})
     return Evidence(
-        drafter=found.name,
-        target=target_fingerprint(found),
-        prompts=prompts_fingerprint(found.prepare),
+        drafter=results.name,
+        target=target_fingerprint(results),
+        prompts=prompts_fingerprint(results.prepare),
         hardware="; ".join(hardware),
-        config=found.summary.config,
-        budgets=trained_budgets(manifest(found.drafter)["inputs"]),
+        config=results.summary.config,
+        budgets=trained_budgets(manifest(results.drafter)["inputs"]),
         rows=rows,
     )
 
 
-def target_fingerprint(found: Results) -> str:
+def target_fingerprint(results: Results) -> str:
     """Of the target's weights, by content, and what else decides its texts: config, precision, tokenizer."""
-    known = manifest(found.sweep)["inputs"]["target"]
+    known = manifest(results.sweep)["inputs"]["target"]
     if isinstance(known, str):
-        scratch = beside(found.report, "pretrain-target", known)
+        scratch = beside(results.report, "pretrain-target", known)
         spec = manifest(scratch)["inputs"]["model"]
         folder, weights = scratch.path / MODEL, weights_of(scratch)
     else:
@@ -143,12 +143,12 @@ def target_fingerprint(found: Results) -> str:
             if not file.exists() or [file.stat().st_size, file.stat().st_mtime_ns] != [size, changed]:
                 raise BadData(f"{file} is not the one that the sweep was made with: run the pipeline again")
         weights = {file.name: file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    tokenizer = sound_files(found.prepare, "tokenizer/")
+    tokenizer = sound_files(results.prepare, "tokenizer/")
     tokenizer = {name: digest for name, digest in tokenizer.items() if Path(name).name != NOT_CONTENT}
-    own = {"dtype": spec["dtype"], "rope_scaling": spec["rope_scaling"]}
+    settings = {"dtype": spec["dtype"], "rope_scaling": spec["rope_scaling"]}
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = {key: saved[key] for key in saved.keys() - NOT_THE_MODEL if not key.startswith("_")}
-    return fingerprint({"weights": weights, "model": model, "tokenizer": tokenizer, **own})
+    return fingerprint({"weights": weights, "model": model, "tokenizer": tokenizer, **settings})
 
 
 def weights_of(model: Artifact) -> dict[str, str]:
@@ -188,10 +188,10 @@ def prepared(report: Artifact, summary: Summary, digest: str) -> Artifact:
     """The prepared data, which may lie outside of the storage."""
     # Reports of earlier versions do not say where, and theirs lies beside them.
     folder = report.path / (summary.prepared or f"../prepare-{digest}")
-    found = Artifact(folder.resolve(), "prepare", digest)
-    if manifest(found)["fingerprint"] != digest:
-        raise BadData(f"{found.path} is not the prepared data that {report.path} was made with")
-    return found
+    artifact = Artifact(folder.resolve(), "prepare", digest)
+    if manifest(artifact)["fingerprint"] != digest:
+        raise BadData(f"{artifact.path} is not the prepared data that {report.path} was made with")
+    return artifact
 
 
 def manifest(artifact: Artifact) -> dict[str, Any]:

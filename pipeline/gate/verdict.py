@@ -102,7 +102,7 @@ def compare(candidate: Evidence, baseline: Evidence, config: GateConfig) -> Comp
 
 
 def gated_cell(
-    pair: Paired, cells: Cells, config: GateConfig, found: Bounds, number: int, outcome: Outcome
+    pair: Paired, cells: Cells, config: GateConfig, bounds: Bounds, number: int, outcome: Outcome
 ) -> GatedCell:
     """One cell's row; over too few documents it is open, whatever its bounds."""
     units = len(set(pair.units))
@@ -111,16 +111,16 @@ def gated_cell(
     if not enough:
         outcome = "open"
     if outcome == "open":
-        assumed = float(found.difference[number]), 0.0
-        needed = [units_needed(found, number, true, pair.floor, units) for true in assumed]
+        assumed = float(bounds.difference[number]), 0.0
+        needed = [units_needed(bounds, number, true, pair.floor, units) for true in assumed]
         needed = [most and max(most, config.least_documents) for most in needed]
     candidate, baseline = pair.rates()
-    beside: list[Interval | None] = [None, None]
+    comparisons: list[Interval | None] = [None, None]
     if pair.metric == "acceptance":
         keys = [pair.key, pair.key.vary(drafter=BASELINE)]
         controls = [key.vary(control="other_prompt") for key in keys]
         resampling = Resampling(config.bootstrap_samples, config.seed)
-        beside = [
+        comparisons = [
             pooled_difference(shared, resampling) if shared else None
             for shared in (paired_rows(cells, keys, True), paired_rows(cells, controls, False))
         ]
@@ -130,39 +130,39 @@ def gated_cell(
         metric=pair.metric,
         candidate=candidate,
         baseline=baseline,
-        difference=pair.shown(float(found.difference[number])),
+        difference=pair.shown(float(bounds.difference[number])),
         floor=pair.shown(pair.floor),
-        low=pair.shown(float(found.low[number])) if enough else None,
-        high=pair.shown(float(found.high[number])) if enough else None,
+        low=pair.shown(float(bounds.low[number])) if enough else None,
+        high=pair.shown(float(bounds.high[number])) if enough else None,
         num_prompts=pair.num_prompts,
         num_documents=units,
         num_looping=sum(row.looping for row in pair.rows),
         outcome=outcome,
         documents_needed=needed[0],
         documents_if_equal=needed[1],
-        not_looping=beside[0],
-        other_prompt=beside[1],
+        not_looping=comparisons[0],
+        other_prompt=comparisons[1],
     )
 
 
 def reasons(cells: list[GatedCell], said: Verdict, obstacle: str, config: GateConfig) -> list[str]:
     """Why the verdict is what it is, a sentence each."""
-    told = [f"Speed is asked for and cannot be compared: {obstacle}."] if obstacle else []
+    sentences = [f"Speed is asked for and cannot be compared: {obstacle}."] if obstacle else []
     if said == "fail":
         worse = [cell for cell in cells if cell.outcome == "fail"]
-        told.append(f"{len(worse)} of {len(cells)} cells are below what is tolerated.")
-        return told + [f"{cell.metric} in {cell.name}: {in_words(cell)}." for cell in worse]
+        sentences.append(f"{len(worse)} of {len(cells)} cells are below what is tolerated.")
+        return sentences + [f"{cell.metric} in {cell.name}: {in_words(cell)}." for cell in worse]
     opened = [cell for cell in cells if cell.outcome == "open"]
     if not opened:
-        return [*told, f"All {len(cells)} cells are above what is tolerated."]
-    told.append(f"{len(opened)} of {len(cells)} cells are undecided.")
+        return [*sentences, f"All {len(cells)} cells are above what is tolerated."]
+    sentences.append(f"{len(opened)} of {len(cells)} cells are undecided.")
     few = [cell for cell in opened if cell.num_documents < config.least_documents]
     if few:
         least = min(cell.num_documents for cell in few)
-        told.append(
+        sentences.append(
             f"{len(few)} of them have too few documents: {least} of at least {config.least_documents}."
         )
-    return [*told, *enough_prompts(opened)]
+    return [*sentences, *enough_prompts(opened)]
 
 
 def enough_prompts(opened: list[GatedCell]) -> list[str]:
@@ -171,24 +171,24 @@ def enough_prompts(opened: list[GatedCell]) -> list[str]:
     One cell below its floor fails the candidate: the cheapest of them decides. If none is below, all have to
     pass: the dearest of them decides.
     """
-    told = []
+    sentences = []
     known = [(cell.documents_needed, cell) for cell in opened if cell.documents_needed is not None]
     below = [(needed, cell) for needed, cell in known if cell.difference < cell.floor]
     if known:
         by_number = itemgetter(0)
         needed, cell = min(below, key=by_number) if below else max(known, key=by_number)
-        told.append(
+        sentences.append(
             f"If the differences are truly as observed, {many(needed, cell)} would be enough to decide with "
             f"a chance of at least 80 %; now there are {cell.num_prompts} of {cell.num_documents} "
             f"({cell.name})."
         )
     else:
-        told.append("Their differences equal what is tolerated: no number of prompts decides that.")
+        sentences.append("Their differences equal what is tolerated: no number of prompts decides that.")
     equal = [(cell.documents_if_equal, cell) for cell in opened if cell.documents_if_equal is not None]
     if equal:
         needed, cell = max(equal, key=itemgetter(0))
-        told.append(f"If candidate and baseline are truly equal, {many(needed, cell)} would be.")
-    return told
+        sentences.append(f"If candidate and baseline are truly equal, {many(needed, cell)} would be.")
+    return sentences
 
 
 def many(needed: int, cell: GatedCell) -> str:

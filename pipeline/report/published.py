@@ -223,13 +223,13 @@ def published_beside(
         speedups = {row.cell.gamma: row.speed.speedup.mean for row in here if row.speed}
         # Replay last, so that it is what stays: it has more prompts.
         by_gamma = {row.cell.gamma: row for row in sorted(here, key=lambda row: row.mode == "replay")}
-        found: list[tuple[str, Table, int]] = []
+        tables: list[tuple[str, Table, int]] = []
         for name, known in (("Table 1", speedups), ("Table 1, γ by prediction", expected[place])):
-            if not found and known.keys() & by_gamma.keys() >= set(GAMMAS[context]):
-                found.append((name, BEST_GAMMA, max(GAMMAS[context], key=known.__getitem__)))
+            if not tables and known.keys() & by_gamma.keys() >= set(GAMMAS[context]):
+                tables.append((name, BEST_GAMMA, max(GAMMAS[context], key=known.__getitem__)))
         if FIXED_GAMMA in by_gamma:
-            found.append(("Table 3", AT_GAMMA_5, FIXED_GAMMA))
-        for name, table, gamma in found:
+            tables.append(("Table 3", AT_GAMMA_5, FIXED_GAMMA))
+        for name, table, gamma in tables:
             published, ours = table[context][budget][dataset], by_gamma[gamma]
             doubtful = table is BEST_GAMMA and context == "8K"
             rows.append(

@@ -38,22 +38,22 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
     The plane is scored twice: by the steps timed beside it, and by the earlier ones, as all else.
     """
     plane = predictions.plane
-    found = errors(rows, predictions.times) if predictions.times else {}
-    beside = errors(rows, predictions.beside) if predictions.beside else {}
+    by_earlier_steps = errors(rows, predictions.times) if predictions.times else {}
+    by_steps_beside = errors(rows, predictions.beside) if predictions.beside else {}
     scored = []
     for place in places(axes):
-        here = {cell: e for cell, e in found.items() if cell.place == place}
+        errors_here = {cell: e for cell, e in by_earlier_steps.items() if cell.place == place}
         on_plane = {
             cell
-            for cell in here
+            for cell in errors_here
             if plane
             and (plane.dataset, plane.context) == place
             and plane.drafter in (cell.drafter, family(cell.drafter))
         }
         for what, of_cells in (
-            ("plane", [beside[cell] for cell in on_plane & beside.keys()]),
-            ("plane by earlier steps", [here[cell] for cell in on_plane]),
-            ("other cells", [here[cell] for cell in here.keys() - on_plane]),
+            ("plane", [by_steps_beside[cell] for cell in on_plane & by_steps_beside.keys()]),
+            ("plane by earlier steps", [errors_here[cell] for cell in on_plane]),
+            ("other cells", [errors_here[cell] for cell in errors_here.keys() - on_plane]),
         ):
             result = score(of_cells)
             if result is not None:
@@ -63,8 +63,10 @@ def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> l
 
 def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Axes) -> list[Recommendation]:
     """One for every place; none where nothing was measured at all."""
-    found = choices(cells, predictions.run_off, predictions.again)
-    return [recommend(place, found.get(place, []), axes.least_documents) for place in places(axes) if found]
+    by_place = choices(cells, predictions.run_off, predictions.again)
+    return [
+        recommend(place, by_place.get(place, []), axes.least_documents) for place in places(axes) if by_place
+    ]
 
 
 def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, list[str]]:
@@ -75,11 +77,11 @@ def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, lis
     exact = [
         row for row in cells if row.mode == "replay" and row.cell.control is None and not row.cell.threshold
     ]
-    found: dict[str, list[str]] = {}
+    untimed_by_context: dict[str, list[str]] = {}
     for drafter, context in dict.fromkeys((row.cell.drafter, row.cell.context) for row in exact):
         if (drafter, context) not in known:
-            found.setdefault(context, []).append(drafter)
-    return found
+            untimed_by_context.setdefault(context, []).append(drafter)
+    return untimed_by_context
 
 
 def places(axes: Axes) -> list[Place]:

@@ -155,11 +155,16 @@ class Evaluator:
         prompts = read_rows(task.prompts, Prompt)
         columns = zip(*(read_rows(file, Continuation) for file in task.continuations), strict=True)
         texts = list(columns)
-        for one in self.contenders:
+        for contender in self.contenders:
             made: PromptReplay | None = None
-            if one.model is not None and one.fast is not None:
-                views = views_of(self.sweep, one.drafter)
-                made = PromptReplay(self.sweep, one.drafter, one.model, PromptViews(one.fast, prompts, views))
+            if contender.model is not None and contender.fast is not None:
+                views = views_of(self.sweep, contender.drafter)
+                made = PromptReplay(
+                    self.sweep,
+                    contender.drafter,
+                    contender.model,
+                    PromptViews(contender.fast, prompts, views),
+                )
             for at in range(task.first, task.last):
                 try:
                     if made is not None:
@@ -167,10 +172,10 @@ class Evaluator:
                         continue
                     for text in texts[at]:
                         yield from lookup_rows(
-                            self.sweep, one.drafter, prompts[at], text, len(self.tokenizer)
+                            self.sweep, contender.drafter, prompts[at], text, len(self.tokenizer)
                         )
                 except CELL_ERRORS as error:
-                    cell = all_cells(self.sweep, one.drafter, prompts[at])
+                    cell = all_cells(self.sweep, contender.drafter, prompts[at])
                     yield make_failure("replay", cell, prompts[at], error)
 
     def measure(self, task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
@@ -178,7 +183,7 @@ class Evaluator:
         prompts = read_rows(task.prompts, Prompt)
         together = self.sweep.measure.prompts_together
         # The trained drafters have one shape.
-        trained = [one for one in self.contenders if one.drafter.baseline is None][:1]
+        trained = [contender for contender in self.contenders if contender.drafter.baseline is None][:1]
         steps = self.step_times(task.beside, trained) if task.beside else []
         for at in range(task.first, task.last, together):
             batch = prompts[at : min(at + together, task.last)]
@@ -188,10 +193,10 @@ class Evaluator:
 
     def measure_batch(self, batch: list[Prompt], task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
         (target, fast_target), picks = self.target, task.picks
-        own = [pick.view for pick in picks if pick.drafter == "self_speculation"]
+        self_views = [pick.view for pick in picks if pick.drafter == "self_speculation"]
         bench: Bench | None = None
-        for one in self.contenders:
-            cells = [pick for pick in picks if pick.drafter == one.drafter.name]
+        for contender in self.contenders:
+            cells = [pick for pick in picks if pick.drafter == contender.drafter.name]
             if not cells:
                 continue
             try:
@@ -200,14 +205,14 @@ class Evaluator:
                     fast_target,
                     batch,
                     max(self.sweep.gammas),
-                    list(dict.fromkeys(own)),
+                    list(dict.fromkeys(self_views)),
                     rehearse=True,
                 )
                 trial = Trial(
                     self.sweep,
                     bench,
-                    one.drafter,
-                    one.fast,
+                    contender.drafter,
+                    contender.fast,
                     cells,
                     task.repeats,
                     task.temperatures,
@@ -218,13 +223,15 @@ class Evaluator:
                 yield from list(trial.rows())
             except CELL_ERRORS as error:
                 for prompt in batch:
-                    yield make_failure("measure", all_cells(self.sweep, one.drafter, prompt), prompt, error)
+                    yield make_failure(
+                        "measure", all_cells(self.sweep, contender.drafter, prompt), prompt, error
+                    )
 
     def calibrate(self, task: CalibrateTask) -> int:
         """Step times of one representative of each kind of draft source: the trained ones have one shape."""
         kinds: dict[str | None, Contender] = {}
-        for one in self.contenders:
-            kinds.setdefault(one.drafter.baseline, one)
+        for contender in self.contenders:
+            kinds.setdefault(contender.drafter.baseline, contender)
         times = self.step_times(task, kinds.values())
         write_rows(task.output.parent.parent / SIZES, self.sizes())
         write_rows(task.output, times)
@@ -235,15 +242,15 @@ class Evaluator:
         target, new_tokens = self.target[1], self.config.data.max_new_tokens
         prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
         times: list[StepTimes] = []
-        for one in sources:
+        for contender in sources:
             try:
                 times += step_times(
-                    self.sweep, self.runners, target, one.drafter, one.fast, prompt, new_tokens
+                    self.sweep, self.runners, target, contender.drafter, contender.fast, prompt, new_tokens
                 )
             except CELL_ERRORS as error:
                 if isinstance(error, torch.AcceleratorError):  # the process has lost its GPU
                     raise
-                name = one.drafter.name
+                name = contender.drafter.name
                 log.warning("no steps were timed of %s at %s: %s", name, task.context, error)
         return times
 
@@ -251,9 +258,11 @@ class Evaluator:
         """The target's, and every drafter's that has a model of its own."""
         models = {"target": self.target}
         models |= {
-            one.drafter.name: (one.model, one.fast)
-            for one in self.contenders
-            if one.model is not None and one.fast is not None and one.drafter.baseline is None
+            contender.drafter.name: (contender.model, contender.fast)
+            for contender in self.contenders
+            if contender.model is not None
+            and contender.fast is not None
+            and contender.drafter.baseline is None
         }
         return [
             ModelSize(

@@ -59,8 +59,8 @@ class StepModel:
             return None
         verify_s = self.verify(cell.context, cell.gamma)
         if cell.drafter == LOOKUP:
-            found = row.counts.reached[0]
-            verifying = found * verify_s + (rounds - found) * self.verify(cell.context, 1)
+            hits = row.counts.reached[0]
+            verifying = hits * verify_s + (rounds - hits) * self.verify(cell.context, 1)
             return verifying + rounds * (times.draft_s + times.round_s)
         return rounds * (cell.gamma * times.draft_s + verify_s + times.round_s)
 
@@ -72,19 +72,19 @@ def mean_step_times(times: Iterable[StepTimes]) -> list[StepTimes]:
     them goes with, where a machine is at times slower.
     """
     views: dict[tuple[object, ...], list[StepTimes]] = defaultdict(list)
-    for one in times:
-        views[one.context, one.kind, one.policy, one.budget].append(one)
+    for timed in times:
+        views[timed.context, timed.kind, timed.policy, timed.budget].append(timed)
     return [
-        again[0].model_copy(
+        timings[0].model_copy(
             update={
-                "verify_s": {g: fmean(one.verify_s[g] for one in again) for g in again[0].verify_s},
+                "verify_s": {g: fmean(timed.verify_s[g] for timed in timings) for g in timings[0].verify_s},
                 **{
-                    name: fmean(getattr(one, name) for one in again)
+                    name: fmean(getattr(timed, name) for timed in timings)
                     for name in ("draft_s", "round_s", "ar_s")
                 },
             }
         )
-        for again in views.values()
+        for timings in views.values()
     ]
 
 
@@ -163,25 +163,25 @@ def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, 
         known, seconds = step_model.of(row.cell), step_model.seconds(same)
         if known is not None and seconds is not None:
             plain = known.ar_s * timing.ar_num_tokens
-            found = (seconds, median(timing.decode_s), plain, median(timing.ar_decode_s))
-            pairs[row.cell].append(found)
-    told = {}
+            times_of_prompt = (seconds, median(timing.decode_s), plain, median(timing.ar_decode_s))
+            pairs[row.cell].append(times_of_prompt)
+    errors_by_cell = {}
     for cell, prompts in pairs.items():
         ours, ours_measured, plain, plain_measured = (sum(column) for column in zip(*prompts, strict=True))
         pace = plain_measured / plain
-        told[cell] = Error(ours * pace / ours_measured - 1, ours / ours_measured - 1, pace)
-    return told
+        errors_by_cell[cell] = Error(ours * pace / ours_measured - 1, ours / ours_measured - 1, pace)
+    return errors_by_cell
 
 
-def score(found: Collection[Error]) -> Score | None:
-    if not found:
+def score(cell_errors: Collection[Error]) -> Score | None:
+    if not cell_errors:
         return None
-    sizes = [abs(error.relative) for error in found]
+    sizes = [abs(error.relative) for error in cell_errors]
     return Score(
-        cells=len(found),
+        cells=len(cell_errors),
         median_error=median(sizes),
         worst_error=max(sizes),
-        bias=median(error.relative for error in found),
-        median_error_s=median(abs(error.seconds) for error in found),
-        pace=median(error.pace for error in found),
+        bias=median(error.relative for error in cell_errors),
+        median_error_s=median(abs(error.seconds) for error in cell_errors),
+        pace=median(error.pace for error in cell_errors),
     )
