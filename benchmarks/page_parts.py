@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.intervals import Interval
+from pipeline.markdown import table
 from pipeline.store.rows import CellRow
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def check_table(checks: Sequence[Mapping[str, object]]) -> str:
@@ -19,7 +14,7 @@ def check_table(checks: Sequence[Mapping[str, object]]) -> str:
         return "" if given is None else f"{given:.3g}"
 
     told = {True: "yes", False: "**no**", None: "not measured"}
-    return markdown(
+    return table(
         ["what", "value", "target", "met", "note"],
         [
             [c["row"], value(c["value"]), c["target"], told[c["met"]], c["note"]]  # type: ignore[index]

@@ -282,7 +282,9 @@ def track(config: Config, folder: Path, fingerprint: str) -> Tracked:
         tracker.log_sweep(run, fingerprint, cells)
         queued = time.perf_counter()
     ended = time.perf_counter()
-    there = tracker.store.whole(f"tags.sweep_id = '{fingerprint}' and tags.stage = 'cell'")
+    assert tracker.store is not None
+    finished = "attributes.status = 'FINISHED' and tags.stage = 'cell'"
+    there = list(tracker.store.search(f"{finished} and tags.sweep_id = '{fingerprint}'"))
     curves = {
         (c.cell.drafter, c.cell.dataset, c.cell.context, c.cell.policy, c.cell.budget, c.cell.threshold)
         for c in cells

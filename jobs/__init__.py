@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # tracking_writer.py tries again, and knows when to stop
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # tracking/writer.py tries again, and knows when to stop
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 

@@ -11,10 +11,11 @@ from typing import Any
 import jinja2
 
 from benchmarks.gpu import PAPER_POINTS
-from benchmarks.page_parts import acceptance, check_table, end_to_end, interval_text, markdown, points, speed
+from benchmarks.page_parts import acceptance, check_table, end_to_end, interval_text, points, speed
 from jobs.stages.pipeline import run_pipeline, settled
 from pipeline.axes import Cell
 from pipeline.config.schema import Config
+from pipeline.markdown import table
 from pipeline.results.summary import Check, Summary
 from pipeline.store import layout
 from pipeline.store.files import read_all, read_rows, write_text
@@ -56,7 +57,7 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
         shutil.copyfile(report / layout.FIGURES / f"{name}.png", output / f"{name}.png")
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("benchmarks.gpu_study", "."), undefined=jinja2.StrictUndefined
-    ).get_template("gpu.md.j2")
+    ).get_template("page.md.j2")
     page = template.render(
         config=config,
         hardware=sorted({row.timing.hardware for row in rows if row.timing and row.timing.hardware}),
@@ -161,13 +162,13 @@ def accepted_table(cells: Sequence[CellRow], gamma: int) -> str:
         first = next(cell for cell in shown if cell)
         texts = [f"{first.num_looping} of {first.num_prompts}", *map(acceptance, shown)]
         rows.append([*key[:2], f"{key[2]:g}", key[3], *texts])
-    return markdown(["data", "context", "temperature", "B", "looping", *heads], rows)
+    return table(["data", "context", "temperature", "B", "looping", *heads], rows)
 
 
 def measured_table(cells: Sequence[CellRow]) -> str:
     head = ["data", "context", "temperature", "drafter", "B", "γ", "acceptance", "speedup", "end to end",
             "AR tokens/s", "peak memory, MiB", "exact"]  # fmt: skip
-    return markdown(
+    return table(
         head,
         [
             [
@@ -184,7 +185,7 @@ def measured_table(cells: Sequence[CellRow]) -> str:
 
 
 def system_table(system: Sequence[dict[str, Any]]) -> str:
-    return markdown(
+    return table(
         ["what", "value", "note"],
         [
             [
@@ -209,6 +210,4 @@ def paper_table(system: Sequence[dict[str, Any]]) -> str:
         ]
         told = [f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in ours if row["value"]]
         rows.append([one.name, f"{one.acceptance:g}", one.gamma, f"{one.claimed:.2f}", "; ".join(told)])
-    return markdown(
-        ["context", "acceptance", "the paper's γ", "its speedup", "here, best γ, synthetic"], rows
-    )
+    return table(["context", "acceptance", "the paper's γ", "its speedup", "here, best γ, synthetic"], rows)

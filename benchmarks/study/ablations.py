@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from benchmarks.page_parts import markdown, percent, points
+from benchmarks.page_parts import percent, points
 from benchmarks.study.families import SMALLEST, Change, Column, Families, accepted, change, datasets_of
 from pipeline.config.schema import Config
+from pipeline.markdown import table
 
 CHANGES = {
     "untrained": "not distilled at all",
@@ -48,7 +49,7 @@ def ablation_rows(cells: Families) -> list[Ablation]:
 
 
 def ablation_table(rows: Sequence[Ablation]) -> str:
-    return markdown(
+    return table(
         ["drafter", "what differs", "data", *COLUMNS],
         [
             [
@@ -154,7 +155,7 @@ def accepted_table(cells: Families, config: Config) -> str:
             ]
         )
     short = SHORT.values()
-    return markdown(["drafter", "data", *short, *(f"− `untrained`, {one}" for one in short)], rows)
+    return table(["drafter", "data", *short, *(f"− `untrained`, {one}" for one in short)], rows)
 
 
 def distilled_words(cells: Families, config: Config) -> str:
@@ -193,7 +194,7 @@ def rope_table(cells: Families, config: Config) -> str:
             rows.append(
                 [f"`{name}`", how, data, context.name, *(points(one.value) if one else "" for one in found)]
             )
-    return markdown(["drafter", "RoPE", "data", "context", *HEADS], rows)
+    return table(["drafter", "RoPE", "data", "context", *HEADS], rows)
 
 
 def rope_changes(cells: Families, name: str, data: str, context: str) -> list[Change | None]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from scipy.stats import t
+
 from benchmarks.study.runs import Study
 from pipeline.axes import family
 from pipeline.config.schema import Config
@@ -18,8 +20,6 @@ from pipeline.store.rows import PromptRow
 
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 RUNS = ("table-3", "ablations", "on-policy")
-# 97.5 % points of t for so many training seeds.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
 # Variant, data set, budget, temperature and control →; of all contexts.
@@ -28,7 +28,8 @@ Families = Mapping[tuple[str, str, int | str, float, str | None], BySeed]
 
 def student(by_seed: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean over several training seeds by Student's t, for the seeds' luck alone."""
-    mean, reach = fmean(by_seed), STUDENT[len(by_seed)] * stdev(by_seed) / len(by_seed) ** 0.5
+    mean, error = fmean(by_seed), stdev(by_seed) / len(by_seed) ** 0.5
+    reach = float(t.ppf(0.975, len(by_seed) - 1)) * error
     return mean - reach, mean + reach
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.page_parts import acceptance, end_to_end, interval_text, markdown, speed
+from benchmarks.page_parts import acceptance, end_to_end, interval_text, speed
 from benchmarks.study.families import SAMPLES, SEED
 from benchmarks.study.runs import Study
 from pipeline import intervals
 from pipeline.axes import Place
 from pipeline.intervals import Interval
+from pipeline.markdown import table
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import CellRow, PromptRow
@@ -21,7 +22,7 @@ from pipeline.sweep.predict import BASELINES
 def measured_table(cells: Sequence[CellRow]) -> str:
     head = ["data", "context", "source", "policy", "B", "acceptance", "speedup", "end to end", "documents",
             "exact"]  # fmt: skip
-    return markdown(
+    return table(
         head,
         [
             [
@@ -36,7 +37,7 @@ def measured_table(cells: Sequence[CellRow]) -> str:
 
 
 def ar_table(speeds: Sequence[ArSpeed]) -> str:
-    return markdown(
+    return table(
         ["data", "context", "tokens/s of autoregressive decoding", "documents"],
         [
             [
@@ -68,7 +69,7 @@ def speedup_of(row: CellRow) -> float:
 
 
 def baseline_table(best: Sequence[CellRow]) -> str:
-    return markdown(
+    return table(
         ["data", "context", "source and settings", "acceptance", "speedup", "end to end", "documents"],
         [
             [
@@ -98,7 +99,7 @@ def gamma_table(cells: Sequence[CellRow]) -> str:
     gammas = sorted({c.cell.gamma for c in cells})
     places = dict.fromkeys((c.cell.dataset, c.cell.context) for c in cells)
     found = {(c.cell.dataset, c.cell.context, c.cell.gamma): speed(c) for c in cells}
-    return markdown(
+    return table(
         ["data", "context", *(f"γ = {gamma}" for gamma in gammas)],
         [[*place, *(found.get((*place, gamma), "") for gamma in gammas)] for place in places],
     )
@@ -147,7 +148,7 @@ def adaptive_table(cells: Sequence[CellRow], early: Mapping[tuple[str, str], Ear
     lengths = sorted({(c.cell.gamma, c.cell.threshold) for c in cells})
     found = {(c.cell.dataset, c.cell.context, c.cell.gamma, c.cell.threshold): speed(c) for c in cells}
     names = [f"γ = {g}" + (f", stop under {t:g}" if t else "") for g, t in lengths]
-    return markdown(
+    return table(
         ["data", "context", *names, "best that stops ÷ best fixed"],
         [
             [*place, *(found.get((*place, *one), "") for one in lengths), interval_text(early[place].ratio)]
@@ -191,7 +192,7 @@ def advice_table(grid: Study) -> str:
         )
     head = ["data", "context", "deploy", "first measured", "run-off", "on fresh repeats",
             "best on fresh repeats", "end to end", "runner-up"]  # fmt: skip
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def advice_words(grid: Study) -> str:

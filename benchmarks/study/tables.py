@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import jinja2
 
-from benchmarks.page_parts import acceptance, check_table, interval_text, markdown, points, speed
+from benchmarks.page_parts import acceptance, check_table, interval_text, points, speed
 from benchmarks.study import ablations
 from benchmarks.study import speed as speeds
 from benchmarks.study.families import GAMMA, SMALLEST, families_of, student
 from benchmarks.study.runs import Study, commits
 from pipeline.axes import Budget
+from pipeline.markdown import table
 from pipeline.results.summary import FamilyGain, Summary
 from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow, PredictedRow
@@ -33,7 +34,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
     baselines = speeds.best_baselines(grid.cells)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("benchmarks.study", "."), undefined=jinja2.StrictUndefined
-    ).get_template("study.md.j2")
+    ).get_template("page.md.j2")
     return (
         template.render(
             data=config.data,
@@ -131,7 +132,7 @@ def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
         )  # fmt: skip
     head = ["data", "context", "decoded", f"B = {SMALLEST}", "without looping texts", "under other_prompt",
             "explained by it", "not explained by it", "full cache", "documents"]  # fmt: skip
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str:
@@ -182,7 +183,7 @@ def grid_table(grid: Study) -> str:
     names = [f"{drafter.partition('~')[0]}, {'T = 1' if t else 'greedy'}" for drafter, t in ACCEPTED]
     head = ["data", "context", "B", "looping", *names, "multi_view, greedy, without looping texts", "best γ",
             "acceptance", "predicted speedup", "measured"]  # fmt: skip
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def looping(cell: CellRow | None) -> str:
@@ -209,7 +210,7 @@ def context_table(summary: Summary) -> str:
         for drafter, t, budget in wanted
     ]
     places = dict.fromkeys(place[:2] for place in found)
-    return markdown(
+    return table(
         ["data", "context", *heads],
         [
             [*p, *(points(found[*p, *cell].value) if (*p, *cell) in found else "" for cell in wanted)]
@@ -221,7 +222,7 @@ def context_table(summary: Summary) -> str:
 def prediction_table(grid: Study) -> str:
     head = ["data", "context", "which", "cells", "median error, %", "worst, %", "with its sign, median, %",
             "in seconds, median, %", "pace"]  # fmt: skip
-    return markdown(
+    return table(
         head,
         [
             [

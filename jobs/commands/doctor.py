@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +149,7 @@ def _storage(config: Config) -> Iterator[Check]:
 def _tracking(config: Config) -> Check:
     if not config.tracking.enabled:
         return Check("ok", "tracking", "off (tracking.enabled: false)")
-    from jobs.tracking.store import tracking_problem, tracking_uri
+    from jobs.mlflow_address import tracking_problem, tracking_uri
 
     uri = tracking_uri(config)
     problem = tracking_problem(uri)
@@ -183,7 +181,7 @@ def _sources(config: Config) -> Iterator[Check]:
     for name, reader in readers.items():
         path = getattr(reader.source, "path", None)
         if path is not None and not looks_local(path, reader.root):
-            yield _hub(f"data {name}", path, "datasets")
+            yield _hub(f"data {name}", path, "dataset")
             continue
         try:
             shards = reader.shards()
@@ -203,7 +201,7 @@ def _model(role: str, model: PretrainedModel) -> Check:
         return Check("ok", role, str(folder))
     if not model.may_be_on_hub:
         return Check("fail", role, f"{role}.path = {model.path}: there is no such folder")
-    return _hub(role, model.path, "models")
+    return _hub(role, model.path, "model")
 
 
 def _compiler(config: Config) -> Check:
@@ -218,28 +216,29 @@ def _compiler(config: Config) -> Check:
     return Check("ok", "compiler", f"{found}, for decode.compile: {config.decode.compile}")
 
 
-def _hub(name: str, repository: str, kind: Literal["datasets", "models"]) -> Check:
-    """Whether the hub has it, or, offline, whether something of it was downloaded before."""
-    from huggingface_hub import constants
+def _hub(name: str, repository: str, kind: Literal["dataset", "model"]) -> Check:
+    """Whether the hub has it for who is logged in here, or whether something of it was downloaded before."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    cached = Path(constants.HF_HUB_CACHE) / f"{kind}--{repository.replace('/', '--')}"
+    cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
     if cached.exists():
         return Check("ok", name, f"{repository}, downloaded before to {cached}")
     if constants.HF_HUB_OFFLINE:
         return Check(
             "fail", name, f"{repository} is not in {cached.parent}, and HF_HUB_OFFLINE forbids to ask"
         )
-    address = f"{constants.ENDPOINT}/api/{kind}/{repository}"
     advice = "download it elsewhere and give its folder as the path"
     try:
-        urllib.request.urlopen(address, timeout=5).close()
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403, 404):
+        HfApi(constants.ENDPOINT).repo_info(repository, repo_type=kind, timeout=10)
+    except HfHubHTTPError as error:
+        code = error.response.status_code
+        if code in (401, 403, 404):
             return Check(
                 "warn", name, f"{repository}: not public or misspelt; `hf auth login` helps if gated"
             )
-        return Check("fail", name, f"{address} answers {error.code}; try again later, or {advice}")
-    except OSError as error:
+        return Check("fail", name, f"{constants.ENDPOINT} answers {code}; try again later, or {advice}")
+    except (HTTPError, OSError) as error:  # the first is of the client that the library uses
         return Check("fail", name, f"{constants.ENDPOINT} is out of reach ({error}); {advice}")
     return Check("ok", name, f"{repository}, on the hub")
 

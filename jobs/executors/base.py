@@ -1,14 +1,16 @@
-"""Where work runs: in this process, or on Ray (`ray_executor.py`).
+"""What a stage may ask of whoever runs its work: this process (`inline.py`) or Ray (`ray_executor.py`).
 
-Executors have the same three verbs: `map` (stateless tasks), `map_actors` (workers that keep models loaded
-between items) and `train` (a group of data-parallel training workers). Only metadata travels through them;
-tensors stay in files.
+There are three verbs: `map` (stateless tasks), `map_actors` (workers that keep models loaded between items)
+and `train` (a group of data-parallel training workers). Only metadata travels through them; tensors stay in
+files.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from pipeline.config.run import Work
 from pipeline.train.job import TrainJob
@@ -17,10 +19,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Executor(Protocol):
-    """What a stage may ask of whoever runs it. `calls` counts what was asked: a cached stage asks nothing."""
+@dataclass(frozen=True)
+class Batch(Generic[Item, Result]):
+    """Items and who works on them: workers that each call `factory` once, or a task for each item."""
 
-    calls: int
+    items: Sequence[Item]
+    description: str
+    factory: Callable[[], Callable[[Item], Result]]
+    num_workers: int | None = None  # None: tasks
+    work: Work = "prepare"
+    on_lost: Callable[[Item, str], Result] | None = None
+
+
+class Executor(ABC):
+    """Runs the work of stages. `calls` counts what was asked: a cached stage asks nothing."""
+
+    def __init__(self) -> None:
+        self.calls = 0
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], description: str
@@ -29,7 +44,8 @@ class Executor(Protocol):
 
         An exception in a task is raised here. `function` and items must pickle.
         """
-        ...
+        self.calls += 1
+        return self.run(Batch(items, description, lambda: function))
 
     def map_actors(
         self,
@@ -47,12 +63,22 @@ class Executor(Protocol):
             on_lost: what an item gives that killed its worker every time it was tried; takes the item and
                 why. Without it that is `Incomplete`, once all others are done.
         """
-        ...
+        self.calls += 1
+        return self.run(Batch(items, description, factory, num_actors, work, on_lost))
 
     def train(self, job: TrainJob) -> None:
         """Run a training job on `train.num_workers` workers and wait for it."""
-        ...
+        self.calls += 1
+        self.launch(job)
+
+    @abstractmethod
+    def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
+        """Work on what `map` or `map_actors` was asked for."""
+
+    @abstractmethod
+    def launch(self, job: TrainJob) -> None:
+        """Train what `train` was asked for."""
 
     def close(self) -> None:
         """Stop what was started."""
-        ...
+        return None

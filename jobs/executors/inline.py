@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
-from jobs.executors.base import Item, Result
-from pipeline.config.run import Work
+from jobs.executors.base import Batch, Executor, Item, Result
 from pipeline.config.schema import Config
 from pipeline.observe import logs
 from pipeline.observe.progress import progress
@@ -13,36 +12,23 @@ from pipeline.train.engine import TorchEngine
 from pipeline.train.job import TrainJob, run_job
 
 
-class InlineExecutor:
+class InlineExecutor(Executor):
     """Everything in this process, one thing after another; training with the plain torch engine."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.calls = config, 0
+        super().__init__()
+        self.config = config
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], description: str
-    ) -> Iterator[tuple[Item, Result]]:
-        self.calls += 1
-        with progress(len(items), description) as bar:
-            for item in items:
+    def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
+        function = batch.factory()
+        with progress(len(batch.items), batch.description) as bar:
+            for item in batch.items:
                 with logs.item(logs.WorkItem(logs.here().stage, logs.name_of(item), 1)):
                     result = function(item)
                 yield item, result
                 bar.update(1)
 
-    def map_actors(
-        self,
-        factory: Callable[[], Callable[[Item], Result]],
-        items: Sequence[Item],
-        description: str,
-        num_actors: int,
-        work: Work,
-        on_lost: Callable[[Item, str], Result] | None = None,
-    ) -> Iterator[tuple[Item, Result]]:
-        return self.map(factory(), items, description)
-
-    def train(self, job: TrainJob) -> None:
-        self.calls += 1
+    def launch(self, job: TrainJob) -> None:
         train = job.config.train
         run_job(
             job,
@@ -55,6 +41,3 @@ class InlineExecutor:
                 bfloat16=train.dtype == "bfloat16",
             ),
         )
-
-    def close(self) -> None:
-        return None

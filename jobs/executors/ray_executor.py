@@ -11,14 +11,14 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 from jobs import raise_on_sigterm
-from jobs.executors.base import Item, Result
+from jobs.executors.base import Batch, Executor, Item, Result
 from jobs.executors.ray_cluster import check_nodes, count_fitting, request
 from jobs.executors.ray_pool import Pool, Tasks, Worker
 from jobs.executors.ray_train import train_on_ray
@@ -41,11 +41,12 @@ WAITING_PER_SLOT = 3
 ROOM_WAIT_S = 60.0
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Ray tasks, actors, and Ray Train workers with DeepSpeed. Ray starts with the first thing to do."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.calls = config, 0
+        super().__init__()
+        self.config = config
         self.contexts = ExitStack()
 
     @cached_property
@@ -69,50 +70,36 @@ class RayExecutor:
             check_nodes(ray)
         return ray
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], description: str
-    ) -> Iterator[tuple[Item, Result]]:
+    def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
+        if not batch.items:
+            return
+        if batch.num_workers is None:
+            yield from self._drive(self._tasks(batch), batch)
+            return
+        self.room(batch.work)
+        # An actor whose process died is replaced by a new one.
+        options = {"max_restarts": 0, "max_task_retries": 0, **request(self.config.run, batch.work)}
+        actor = self.ray.remote(**options)(Worker)
+        most = min(batch.num_workers, len(batch.items))
+        pool = Pool(self.ray, lambda: actor.remote(batch.factory), most, self.fitting(batch.work))
+        try:
+            yield from self._drive(pool, batch)
+        finally:
+            pool.release(everyone=True)
+
+    def _tasks(self, batch: Batch[Item, Result]) -> Tasks:
+        function = batch.factory()
+
         def call(item: Item, work_item: logs.WorkItem) -> Result:  # Ray takes no partial functions
             with logs.item(work_item):
                 return function(item)
 
-        self.calls += 1
-        if not items:
-            return
-        task = self.ray.remote(max_retries=0, **request(self.config.run, "prepare"))(call)
-        tasks = Tasks(task, WAITING_PER_SLOT * self.room("prepare"), self.fitting("prepare"))
-        yield from self._drive(tasks, items, description, None)
+        task = self.ray.remote(max_retries=0, **request(self.config.run, batch.work))(call)
+        return Tasks(task, WAITING_PER_SLOT * self.room(batch.work), self.fitting(batch.work))
 
-    def map_actors(
-        self,
-        factory: Callable[[], Callable[[Item], Result]],
-        items: Sequence[Item],
-        description: str,
-        num_actors: int,
-        work: Work,
-        on_lost: Callable[[Item, str], Result] | None = None,
-    ) -> Iterator[tuple[Item, Result]]:
-        self.calls += 1
-        if not items:
-            return
-        self.room(work)
-        # An actor whose process died is replaced by a new one.
-        actor = self.ray.remote(max_restarts=0, max_task_retries=0, **request(self.config.run, work))(Worker)
-        most = min(num_actors, len(items))
-        pool = Pool(self.ray, lambda: actor.remote(factory), most, self.fitting(work))
-        try:
-            yield from self._drive(pool, items, description, on_lost)
-        finally:
-            pool.release(everyone=True)
-
-    def _drive(
-        self,
-        pool: Tasks | Pool,
-        items: Sequence[Item],
-        description: str,
-        on_lost: Callable[[Item, str], Result] | None,
-    ) -> Iterator[tuple[Item, Result]]:
+    def _drive(self, pool: Tasks | Pool, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
         """Keep the pool busy until every item has a result or was given up."""
+        items, description = batch.items, batch.description
         ray = self.ray
         errors = ray.exceptions
         # Not those of a broken environment or a full object store: these would meet every item.
@@ -167,10 +154,10 @@ class RayExecutor:
                         continue
                     log.error("%s: %s given up after %d attempts: %s", description, name, attempt, why)
                     bar.failed()
-                    if on_lost is None:
+                    if batch.on_lost is None:
                         given_up.append(f"{name}: {why}")
                         continue
-                    result = on_lost(item, why)
+                    result = batch.on_lost(item, why)
                 else:
                     pool.give(worker)
                     succeeded += 1
@@ -210,8 +197,7 @@ class RayExecutor:
         """
         return count_fitting(self.ray, self.config.run, work, at_least=1)
 
-    def train(self, job: TrainJob) -> None:
-        self.calls += 1
+    def launch(self, job: TrainJob) -> None:
         room, wanted = self.room("train"), self.config.train.num_workers
         if wanted > room:
             raise BadData(f"train.num_workers = {wanted}, but the cluster has room for {room}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 
+RAY_JOB = "ray_job"  # tag of a pipeline's run in MLflow: the submission id of its job
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in what a job runs
 
 

@@ -10,9 +10,10 @@ from collections import defaultdict
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.observe.events import Evaluated, Event, Items, Tick, Trained
+from pipeline.observe.events import Evaluated, Event, Items, Tick, Training
 
 PREFIX = "budgetdraft"
+SPEED = "train/tokens_per_s"  # in a row of metrics.jsonl
 
 
 def counter(name: str, what: str) -> Counter:
@@ -46,8 +47,10 @@ class RayMetrics:
         tags = {"stage": stage}
         if isinstance(event, Items):
             add(self.items, {"done": event.done, "failed": event.failed, "retried": event.retried}, tags)
-        elif isinstance(event, Trained):
-            self.show(stage, self.speed, tags, event.tokens_per_s)
+        elif isinstance(event, Training) and event.current:
+            rows = reversed(event.current.rows)  # not every row has a speed
+            if (speed := next((row[SPEED] for row in rows if SPEED in row), None)) is not None:
+                self.show(stage, self.speed, tags, speed)
         elif isinstance(event, Tick):
             # Ray drops a gauge that was not set for two of its reports; those of past stages may go.
             for (of, gauge, labels), value in list(self.shown.items()):

@@ -6,7 +6,6 @@ while it lives. A record that cannot be written, on a full disk, ends nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -14,7 +13,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +29,11 @@ from pipeline.config.schema import Config
 from pipeline.errors import Incomplete, hide_credentials
 from pipeline.observe import events, logs
 from pipeline.store.files import fingerprint, write_json
-from pipeline.store.layout import METRICS, MODEL, STAGES
+from pipeline.store.layout import STAGES
 
 RECORDS, STATUS, ALIVE = "run-records", "status.json", "alive.lock"
 KEPT = 50  # records of a storage
 REFRESH_S = 1.0
-TAIL = 65_536  # bytes at the end of a metrics file that hold its last rows
 
 State = Literal["waiting", "running", "done", "incomplete", "failed", "killed"]
 log = logging.getLogger(__name__)
@@ -100,7 +98,7 @@ class RunRecord:
             state="running",
             stages=[StageRecord(name=name) for name in STAGES[: STAGES.index(until) + 1]],
         )
-        self.training: tuple[StageRecord, dict[Path, int]] | None = None  # folders of models → steps
+        self.training: StageRecord | None = None  # the stage whose steps of training are told
         self.mutex = threading.RLock()  # events come from the pipeline, the rest from the refreshing thread
         self.over = threading.Event()
         self.written = ""
@@ -161,13 +159,18 @@ class RunRecord:
                 stage.work = None
 
     def heard(self, name: str, event: events.Event) -> None:
-        """Listens to the stages. The steps of training are read from its files instead, on every executor."""
+        """Listens to the stages. A stage that trains counts the steps in its files, on every executor, and no
+        bar."""
         with self.mutex:
             stage = next(one for one in self.status.stages if one.name == name)
             if isinstance(event, events.Opened):
                 if str(event.folder) not in stage.folders:
                     stage.folders.append(str(event.folder))
-            elif isinstance(event, events.Began) and not self.training:
+            elif isinstance(event, events.Training):
+                self._train(stage, event)
+            elif self.training is stage:
+                return
+            elif isinstance(event, events.Began):
                 stage.work = WorkRecord(
                     description=event.description,
                     began=datetime.now(UTC),
@@ -175,59 +178,31 @@ class RunRecord:
                     done=event.initial,
                     total=event.total,
                 )
-            elif isinstance(event, events.Items) and stage.work and not self.training:
+            elif isinstance(event, events.Items) and stage.work:
                 stage.work.done += event.done
                 stage.work.failed += event.failed
                 stage.work.retried += event.retried
                 stage.failed += event.failed
                 stage.retried += event.retried
 
-    @contextmanager
-    def follow(self, files: Mapping[str, Path]) -> Iterator[None]:
-        """Training runs in the body, of the models whose `metrics.jsonl` these are by name."""
-        name = logs.here().stage
-        stage = next(one for one in self.status.stages if one.name == name)
-        steps = {file.parent: steps_of(self.config, stage.name, model) for model, file in files.items()}
-        self.training = (stage, steps)
-        self._read_training()
-        try:
-            yield
-            self._read_training()
-        finally:
-            self.training = None
-
-    def _read_training(self) -> None:
-        with self.mutex:
-            if self.training is None:
-                return
-            stage, steps = self.training
-            done, speed, current = 0, None, ""
-            for folder, total in steps.items():
-                if (folder / MODEL).exists():
-                    done += total
-                    continue
-                rows = last_rows(folder / METRICS)
-                done += int(rows[-1]["step"]) if rows else 0
-                speed = next((r[SPEED] for r in reversed(rows) if SPEED in r), None)
-                current = folder.name.rpartition("-")[0]
-                break
-            if stage.work is None:
-                began, total = datetime.now(UTC), sum(steps.values())
-                stage.work = WorkRecord(description="", began=began, initial=done, done=done, total=total)
-            work = stage.work
-            work.description = f"steps of training {current or 'all models'}"
-            # Steps after the checkpoint that a run resumes from are dropped from the file.
-            work.initial, work.done = min(work.initial, done), done
-        if speed is not None:
-            with logs.at(logs.WorkItem(stage=stage.name)):
-                events.tell(events.Trained(speed))
+    def _train(self, stage: StageRecord, event: events.Training) -> None:
+        steps = {model.name: steps_of(self.config, stage.name, model.name) for model in event.models}
+        done = sum(steps[model.name] for model in event.models if model.done)
+        if (current := event.current) and current.rows:
+            done += int(current.rows[-1]["step"])
+        if self.training is not stage:
+            self.training, total = stage, sum(steps.values())
+            began = datetime.now(UTC)
+            stage.work = WorkRecord(description="", began=began, initial=done, done=done, total=total)
+        work = stage.work
+        assert work is not None
+        name = current.folder.name.rpartition("-")[0] if current else "all models"
+        work.description = f"steps of training {name}"
+        # Steps after the checkpoint that a run resumes from are dropped from the file.
+        work.initial, work.done = min(work.initial, done), done
 
     def _refresh_until_over(self) -> None:
         while not self.over.wait(REFRESH_S):
-            try:
-                self._read_training()
-            except (OSError, ValueError) as error:  # ValueError: a line that another machine is writing
-                self._complain(error)
             self.write()
             for stage in self.status.stages:
                 if stage.state == "running":
@@ -248,13 +223,10 @@ class RunRecord:
             else:
                 self.written = text
 
-    def _complain(self, error: OSError | ValueError) -> None:
+    def _complain(self, error: OSError) -> None:
         if not self.complained:
             print(f"{self.folder} cannot be kept; the run goes on without: {error}", file=sys.stderr)
         self.complained = True
-
-
-SPEED = "train/tokens_per_s"
 
 
 def how_it_ended(error: BaseException | None) -> tuple[State, str]:
@@ -277,18 +249,6 @@ def steps_of(config: Config, stage: str, model: str) -> int:
         return spec.pretrain.steps
     variant = next(one for one in config.train.drafters if one.name == model)
     return config.train.steps_of(variant)
-
-
-def last_rows(metrics: Path) -> list[dict[str, float]]:
-    """The newest whole rows of a metrics file that may grow or be rewritten meanwhile."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - TAIL))
-            *lines, _ = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    whole = lines[1:] if len(lines) > 1 and not lines[0].startswith(b"{") else lines
-    return [json.loads(line) for line in whole if line.startswith(b"{")]
 
 
 def prune(records: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jinja2
+
 from pipeline.axes import budget_order
 from pipeline.gate.evidence import Evidence, Results, manifest, sound_files
+from pipeline.markdown import table
 from pipeline.results.pool import MODES
 from pipeline.store.files import read_rows
 from pipeline.store.layout import CELLS, MODEL
@@ -108,24 +111,24 @@ def chance(row: CellRow) -> str:
 
 
 def share(row: CellRow) -> str:
-    found = row.acceptance
-    assert found is not None, f"{row.cell} has no acceptance"
-    return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    accepted = row.acceptance
+    assert accepted is not None, f"{row.cell} has no acceptance"
+    return f"{100 * accepted.mean:.1f} [{100 * accepted.low:.1f}, {100 * accepted.high:.1f}]"
 
 
-def table(cells: Sequence[Accepted]) -> list[str]:
-    lines = [
-        "| data set | context | policy | decoding | budget | acceptance | other document's KV | documents |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row, other in cells:
-        hidden = "not evaluated" if other is None else share(other)
-        cell = row.cell
-        lines.append(
-            f"| {cell.dataset} | {cell.context} | {cell.policy} | {chance(row)} | {cell.budget} | "
-            f"{share(row)} | {hidden} | {row.num_documents} |"
+def acceptance_table(cells: Sequence[Accepted]) -> str:
+    head = (
+        "data set", "context", "policy", "decoding", "budget", "acceptance", "other document's KV",
+        "documents",
+    )  # fmt: skip
+    rows = [
+        (
+            *row.cell.place, row.cell.policy, chance(row), row.cell.budget, share(row),
+            "not evaluated" if other is None else share(other), row.num_documents,
         )
-    return lines
+        for row, other in cells
+    ]  # fmt: skip
+    return table(head, rows)
 
 
 def model_card(found: Results, evidence: Evidence, cells: Sequence[Accepted]) -> str:
@@ -135,73 +138,29 @@ def model_card(found: Results, evidence: Evidence, cells: Sequence[Accepted]) ->
         BadData: if the drafter's files are damaged.
     """
     sound_files(found.drafter, "model/README.md")
-    trained = (found.drafter.path / MODEL / "README.md").read_text(encoding="utf-8").rstrip()
-    contexts = ", ".join(f"{name} = {tokens} tokens" for name, tokens in found.summary.contexts.items())
-    outside = [cell.real for cell in cells if not cell.real.in_trained_range]
     looping = max((cell.real.num_looping / cell.real.num_prompts for cell in cells), default=0.0)
-    gamma = manifest(found.report)["inputs"]["axes"]["gamma"]
-    variant = manifest(found.drafter)["inputs"]["variant"]
-    served = next((budget for budget in evidence.budgets if budget not in (0, "full")), '"full"')
-    lines = [
-        trained,
-        "",
-        "## Acceptance",
-        "",
-        f"Share of proposed tokens that the target accepted on test prompts, in percent, at γ = {gamma}, "
-        f"with 95 % intervals over documents. Contexts: {contexts}; up to {found.summary.max_new_tokens} new "
-        "tokens. The column beside it has another document's KV in place of the prompt's: what is the same "
-        "in both, the drafter does not owe to its context.",
-        "",
-        *table(cells),
-        "",
-        "## Use",
-        "",
-        "With Hugging Face, whose drafter keeps its whole cache (budget `full` above). `TARGET` is the model "
-        "that it was trained for:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("TARGET")',
-        'target = AutoModelForCausalLM.from_pretrained("TARGET")',
-        'drafter = AutoModelForCausalLM.from_pretrained("FOLDER")',
-        'inputs = tokenizer("A prompt", return_tensors="pt")',
-        "tokens = target.generate(**inputs, assistant_model=drafter, max_new_tokens=64)[0]",
-        "print(tokenizer.decode(tokens, skip_special_tokens=True))",
-        "```",
-        "",
-        "With BudgetDraft, behind a budget:",
-        "",
-        "```python",
-        "from pipeline.serving import load_pair",
-        "",
-        'pair = load_pair("TARGET", "FOLDER")',
-        f'view = {{"policy": "{variant["policy"]}", "budget": {served}}}',
-        f'print(pair.continue_prompts(["A prompt"], **view, gamma={gamma}, max_new_tokens=64)[0])',
-        "```",
-        "",
-        "## Limits",
-        "",
-        "- Acceptance holds for this target, these kinds of text and these budgets; greedy text is the "
-        "target's own whatever the drafter.",
-        f"- Up to {100 * looping:.0f} % of the prompts have a continuation that repeats itself, which is "
-        "easy to predict.",
-        f"- {outside_text(outside)}",
-        "- Whether it is faster depends on the machine: measure there.",
-        "- No licence is stated. Those of the drafter that it started from, of the target and of the "
-        "training data apply; state one before you publish it.",
-        "",
-        "## Where it comes from",
-        "",
-        f"- Code: commit {commit(found)}",
-        f"- Config: {evidence.config}; drafter artifact {found.drafter.fingerprint}, report "
-        f"{found.report.fingerprint}",
-        f"- Data: prepared {found.prepare.fingerprint}, test prompts {evidence.prompts}; target with "
-        f"tokenizer {evidence.target}",
-        f"- Timed on: {evidence.hardware or 'nothing was timed'}",
-        "",
-    ]
-    return "\n".join(lines)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("jobs.registry", "."),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    ).get_template("card.md.j2")
+    return template.render(
+        trained=(found.drafter.path / MODEL / "README.md").read_text(encoding="utf-8").rstrip(),
+        gamma=manifest(found.report)["inputs"]["axes"]["gamma"],
+        contexts=", ".join(f"{name} = {tokens} tokens" for name, tokens in found.summary.contexts.items()),
+        max_new_tokens=found.summary.max_new_tokens,
+        acceptance=acceptance_table(cells),
+        policy=manifest(found.drafter)["inputs"]["variant"]["policy"],
+        budget=next((budget for budget in evidence.budgets if budget not in (0, "full")), '"full"'),
+        looping=f"{100 * looping:.0f}",
+        positions=outside_text([cell.real for cell in cells if not cell.real.in_trained_range]),
+        commit=commit(found),
+        evidence=evidence,
+        drafter=found.drafter.fingerprint,
+        report=found.report.fingerprint,
+        prepare=found.prepare.fingerprint,
+        hardware=evidence.hardware or "nothing was timed",
+    )
 
 
 def outside_text(outside: Sequence[CellRow]) -> str:

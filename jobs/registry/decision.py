@@ -8,6 +8,7 @@ from pipeline.config.gate import GateConfig
 from pipeline.gate.bounds import Verdict
 from pipeline.gate.verdict import GatedCell
 from pipeline.intervals import Interval
+from pipeline.markdown import table
 from pipeline.store.rows import Row
 
 STRIP = 25  # characters of the figure in the Markdown table
@@ -53,40 +54,43 @@ def title(decision: Decision) -> str:
 def markdown(decision: Decision) -> str:
     """The summary for a CI service."""
     lines = [f"## Gate: {SAID[decision.verdict]}", "", *(f"- {reason}" for reason in decision.reasons), ""]
-    lines += ["| | drafter | config | trained on budgets | version | hardware of timings |", "|---" * 6 + "|"]
-    for name, side in (("candidate", decision.candidate), ("baseline", decision.baseline)):
-        if side:
-            budgets = ", ".join(map(str, side.budgets)) or "none"
-            version = f"{decision.model} {side.version}" if side.version else side.reference
-            timed = side.hardware or "none"
-            lines.append(f"| {name} | `{side.drafter}` | {side.config} | {budgets} | {version} | {timed} |")
+    head = ("", "drafter", "config", "trained on budgets", "version", "hardware of timings")
+    sides = (("candidate", decision.candidate), ("baseline", decision.baseline))
+    lines.append(table(head, [side_line(decision, name, side) for name, side in sides if side]))
     if decision.cells:
-        lines += ["", *cell_table(decision)]
+        lines += ["", cell_table(decision)]
     return "\n".join(lines) + "\n"
 
 
-def cell_table(decision: Decision) -> list[str]:
+def side_line(decision: Decision, name: str, side: Side) -> tuple[str, ...]:
+    budgets = ", ".join(map(str, side.budgets)) or "none"
+    version = f"{decision.model} {side.version}" if side.version else side.reference
+    return name, f"`{side.drafter}`", side.config, budgets, version, side.hardware or "none"
+
+
+def cell_table(decision: Decision) -> str:
     """A line a cell, with its interval drawn: the figure, where no image can be shown."""
     chance = f"{100 * decision.gate.error_rate:g} %"
     known = [(cell.low, cell.high, cell.floor, cell.difference) for cell in decision.cells]
     at = [100 * value for values in known for value in values if value is not None]
-    return [
+    head = (
+        "cell", "of", "candidate", "baseline", "difference", "bounds", "drawn", "tolerated", "documents",
+        "prompts, looping", "without looping", "`other_prompt`", "outcome",
+    )  # fmt: skip
+    rows = [cell_line(cell, min(at), max(at)) for cell in decision.cells]
+    return (
         "Differences and bounds are in points of acceptance, or % of speedup; `┊` is the least that is "
-        f"tolerated. A lower bound errs with a chance of {chance}, and so do all upper bounds together.",
-        "",
-        "| cell | of | candidate | baseline | difference | bounds | drawn | tolerated | documents | "
-        "prompts, looping | without looping | `other_prompt` | outcome |",
-        "|---" * 13 + "|",
-        *(cell_line(cell, min(at), max(at)) for cell in decision.cells),
-    ]
+        f"tolerated. A lower bound errs with a chance of {chance}, and so do all upper bounds together.\n\n"
+        f"{table(head, rows)}"
+    )
 
 
-def cell_line(cell: GatedCell, least: float, most: float) -> str:
+def cell_line(cell: GatedCell, least: float, most: float) -> list[str]:
     speed = cell.metric == "speed"
     sides = [f"{x:.2f}×" if speed else f"{100 * x:.1f} %" for x in (cell.candidate, cell.baseline)]
     known = cell.low is not None and cell.high is not None
     bounds = f"[{points(cell.low)}, {points(cell.high)}]" if known else "too few documents"
-    parts = [
+    return [
         cell.name,
         cell.metric,
         *sides,
@@ -104,7 +108,6 @@ def cell_line(cell: GatedCell, least: float, most: float) -> str:
             "open": f"open, needs {cell.documents_needed or 'no number of'} documents",
         }[cell.outcome],
     ]
-    return f"| {' | '.join(parts)} |"
 
 
 def strip(cell: GatedCell, least: float, most: float) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from jobs.executors.ray_job import job_id
+from jobs.executors.ray_job import RAY_JOB, job_id
+from jobs.mlflow_address import tracking_uri
 from jobs.registry.card import accepted, model_card, shortened, tags
 from jobs.registry.versions import CHECKSUMS, EVIDENCE, HF_MODEL, REGISTERED, Version, registry, to_version
-from jobs.tracking.store import RAY_JOB, tracking_uri
 from pipeline.config.schema import Config
 from pipeline.gate.evidence import Evidence, evidence_of_results, open_results, save_evidence, sound_files
 from pipeline.store.files import file_sha256, write_json, write_text

@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from jobs.tracking.store import RAY_JOB, tracking_problem
+from jobs.executors.ray_job import RAY_JOB
+from jobs.mlflow_address import tracking_problem
 from pipeline.errors import BadData, Incomplete, hide_credentials
 from pipeline.gate.evidence import Evidence, load_evidence
 from pipeline.store.files import file_sha256

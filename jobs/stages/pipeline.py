@@ -30,6 +30,7 @@ from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, ConfigError, Incomplete, is_full_disk
 from pipeline.models.load import ModelRef
+from pipeline.observe.training import follow
 from pipeline.results.summary import Stage, Summary
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
@@ -63,8 +64,8 @@ class Stages:
 
     @contextmanager
     def follow(self, run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> Iterator[None]:
-        """The metrics files of models that are trained in the body go to MLflow and to the record."""
-        with self.tracker.follow(run, files, upload_to), self.record.follow(files):
+        """Models are trained in the body: what their metrics files hold goes to MLflow, record and Ray."""
+        with self.tracker.follow(run, files, upload_to), follow(files):
             yield
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from jobs.tracking.store import OTHERS_S, Point, Run, Store, now_ms
-from jobs.tracking.writer import Writer
+from jobs.tracking.store import Put, Run, Store, now_ms, put_folder
+from pipeline.observe.training import read_metrics
 
 
 class Curves:
@@ -19,79 +17,52 @@ class Curves:
     of its artifact folder, is left alone. The run is FINISHED when all of it is there, weights included.
     """
 
-    def __init__(
-        self, store: Store, writer: Writer, lock: FileLock, stage_run: Run, name: str, path: Path
-    ) -> None:
-        self.store, self.writer, self.lock = store, writer, lock
-        self.stage_run, self.name, self.path = stage_run, name, path
-        self.piece = path.parent.name
+    def __init__(self, put: Put, stage_run: Run, name: str, file: Path) -> None:
+        self.put, self.stage_run, self.name, self.file = put, stage_run, name, file
+        self.piece = file.parent.name
         self.logged: set[float] = set()
         self.run: Run | None = None
-        self.elsewhere = False  # mirrored before, or by another process: known in the writer's thread
+        self.there = False  # mirrored whole before: known in the writer's thread
 
-    def poll(self, wait: bool = False) -> None:
-        """Queue the rows that are new. `wait`: for another process that mirrors this model at present."""
-        from pipeline.train.loop import read_metrics  # imports torch
-
-        rows = [row for row in read_metrics(self.path) if row["step"] not in self.logged]
+    def log(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Queue the rows that are new."""
+        new = [row for row in rows if row["step"] not in self.logged]
         points = [
-            (key, value, int(row["step"])) for row in rows for key, value in row.items() if key != "step"
+            (key, value, int(row["step"])) for row in new for key, value in row.items() if key != "step"
         ]
         if points:
-            self._begin(wait)
-            self._put("curves", partial(self._log, points, now_ms()))
-        self.logged |= {row["step"] for row in rows}
+            run = self._begun()
+            self._put("curves", partial(Store.log, run=run, points=points, at_ms=now_ms()))
+        self.logged |= {row["step"] for row in new}
 
-    def upload(self, folder: str, wait: bool = False) -> None:
-        """Queue the model's weights as artifacts of the stage's run, below `folder`/name."""
-        self._begin(wait)
-        model = self.path.parent / "model"
-        for file in sorted(file for file in model.rglob("*") if file.is_file()):
-            below = Path(folder) / self.name / file.parent.relative_to(model)
-            self._put(file.name, partial(self._upload, file, str(below)), repeatable=True)
-
-    def close(self, status: str) -> None:
-        """Queue the end of the run."""
+    def finish(self, status: str, upload_to: str | None) -> None:
+        """Queue what is left: of the file, then the weights of a model that is FINISHED as artifacts of the
+        stage's run below `upload_to`/name, then the end of the run."""
+        self.log(read_metrics(self.file))
+        if upload_to and status == "FINISHED":
+            self._begun()
+            put_folder(self._put, self.stage_run, self.file.parent / "model", Path(upload_to) / self.name)
         if self.run:
-            self._put("the end", partial(self._end, self.run, status, now_ms()))
-            self.writer.put(f"lock of {self.piece}", self.lock.release)
+            self._put("the end", partial(Store.end, run=self.run, status=status, at_ms=now_ms()))
+            self.put(f"lock of {self.piece}", partial(Store.release, piece=self.piece))
 
-    def _put(self, what: str, action: Callable[[], None], repeatable: bool = False) -> None:
-        self.writer.put(f"{what} of {self.name}", action, repeatable)
-
-    def _begin(self, wait: bool) -> None:
+    def _begun(self) -> Run:
         if self.run is None:
             self.run = Run(self.name, {"stage": "curves", "artifact": self.piece}, self.stage_run)
-            self._put("the run", partial(self._make, self.run, wait))
+            self._put("the run", partial(self._make, run=self.run))
+        return self.run
 
-    # ── in the writer's thread ────────────────────────────────────────────────────────────────────
+    def _put(self, what: str, action: Callable[[Store], object], repeatable: bool = False) -> None:
+        def unless_there(store: Store) -> None:
+            if not self.there:
+                action(store)
 
-    def _make(self, run: Run, wait: bool) -> None:
-        try:
-            if not self.lock.is_locked:
-                self.lock.acquire(timeout=OTHERS_S if wait else 0)
-        except Timeout:
-            if wait:
-                raise
-            self.elsewhere = True
-            return
+        self.put(f"{what} of {self.name}", unless_there, repeatable)
+
+    def _make(self, store: Store, run: Run) -> None:
         if not run.asked:
-            self.elsewhere = bool(
-                self.store.whole(f"tags.stage = 'curves' and tags.artifact = '{self.piece}'")
-            )
-        if not self.elsewhere:
-            self.store.make(run)
-            self.store.log(run, {"model": self.name}, (), run.began_ms)
-
-    def _log(self, points: Sequence[Point], at_ms: int) -> None:
-        if not self.elsewhere:
-            assert self.run
-            self.store.log(self.run, {}, points, at_ms)
-
-    def _upload(self, file: Path, folder: str) -> None:
-        if not self.elsewhere:
-            self.store.upload(self.stage_run, file, folder)
-
-    def _end(self, run: Run, status: str, at_ms: int) -> None:
-        if not self.elsewhere:
-            self.store.end(run, status, at_ms)
+            query = f"tags.stage = 'curves' and tags.artifact = '{self.piece}'"
+            self.there = bool(store.claim(self.piece, query))
+        if not self.there:
+            store.make(run)
+            store.log(run, {"model": self.name}, at_ms=run.began_ms)

@@ -2,33 +2,30 @@
 
 Only the driver process writes: one pipeline run, below it a run per stage, below those a run per trained
 model (its curves) and one per sweep point with γ as the step axis. All writes but the first go through one
-thread (`tracking_writer.py`), so that the pipeline waits for MLflow at its end alone.
+thread (`writer.py`), so that the pipeline waits for MLflow at its end alone.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import shlex
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
-from filelock import FileLock
-
-from jobs.executors.ray_job import job_id
+from jobs.executors.ray_job import RAY_JOB, job_id
+from jobs.mlflow_address import Ui
 from jobs.tracking.curves import Curves
-from jobs.tracking.store import RAY_JOB, Run, Store, is_server, now_ms, open_store, piece_lock
-from jobs.tracking.sweep import Sweep, bounds, point_key, point_name
+from jobs.tracking.store import Run, Store, now_ms, open_store, put_folder
+from jobs.tracking.sweep import Sweep
 from jobs.tracking.writer import Writer
 from pipeline.config.files import dump_config
 from pipeline.config.schema import Config
-from pipeline.errors import Incomplete, hide_credentials
+from pipeline.errors import Incomplete
+from pipeline.observe.events import Event, Training, listening
+from pipeline.results.points import advice_of
 from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow
 
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_S = 2.0
 INTERRUPTED_S = 5.0  # what somebody who pressed Ctrl-C waits for; `ray job stop` kills soon after
 MOST_COMPARED = 93  # runs in one compare link; the page is known to stay usable with so many
 
@@ -45,14 +41,14 @@ MOST_COMPARED = 93  # runs in one compare link; the page is known to stay usable
 class Tracker:
     """One pipeline run in MLflow, as a context: FINISHED, FAILED or KILLED follows from how it is left.
 
-    Methods queue what they are told and return at once. Leaving the context waits for what is queued.
+    Methods queue what they are told and return at once. Leaving the context waits for what is queued. Without
+    a store (`tracking.enabled: false`) whatever would be queued is dropped.
     """
 
-    def __init__(self, config: Config, store: Store, run: Run) -> None:
+    def __init__(self, config: Config, store: Store | None, run: Run) -> None:
         self.config, self.store, self.run = config, store, run
         self.writer = Writer()
         self.sweep: Sweep | None = None
-        self.locks: list[FileLock] = []
 
     @staticmethod
     def start(config: Config, record: Path | None = None) -> Tracker:
@@ -66,21 +62,27 @@ class Tracker:
         """
         if not config.tracking.enabled:
             log.info("MLflow is off (tracking.enabled: false)")
-            return NullTracker()
+            return Tracker(config, None, Run(config.name, {}))
         tags = {"stage": "pipeline", "dirty": str(provenance()["git_dirty"]).lower()}
         job = job_id()
         tags |= ({"record": record.name} if record else {}) | ({RAY_JOB: job} if job else {})
         run = Run(config.name, tags)
         tracker = Tracker(config, open_store(config, run), run)
         params = {"seed": config.seed, "train_steps": config.train.steps, "executor": config.run.executor}
-        tracker.writer.put("parameters of the run", partial(tracker.store.log, run, params, (), now_ms()))
+        tracker.put("parameters of the run", partial(Store.log, run=run, params=params))
         if record:
-            tracker.writer.put("the end of killed runs", partial(tracker.store.end_killed, record.parent))
+            tracker.put("the end of killed runs", partial(Store.end_killed, records=record.parent))
         text = dump_config(config)
-        tracker.writer.put(
-            "config.yaml", lambda: tracker.store.client.log_text(run.known(), text, "config.yaml")
-        )
+        tracker.put("config.yaml", lambda store: store.client.log_text(run.known(), text, "config.yaml"))
         return tracker
+
+    def put(self, what: str, action: Callable[[Store], object], repeatable: bool = False) -> None:
+        """Queue a write, as `Writer.put` does."""
+        if self.store is not None:
+            self.writer.put(what, partial(action, self.store), repeatable)
+
+    def _put_end(self, what: str, run: Run, status: str) -> None:
+        self.put(what, partial(Store.end, run=run, status=status, at_ms=now_ms()))
 
     def __enter__(self) -> Tracker:
         return self
@@ -93,14 +95,16 @@ class Tracker:
         Raises:
             Incomplete: if MLflow took nothing for `tracking.wait_s`, unless the body raised.
         """
-        self.writer.put("the end of the run", partial(self.store.end, self.run, _status(kind), now_ms()))
-        if _status(kind) == "KILLED":
+        status = _status(kind)
+        self._put_end("the end of the run", self.run, status)
+        if status == "KILLED":
             self.writer.drop_repeatable()
             left = self.writer.finish(INTERRUPTED_S, INTERRUPTED_S)
         else:
             left = self.writer.finish(self.config.tracking.wait_s)
-        for held in self.locks:
-            held.release()
+        if self.store is not None:
+            for piece in list(self.store.claimed):
+                self.store.release(piece)
         if left:
             text = (
                 f"{left} writes are not in MLflow (last answer: {self.writer.problem or 'none'}); results "
@@ -114,51 +118,39 @@ class Tracker:
     def stage_run(self, name: str) -> Iterator[Run]:
         """A run for one stage below the pipeline run."""
         run = Run(name, {"stage": name}, self.run)
-        self.writer.put(f"the run of stage {name}", partial(self.store.make, run))
-        with _ending(lambda status: self._end(run, status)):
+        self.put(f"the run of stage {name}", partial(Store.make, run=run))
+        with _ending(partial(self._put_end, f"the end of stage {name}", run)):
             yield run
 
     @contextmanager
     def follow(
         self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None
     ) -> Iterator[None]:
-        """Mirror growing metrics files as curves while the body runs, and what is left when it ends.
+        """Mirror metrics files as curves: while the body runs as they are told of, what is left when it ends.
 
         Args:
             files: model name → its `metrics.jsonl`, which need not exist yet. Each gets a run of its name
                 below `stage_run`; a file whose folder was mirrored whole before is left alone.
             upload_to: folder among the artifacts of `stage_run` that the finished models go to.
         """
-        models = self._curves(stage_run, files)
-        stop = threading.Event()
+        curves = {name: Curves(self.put, stage_run, name, file) for name, file in files.items()}
 
-        def poll() -> None:
-            while not stop.wait(POLL_S):
-                for model in models:
-                    model.poll()
-
-        thread = threading.Thread(target=poll, name="mlflow-curves", daemon=True)
+        def heard(stage: str, event: Event) -> None:
+            if isinstance(event, Training):
+                for model in event.models:
+                    curves[model.name].log(model.rows)
 
         def finish(status: str) -> None:
-            stop.set()
-            thread.join()
-            for model in models:
-                model.poll()
-                if upload_to and status == "FINISHED":
-                    model.upload(upload_to)
-                model.close(status)
+            for model in curves.values():
+                model.finish(status, upload_to)
 
-        thread.start()
-        with _ending(finish):
+        with _ending(finish), listening(heard):
             yield
 
     def log_models(self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> None:
         """Mirror the finished models that are not in MLflow yet, as `follow` would have done."""
-        for model in self._curves(stage_run, files):
-            model.poll(wait=True)
-            if upload_to:
-                model.upload(upload_to, wait=True)
-            model.close("FINISHED")
+        for name, file in files.items():
+            Curves(self.put, stage_run, name, file).finish("FINISHED", upload_to)
 
     def log_sweep(self, stage_run: Run, sweep_id: str, rows: Iterable[CellRow]) -> None:
         """One run per sweep point, acceptance and speed against γ as the step. Safe to repeat.
@@ -166,131 +158,47 @@ class Tracker:
         Args:
             sweep_id: the sweep's fingerprint; points that it already has in MLflow are not written again.
         """
-        points: dict[str, list[CellRow]] = {}
-        for row in rows:
-            points.setdefault(point_key(row.cell), []).append(row)
-        self.sweep = sweep = Sweep(self.store, sweep_id, points, self._lock(sweep_id))
-        self.writer.put("the points of the sweep", sweep.find, repeatable=True)
-        for key, cells in points.items():
-            run = Run(point_name(cells[0].cell), sweep.tags | {"cell_key": key}, stage_run)
-            self.writer.put(f"sweep point {run.name}", partial(sweep.log, key, run), repeatable=True)
-        self.writer.put("lock of the sweep", sweep.lock.release)
+        self.sweep = sweep = Sweep(sweep_id, rows, stage_run)
+        self.put("the points of the sweep", sweep.find, repeatable=True)
+        for key, run in sweep.runs.items():
+            self.put(f"sweep point {run.name}", partial(sweep.log, key=key), repeatable=True)
+        self.put("lock of the sweep", partial(Store.release, piece=sweep_id))
 
     def log_advice(self, run: Run, advice: Iterable[Recommendation]) -> None:
         """What to deploy in each place: a tag in words, and where there is a choice its expected speedup."""
-        from pipeline.results.recommend import settings_text  # torch is slow to import
-
-        for one in advice:
-            place = f"{one.dataset}.{one.context}"
-            text, points = one.why, []
-            if one.choice:
-                text = f"{settings_text(one.choice.cell)}: {one.why}"
-                speed = bounds("recommend/speedup", one.choice.expected)
-                points = [(f"{name}.{place}", value, 0) for name, value in speed.items()]
-            tags = {f"recommend.{place}": text}
-            self.writer.put(
-                f"the advice for {place}", partial(self.store.log, run, {}, points, now_ms(), tags)
-            )
+        for place, tags, points in map(advice_of, advice):
+            write = partial(Store.log, run=run, points=points, at_ms=now_ms(), tags=tags)
+            self.put(f"the advice for {place}", write)
 
     def log_files(self, run: Run, paths: Iterable[Path]) -> None:
         """Files as artifacts of a run."""
         for path in paths:
-            self.writer.put(path.name, partial(self.store.upload, run, path, None), repeatable=True)
+            self.put(path.name, partial(Store.upload, run=run, file=path), repeatable=True)
 
     def log_folder(self, run: Run, folder: Path, name: str) -> None:
         """The files of a folder as artifacts of a run, below `name`."""
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            below = str(Path(name) / path.parent.relative_to(folder))
-            self.writer.put(path.name, partial(self.store.upload, run, path, below), repeatable=True)
+        put_folder(self.put, run, folder, Path(name))
 
     def links(self) -> list[str]:
         """Lines for the end of a run: where to look, and how to start the UI where no server runs."""
-        uri = hide_credentials(self.store.uri)
-        server = is_server(self.store.uri)
-        base = uri.replace("***@", "").rstrip("/") if server else "http://127.0.0.1:5000"
-        experiment = self.store.experiment_id
-        lines = []
-        if not server:
-            lines.append(f"start the MLflow UI: mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000")
-        lines.append(f"this run: {base}/#/experiments/{experiment}/runs/{self.run.id}")
+        if self.store is None:
+            return []
+        ui = Ui(self.store.uri, self.store.experiment_id)
+        lines = [f"start the MLflow UI: {ui.command}"] if ui.command else []
+        lines.append(f"this run: {ui.run(self.run.id)}")
         if self.sweep:
-            search = quote(f"tags.sweep_id = '{self.sweep.sweep_id}' AND tags.stage = 'cell'", safe="")
-            metric = quote("`speed/best_speedup`" if self.sweep.measured else "`accept/rate`", safe="")
-            lines.append(
-                f"the sweep: {base}/#/experiments/{experiment}/runs?searchFilter={search}"
-                f"&orderByKey=metrics.{metric}&orderByAsc=false&compareRunsMode=CHART"
-            )
-            runs = quote(json.dumps(self.sweep.best(MOST_COMPARED), separators=(",", ":")), safe="")
-            experiments = quote(json.dumps([experiment]), safe="")
-            lines.append(f"compare: {base}/#/compare-runs?runs={runs}&experiments={experiments}")
+            metric = "speed/best_speedup" if self.sweep.measured else "accept/rate"
+            lines.append(f"the sweep: {ui.table(self.sweep.query, metric)}")
+            lines.append(f"compare: {ui.comparison(self.sweep.best(MOST_COMPARED))}")
         return lines
-
-    def _end(self, run: Run, status: str) -> None:
-        self.writer.put(f"the end of stage {run.name}", partial(self.store.end, run, status, now_ms()))
-
-    def _lock(self, piece: str) -> FileLock:
-        self.locks.append(piece_lock(self.config, piece))
-        return self.locks[-1]
-
-    def _curves(self, stage_run: Run, files: Mapping[str, Path]) -> list[Curves]:
-        return [
-            Curves(self.store, self.writer, self._lock(path.parent.name), stage_run, name, path)
-            for name, path in files.items()
-        ]
-
-
-class NullTracker(Tracker):
-    """Takes everything and keeps nothing: `tracking.enabled: false`."""
-
-    def __init__(self) -> None:
-        self.run = Run("", {})
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    @contextmanager
-    def stage_run(self, name: str) -> Iterator[Run]:
-        yield self.run
-
-    @contextmanager
-    def follow(
-        self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None
-    ) -> Iterator[None]:
-        yield
-
-    def log_models(self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> None:
-        return None
-
-    def log_sweep(self, stage_run: Run, sweep_id: str, rows: Iterable[CellRow]) -> None:
-        return None
-
-    def log_advice(self, run: Run, advice: Iterable[Recommendation]) -> None:
-        return None
-
-    def log_files(self, run: Run, paths: Iterable[Path]) -> None:
-        return None
-
-    def log_folder(self, run: Run, folder: Path, name: str) -> None:
-        return None
-
-    def links(self) -> list[str]:
-        return []
 
 
 @contextmanager
 def _ending(end: Callable[[str], None]) -> Iterator[None]:
     """Call `end` with the MLflow status that the way the body was left calls for."""
-    status = "FAILED"
-    try:
+    with ExitStack() as stack:
+        stack.push(lambda kind, error, trace: end(_status(kind)))
         yield
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        end(status)
 
 
 def _status(kind: type[BaseException] | None) -> str:

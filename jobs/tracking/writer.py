@@ -31,7 +31,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Write:
     what: str  # for messages
-    action: Callable[[], None]
+    action: Callable[[], object]
     repeatable: bool  # the same command does it again where it is missing
 
 
@@ -52,7 +52,7 @@ class Writer:
         """Writes that MLflow has not taken yet."""
         return len(self._waiting) + (self._current is not None)
 
-    def put(self, what: str, action: Callable[[], None], repeatable: bool = False) -> None:
+    def put(self, what: str, action: Callable[[], object], repeatable: bool = False) -> None:
         """Queue a write; returns at once. `repeatable`: the same command does it again if it is missing."""
         with self._changed:
             self._waiting.append(Write(what, action, repeatable))
@@ -88,19 +88,16 @@ class Writer:
             return self.left
 
     def _work(self) -> None:
-        while write := self._next():
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._given_up.is_set())
+                if self._given_up.is_set():
+                    return
+                self._current = write = self._waiting.popleft()
             if self._persist(write):
                 with self._changed:
                     self._current, self._succeeded = None, time.monotonic()
                     self._changed.notify_all()
-
-    def _next(self) -> Write | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._given_up.is_set())
-            if self._given_up.is_set():
-                return None
-            self._current = self._waiting.popleft()
-            return self._current
 
     def _persist(self, write: Write) -> bool:
         """Whether the write was answered, by yes or by a final no; false once all is given up."""

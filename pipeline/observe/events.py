@@ -1,11 +1,11 @@
-"""What a run tells about itself while it works, and who listens: its record, and Ray's metrics.
+"""What a run tells about itself while it works, and who listens: its record, MLflow's curves, Ray's metrics.
 
 Whoever works calls `tell`. Nobody listens outside a run, and a listener never answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +39,25 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Training ran at this speed lately."""
+class ModelInTraining:
+    """A model of a launch: the rows of its `metrics.jsonl` so far, and whether its weights are written."""
 
-    tokens_per_s: float
+    name: str
+    folder: Path
+    rows: Sequence[Mapping[str, float]]
+    done: bool
+
+
+@dataclass(frozen=True)
+class Training:
+    """The models of a launch, in the order in which they are trained; told every two seconds."""
+
+    models: Sequence[ModelInTraining]
+
+    @property
+    def current(self) -> ModelInTraining | None:
+        """The one that is trained at present; None when all are."""
+        return next((model for model in self.models if not model.done), None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Evaluated:
     seconds: float = 0.0
 
 
-Event = Began | Items | Opened | Trained | Tick | Evaluated
+Event = Began | Items | Opened | Training | Tick | Evaluated
 Listener = Callable[[str, Event], None]  # takes the stage too
 _listeners: list[Listener] = []
 

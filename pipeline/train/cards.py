@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
+from pipeline.markdown import table
 
 
 def describe_data(config: Config) -> str:
@@ -25,14 +26,15 @@ def scratch_card(config: Config, spec: ScratchModel, name: str, steps: int) -> s
 def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str, float]) -> str:
     """The model card of a drafter: budgets, target, data, validation acceptance."""
     target = config.target.path if config.target.kind == "pretrained" else "scratch target of the same run"
-    rows = "\n".join(f"| {budget} | {value:.3f} |" for budget, value in scores.items())
-    table = (
-        f"\n| budget | acceptance |\n|---|---|\n{rows}\n\nReplayed on the validation prompts at "
-        f"γ = {config.train.validation_gamma}, greedy.\n"
-        if scores
-        else "\nNo validation curve: "
-        + ("the config has no validation prompts.\n" if steps else "exported as it was, untrained.\n")
-    )
+    if scores:
+        rows = [(budget, f"{value:.3f}") for budget, value in scores.items()]
+        acceptance = (
+            f"{table(('budget', 'acceptance'), rows)}\n\nReplayed on the validation prompts at "
+            f"γ = {config.train.validation_gamma}, greedy."
+        )
+    else:
+        why = "the config has no validation prompts" if steps else "exported as it was, untrained"
+        acceptance = f"No validation curve: {why}."
     return (
         "---\nlibrary_name: transformers\ntags: [speculative-decoding, budgetdraft]\n---\n"
         f"# BudgetDraft drafter `{variant.name}`\n\n"
@@ -45,5 +47,5 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"policy {variant.policy}\n"
         f"- Steps: {steps} of {config.train.batch_sequences} sequences of "
         f"{config.data.sequence_tokens} tokens\n"
-        f"- Training data: {describe_data(config)}\n{table}"
+        f"- Training data: {describe_data(config)}\n\n{acceptance}\n"
     )

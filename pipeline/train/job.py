@@ -22,6 +22,7 @@ from pipeline.config.schema import Config
 from pipeline.models.build import build_scratch
 from pipeline.models.load import ModelRef, load_model, pick_device
 from pipeline.observe import logs
+from pipeline.observe.training import read_metrics
 from pipeline.store.files import read_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS, METRICS, MODEL, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.store.rows import Continuation, Prompt
@@ -29,7 +30,7 @@ from pipeline.train.batches import LabelledSequences, Shards
 from pipeline.train.cards import drafter_card, scratch_card
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
-from pipeline.train.loop import Schedule, export, fit, read_metrics, write_model
+from pipeline.train.loop import Schedule, export, fit, write_model
 from pipeline.train.objectives import MultiView, NextToken
 
 log = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from pipeline.errors import NotFinite
 from pipeline.hardware import peak_bytes
 from pipeline.models.export import export_model
 from pipeline.observe.progress import progress
+from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_json, write_text
 from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import (
@@ -291,14 +292,6 @@ class MetricsLog:
     def write(self, step: int, row: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file; a torn last line, left by a kill, is ignored."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def export(

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.observe.training import read_metrics
 from pipeline.store.layout import METRICS
 from pipeline.train.checkpoints import latest, step_of
-from pipeline.train.loop import read_metrics
 from tests.helpers.fault_toy import (
     PATIENCE_S,
     Tally,

@@ -19,10 +19,10 @@ from jobs.executors.inline import InlineExecutor
 from pipeline.config.schema import Config
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef
+from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_array, write_rows
 from pipeline.store.rows import Prompt
 from pipeline.train.job import TrainJob
-from pipeline.train.loop import read_metrics
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher
 from tests.helpers.configs import MINIMAL
 

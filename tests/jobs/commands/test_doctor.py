@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.commands import doctor
-from jobs.tracking.store import tracking_problem
+from jobs.mlflow_address import tracking_problem
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from tests.helpers.configs import MINIMAL
@@ -98,6 +98,46 @@ def test_offline_hub_is_told_from_a_missing_folder(
     rows = table(capsys)
     assert rows["target"][0] == "fail" and "HF_HUB_OFFLINE" in rows["target"][1]
     assert rows["drafter"][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "part"),
+    [
+        (200, "ok", "on the hub"),
+        (401, "warn", "hf auth login"),
+        (404, "warn", "misspelt"),
+        (503, "fail", "answers 503"),
+        (None, "fail", "out of reach"),
+    ],
+)
+def test_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None, status: str, part: str
+) -> None:
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(answer or 500)
+            self.end_headers()
+            self.wfile.write(b'{"id": "some/stories"}')
+
+        def log_message(self, *args: object) -> None:
+            return None
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        port = 9 if answer is None else http.server_port
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        found = doctor._hub("data stories", "some/stories", "dataset")
+        http.shutdown()
+    assert (found.status, found.name) == (status, "data stories") and part in found.text
+    assert asked == ([] if answer is None else ["/api/datasets/some/stories"])
 
 
 def test_deepspeed_settings_are_read(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from pathlib import Path
 
 from jobs.executors.ray_executor import RayExecutor
 from jobs.records.record import RunRecord
-from pipeline import logs
-from pipeline.observe.events import Evaluated, Trained, tell
+from pipeline.observe.events import Evaluated, ModelInTraining, Training, tell
 from tests.helpers.tiny import tiny_config
 
 storage = Path(sys.argv[1])
@@ -63,7 +62,8 @@ with RunRecord(config, "report") as record:
         time.sleep(6)  # longer than Ray keeps a gauge that nobody sets again
         (storage / "sweep.txt").write_text(served(executor.ray))
     with record.stage("train"):
-        tell(Trained(1234.5))
+        rows = [{"step": 10, "train/tokens_per_s": 1234.5}, {"step": 12, "validation/acceptance_b16": 0.5}]
+        tell(Training([ModelInTraining("full_only", storage, rows, done=False)]))
         time.sleep(6)
         (storage / "train.txt").write_text(served(executor.ray))
     executor.close()

@@ -21,6 +21,7 @@ from jobs.records.status import View, find, show_status, span
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, Incomplete
 from pipeline.observe.progress import progress
+from pipeline.observe.training import follow, look
 from pipeline.store.artifacts import open_artifact
 from pipeline.store.files import write_rows
 from pipeline.store.rows import FailedCell
@@ -140,18 +141,18 @@ def test_training_is_read_from_its_metrics(tmp_path: Path) -> None:
     for folder in folders.values():
         folder.mkdir()
     files["full_only"].write_text('{"step": 10, "train/tokens_per_s": 5.0}\n{"step": 12}\n{"ste')
-    with RunRecord(config, "report") as record, record.stage("train"), record.follow(files):
+    with RunRecord(config, "report") as record, record.stage("train"), follow(files):
         work = record.status.stages[3].work
         assert work is not None and (work.initial, work.done, work.total) == (12, 12, 40)
         assert work.description == "steps of training drafter-full_only"
         files["full_only"].write_text('{"step": 10}\n')
-        record._read_training()
+        look(files)
         assert (work.initial, work.done) == (10, 10)
         with progress(20, "train full_only", 10) as bar:  # in one process the loop reports as well
             bar.update(1)
         (folders["full_only"] / "model").mkdir()
         files["multi_view"].write_text('{"step": 5}\n')
-        record._read_training()
+        look(files)
         assert (record.status.stages[3].work, work.done) == (work, 25)
 
 

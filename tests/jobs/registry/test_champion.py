@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from jobs.cli.app import app
+from jobs.cli.main import app
 from jobs.registry.champion import champion_of, move_champion, promote, rollback
 from jobs.registry.versions import registry, resolve
 from pipeline.errors import BadData, Incomplete

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli.app import app
+from jobs.cli.main import app
 from jobs.registry import gate as gate_job
 from jobs.registry.decision import Decision
 from pipeline.config.files import load_group

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from jobs.cli.app import app
+from jobs.cli.main import app
 from jobs.executors.ray_job import JOB_CONFIG
 from jobs.registry import register as registering
 from jobs.registry.versions import Version, evidence_of, pull, resolve

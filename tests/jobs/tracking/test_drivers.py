@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from jobs.mlflow_address import tracking_uri
 from jobs.records.record import RunRecord
-from jobs.tracking.store import tracking_uri
 from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
 from tests.helpers.configs import MINIMAL
@@ -20,9 +20,9 @@ START_TOGETHER = """
 import sys, time
 from pathlib import Path
 from jobs.records.record import RunRecord
-from jobs.tracking import Tracker
+from jobs.tracking.tracker import Tracker
 from mlflow import MlflowClient  # so that both open the database at the same moment
-from pipeline.config import Config
+from pipeline.config.schema import Config
 config, own, go = Config.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 own.touch()
 while not go.exists():
@@ -66,8 +66,8 @@ def test_two_processes_make_a_new_database(tmp_path: Path) -> None:
 LIVE = """
 import sys, time
 from jobs.records.record import RunRecord
-from jobs.tracking import Tracker
-from pipeline.config import Config
+from jobs.tracking.tracker import Tracker
+from pipeline.config.schema import Config
 config = Config.model_validate_json(sys.argv[1])
 with RunRecord(config, "report") as record, Tracker.start(config, record.folder) as tracker:
     with tracker.stage_run("prepare") as run:

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from jobs import Terminated
-from jobs.tracking import tracker as tracking
-from jobs.tracking.tracker import NullTracker, Tracker
+from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
+from pipeline.observe import logs, training
 from pipeline.store.provenance import provenance
 from tests.helpers.configs import MINIMAL
 from tests.helpers.tracking import cell, write_rows
@@ -113,13 +113,15 @@ def test_status_follows_the_exception(
 def test_curves_are_followed_live(
     config: Config, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "POLL_S", 0.05)
+    monkeypatch.setattr(training, "POLL_S", 0.05)
     files = {name: tmp_path / f"drafter-{name}-1/metrics.jsonl" for name in ("a", "b", "never")}
     rows = [{"step": step, "loss/total": 1 / step, "train/lr": 0.1} for step in range(10, 60, 10)]
     with (
         Tracker.start(config) as tracker,
+        logs.at(logs.WorkItem(stage="train")),
         tracker.stage_run("train") as stage,
         tracker.follow(stage, files),
+        training.follow(files),
     ):
         write_rows(files["a"], rows[:2], torn='{"step": 30, "lo')
         deadline = time.monotonic() + 20
@@ -250,18 +252,17 @@ def test_what_mlflow_refuses_is_named_and_the_rest_is_there(
 def test_disabled_tracking_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = Config.model_validate(MINIMAL | {"storage": str(tmp_path)})
     with caplog.at_level(logging.INFO), Tracker.start(config) as tracker:
-        assert isinstance(tracker, NullTracker)
-        with tracker.stage_run("train") as run, tracker.follow(run, {"a": tmp_path / "a"}):
+        files = {"a": tmp_path / "drafter-a-1/metrics.jsonl"}
+        write_rows(files["a"], [{"step": 1, "loss/total": 2.0}])
+        with tracker.stage_run("train") as run, tracker.follow(run, files, "drafters"):
+            tracker.log_models(run, files, "drafters")
             tracker.log_sweep(run, "x", [cell()])
-            tracker.log_files(tracker.run, [tmp_path / "a"])
-        assert tracker.links() == []
+            tracker.log_files(tracker.run, [files["a"]])
+            tracker.log_folder(tracker.run, files["a"].parent, "a")
+        assert tracker.writer.left == 0
+    assert tracker.links() == []
     assert "MLflow is off" in caplog.text
-    assert not list(tmp_path.iterdir())
-
-
-def test_null_tracker_overrides_everything() -> None:
-    own = {name for name, value in vars(Tracker).items() if callable(value) and not name.startswith("_")}
-    assert own - {"start"} <= set(vars(NullTracker))
+    assert list(tmp_path.iterdir()) == [files["a"].parent]
 
 
 @pytest.mark.parametrize(

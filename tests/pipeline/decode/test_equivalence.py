@@ -11,10 +11,10 @@ import pytest
 
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.schema import Config
+from pipeline.observe.training import read_metrics
 from pipeline.store.files import read_rows
 from pipeline.store.layout import METRICS
 from pipeline.store.rows import Continuation, PromptRow
-from pipeline.train.loop import read_metrics
 from tests.helpers.configs import MINIMAL
 
 

@@ -23,7 +23,7 @@ from tests.helpers.paths import ROOT
 
 WORKER = """
 import logging, sys
-from pipeline import logs
+from pipeline.observe import logs
 
 for cell in sys.argv[1:]:
     try:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, PreTrainedModel
 from typer.testing import CliRunner
 
-from jobs.cli.app import app
+from jobs.cli.main import app
 from pipeline.config.files import dump_config
 from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData

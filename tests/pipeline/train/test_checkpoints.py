@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from pipeline.observe.training import read_metrics
 from pipeline.train.checkpoints import checkpoint_folder, complete, disk_errors
 from pipeline.train.engine import MOMENTS, PARTS
-from pipeline.train.loop import fit, read_metrics
+from pipeline.train.loop import fit
 from tests.helpers.training import Line, schedule_for, torch_engine
 
 

@@ -18,11 +18,12 @@ from jobs.executors.inline import InlineExecutor
 from pipeline.config.models import Pretrain
 from pipeline.errors import NotFinite
 from pipeline.models.load import ModelRef, load_model, own_positions
+from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_rows
 from pipeline.train.batches import Shards
 from pipeline.train.checkpoints import checkpoint_folder, latest
 from pipeline.train.job import TrainJob
-from pipeline.train.loop import Schedule, fit, read_metrics
+from pipeline.train.loop import Schedule, fit
 from pipeline.train.objectives import MultiView, NextToken, next_token_loss
 from tests.helpers.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
 from tests.helpers.training import CPU, Line, schedule_for, torch_engine

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from pipeline.observe.training import read_metrics
 from pipeline.train.checkpoints import checkpoint_folder
-from pipeline.train.loop import Schedule, fit, read_metrics
+from pipeline.train.loop import Schedule, fit
 from pipeline.train.stopping import Stopped
 from tests.helpers.training import Line, schedule_for, torch_engine
 
