@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 Budget = int | Literal["full"]
 Control = Literal["other_prompt", "no_prefix"]
-DrafterKind = Literal["lm", "first_layers", "head", "self_speculation", "prompt_lookup", "cascade"]
+ModelFree = Literal["prompt_lookup"]  # draft sources without a model; `decode/sources.py` has their classes
+Baseline = Literal["self_speculation", ModelFree]  # draft sources that are not trained
+DrafterKind = Literal["lm", "first_layers", "head", Baseline, "cascade"]
 Positions = Literal["true", "rebased", "anchor_offset"]
 AcceptanceRule = Literal["exact", "dropmatch"]
+MODEL_FREE: tuple[str, ...] = get_args(ModelFree)
 
 
 def family(drafter: str) -> str:
@@ -86,7 +89,7 @@ class View:
 
 
 FULL = View("full", "full")
-NOTHING = View("none", 0)  # what prompt lookup keeps of a prefix
+NOTHING = View("none", 0)  # what a source without a model keeps of a prefix
 
 
 @dataclass(frozen=True, slots=True)

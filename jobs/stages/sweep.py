@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.executors.base import Executor
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import drafter_ref, model_identity, target_ref
+from pipeline.axes import MODEL_FREE
 from pipeline.config.schema import Config
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
@@ -74,7 +75,7 @@ def baselines(config: Config, scratch: dict[str, Artifact]) -> list[Drafter]:
     """The draft sources that are not trained."""
     found = []
     for name in config.sweep.baselines:
-        if name == "prompt_lookup":
+        if name in MODEL_FREE:
             found.append(Drafter(name, None, 2**31, name))
         else:
             reach = own_positions(target_ref(config, scratch))

@@ -1,8 +1,8 @@
 """The one schema of every config file: typed to the leaf, with unit, range and meaning.
 
-Here stand models, labels, training and how it runs; `config_data.py` and `config_sweep.py` have the fields of
-`data` and of the sweep. Reading YAML, `extends` and overrides live in `config_files.py`, error texts in
-`config_errors.py`. Groups are frozen: a stage is handed its group, never a dict.
+The groups are in the files beside this one that are named after them; here stands what several of them have
+to agree on. `files.py` reads YAML, `extends` and overrides, `errors.py` words the errors. Groups are frozen:
+a stage is handed its group, never a dict.
 """
 
 from __future__ import annotations
@@ -16,15 +16,7 @@ from pipeline.config.models import AnyModel, ScratchModel
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
-from pipeline.config.train import Labels, Train
-
-# ── models ────────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── labels, training ──────────────────────────────────────────────────────────────────────────────
-
-
-# ── how it runs ───────────────────────────────────────────────────────────────────────────────────
+from pipeline.config.train import READ_TOP_K, Labels, Train
 
 
 class Config(Group):
@@ -108,8 +100,8 @@ class Config(Group):
             evaluated = [name for name in trained if not swept or name in swept or family(name) in swept]
             self.registry.check(evaluated, self.tracking.enabled)
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}
-        if losses - {"cross_entropy"} and self.labels.top_k == 0:
-            raise ValueError("kl and total_variation losses need labels.top_k > 0")
+        if losses.intersection(READ_TOP_K) and self.labels.top_k == 0:
+            raise ValueError(f"{' and '.join(READ_TOP_K)} losses need labels.top_k > 0")
         scratch = [model.pretrain for model in (self.target, self.drafter) if model.kind == "scratch"]
         if any(one.patience for one in scratch) and self.data.validation_prompts == 0:
             raise ValueError("pretrain.patience needs data.validation_prompts above 0")

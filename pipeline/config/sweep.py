@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.axes import check_budget
+from pipeline.axes import Baseline, check_budget
 from pipeline.config.group import Group
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
 Control = Literal["other_prompt", "no_prefix"]
-Baseline = Literal["self_speculation", "prompt_lookup"]
 SWEPT = (
     "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
     "controls",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.axes import check_budget
+from pipeline.axes import Baseline, check_budget
 from pipeline.config.group import Group
 from pipeline.config.models import RopeScaling
 from pipeline.config.sweep import Policy
 
 LossKind = Literal["cross_entropy", "kl", "total_variation"]
+READ_TOP_K = ("kl", "total_variation")  # losses that need stored log-probabilities
 
-RESERVED = ("self_speculation", "prompt_lookup", "target")
+RESERVED = (*get_args(Baseline), "target")
 
 
 class Labels(Group):

@@ -12,7 +12,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -161,6 +161,10 @@ class LookupDrafts:
         self.held_BS.scatter_(1, end_B1 + self.place_S[:count], tokens_BT)
         sure_BTV = None if sampler.rule.greedy else F.one_hot(tokens_BT, self.num_tokens).float()
         return Proposals(tokens_BT, torch.zeros_like(tokens_BT, dtype=torch.float), sure_BTV, lengths)
+
+
+# Sources without a model, by their names in a config. Replay takes what they propose to be certain.
+SOURCES: dict[str, Callable[..., DraftSource]] = {"prompt_lookup": LookupDrafts}
 
 
 def padded(count: int, gamma: int) -> int:

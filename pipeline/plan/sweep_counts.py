@@ -37,7 +37,7 @@ def draft_sources(config: Config) -> list[Drafter]:
 
 
 def role_of(source: Drafter) -> str | None:
-    """Whose shape a source's model has; prompt lookup has none."""
+    """Whose shape a source's model has; one without a model has none."""
     return {None: "drafter", "self_speculation": "target"}.get(source.baseline)
 
 

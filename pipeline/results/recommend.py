@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from pipeline.axes import Cell, Place
+from pipeline.axes import MODEL_FREE, Cell, Place
 from pipeline.errors import BadData
 from pipeline.intervals import Interval
 from pipeline.store.rows import CellRow, Mode, ModelSize, OfCell, Row, Speed
-from pipeline.sweep.predict import BASELINES, LOOKUP
+from pipeline.sweep.predict import BASELINES
 from pipeline.units import gigabytes
 
 
@@ -119,9 +119,9 @@ class Needs:
     def drafter_bytes(self, choice: Choice, sizes: Sizes) -> int:
         """The drafter's KV of one text: what it keeps of the prefix, and all of the continuation.
 
-        Self-speculation keeps a cache of its own beside the target's; prompt lookup has none.
+        Self-speculation keeps a cache of its own beside the target's; a source without a model has none.
         """
-        if choice.cell.drafter == LOOKUP:
+        if choice.cell.drafter in MODEL_FREE:
             return 0
         per_token = size_of(models_of(choice.cell)[-1], sizes).kv_bytes_per_token
         kept = per_token * self.prompt_tokens if choice.cell.budget == "full" else choice.drafter_kv_bytes

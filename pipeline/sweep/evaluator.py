@@ -2,9 +2,9 @@
 
 A task is a slice of the prompts of one (data set, context). Replay needs the drafters only: a drafter reads
 a prompt once, that gives all views of it, and one more forward gives the acceptance of every budget and γ
-(`prompt_replay.py`). Measuring also loads the target, reads the task's prompts once with it, and times
-autoregressive decoding and the picked cells in turn (`trial.py`). Calibrating times single steps
-(`calibrate.py`).
+(`replayer.py`). Measuring also loads the target, reads the task's prompts once with it, and times
+autoregressive decoding and the picked cells in turn (`measurer.py`). Calibrating times single steps
+(`step_times.py`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def failures_of(task: ReplayTask | MeasureTask) -> Path:
 class Contender:
     """A draft source with its model twice over the same memory: its modules, which replay, and what decodes.
 
-    Prompt lookup has neither.
+    A source without a model has neither.
     """
 
     drafter: Drafter

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipeline.axes import NOTHING, Cell, DrafterKind, Place, View
-from pipeline.config.sweep import Baseline, Sweep
+from pipeline.axes import NOTHING, Baseline, Cell, DrafterKind, Place, View
+from pipeline.config.sweep import Sweep
 from pipeline.models.load import ModelRef
 
 SELF_POLICIES = ("streaming", "snapkv")
@@ -16,7 +16,7 @@ SELF_POLICIES = ("streaming", "snapkv")
 class Drafter:
     """A draft source to evaluate: a trained model, with the positions it was trained on, or a baseline.
 
-    `ref` is the target's for self-speculation, and None for prompt lookup, which has no model.
+    `ref` is the target's for self-speculation, and None for a source without a model.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Drafter:
 
 def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
     """The views of a drafter, then its controls; a baseline has none of the latter."""
-    if drafter.baseline == "prompt_lookup":
-        return [NOTHING]
     if drafter.baseline == "self_speculation":
         sparse = [budget for budget in sweep.budgets if budget != "full" and budget > 0]
         return [View(policy, budget) for policy in SELF_POLICIES for budget in sparse]
+    if drafter.baseline:
+        return [NOTHING]
     views = [View(policy, budget) for policy in sweep.policies for budget in sweep.budgets]
     if "other_prompt" in sweep.controls:
         views += [replace(view, control="other_prompt") for view in views if view.budget != 0]

@@ -12,7 +12,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, Timed, timed_prefill
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
-from pipeline.decode.sources import DraftSource, LookupDrafts, ModelDrafts
+from pipeline.decode.sources import SOURCES, DraftSource, ModelDrafts
 from pipeline.hardware import describe
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round
@@ -24,13 +24,13 @@ from pipeline.sweep.make_rows import CELL_ERRORS, at_chance, make_failure, make_
 class Views:
     """What a draft source holds of each prompt of a bench, view by view.
 
-    `prefill_s` is what reading the prompts took beside the target's own prefill: nothing for prompt lookup.
+    `prefill_s` is what reading the prompts took beside the target's own prefill: 0 where there is no model.
     """
 
     def __init__(
         self, bench: Bench, drafter: Drafter, model: DecodeModel | None, views: Iterable[View]
     ) -> None:
-        self.bench, self.model = bench, model
+        self.bench, self.drafter, self.model = bench, drafter, model
         self.prefill_s = [0.0] * len(bench.prompts)
         self.kept: dict[View, list[PrefixView]] = {view: [] for view in views}
         for row, prompt in enumerate(bench.prompts):
@@ -50,11 +50,12 @@ class Views:
         bench = self.bench
         if self.model is None:
             tokens = [prompt.tokens for prompt in bench.prompts]
-            return LookupDrafts(tokens, bench.room, bench.target.model.num_tokens, bench.device)
+            make = SOURCES[self.drafter.name]
+            return make(tokens, bench.room, bench.target.model.num_tokens, bench.device)
         return ModelDrafts(bench.drafter(self.model, self.kept[view]), threshold)
 
     def kv_bytes(self, view: View) -> list[int]:
-        """Of each prompt; prompt lookup has none."""
+        """Of each prompt; a source without a model has none."""
         return [kept.num_bytes for kept in self.kept[view]] or [0] * len(self.bench.prompts)
 
 
@@ -63,7 +64,7 @@ class Trial:
     """A draft source, the bench that it is measured on, the cells to measure, how often and at which
     temperatures, and the shapes that ran before.
 
-    `model` is None for prompt lookup.
+    `model` is None for a source without one.
     """
 
     sweep: Sweep

@@ -4,8 +4,8 @@ A round drafts γ tokens, verifies γ + 1 and does the rest; how many rounds a t
 
     decode seconds of a prompt = rounds · (γ · draft(B) + verify(γ + 1, context) + rest)
 
-with step times from `calibrate.py`. Prompt lookup looks once a round, and verifies two tokens where it finds
-nothing. Predicted and measured speed never share a field.
+with step times from `step_times.py`. A source without a model proposes in one step, and verifies two tokens
+where it has nothing to propose. Predicted and measured speed never share a field.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from pipeline import intervals
-from pipeline.axes import Cell
-from pipeline.config.sweep import Baseline
+from pipeline.axes import MODEL_FREE, Baseline, Cell
 from pipeline.store.rows import PredictedRow, PromptRow, StepTimes
 
 BASELINES: tuple[str, ...] = get_args(Baseline)
-LOOKUP: Baseline = "prompt_lookup"
 
 
 class StepModel:
@@ -36,7 +34,7 @@ class StepModel:
         # What verifying takes depends on the target alone: of all sources that always propose γ tokens.
         self.verify_s: dict[str, dict[int, float]] = {}
         for context in {t.context for t in times}:
-            here = [t.verify_s for t in times if t.context == context and t.kind != LOOKUP]
+            here = [t.verify_s for t in times if t.context == context and t.kind not in MODEL_FREE]
             gammas = sorted({gamma for verify_s in here for gamma in verify_s})
             self.verify_s[context] = {g: median(v[g] for v in here if g in v) for g in gammas}
 
@@ -58,7 +56,7 @@ class StepModel:
         if times is None or not self.verify_s[cell.context]:
             return None
         verify_s = self.verify(cell.context, cell.gamma)
-        if cell.drafter == LOOKUP:
+        if cell.drafter in MODEL_FREE:
             hits = row.counts.reached[0]
             verifying = hits * verify_s + (rounds - hits) * self.verify(cell.context, 1)
             return verifying + rounds * (times.draft_s + times.round_s)

@@ -17,7 +17,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.decode import replay
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
-from pipeline.decode.sources import LookupDrafts
+from pipeline.decode.sources import SOURCES
 from pipeline.errors import NotFinite
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts
@@ -114,13 +114,17 @@ class PromptReplay:
 def lookup_rows(
     sweep: Sweep, drafter: Drafter, prompt: Prompt, continuation: Continuation, num_tokens: int
 ) -> Iterator[PromptRow]:
-    """Prompt lookup replayed on one continuation. Its proposals are certain, so that the rounds of a sampled
-    text are known as those of a greedy one: a proposal is accepted exactly where the text has it."""
+    """A source without a model replayed on one continuation.
+
+    Its proposals are certain, so that the rounds of a sampled text are known as those of a greedy one: a
+    proposal is accepted exactly where the text has it.
+    """
     if len(continuation.tokens) < 2:
         return
     (mode, chance), ended = telling(continuation, sweep), continuation.eos_at is not None
     for cell in cells_behind(sweep, drafter, Place(prompt.dataset, prompt.context), NOTHING):
-        source = LookupDrafts([prompt.tokens], prompt.max_new_tokens + cell.gamma, num_tokens)
+        room = prompt.max_new_tokens + cell.gamma
+        source = SOURCES[drafter.name]([prompt.tokens], room, num_tokens)
         rounds = replay.source_rounds(source, continuation.tokens, cell.gamma, prompt.max_new_tokens, ended)
         yield make_row(
             mode,

@@ -83,7 +83,7 @@ def step_times(
     own = behind if drafter.baseline == "self_speculation" else []
     bench = Bench(runners, target, [prompt], max(sweep.gammas), own, new_tokens)
     views = Views(bench, drafter, model, behind)
-    # Prompt lookup is one step a round, however many tokens it proposes.
+    # A source without a model takes one step a round, however many tokens it proposes.
     by_round = model is None
     drafts: dict[View, list[float]] = defaultdict(list)
     verifies: dict[tuple[View, int], list[float]] = defaultdict(list)
