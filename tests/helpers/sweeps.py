@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.axes import Place
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts, Round
 from pipeline.models.load import load_model
@@ -65,7 +66,8 @@ class SweepBench:
     ) -> MeasureTask:
         """Of the cells that the evaluator's config names."""
         drafters = [one.drafter for one in evaluator.contenders]
-        picks = configured_picks(evaluator.sweep, drafters, self.prompts[0].context)
+        place = Place(self.prompts[0].dataset, self.prompts[0].context)
+        picks = configured_picks(evaluator.sweep, drafters, place)
         measure = evaluator.sweep.measure
         at = measure.temperatures or evaluator.sweep.temperatures
         file = output / "rows" / f"measure-{first}.jsonl"

@@ -246,7 +246,7 @@ def test_prompts_are_continued_as_the_target_would(
 
 def test_a_drafter_is_given_its_budget(pair: Pair) -> None:
     reading = pair.read([story(3)[:400]], view_of("chunk_topk", 16), 3, 20, 0.0)
-    cache = reading.source.side.cache
+    cache = reading.source.runner.cache
     assert int(cache.kept_B) <= cache.capacity == 16 < int(cache.prefix_B)
 
 

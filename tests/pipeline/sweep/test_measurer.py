@@ -230,7 +230,7 @@ def test_thresholds_are_an_axis_of_the_measured_cells(bench: SweepBench, tmp_pat
 def test_what_does_not_fit_into_memory_fails_before_it_is_made(
     bench: SweepBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "available_memory", lambda device: 100_000)
+    monkeypatch.setattr(runner, "available_memory", lambda device: 100_000)
     task = bench.measured(tmp_path, changes={"sweep.measure": {"prompts_together": 2}})
     assert read_rows(task.output, PromptRow) == []
     error = read_rows(failures_of(task), FailedCell)[0].error
