@@ -1,4 +1,13 @@
-"""How the pipeline runs: command line, stages, Ray, DeepSpeed, MLflow.
+"""How the pipeline runs: command line, stages, Ray, DeepSpeed, MLflow. What is computed is in `pipeline`.
+
+    cli/        the command line: its options, its exit codes
+    stages/     the stages, each inputs → artifact, and the pipeline that runs them in order
+    executors/  where work runs: in this process, on Ray, under DeepSpeed; what happens when a worker dies
+    records/    the record of a run, and its status
+    tracking/   MLflow's mirror of a run
+    registry/   versions of drafters in MLflow's registry, the champion, the gate before it
+    plan/       `budgetdraft plan`: what a config will take here
+    commands/   what the other commands do: doctor, submit, artifacts, recommend, generate
 
 Importing this package sets the environment that those libraries read when they are imported; a value that
 the user has set stands. It also holds the one way in which SIGTERM ends a process.

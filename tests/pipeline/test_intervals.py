@@ -1,3 +1,5 @@
+"""Repetition, and intervals against closed forms and by how often they hold the truth."""
+
 import numpy as np
 import pytest
 

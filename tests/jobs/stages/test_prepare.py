@@ -1,3 +1,5 @@
+"""Stage prepare: what it writes, reuses and refuses."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Training documents that occur in the evaluation data are found."""
+
 from __future__ import annotations
 
 import textwrap

@@ -1,3 +1,5 @@
+"""Training sequences from pieces of documents."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Evaluation prompts of exact lengths."""
+
 from __future__ import annotations
 
 import numpy as np

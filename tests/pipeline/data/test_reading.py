@@ -1,3 +1,5 @@
+"""Good and bad rows of every format."""
+
 from __future__ import annotations
 
 import gzip

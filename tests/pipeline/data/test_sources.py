@@ -1,3 +1,5 @@
+"""Every kind of source: its documents, bad rows and prompts."""
+
 from __future__ import annotations
 
 import json

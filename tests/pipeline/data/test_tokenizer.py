@@ -1,3 +1,5 @@
+"""Shared and new tokenizers."""
+
 from __future__ import annotations
 
 import random

@@ -1,3 +1,5 @@
+"""The page is whole and escapes its text."""
+
 import json
 import re
 import struct

@@ -1,3 +1,5 @@
+"""Paired differences, and those over training seeds, by hand."""
+
 from dataclasses import replace
 
 import pytest

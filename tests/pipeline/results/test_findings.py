@@ -1,3 +1,5 @@
+"""What the verdicts say."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Cells against sums by hand."""
+
 import pytest
 
 from pipeline.axes import CellKey

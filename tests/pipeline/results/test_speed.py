@@ -1,3 +1,5 @@
+"""Speed and its units by hand."""
+
 import pytest
 
 from pipeline.results import pool, speed
