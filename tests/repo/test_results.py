@@ -1,8 +1,9 @@
-"""README's table of results against the summary of the study that it is drawn from."""
+"""README's sentences of results, and the table of docs/findings.md, against the summaries of the studies."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from tests.helpers.paths import ROOT
@@ -67,7 +68,61 @@ def summary_of(study: str) -> dict[str, Any]:
     return found
 
 
-def test_readme_shows_the_committed_studies() -> None:
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def span(values: list[float], form: str) -> str:
+    """The least and the most of some values."""
+    return f"{min(values):{form}} to {max(values):{form}}".replace("-", "−")
+
+
+def clear(gains: list[dict[str, Any]]) -> int:
+    """In how many places the interval leaves out 0."""
+    return sum(gain["low"] > 0 or gain["high"] < 0 for gain in gains)
+
+
+def sentences(summary: dict[str, Any], longer: dict[str, Any]) -> list[str]:
+    """The figures of README's five sentences, as they stand there."""
+    gains, gains_longer = at_64(summary), at_64(longer)
+    places = [(place["dataset"], place["context"]) for place in summary["recommendations"]]
+    assert len(places) == len({dataset for dataset, _ in places}) * len({name for _, name in places}) == 9
+
+    def of(found: dict[tuple[object, ...], dict[str, Any]], *axes: object) -> list[dict[str, Any]]:
+        drafter, temperature, control = axes
+        return [found[drafter, *where, temperature, control] for where in places]
+
+    greedy, before = of(gains, "multi_view", 0.0, None), of(gains_longer, "multi_view", 0.0, None)
+    other = of(gains_longer, "multi_view", 0.0, "other_prompt")
+    sampled, kl = of(gains, "multi_view", 1.0, None), of(gains, "kl", 1.0, None)
+    assert clear(greedy) == 0 and clear(before) == 9
+    assert {gain["num_seeds"] for gain in (*greedy, *before, *sampled, *kl)} == {3}
+    shares = [100 * o["mean"] / b["mean"] for o, b in zip(other, before, strict=True)]
+    points = [[100 * gain["mean"] for gain in found] for found in (greedy, before, sampled, kl)]
+    choices = [place["choice"] for place in summary["recommendations"]]
+    lossless, replayed = summary["lossless"], summary["replay_check"]
+    assert lossless["exact"] == lossless["prompts"]
+    return [
+        f"is {span(points[0], '+.1f')} points and clear in no place",
+        f"it was {span(points[1], '+.1f')} points and clear in all",
+        f"Of that gain {span(shares, '.0f')} % is there with another document's KV too",
+        f"the difference is {span(points[2], '+.1f')} points when trained with cross entropy",
+        f"and {span(points[3], '+.1f')} points when trained with KL",
+        f"decodes {span([choice['again'] for choice in choices], '.2f')} times as fast",
+        f"and {span([choice['end_to_end'] for choice in choices], '.2f')} times with both prefills",
+        f"All {lossless['exact']} measured prompts equal autoregressive decoding",
+        f"in {replayed['equal']} of {replayed['rows']} rows",
+    ]
+
+
+def test_findings_show_the_committed_studies() -> None:
     expected = table(summary_of("paper-small"), summary_of("paper-small-800"))
-    shown = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert expected in shown, f"README's table of results is not that of the study:\n{expected}"
+    assert expected in text_of("docs/findings.md"), f"the table is not that of the study:\n{expected}"
+
+
+def test_the_sentences_of_readme_are_those_of_the_committed_studies() -> None:
+    section = text_of("README.md").split("## Results")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\d\. ", section, re.MULTILINE)) == 5
+    shown = " ".join(section.split())
+    for part in sentences(summary_of("paper-small"), summary_of("paper-small-800")):
+        assert part in shown, f"README does not say: {part}"
