@@ -37,29 +37,19 @@ Files to read first:
     9. pipeline/results/findings.py  where the report's sentences come from
     10. jobs/stages/pipeline.py      all stages in order
 
-The config from the command line to the loss, seven files between the command and the arithmetic:
+The config from `jobs/cli/run.py` to the loss, four files between the command and the arithmetic:
 
-    jobs/cli/run.py                  `budgetdraft run`: the config is read
-    jobs/stages/pipeline.py          run_pipeline, run_stages: stage train after those before it
-    jobs/stages/train.py             train, launch: the drafters that are missing
-    jobs/executors/inline.py         train: an engine (on Ray two files: ray_executor.py, ray_train.py)
-    pipeline/train/job.py            run_job, distil: model, labels, objective of one variant
-    pipeline/train/loop.py           fit: the loop
-    pipeline/train/objectives.py     MultiView.loss: L = L_A + λ · L_C
-    pipeline/train/losses.py         LOSSES: from logits or from hidden states
-    kernels/reference.py             the arithmetic (without logits: kernels/distill_loss.py)
+    jobs/stages/pipeline.py          run_stages: stage train, after those before it
+    jobs/stages/train.py             launch: the drafters that are missing, by an executor that calls run_job
+    pipeline/train/job.py            distil: model, labels and objective of one variant; `fit` is its loop
+    pipeline/train/objectives.py     MultiView.loss: L = w·L_A + λ·L_C over windows and views
+    → pipeline/train/losses.py       a loss a function; the sums are in kernels/reference.py
 
-A document to a row of the report, nine files between its reader and the row:
+A document of `pipeline/data/sources/` to a row of the report, four files beside the arithmetic:
 
-    pipeline/data/sources/text.py    documents: a text file, or another reader of its folder
-    pipeline/data/documents.py       read_shard: documents/*.jsonl
-    pipeline/data/prepare.py         write_prompts: prompts/*.jsonl
-    pipeline/data/prompts.py         continuation_prompts: prompts of exact lengths
-    pipeline/train/teacher.py        Teacher: the target's continuation of each prompt (by decode/loop.py)
-    pipeline/sweep/evaluator.py      replay: all cells of a slice of prompts
-    pipeline/sweep/replayer.py       PromptReplay.rows: every view, control and γ of a prompt
-    pipeline/decode/replay.py        the arithmetic: which proposals are accepted, in which rounds
-    pipeline/metrics.py              Counts.of: the rounds added up
-    pipeline/sweep/make_rows.py      make_row: rows/*.jsonl
-    pipeline/results/pool.py         cell_rows: cells.jsonl, the rows of the report
+    pipeline/data/prepare.py         write_prompts: a reader's documents → prompts of exact lengths
+    pipeline/sweep/evaluator.py      replay: every drafter on a slice of the prompts
+    pipeline/sweep/replayer.py       PromptReplay.rows: every view, control and γ of a prompt → rows/*.jsonl
+    → pipeline/decode/replay.py      which proposals are accepted, and the rounds that follow
+    pipeline/results/pool.py         cell_rows: a cell over its prompts → cells.jsonl, the report's rows
 """

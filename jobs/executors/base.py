@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pipeline.config.run import Work
-from pipeline.train.job import TrainJob
+from pipeline.train.job import Training, TrainJob
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,17 +66,17 @@ class Executor(ABC):
         self.calls += 1
         return self.run(Batch(items, description, factory, num_actors, work, on_lost))
 
-    def train(self, job: TrainJob) -> None:
-        """Run a training job on `train.num_workers` workers and wait for it."""
+    def train(self, function: Training, job: TrainJob) -> None:
+        """Call `function(job, make_engine, stop)` in each of `train.num_workers` workers; wait for them."""
         self.calls += 1
-        self.launch(job)
+        self.launch(function, job)
 
     @abstractmethod
     def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
         """Work on what `map` or `map_actors` was asked for."""
 
     @abstractmethod
-    def launch(self, job: TrainJob) -> None:
+    def launch(self, function: Training, job: TrainJob) -> None:
         """Train what `train` was asked for."""
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from jobs.executors.base import Batch, Executor, Item, Result
 from jobs.executors.inline import InlineExecutor
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.train.job import TrainJob
+from pipeline.train.job import Training, TrainJob
 
 
 def make_executor(config: Config) -> Executor:
@@ -26,7 +26,7 @@ class NoExecutor(Executor):
     def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
         refuse(batch.description)
 
-    def launch(self, job: TrainJob) -> None:
+    def launch(self, function: Training, job: TrainJob) -> None:
         refuse(f"training of {', '.join(job.outputs)}")
 
 

@@ -9,7 +9,7 @@ from pipeline.config.schema import Config
 from pipeline.observe import logs
 from pipeline.observe.progress import progress
 from pipeline.train.engine import TorchEngine
-from pipeline.train.job import TrainJob, run_job
+from pipeline.train.job import Training, TrainJob
 
 
 class InlineExecutor(Executor):
@@ -28,9 +28,9 @@ class InlineExecutor(Executor):
                 yield item, result
                 bar.update(1)
 
-    def launch(self, job: TrainJob) -> None:
+    def launch(self, function: Training, job: TrainJob) -> None:
         train = job.config.train
-        run_job(
+        function(
             job,
             lambda model, schedule: TorchEngine(
                 model,
@@ -40,4 +40,5 @@ class InlineExecutor(Executor):
                 accumulation=schedule.micro_batches,
                 bfloat16=train.dtype == "bfloat16",
             ),
+            None,
         )

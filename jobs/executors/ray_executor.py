@@ -28,7 +28,7 @@ from pipeline.errors import BadData, Incomplete
 from pipeline.observe import logs
 from pipeline.observe.events import listening
 from pipeline.observe.progress import progress
-from pipeline.train.job import TrainJob
+from pipeline.train.job import Training, TrainJob
 
 log = logging.getLogger(__name__)
 
@@ -197,11 +197,11 @@ class RayExecutor(Executor):
         """
         return count_fitting(self.ray, self.config.run, work, at_least=1)
 
-    def launch(self, job: TrainJob) -> None:
+    def launch(self, function: Training, job: TrainJob) -> None:
         room, wanted = self.room("train"), self.config.train.num_workers
         if wanted > room:
             raise BadData(f"train.num_workers = {wanted}, but the cluster has room for {room}")
-        train_on_ray(job)
+        train_on_ray(function, job)
 
     def close(self) -> None:
         self.contexts.close()

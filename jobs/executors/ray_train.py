@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import BadData, NotFinite
 from pipeline.store.files import write_json
-from pipeline.train.job import TrainJob, is_first_worker, run_job
+from pipeline.train.job import Training, TrainJob, is_first_worker
 from pipeline.train.stopping import Stopped
 
 COMPLAINT = ".error-{}.json"  # what a training worker leaves for the driver of the launch
@@ -26,8 +26,8 @@ MAX_RETRIES = 2  # of the training group, after a worker died
 log = logging.getLogger(__name__)
 
 
-def train_on_ray(job: TrainJob) -> None:
-    """Run a training job on `train.num_workers` workers and wait for it. Ray must run already."""
+def train_on_ray(function: Training, job: TrainJob) -> None:
+    """Call `function` in each of `train.num_workers` workers and wait for them. Ray must run already."""
     job = replace(job, deepspeed=read_settings(job.config.train.deepspeed), launch=uuid.uuid4().hex[:8])
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -41,7 +41,7 @@ def train_on_ray(job: TrainJob) -> None:
         environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"function": function, "job": job},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
@@ -132,12 +132,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     """
     from jobs.executors.deepspeed_engine import deepspeed_engine
 
+    function: Training = settings["function"]
     job: TrainJob = settings["job"]
     complaint, stop = complaint_of(job), stop_of(job)
     if complaint.exists():
         return
     try:
-        run_job(job, deepspeed_engine(job.config, job.deepspeed), stop.exists)
+        function(job, deepspeed_engine(job.config, job.deepspeed), stop.exists)
     except Stopped as stopped:
         log.info("%s", stopped)
     except NotFinite as error:  # found in losses that are averaged over all ranks: all are here

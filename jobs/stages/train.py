@@ -19,7 +19,7 @@ from pipeline.models.load import ModelRef, model_ref
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import CHECKPOINTS
-from pipeline.train.job import TrainJob
+from pipeline.train.job import TrainJob, run_job
 
 # What mirrors the growing metrics files of a launch while it runs.
 Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]
@@ -150,7 +150,7 @@ def launch(
     began = time.perf_counter()
     job = replace(job, outputs={name: artifact.path for name, artifact in missing.items()})
     with watch({name: folder / METRICS for name, folder in job.outputs.items()}):
-        executor.train(job)
+        executor.train(run_job, job)
     seconds = time.perf_counter() - began
     for artifact in missing.values():
         if not (artifact.path / MODEL).exists():

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MakeEngine = Callable[[PreTrainedModel, Schedule], Engine]
 Stop = Callable[[], bool] | None
+Training = Callable[["TrainJob", MakeEngine, Stop], None]  # `run_job`, as executors are handed it
 
 
 @dataclass(frozen=True)

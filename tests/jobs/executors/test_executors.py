@@ -25,7 +25,7 @@ from jobs.executors.ray_executor import RayExecutor
 from jobs.executors.ray_train import full_disk, read_settings
 from pipeline.errors import BadData, NotFinite
 from pipeline.train.checkpoints import checkpoint_folder, latest
-from pipeline.train.job import TrainJob
+from pipeline.train.job import TrainJob, run_job
 from pipeline.train.objectives import MultiView
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import Workshop, assert_same_run, tiny_config
@@ -177,7 +177,7 @@ def train_on(shared: RayExecutor, job: TrainJob) -> Path:
     """Train on the Ray that runs already; the folder of the last variant."""
     executor = RayExecutor(job.config)
     executor.__dict__["ray"] = shared.ray
-    executor.train(job)
+    executor.train(run_job, job)
     return list(job.outputs.values())[-1]
 
 
