@@ -4,6 +4,7 @@
     stages/     the stages, each inputs → artifact, and the pipeline that runs them in order
     executors/  where work runs: in this process, on Ray, under DeepSpeed; what happens when a worker dies
     records/    the record of a run, and its status
+    mlflow_address.py  where MLflow is, and what is wrong with an address
     tracking/   MLflow's mirror of a run
     registry/   versions of drafters in MLflow's registry, the champion, the gate before it
     plan/       `budgetdraft plan`: what a config will take here

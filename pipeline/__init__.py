@@ -5,6 +5,7 @@ Rooms, from the ground up:
 
     errors.py     errors that become exit codes
     units.py      sizes as text
+    markdown.py   tables in Markdown
     hardware.py   what a time was taken on, and the memory that a process has held
     metrics.py    every metric, defined once: rounds, acceptance, τ, repetition
     intervals.py  how sure a figure is: bootstraps over documents, paired and over training seeds

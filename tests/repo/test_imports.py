@@ -30,13 +30,13 @@ ONLY_IN = {
 # The rooms from the ground up; each imports from rooms before it alone. The ground floor is single files.
 FLOORS = (
     "kernels",
-    "pipeline.errors", "pipeline.units", "pipeline.hardware", "pipeline.metrics", "pipeline.intervals",
-    "pipeline.axes", "pipeline.observe", "pipeline.store", "pipeline.kv", "pipeline.config",
-    "pipeline.models",
-    "pipeline.decode", "pipeline.data", "pipeline.sweep", "pipeline.train", "pipeline.results",
-    "pipeline.report", "pipeline.gate", "pipeline.plan", "pipeline.serving",
-    "jobs", "jobs.records", "jobs.executors", "jobs.tracking", "jobs.registry", "jobs.stages", "jobs.plan",
-    "jobs.commands", "jobs.cli", "jobs.__main__",
+    "pipeline.errors", "pipeline.units", "pipeline.markdown", "pipeline.hardware", "pipeline.metrics",
+    "pipeline.intervals", "pipeline.axes", "pipeline.observe", "pipeline.store", "pipeline.kv",
+    "pipeline.config", "pipeline.models", "pipeline.decode", "pipeline.data", "pipeline.sweep",
+    "pipeline.train", "pipeline.results", "pipeline.report", "pipeline.gate", "pipeline.plan",
+    "pipeline.serving",
+    "jobs", "jobs.mlflow_address", "jobs.records", "jobs.executors", "jobs.tracking", "jobs.registry",
+    "jobs.stages", "jobs.plan", "jobs.commands", "jobs.cli", "jobs.__main__",
 )  # fmt: skip
 MOST_MODULES = 15  # of a room
 # Rooms that a bare machine decodes with: torch, triton and transformers, neither pydantic nor datasets.
