@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import model_validator
 
 from pipeline.config.gate import GateConfig
 from pipeline.gate.bounds import Bounds, Outcome, Verdict, bounds, outcomes, units_needed, verdict
 from pipeline.gate.evidence import Evidence
 from pipeline.gate.pairs import (
     BASELINE,
+    CANDIDATE,
     Metric,
     Paired,
     acceptance_pairs,
@@ -27,6 +29,7 @@ from pipeline.intervals import Interval
 from pipeline.results.axes import Cells
 from pipeline.results.differences import Resampling, paired_rows, pooled_difference
 from pipeline.results.speed import clock_units
+from pipeline.store import old_rows
 from pipeline.store.rows import OfCell
 
 
@@ -59,6 +62,14 @@ class GatedCell(OfCell):
     documents_if_equal: int | None
     not_looping: Interval | None
     other_prompt: Interval | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_candidate(cls, data: Any) -> Any:
+        """The candidate's cell, as which of the two it is was not said in earlier formats."""
+        if isinstance(data, dict) and not data.keys() & {"cell", "drafter"}:
+            return old_rows.as_today({"drafter": CANDIDATE, **data})
+        return data
 
 
 class Comparison(NamedTuple):

@@ -1,12 +1,13 @@
 """Rows of earlier formats, read as today's: results, reports and registered evidence stay readable.
 
-Before format 3 the fields of a cell, its counts, its timing and its intervals lay side by side in each row:
-an interval called `speedup` was `speedup`, `speedup_low` and `speedup_high`. What a row of today nests is
-made of them; what it holds besides is left alone.
+They had the fields of a cell, its counts, its timing and its intervals side by side: an interval called
+`speedup` was `speedup`, `speedup_low` and `speedup_high`. What a row of today nests is made of them; all else
+is left as it is, so that what is missing or wrong is told by the row that reads it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 VIEW = ("policy", "budget", "control")
@@ -18,45 +19,46 @@ TIMING = (
     "hardware", "text",
 )  # fmt: skip
 SPEED = ("worst_prompt_speedup", "tokens_per_s", "ar_tokens_per_s", "num_clocked")
-INTERVALS = ("acceptance", "speedup", "end_to_end", "again")
+BOUNDED = ("acceptance", "speedup", "end_to_end", "again")  # with their bounds beside them
+TRIPLES = ("lost", "not_looping", "other_prompt")  # in one list with their bounds
+PARTS = ("mean", "low", "high")
 BASELINES = ("self_speculation", "prompt_lookup")  # each is a kind of drafter of its own
 
 
 def as_today(data: Any) -> Any:
     """`data` as a row of today; what is one already, or no row of any format, as it is."""
-    if not isinstance(data, dict) or "cell" in data or not {"drafter", "policy", "gamma"} <= data.keys():
+    if not isinstance(data, dict) or "cell" in data or not data.keys() & {"drafter", "policy", "gamma"}:
         return data
     row = dict(data)
-    view = {name: row.pop(name) for name in VIEW if name in row}
-    row["cell"] = {name: row.pop(name) for name in CELL if name in row} | {"view": view}
-    if row["cell"]["drafter"] in BASELINES:
+    row["cell"] = take(row, CELL) | {"view": take(row, VIEW)}
+    if row["cell"].get("drafter") in BASELINES:
         row["cell"]["kind"] = row["cell"]["drafter"]
     if "end_to_end_speedup" in row:
         row["end_to_end"] = row.pop("end_to_end_speedup")
-    for name in INTERVALS:
-        if f"{name}_low" in row:
-            row[name] = interval(row.pop(name), row.pop(f"{name}_low"), row.pop(f"{name}_high"))
-    if {"mean", "low", "high"} <= row.keys():
-        row["value"] = interval(row.pop("mean"), row.pop("low"), row.pop("high"))
-    if isinstance(row.get("lost"), list):
-        row["lost"] = interval(*row["lost"])
-    if "num_rounds" in row:
-        row["counts"] = {name: row.pop(name) for name in COUNTS if name in row}
-        timing = {name: row.pop(name) for name in TIMING if name in row}
-        row["timing"] = known(timing) if timing.get("decode_s") else None
-    if "worst_prompt_speedup" in row:
-        names = ("speedup", "end_to_end", *SPEED)
-        speed = {name: row.pop(name) for name in names if name in row}
-        row["speed"] = speed if speed["speedup"] else None
+    for name in BOUNDED:
+        bounds = {"low": f"{name}_low", "high": f"{name}_high"}
+        if row.keys() & bounds.values():
+            parts = {"mean": name} | bounds
+            row[name] = known({part: row.pop(own) for part, own in parts.items() if own in row})
+    for name in TRIPLES:
+        if isinstance(row.get(name), list) and len(row[name]) == len(PARTS):
+            row[name] = dict(zip(PARTS, row[name], strict=True))
+    if "mean" in row:
+        row["value"] = take(row, PARTS)
+    if row.keys() & COUNTS:
+        row["counts"] = take(row, COUNTS)
+        timing = {name: value for name, value in take(row, TIMING).items() if value is not None}
+        row["timing"] = timing if timing.get("decode_s") else None
+    if row.keys() & SPEED:
+        row["speed"] = known(take(row, ("speedup", "end_to_end", *SPEED)))
     return row
 
 
-def interval(mean: float | None, low: float | None, high: float | None) -> dict[str, float] | None:
-    """None where it was not taken; then the bounds are None too."""
-    if mean is None or low is None or high is None:
-        return None
-    return {"mean": mean, "low": low, "high": high}
+def take(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Move the named values that there are out of a row."""
+    return {name: row.pop(name) for name in names if name in row}
 
 
-def known(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def known(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What was not taken at all is None; in part, it has a value missing, and is refused."""
+    return values if any(value is not None for value in values.values()) else None
