@@ -260,5 +260,5 @@ class Key(NamedTuple):
     temperature: float
 
 
-def key(cell: CellRow | PredictedRow) -> Key:
-    return Key(*(getattr(cell, name) for name in Key._fields))
+def key(row: CellRow | PredictedRow) -> Key:
+    return Key(*(getattr(row.cell, name) for name in Key._fields))
