@@ -15,7 +15,7 @@ from benchmarks.study import ablations, checks, runs, tables
 from pipeline.results.summary import PredictionScore, RankMemory, Summary
 from tests.helpers.documents import made_books
 from tests.helpers.paths import ROOT
-from tests.helpers.study_rows import ABLATIONS, EMPTY, gain, make_row
+from tests.helpers.study_rows import ABLATIONS, EMPTY, gain, timed_row
 
 TOY = (
     "data.tokenizer.vocab_size=400",
@@ -117,10 +117,7 @@ def test_memory_is_compared_where_a_process_did_what_the_plan_is_of(
     ]
     summary = Summary.model_construct(prepared="prepare", training_memory=tuple(memory))
     made("prepare", counts={"sequences": 1})
-    rows = [
-        make_row("p", 1, 2).model_copy(update={"mode": "measure", "peak_memory_bytes": peak})
-        for peak in (40, 50)
-    ]
+    rows = [timed_row("p", [1.0], peak_memory_bytes=peak) for peak in (40, 50)]
     studies = {}
     for number, name in enumerate(("table-1", "table-2", "table-3", "on-policy")):
         made(f"teach-{number}", counts={"label_bytes": 1}, peak_memory_bytes=100 * number)

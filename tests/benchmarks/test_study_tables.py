@@ -11,10 +11,23 @@ import pytest
 from benchmarks.study import ablations, speed, tables
 from benchmarks.study import families as study_families
 from benchmarks.study.families import BySeed, Change, Column, Families
+from pipeline.intervals import Interval
 from pipeline.results.recommend import Choice, Recommendation
 from pipeline.results.summary import Summary
 from pipeline.store.rows import PromptRow
-from tests.helpers.study_rows import ABLATIONS, EMPTY, axes, families, gain, make_row, measured, predicted
+from tests.helpers.rows import varied
+from tests.helpers.study_rows import (
+    ABLATIONS,
+    EMPTY,
+    around,
+    families,
+    gain,
+    make_row,
+    measured,
+    predicted,
+    replayed,
+    timed_row,
+)
 
 
 def test_a_difference_is_of_what_both_families_hold() -> None:
@@ -30,7 +43,7 @@ def test_a_difference_is_of_what_both_families_hold() -> None:
     }
     found = study_families.difference(ours, theirs)
     by_seed = [40 / 150 - 30 / 100, 70 / 150 - 20 / 100]
-    assert found.mean == pytest.approx(np.mean(by_seed))
+    assert found.value.mean == pytest.approx(np.mean(by_seed))
     # Every resample takes two of two documents and two of two seeds: all there can be, by hand.
     pooled = {
         ("1", "p"): 30 / 100 - 20 / 80, ("1", "q"): 10 / 50 - 10 / 20, ("1", "both"): by_seed[0],
@@ -41,34 +54,35 @@ def test_a_difference_is_of_what_both_families_hold() -> None:
         for documents in ("p", "q", "both")
         for first, second in itertools.product("12", repeat=2)
     ]
-    assert (found.low, found.high) == pytest.approx((min(possible), max(possible)))
+    assert (found.value.low, found.value.high) == pytest.approx((min(possible), max(possible)))
     assert found.by_seed == pytest.approx(by_seed)
     with pytest.raises(ValueError, match="no training seed or no prompt in common"):
         study_families.difference({"1": {"p": make_row("p", 1, 2)}}, {"1": {"q": make_row("q", 1, 2)}})
 
 
 def test_a_difference_without_looping_texts_leaves_them_out() -> None:
-    looping = make_row("p", 90, 100).model_copy(update={"looping": True})
+    looping = varied(make_row("p", 90, 100), looping=True)
     where = "x", 64, 0.0, None
     ours = {"1": {"p": looping, "q": make_row("q", 30, 100)}}
     theirs = {"1": {"p": looping, "q": make_row("q", 20, 100)}}
     column = Column(64, 0.0, without_looping=True)
     cells: Families = {("kl", *where): ours, ("multi_view", *where): theirs}
     found = study_families.change(cells, "kl", "x", column)
-    assert found and found.mean == pytest.approx(0.1)
+    assert found and found.value.mean == pytest.approx(0.1)
     cells = {key: {"1": {"p": looping}} for key in cells}
     assert study_families.change(cells, "kl", "x", column) is None
 
 
 def test_a_change_is_clear_by_its_interval_and_by_students_t() -> None:
     """t over 1, 2 and 3 points: 2 ± 4.303 · 1 ÷ √3 = 2 ± 2.48, not clear; over 2, 2.5, 3, ± 1.24, clear."""
-    wide = Change(0.02, 0.01, 0.03, [0.01, 0.02, 0.03])
+    wide = Change(Interval(0.02, 0.01, 0.03), [0.01, 0.02, 0.03])
     assert wide.sign == 0
-    narrow = Change(0.025, 0.02, 0.03, [0.02, 0.025, 0.03])
+    narrow = Change(Interval(0.025, 0.02, 0.03), [0.02, 0.025, 0.03])
     assert narrow.sign == 1
-    assert Change(-0.025, -0.03, -0.02, [-0.02, -0.025, -0.03]).sign == -1
-    assert narrow._replace(low=-0.001).sign == 0, "the documents differ too much"
-    single = Change(0.02, 0.01, 0.03, [0.02])
+    assert Change(Interval(-0.025, -0.03, -0.02), [-0.02, -0.025, -0.03]).sign == -1
+    unsure = narrow._replace(value=Interval(0.025, -0.001, 0.03))
+    assert unsure.sign == 0, "the documents differ too much"
+    single = Change(Interval(0.02, 0.01, 0.03), [0.02])
     assert (single.sign, single.spread) == (1, 0) and wide.spread == pytest.approx(0.02)
 
 
@@ -85,13 +99,14 @@ def test_a_change_is_clear_by_its_interval_and_by_students_t() -> None:
 def test_a_change_helps_where_two_data_sets_say_so_and_none_the_contrary(
     signs: tuple[int, ...], verdict: str
 ) -> None:
-    nothing = Change(0.0, -0.01, 0.01, [-0.001, 0.0, 0.001])
+    nothing = Change(Interval(0.0, -0.01, 0.01), [-0.001, 0.0, 0.001])
 
     def told(sign: int) -> Change:
         by_seed = [0.018 * sign, 0.02 * sign, 0.022 * sign]
-        return Change(0.02 * sign, *sorted((0.01 * sign, 0.03 * sign)), by_seed) if sign else nothing
+        value = Interval(0.02 * sign, *sorted((0.01 * sign, 0.03 * sign)))
+        return Change(value, by_seed) if sign else nothing
 
-    half = Change(0.01, 0.0, 0.02, [0.01])
+    half = Change(Interval(0.01, 0.0, 0.02), [0.01])
     rows: list[ablations.Ablation] = [
         (
             "kl",
@@ -117,8 +132,7 @@ def test_stopping_early_is_compared_over_the_same_prompts() -> None:
     """The fastest of each kind, as the ratio of all their seconds, by hand."""
 
     def timed(prompt: str, gamma: int, threshold: float, seconds: float) -> PromptRow:
-        changes = {"gamma": gamma, "threshold": threshold, "decode_s": [seconds, seconds]}
-        return make_row(prompt, 1, 2, prompt).model_copy(update=changes)
+        return timed_row(prompt, [seconds, seconds], gamma=gamma, threshold=threshold)
 
     rows = [
         timed(p, gamma, threshold, seconds)
@@ -136,8 +150,8 @@ def test_stopping_early_is_compared_over_the_same_prompts() -> None:
 def test_the_headline_says_where_the_seeds_alone_show_it_too() -> None:
     """t reaches 2.5 points: above 0 of a mean of 8, not of 2."""
     gains = [gain(0.08, 0.06), gain(0.02, 0.01), gain(0.01, -0.01)]
-    sampled = gain(0.01, -0.01).model_copy(update={"temperature": 1.0})
-    under = gain(0.06, 0.05, "other_prompt").model_copy(update={"lost": (0.02, 0.01, 0.03)})
+    sampled = varied(gain(0.01, -0.01), temperature=1.0)
+    under = varied(gain(0.06, 0.05, "other_prompt"), lost=Interval(0.02, 0.01, 0.03))
     words = tables.headline_words([*gains, sampled, under], tables.PAPER)
     assert words == (
         "Above 0 by the interval: greedy in 2 of 3 places, in 1 of them by Student's t over the training "
@@ -160,7 +174,7 @@ def test_distilled_drafters_are_compared_with_the_one_that_they_started_from() -
     of_one = study_families.accepted(cells, "kl", "x", Column(64, 0.0, context="4K"))
     assert of_one.mean == pytest.approx(0.6 * 3 / 4)
     change = study_families.change(cells, "kl", "x", Column(64, 0.0, context="1K"), "untrained")
-    assert change and change.mean == pytest.approx(0.4)
+    assert change and change.value.mean == pytest.approx(0.4)
     greedily, sampling = ablations.distilled_words(cells, ABLATIONS).splitlines()
     assert greedily == (
         "- Greedily, accepted more than `untrained`: `kl` (+35.0 to +35.0); "
@@ -194,7 +208,7 @@ def test_scaled_rope_is_compared_context_by_context() -> None:
 
 def test_a_drafter_that_was_not_distilled_stands_under_every_seed() -> None:
     rows = [
-        make_row("p", 1, 2).model_copy(update={"drafter": name})
+        varied(make_row("p", 1, 2), drafter=name)
         for name in ("untrained", "kl~42", "kl~43", "kl~44", "one_view")
     ]
     studies = {name: EMPTY for name in study_families.RUNS} | {"ablations": replace(EMPTY, rows=rows)}
@@ -208,12 +222,12 @@ def test_each_baseline_stands_with_its_fastest_measured_cell() -> None:
         measured("self_speculation", 0.9),
         measured("self_speculation", 1.2, budget=512),
         measured("self_speculation", 1.05, context="1K"),
-        measured("self_speculation", 3.0, mode="replay"),
+        replayed("self_speculation"),
         measured("prompt_lookup", 0.8),
         measured("multi_view~42", 2.0),
     ]
     best = speed.best_baselines(cells)
-    assert [(c.cell.drafter, c.cell.context, c.speed.speedup) for c in best] == [
+    assert [(c.cell.drafter, c.cell.context, c.speed.speedup.mean) for c in best] == [
         ("self_speculation", "4K", 1.2), ("self_speculation", "1K", 1.05), ("prompt_lookup", "4K", 0.8)
     ]  # fmt: skip
     table = speed.baseline_table(best)
@@ -232,8 +246,8 @@ def test_predicted_speedups_are_told_against_measured_ones() -> None:
 
 
 def test_the_grid_says_how_many_texts_loop_and_what_is_accepted_of_the_others() -> None:
-    cells = [measured("multi_view~42", 1.0, mode="replay", policy="chunk_topk", num_prompts=32)]
-    told = [predicted("multi_view~42", 1.2).model_copy(update={"policy": "chunk_topk"})]
+    cells = [replayed("multi_view~42", policy="chunk_topk", num_prompts=32)]
+    told = [predicted("multi_view~42", 1.2, policy="chunk_topk")]
     head, _, row = tables.grid_table(replace(EMPTY, cells=cells, predicted=told)).splitlines()
     shown = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     assert shown["looping"] == "2 of 32"
@@ -245,17 +259,16 @@ def test_what_to_deploy_has_the_intervals_of_run_off_and_fresh_repeats() -> None
     raced, other = measured("a", 1.2), measured("b", 1.1)
     choice, runner_up = (
         Choice(
-            **axes(cell), speedup=1.2, speedup_low=1.1, speedup_high=1.3,
-            run_off=run_off, again=None, again_low=None, again_high=None, end_to_end=1.0, num_documents=6,
-            acceptance=0.5, drafter_kv_bytes=1,
+            cell=row.cell, speedup=Interval(1.2, 1.1, 1.3), run_off=run_off, again=None, end_to_end=1.0,
+            num_documents=6, acceptance=0.5, drafter_kv_bytes=1,
         )
-        for cell, run_off in ((raced, 1.25), (other, None))
+        for row, run_off in ((raced, 1.25), (other, None))
     )  # fmt: skip
     given = replace(
         EMPTY,
         cells=[raced, other],
-        run_off=[raced.model_copy(update={"speedup": 1.25})],
-        again=[raced.model_copy(update={"end_to_end_low": 0.95})],
+        run_off=[varied(raced, speedup=Interval(1.25, 1.1, 1.3))],
+        again=[varied(raced, end_to_end=Interval(1.0, 0.95, 1.1))],
     )
     for advised, shown in ((choice, "1.25 [1.10, 1.30]"), (runner_up, "")):
         advice = Recommendation(
@@ -265,7 +278,7 @@ def test_what_to_deploy_has_the_intervals_of_run_off_and_fresh_repeats() -> None
         row = speed.advice_table(replace(given, summary=summary)).splitlines()[2].split(" | ")
         assert row[4] == shown
         assert row[7] == ("1.00 [0.95, 1.10]" if shown else "1.00 [0.90, 1.10]")
-    again = [raced, other.model_copy(update={"speedup": 1.21})]
+    again = [raced, varied(other, speedup=around(1.21))]
     twice = replace(given, run_off=[*given.run_off, other], again=again)
     # 1.25 to 1.20 and 1.10 to 1.21.
     assert "2 cells moved by 7.0 % in the median and by 10.0 % at most" in speed.advice_words(twice)

@@ -149,11 +149,11 @@ def outcome(storage: Path) -> dict[str, Any]:
                 pieces[name] = {weight: float(value.norm()) for weight, value in load_file(file).items()}
             elif stage == "report" and file.name == "cells.jsonl":
                 for row in map(json.loads, file.read_text().splitlines()):
-                    piece = f"{name} cell {[row[k] for k in CELL_KEY if k != 'prompt_id']}"
+                    piece = f"{name} cell {[flat(row)[k] for k in CELL_KEY if k != 'prompt_id']}"
                     assert piece not in pieces, f"{piece} was counted twice"
-                    pieces[piece] = row["acceptance"]
+                    pieces[piece] = row["acceptance"]["mean"]
             elif stage == "sweep" and file.suffix == ".jsonl" and file.parent.name == "rows":
-                for row in map(json.loads, file.read_text().splitlines()):
+                for row in map(flat, map(json.loads, file.read_text().splitlines())):
                     cell = [row[k] for k in CELL_KEY]
                     piece = f"{folder.name} row {cell}"
                     assert piece not in pieces, f"{piece} was counted twice"
@@ -161,6 +161,14 @@ def outcome(storage: Path) -> dict[str, Any]:
             elif stage in ("prepare", "teach") and file.suffix in (".npy", ".jsonl"):
                 pieces[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return pieces
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row and its parts hold, side by side."""
+    told: dict[str, Any] = {}
+    for name, value in row.items():
+        told |= flat(value) if isinstance(value, dict) else {name: value}
+    return told
 
 
 CELL_KEY = (

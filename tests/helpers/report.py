@@ -11,6 +11,7 @@ from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.files import write_rows
 from pipeline.store.rows import Continuation, FailedCell, PromptRow
 from tests.helpers.configs import MINIMAL
+from tests.helpers.rows import make
 
 AXES = Axes(
     drafters=("full_only", "multi_view"),
@@ -30,12 +31,12 @@ def row(
     """A replayed prompt of γ = 4 at B = 16 whose rounds all get one position far."""
     values: dict[str, Any] = {
         "drafter": drafter, "dataset": "code", "context": "64", "policy": "chunk_topk", "budget": 16,
-        "control": None, "gamma": 4, "temperature": 0.0, "seed": 0, "mode": "replay",
+        "gamma": 4, "mode": "replay",
         "prompt_id": f"p{prompt}", "document_id": f"d{prompt // 2}", "num_tokens": 12, "num_rounds": 6,
-        "num_proposed": proposed, "num_accepted": accepted, "reached": [6, 3, 0, 0], "kept": [3, 1, 0, 0],
+        "num_proposed": proposed, "num_accepted": accepted, "reached": (6, 3, 0, 0), "kept": (3, 1, 0, 0),
         "repetition_rate": 0.1, "looping": False, "in_trained_range": True, "drafter_kv_bytes": 2048,
     }  # fmt: skip
-    return PromptRow(**{**values, **changes})
+    return make(PromptRow, **{**values, **changes})
 
 
 def measured(drafter: str = "full_only", prompt: int = 0, **changes: Any) -> PromptRow:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.axes import Place
+from pipeline.axes import Cell, Place
 from pipeline.kv.views import view_of
-from pipeline.metrics import Counts, Round
+from pipeline.metrics import Round
 from pipeline.models.load import load_model
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Continuation, Prompt, PromptRow
@@ -96,32 +96,5 @@ class SweepBench:
         return tokens_of(pair, rounds)[0], rounds[0]
 
 
-def counts(row: PromptRow) -> tuple[Any, ...]:
-    return (
-        row.counts.num_tokens,
-        row.counts.num_rounds,
-        row.counts.num_proposed,
-        row.counts.num_accepted,
-        row.counts.reached,
-        row.counts.kept,
-    )
-
-
-def key(row: PromptRow) -> tuple[Any, ...]:
-    return (
-        row.cell.drafter,
-        row.prompt_id,
-        row.cell.policy,
-        row.cell.budget,
-        row.cell.control,
-        row.cell.gamma,
-        row.cell.temperature,
-    )
-
-
-def by_hand(rounds: list[Round], gamma: int) -> tuple[Any, ...]:
-    total = Counts.of(rounds, gamma)
-    return (
-        total.num_tokens, total.num_rounds, total.num_proposed, total.num_accepted,
-        list(total.reached), list(total.kept),
-    )  # fmt: skip
+def key(row: PromptRow) -> tuple[str, Cell]:
+    return row.prompt_id, row.cell

@@ -152,10 +152,18 @@ BUDGETS = (16, 32, 64, 128, "full")
 
 def test_every_cell_is_there(summary_file: Path) -> None:
     summary = json.loads(summary_file.read_text())
-    rows = {
-        (r["drafter"], r["dataset"], r["context"], r["budget"], r["control"], r["gamma"]): r["num_prompts"]
-        for r in summary["acceptance"]
-    }
+    rows = {}
+    for row in summary["acceptance"]:
+        cell, view = row["cell"], row["cell"]["view"]
+        axes = (
+            cell["drafter"],
+            cell["dataset"],
+            cell["context"],
+            view["budget"],
+            view["control"],
+            cell["gamma"],
+        )
+        rows[axes] = row["num_prompts"]
     assert rows == {
         (drafter, dataset, context, budget, control, gamma): 3
         for drafter in DRAFTERS
@@ -167,7 +175,8 @@ def test_every_cell_is_there(summary_file: Path) -> None:
             (0, "no_prefix"),
         ]
     }
-    measured = {(r["drafter"], r["dataset"], r["context"], r["budget"]) for r in summary["speedup"]}
+    timed = [row["cell"] for row in summary["speedup"]]
+    measured = {(c["drafter"], c["dataset"], c["context"], c["view"]["budget"]) for c in timed}
     named = {("multi_view", d, c, b) for d in DATASETS for c in CONTEXTS for b in (16, "full")}
     assert named <= measured  # and what predictions point at
     assert summary["lossless"] == {"prompts": 9, "exact": 9, "explained": 0, "left_out_tokens": 0}

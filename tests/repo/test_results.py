@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
+from dataclasses import astuple
 
+from pipeline.results.recommend import Choice
+from pipeline.results.summary import FamilyGain, Summary, read_summary
 from tests.helpers.paths import ROOT
 
 HEAD = (
@@ -14,58 +15,61 @@ HEAD = (
 )  # fmt: skip
 
 
-def in_points(gain: dict[str, Any]) -> str:
-    mean, low, high = (100 * gain[name] for name in ("mean", "low", "high"))
+def in_points(gain: FamilyGain) -> str:
+    mean, low, high = (100 * part for part in astuple(gain.value))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def deployed(choice: dict[str, Any] | None) -> tuple[str, str, str]:
+def deployed(choice: Choice | None) -> tuple[str, str, str]:
     """The cell in words, and its speed on fresh repeats without and with both prefills."""
     if choice is None:
         return "do not speculate", "", ""
-    parts = [f"`{choice['drafter']}`"]
-    if choice["drafter"] == "self_speculation":
-        parts.append(f"`{choice['policy']}`")
-    if choice["drafter"] != "prompt_lookup":
-        parts.append(f"B = {choice['budget']}")
-    parts.append(f"γ = {choice['gamma']}")
-    if choice["threshold"]:
-        parts.append(f"stopping under {choice['threshold']:g}")
-    speed = f"{choice['again']:.2f} [{choice['again_low']:.2f}, {choice['again_high']:.2f}]"
-    return ", ".join(parts), speed, f"{choice['end_to_end']:.2f}"
+    cell, again = choice.cell, choice.again
+    parts = [f"`{cell.drafter}`"]
+    if cell.drafter == "self_speculation":
+        parts.append(f"`{cell.policy}`")
+    if cell.drafter != "prompt_lookup":
+        parts.append(f"B = {cell.budget}")
+    parts.append(f"γ = {cell.gamma}")
+    if cell.threshold:
+        parts.append(f"stopping under {cell.threshold:g}")
+    assert again is not None and choice.end_to_end is not None
+    return (
+        ", ".join(parts),
+        f"{again.mean:.2f} [{again.low:.2f}, {again.high:.2f}]",
+        f"{choice.end_to_end:.2f}",
+    )
 
 
-def at_64(summary: dict[str, Any]) -> dict[tuple[object, ...], dict[str, Any]]:
+def at_64(summary: Summary) -> dict[tuple[object, ...], FamilyGain]:
     """Gains at B = 64 and γ = 4 over all prompts."""
-    axes = ("drafter", "dataset", "context", "temperature", "control")
     return {
-        tuple(gain[axis] for axis in axes): gain
-        for gain in summary["families"]
-        if (gain["budget"], gain["gamma"], gain["prompts"]) == (64, 4, "all")
+        (gain.cell.drafter, *gain.cell.place, gain.cell.temperature, gain.cell.control): gain
+        for gain in summary.families
+        if (gain.cell.budget, gain.cell.gamma, gain.prompts) == (64, 4, "all")
     }
 
 
-def table(summary: dict[str, Any], longer: dict[str, Any]) -> str:
+def table(summary: Summary, longer: Summary) -> str:
     """Of both studies: `longer` is of the target that was pretrained for 800 steps."""
     gains, gains_longer = at_64(summary), at_64(longer)
     rows = []
-    for place in summary["recommendations"]:
-        where = place["dataset"], place["context"]
+    for place in summary.recommendations:
+        where = place.dataset, place.context
         greedy, sampled = (gains["multi_view", *where, temperature, None] for temperature in (0.0, 1.0))
         trained = gains_longer["multi_view", *where, 0.0, None]
         other = gains_longer["multi_view", *where, 0.0, "other_prompt"]
-        assert trained["low"] > 0, "no gain, so no share of one"
-        share = f"{100 * other['mean'] / trained['mean']:.0f} %"
+        assert trained.value.low > 0, "no gain, so no share of one"
+        share = f"{100 * other.value.mean / trained.value.mean:.0f} %"
         kl = gains["kl", *where, 1.0, None]
         told = (in_points(greedy), in_points(trained), share, in_points(sampled), in_points(kl))
-        rows.append((where[0].removesuffix("-sample"), where[1], *told, *deployed(place["choice"])))
+        rows.append((where[0].removesuffix("-sample"), where[1], *told, *deployed(place.choice)))
     head, *body = (f"| {' | '.join(cells)} |" for cells in (HEAD, *rows))
     return "\n".join([head, "|---" * len(HEAD) + "|", *body])
 
 
-def summary_of(study: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "docs/results" / study / "summary.json").read_text("utf-8"))
-    return found
+def summary_of(study: str) -> Summary:
+    return read_summary(ROOT / "docs/results" / study / "summary.json")
 
 
 def text_of(page: str) -> str:
@@ -77,18 +81,18 @@ def span(values: list[float], form: str) -> str:
     return f"{min(values):{form}} to {max(values):{form}}".replace("-", "−")
 
 
-def clear(gains: list[dict[str, Any]]) -> int:
+def clear(gains: list[FamilyGain]) -> int:
     """In how many places the interval leaves out 0."""
-    return sum(gain["low"] > 0 or gain["high"] < 0 for gain in gains)
+    return sum(gain.value.low > 0 or gain.value.high < 0 for gain in gains)
 
 
-def sentences(summary: dict[str, Any], longer: dict[str, Any]) -> list[str]:
+def sentences(summary: Summary, longer: Summary) -> list[str]:
     """The figures of README's five sentences, as they stand there."""
     gains, gains_longer = at_64(summary), at_64(longer)
-    places = [(place["dataset"], place["context"]) for place in summary["recommendations"]]
+    places = [(place.dataset, place.context) for place in summary.recommendations]
     assert len(places) == len({dataset for dataset, _ in places}) * len({name for _, name in places}) == 9
 
-    def of(found: dict[tuple[object, ...], dict[str, Any]], *axes: object) -> list[dict[str, Any]]:
+    def of(found: dict[tuple[object, ...], FamilyGain], *axes: object) -> list[FamilyGain]:
         drafter, temperature, control = axes
         return [found[drafter, *where, temperature, control] for where in places]
 
@@ -96,22 +100,24 @@ def sentences(summary: dict[str, Any], longer: dict[str, Any]) -> list[str]:
     other = of(gains_longer, "multi_view", 0.0, "other_prompt")
     sampled, kl = of(gains, "multi_view", 1.0, None), of(gains, "kl", 1.0, None)
     assert clear(greedy) == 0 and clear(before) == 9
-    assert {gain["num_seeds"] for gain in (*greedy, *before, *sampled, *kl)} == {3}
-    shares = [100 * o["mean"] / b["mean"] for o, b in zip(other, before, strict=True)]
-    points = [[100 * gain["mean"] for gain in found] for found in (greedy, before, sampled, kl)]
-    choices = [place["choice"] for place in summary["recommendations"]]
-    lossless, replayed = summary["lossless"], summary["replay_check"]
-    assert lossless["exact"] == lossless["prompts"]
+    assert {gain.num_seeds for gain in (*greedy, *before, *sampled, *kl)} == {3}
+    shares = [100 * o.value.mean / b.value.mean for o, b in zip(other, before, strict=True)]
+    points = [[100 * gain.value.mean for gain in found] for found in (greedy, before, sampled, kl)]
+    choices = [place.choice for place in summary.recommendations if place.choice]
+    again = [choice.again.mean for choice in choices if choice.again]
+    whole = [choice.end_to_end for choice in choices if choice.end_to_end is not None]
+    lossless, replayed = summary.lossless, summary.replay_check
+    assert lossless.exact == lossless.prompts and len(again) == len(whole) == 9
     return [
         f"is {span(points[0], '+.1f')} points and clear in no place",
         f"it was {span(points[1], '+.1f')} points and clear in all",
         f"Of that gain {span(shares, '.0f')} % is there with another document's KV too",
         f"the difference is {span(points[2], '+.1f')} points when trained with cross entropy",
         f"and {span(points[3], '+.1f')} points when trained with KL",
-        f"decodes {span([choice['again'] for choice in choices], '.2f')} times as fast",
-        f"and {span([choice['end_to_end'] for choice in choices], '.2f')} times with both prefills",
-        f"All {lossless['exact']} measured prompts equal autoregressive decoding",
-        f"in {replayed['equal']} of {replayed['rows']} rows",
+        f"decodes {span(again, '.2f')} times as fast",
+        f"and {span(whole, '.2f')} times with both prefills",
+        f"All {lossless.exact} measured prompts equal autoregressive decoding",
+        f"in {replayed.equal} of {replayed.rows} rows",
     ]
 
 

@@ -19,6 +19,7 @@ from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import CellRow, PromptRow
 from tests.helpers.configs import MINIMAL
 from tests.helpers.report import artifacts, config, measured, row
+from tests.helpers.rows import varied
 
 DEPLOY = "full_only, chunk_topk, B = 16, γ = 4, stopping under 0.4"
 WHY = "the fastest of 2 measured cells, leaving out 1 not shown to be faster than autoregressive decoding"
@@ -73,7 +74,7 @@ def test_the_report_and_the_command_follow_the_run_off(tmp_path: Path) -> None:
     folder = report(config(tmp_path), ReportInputs(prepare, teach, sweep, stages=[])).path
     (advice,) = summary_of(folder).recommendations
     assert advice.choice is not None and advice.choice.cell.budget == 16
-    assert (advice.choice.run_off, advice.choice.again) == (pytest.approx(2.5), pytest.approx(1.5))
+    assert (advice.choice.run_off, advice.choice.again.mean) == pytest.approx((2.5, 1.5))
     assert advice.best_again == pytest.approx(3.0 / 1.8)
     text = list(advise(folder, 64, None, None, 1, None))
     assert text[1].startswith("  deploy  full_only, chunk_topk, B = 16, γ = 4: 1.50×")
@@ -139,7 +140,7 @@ def test_speeds_that_are_missing(
 ) -> None:
     cells = read_rows(made / "cells.jsonl", CellRow)
     kept = [cell for cell in cells if cell.mode == "replay" or temperature]
-    changed = [cell.model_copy(update={"temperature": temperature or 0.0}) for cell in kept]
+    changed = [varied(cell, temperature=temperature or 0.0) for cell in kept]
     write_rows(tmp_path / "cells.jsonl", changed)
     for name in ("run_off.jsonl", "again.jsonl"):
         write_rows(tmp_path / name, [])

@@ -30,7 +30,6 @@ from pipeline.plan.sweep_counts import count_sweep
 from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
-from pipeline.sweep.predict import cell_of
 from tests.helpers.configs import MINIMAL, SCRATCH
 from tests.helpers.documents import story
 from tests.helpers.paths import ROOT
@@ -127,22 +126,16 @@ def test_a_run_makes_what_was_planned(
     rows = read_all(swept / "rows", PromptRow)
     timed = [row for row in rows if row.mode == "measure"]
     assert len(timed) == exact["rows measured"]["value"] > 0
-    assert len({cell_of(row) for row in rows}) == exact["cells"]["value"]
+    assert len({row.cell for row in rows}) == exact["cells"]["value"]
     assert len(rows) - len(timed) == exact["rows of replay"]["value"]
     assert guessed["rows measured"]["value"] == pytest.approx(len(timed), rel=0.2)
     assert guessed["rows of replay"]["value"] == pytest.approx(len(rows) - len(timed), rel=0.2)
     plain = {
-        (
-            row.cell.drafter,
-            row.timing.together_with,
-            row.cell.temperature,
-            row.cell.seed,
-        ): row.timing.ar_decode_s
+        (row.cell.drafter, row.batch, row.cell.temperature, row.cell.seed): row.timing.ar_decode_s
         for row in timed
     }
-    runs = sum(len(row.timing.decode_s) / row.timing.prompts_together for row in timed) + sum(
-        map(len, plain.values())
-    )
+    ours = [len(row.timing.decode_s) / row.timing.prompts_together for row in timed]
+    runs = sum(ours) + sum(map(len, plain.values()))
     assert runs == pytest.approx(exact["timed runs"]["value"])
     assert guessed["timed runs"]["value"] == pytest.approx(runs, rel=0.2)
 

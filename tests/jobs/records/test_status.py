@@ -26,6 +26,7 @@ from pipeline.store.artifacts import open_artifact
 from pipeline.store.files import write_rows
 from pipeline.store.rows import FailedCell
 from tests.helpers.fault_toy import ROOT, Toy, make_toy
+from tests.helpers.rows import make
 from tests.helpers.tiny import tiny_config
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
@@ -252,9 +253,9 @@ def test_how_long_it_will_take(tmp_path: Path) -> None:
 
 def test_failed_cells_are_named(tmp_path: Path) -> None:
     failed = [
-        FailedCell(
-            drafter="multi_view", dataset="tales", context="1K", policy="streaming", budget=16, control=None,
-            gamma=0 if number else 4, temperature=0.0, seed=0, mode="replay", prompt_id=f"p{number}",
+        make(
+            FailedCell, drafter="multi_view", dataset="tales", context="1K", policy="streaming", budget=16,
+            gamma=0 if number else 4, mode="replay", prompt_id=f"p{number}",
             error=f"NotFinite: number {number} " + "x" * 200,
         )
         for number in range(7)

@@ -19,6 +19,7 @@ from pipeline.gate.verdict import compare
 from pipeline.intervals import paired_difference
 from tests.helpers.paths import ROOT
 from tests.helpers.report import measured, row
+from tests.helpers.rows import varied
 
 SEEDED = {"samples": 4000, "seed": 0, "error_rate": 0.025}
 QUICK = GateConfig.model_validate({"bootstrap_samples": 400})
@@ -48,14 +49,14 @@ def side(accepted: float, rng: np.random.Generator, prompts: int = 60, **changes
 def test_a_cell_shows_what_its_rows_pool_to() -> None:
     rng = np.random.default_rng(5)
     candidate, baseline = side(55, rng), side(50, rng)
-    candidate[:2] = [one.model_copy(update={"looping": True, "num_accepted": 99}) for one in candidate[:2]]
+    candidate[:2] = [varied(one, looping=True, num_accepted=99) for one in candidate[:2]]
     controls = [side(accepted, rng, control="other_prompt") for accepted in (41, 40)]
     told = compare(evidence(candidate + controls[0]), evidence(baseline + controls[1]), QUICK)
     cell = told.cells[0]
 
     def counts(rows: list[Any], chosen: slice) -> Any:
         picked = rows[chosen]
-        return [one.num_accepted for one in picked], [one.num_proposed for one in picked]
+        return [one.counts.num_accepted for one in picked], [one.counts.num_proposed for one in picked]
 
     def expected(first: list[Any], second: list[Any], chosen: slice = slice(60)) -> Any:
         clusters = [one.document_id for one in first[chosen]]
@@ -110,7 +111,7 @@ def test_too_few_documents_decide_nothing_however_large_the_loss() -> None:
 def test_prompts_of_one_document_are_one_unit() -> None:
     rng = np.random.default_rng(9)
     pairs = [side(accepted, rng) for accepted in (50, 50)]
-    halved = [[one.model_copy(update={"document_id": f"d{number // 3}"}) for number, one in enumerate(rows)]
+    halved = [[varied(one, document_id=f"d{number // 3}") for number, one in enumerate(rows)]
               for rows in pairs]  # fmt: skip
     told = compare(evidence(halved[0]), evidence(halved[1]), QUICK)
     assert {(cell.num_prompts, cell.num_documents) for cell in told.cells} == {(60, 20)}
@@ -122,8 +123,8 @@ def test_sampled_texts_are_compared_where_the_config_asks_for_their_temperature(
     pair = [evidence(side(50, rng) + side(accepted, rng, **changes)) for accepted in (60, 40)]
     sampled = QUICK.model_copy(update={"temperatures": (1.0,)})
     told = compare(*pair, sampled)
-    assert told.verdict == "pass" and {cell.temperature for cell in told.cells} == {1.0}
-    assert {cell.temperature for cell in compare(*pair, QUICK).cells} == {0.0}
+    assert told.verdict == "pass" and {row.cell.temperature for row in told.cells} == {1.0}
+    assert {row.cell.temperature for row in compare(*pair, QUICK).cells} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_what_was_not_evaluated_alike_is_refused(
     other = list(rows)
     if drop is not None:
         del other[drop]
-    own = rows if other else [one.model_copy(update={"gamma": 2}) for one in rows]
+    own = rows if other else [varied(one, gamma=2) for one in rows]
     with pytest.raises(BadData, match=match):
         compare(evidence(own), evidence(other, **changes), QUICK)
 
@@ -204,7 +205,7 @@ def test_documents_of_one_batch_are_one_unit_of_its_clock() -> None:
         if one.mode != "measure":
             return one
         first = int(one.prompt_id[1:]) // 5 * 5
-        return one.model_copy(update={"prompts_together": 5, "together_with": f"p{first}"})
+        return varied(one, prompts_together=5, together_with=f"p{first}")
 
     batched = [
         evidence([together(one) for one in each.rows], hardware="cpu") for each in (candidate, baseline)

@@ -75,8 +75,9 @@ def test_tags_say_what_the_rows_say(first: Done) -> None:
     ]
     for budget in (16, 32, "full"):
         here = [
-            row for row in rows if (row["drafter"], row["budget"], row["control"], row["gamma"])
-            == ("multi_view", budget, None, 4)
+            row["counts"] for row in rows
+            if (row["cell"]["drafter"], row["cell"]["gamma"]) == ("multi_view", 4)
+            and (row["cell"]["view"]["budget"], row["cell"]["view"]["control"]) == (budget, None)
         ]  # fmt: skip
         share = sum(row["num_accepted"] for row in here) / sum(row["num_proposed"] for row in here)
         assert float(version.tags[f"acceptance.tales.64.{budget}"]) == pytest.approx(share, abs=5e-5)
@@ -145,13 +146,14 @@ def test_the_card_is_what_the_hub_reads_and_has_every_figure(first: Done, tmp_pa
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     summary = json.loads((artifact(first.storage, "report") / "summary.json").read_text())
-    for cell in summary["acceptance"]:
-        if (cell["drafter"], cell["gamma"]) == ("multi_view", 4) and cell["control"] != "no_prefix":
-            figure = f"{100 * cell['mean']:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
-            beginning = f"| tales | 64 | chunk_topk | greedy | {cell['budget']} |"
+    for row in summary["acceptance"]:
+        cell, view, share = row["cell"], row["cell"]["view"], row["value"]
+        if (cell["drafter"], cell["gamma"]) == ("multi_view", 4) and view["control"] != "no_prefix":
+            figure = f"{100 * share['mean']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+            beginning = f"| tales | 64 | chunk_topk | greedy | {view['budget']} |"
             (line,) = (line for line in body.splitlines() if line.startswith(beginning))
             columns = [part.strip() for part in line.split("|")]
-            assert columns[7 if cell["control"] else 6] == figure
+            assert columns[7 if view["control"] else 6] == figure
     description = first.mlflow().get_model_version(MODEL, "1").description
     assert description == body[body.index("# ") :] and len(description) <= 5000
 

@@ -50,13 +50,16 @@ def test_the_summary_holds_what_other_programs_read(finished: Path) -> None:
     assert all(set(stage) == {"name", "seconds", "cached"} for stage in summary["stages"])
     assert summary["lossless"] == {"prompts": 2, "exact": 2, "explained": 0, "left_out_tokens": 0}
     assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] == 2
-    fields = {
-        "drafter", "dataset", "context", "policy", "budget", "control", "gamma", "temperature", "seed",
-        "mean", "low", "high", "num_prompts",
-    }  # fmt: skip
     rows = summary["acceptance"]
-    assert all(fields <= set(row) for row in [*rows, *summary["speedup"]])
-    cells = {(row["drafter"], row["budget"], row["control"], row["gamma"]) for row in rows}
+    for row in [*rows, *summary["speedup"]]:
+        assert set(row) >= {"cell", "value", "num_prompts"}
+        assert set(row["cell"]) >= {"drafter", "dataset", "context", "view", "gamma", "temperature", "seed"}
+        assert set(row["cell"]["view"]) >= {"policy", "budget", "control"}
+        assert set(row["value"]) == {"mean", "low", "high"}
+    cells = {
+        (cell["drafter"], cell["view"]["budget"], cell["view"]["control"], cell["gamma"])
+        for cell in (row["cell"] for row in rows)
+    }
     views = [(budget, control) for budget in (16, 32, "full") for control in (None, "other_prompt")]
     assert cells == {
         (drafter, *view, gamma)
@@ -64,11 +67,11 @@ def test_the_summary_holds_what_other_programs_read(finished: Path) -> None:
         for view in [*views, (0, "no_prefix")]
         for gamma in (2, 4)
     }
-    assert all(
-        row["num_prompts"] == PROMPTS and 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 for row in rows
-    )
+    assert all(row["num_prompts"] == PROMPTS for row in rows)
+    shares = [row["value"] for row in rows]
+    assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in shares)
     (speed,) = summary["speedup"]
-    assert speed["mean"] > 0 and summary["ar_tokens_per_s"][0]["mean"] > 0
+    assert speed["value"]["mean"] > 0 and summary["ar_tokens_per_s"][0]["speed"]["mean"] > 0
 
 
 def test_rows_keep_every_token_and_a_full_cache_is_not_budgeted(finished: Path) -> None:
@@ -232,7 +235,7 @@ def test_a_broken_drafter_fails_alone_and_is_tried_again(corpus: Path, storage: 
     assert all("not finite" in row.error for row in failed)
     assert {c.cell.drafter for c in read_rows(reported / "cells.jsonl", CellRow)} == {"full_only"}
     partial = summary_of(reported / "summary.json")["acceptance"]
-    assert partial == [row for row in numbers["acceptance"] if row["drafter"] == "full_only"]
+    assert partial == [row for row in numbers["acceptance"] if row["cell"]["drafter"] == "full_only"]
     page = (reported / "report.html").read_text()
     assert failed[0].prompt_id in page and "not finite" in page
 
@@ -293,7 +296,7 @@ def test_mlflow_mirrors_a_run_and_what_a_rerun_adds(
     assert len(points) == 2 * 7  # drafters × (three budgets, each with its control, and no prefix)
     for point in points:
         wanted = {
-            cell.cell.gamma: cell.acceptance
+            cell.cell.gamma: cell.acceptance.mean
             for cell in cells
             if cell.mode == "replay"
             and (cell.cell.drafter, str(cell.cell.budget), cell.cell.control or "none")

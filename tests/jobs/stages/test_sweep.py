@@ -21,7 +21,6 @@ from pipeline.store.files import read_all, read_rows
 from pipeline.store.rows import CellRow, PredictedRow, PromptRow, StepTimes
 from pipeline.sweep import predict
 from pipeline.sweep.evaluator import Evaluator, MeasureTask
-from pipeline.sweep.predict import cell_of
 from tests.helpers.configs import MINIMAL
 from tests.helpers.documents import story
 
@@ -101,33 +100,20 @@ def test_estimates_are_of_the_size_of_what_sampling_gives(swept: Path) -> None:
     """Expected counts over one sampled text a prompt lie within what counts can be."""
     for row in read_all(swept / "rows", PromptRow):
         if row.mode == "estimate":
-            assert (
-                row.counts.num_proposed is not None
-                and 0 <= row.counts.num_accepted <= row.counts.num_proposed
-            )
-            assert (
-                row.counts.num_tokens / (row.cell.gamma + 1)
-                <= row.counts.num_rounds + 1e-9
-                <= row.counts.num_tokens + 1e-6
-            )
+            counts, gamma = row.counts, row.cell.gamma
+            assert counts.num_proposed is not None and 0 <= counts.num_accepted <= counts.num_proposed
+            assert counts.num_tokens / (gamma + 1) <= counts.num_rounds + 1e-9 <= counts.num_tokens + 1e-6
 
 
 def test_all_that_is_measured_is_exact_and_replay_knew_it(swept: Path) -> None:
     rows = read_all(swept / "rows", PromptRow)
-    replayed = {(cell_of(row), row.prompt_id): row for row in rows if row.mode == "replay"}
+    replayed = {(row.cell, row.prompt_id): row for row in rows if row.mode == "replay"}
     measured = [row for row in rows if row.mode == "measure"]
     assert {row.cell.drafter for row in measured} >= {"multi_view~1", *BASELINES}
     for row in measured:
-        same = replayed[cell_of(row), row.prompt_id]
+        same = replayed[row.cell, row.prompt_id]
         assert row.timing.exact and row.num_left_out == 0 and len(row.timing.decode_s) == REPEATS
-        assert (row.counts.num_rounds, row.counts.num_accepted) == (
-            same.counts.num_rounds,
-            same.counts.num_accepted,
-        )
-        assert (row.counts.num_proposed, row.counts.reached) == (
-            same.counts.num_proposed,
-            same.counts.reached,
-        )
+        assert row.counts == same.counts
     # The plane: every budget and γ of the first seed of full_only, at the longer context.
     plane = {
         (row.cell.budget, row.cell.gamma)
@@ -140,8 +126,8 @@ def test_all_that_is_measured_is_exact_and_replay_knew_it(swept: Path) -> None:
 def test_every_replayed_greedy_cell_is_predicted_and_kept_apart(report: Path, swept: Path) -> None:
     predicted = read_rows(report / "predicted.jsonl", PredictedRow)
     rows = read_all(swept / "rows", PromptRow)
-    wanted = {cell_of(row) for row in rows if row.mode == "replay" and row.cell.control is None}
-    assert {cell_of(row) for row in predicted} == wanted
+    wanted = {row.cell for row in rows if row.mode == "replay" and row.cell.control is None}
+    assert {row.cell for row in predicted} == wanted
     times = read_all(swept / "steps", StepTimes)
     assert {time.context for time in times} == {"4", "48"}
     assert {time.kind for time in times} == {"drafter", *BASELINES}
@@ -168,10 +154,10 @@ def test_steps_are_timed_again_around_the_prompts_of_the_plane(swept: Path, repo
 def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None:
     """Three of each context, on the same prompts, twice and more often; the summary tells the last apart."""
     rows = read_all(swept / "rechecked", PromptRow)
-    again = {cell_of(row) for row in rows}
+    again = {row.cell for row in rows}
     assert Counter(cell.context for cell in again) == {"4": 3, "48": 3}
     played = read_all(swept / "run_off", PromptRow)
-    assert Counter(cell_of(row) for row in played) == Counter(cell_of(row) for row in rows)
+    assert Counter(row.cell for row in played) == Counter(row.cell for row in rows)
     assert [row.timing.decode_s for row in played] != [row.timing.decode_s for row in rows]
     (repeats,) = {
         len(row.timing.decode_s) for row in read_all(swept / "rows", PromptRow) if row.mode == "measure"
@@ -180,18 +166,17 @@ def test_the_fastest_cells_are_measured_again(report: Path, swept: Path) -> None
         assert len(row.timing.decode_s) == len(row.timing.ar_decode_s) == 4 * repeats
     cells = [c for c in read_rows(report / "cells.jsonl", CellRow) if c.mode == "measure"]
     for context in ("4", "48"):
-        fastest = sorted(
-            (c for c in cells if c.cell.context == context), key=lambda c: -(c.speed.speedup or 0)
-        )[:3]
-        assert {cell_of(cell) for cell in fastest} == {cell for cell in again if cell.context == context}
+        here = [c for c in cells if c.cell.context == context]
+        fastest = sorted(here, key=lambda c: -c.speed.speedup.mean)[:3]
+        assert {row.cell for row in fastest} == {cell for cell in again if cell.context == context}
     advised = summary_of(report).recommendations
     assert [advice.context for advice in advised] == ["4", "48"]
     for advice in advised:
         chosen = advice.choice or advice.runner_up
         assert advice.num_again == 3 and advice.best_again is not None
-        assert chosen is not None and (chosen.again is not None) == (cell_of(chosen) in again)
+        assert chosen is not None and (chosen.again is not None) == (chosen.cell in again)
         assert (chosen.run_off is None) == (chosen.again is None)
-        assert advice.choice is None or advice.choice.expected[1] > 1
+        assert advice.choice is None or advice.choice.expected.low > 1
     page = (report / "report.html").read_text()
     assert "What to deploy" in page and page.count('<td class="text">plane by earlier steps</td>') == 1
 

@@ -16,10 +16,11 @@ from jobs import Terminated
 from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
+from pipeline.intervals import Interval
 from pipeline.observe import logs, training
 from pipeline.store.provenance import provenance
 from tests.helpers.configs import MINIMAL
-from tests.helpers.tracking import cell, write_rows
+from tests.helpers.tracking import cell, timed, write_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -163,12 +164,11 @@ def test_more_points_than_one_request_takes(config: Config, client: MlflowClient
 
 
 def test_sweep_runs(config: Config, client: MlflowClient) -> None:
-    measured = {"mode": "measure", "num_prompts": 4, "acceptance": 0.9, "exact_prompts": 3}
     rows = [
         cell(),
-        cell(gamma=8, acceptance=0.4),
-        cell(**measured, speedup=1.5, peak_memory_bytes=7),
-        cell(**measured, gamma=8, speedup=1.25),
+        cell(gamma=8, acceptance=Interval(0.4, 0.3, 0.5)),
+        timed(1.5, peak_memory_bytes=7),
+        timed(1.25, gamma=8),
         cell(control="other_prompt"),
         cell(budget="full", temperature=0.5, seed=3),
     ]
@@ -198,13 +198,15 @@ def test_sweep_runs(config: Config, client: MlflowClient) -> None:
     assert (run.data.tags["stage"], run.data.tags["sweep_id"]) == ("cell", "abc123")
     # Acceptance of all prompts, from replay; speed of the measured ones.
     assert curve(client, run, "accept/rate") == {4: 0.5, 8: 0.4}
+    assert curve(client, run, "accept/rate_low") == {4: 0.4, 8: 0.3}
     assert curve(client, run, "speed/speedup") == {4: 1.5, 8: 1.25}
+    assert curve(client, run, "speed/speedup_high") == {4: 1.6, 8: 1.35}
     assert curve(client, run, "quality/exact_share") == {4: 0.75, 8: 0.75}
     assert curve(client, run, "quality/looping_share") == {4: 0.1, 8: 0.1}
     assert curve(client, run, "mem/peak_bytes") == {4: 7}
     assert curve(client, run, "position/conditional_acceptance") == {1: 0.6, 2: 0.5, 3: 0.4, 4: 0.3}
     assert (run.data.metrics["speed/best_speedup"], run.data.metrics["speed/best_gamma"]) == (1.5, 4)
-    assert "accept/rate_not_looping" not in run.data.metrics
+    assert not {"accept/rate_not_looping", "speed/end_to_end_speedup"} & run.data.metrics.keys()
     assert "speed/speedup" not in runs["multi_view|chunk_topk|bfull|4K|pg19|t0.5|s3"].data.metrics
 
     start, this, sweep, compare = map(unquote, links)

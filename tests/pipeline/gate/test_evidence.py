@@ -34,7 +34,7 @@ def test_the_rows_are_one_drafters(finished: Path, evidence: Evidence) -> None:
         for line in file.read_text().splitlines()
     ]
     for name in ("multi_view", "full_only"):
-        wanted = [line for line in lines if line["drafter"] == name]
+        wanted = [line for line in lines if line["cell"]["drafter"] == name]
         found = [row.model_dump(mode="json") for row in read_evidence(report_of(finished), name).rows]
         assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, wanted))
         # Three budgets, each with its control, and no prefix, at two γ; two prompts are measured of one cell.

@@ -15,6 +15,7 @@ import torch
 from pipeline.axes import Place
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
+from pipeline.intervals import Interval
 from pipeline.models.build import build_scratch
 from pipeline.plan import shapes as costs
 from pipeline.plan import train_memory
@@ -25,7 +26,7 @@ from pipeline.plan.sweep_counts import count_sweep, draft_sources, pointed_at
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.store.rows import PredictedRow
 from pipeline.sweep import picks
-from pipeline.sweep.grid import view_cells
+from pipeline.sweep.grid import cells_behind, views_of
 from pipeline.sweep.picks import configured_picks
 from tests.helpers.configs import MINIMAL, SCRATCH
 from tests.helpers.paths import ROOT
@@ -190,22 +191,22 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
         }
     )
     sources = draft_sources(config)
-    here = set(configured_picks(config.sweep, sources, "64"))
+    here = set(configured_picks(config.sweep, sources, place))
     cells, others = pointed_at(config, place, here)
     draw, most, most_others = random.Random(0), 0, 0
     for _ in range(300):
         rows = [
             PredictedRow(
-                drafter=source.name, dataset="code", context="64", policy=view.policy, budget=view.budget,
-                control=None, gamma=gamma, threshold=0, temperature=0, seed=0, num_prompts=1,
-                num_documents=1, decode_s=1, speedup=draw.random(), speedup_low=0, speedup_high=1,
+                cell=cell, num_prompts=1, num_documents=1, decode_s=1, speedup=Interval(draw.random(), 0, 1)
             )
-            for source in sources for view in view_cells(config.sweep, source) if not view.control
-            for gamma in gammas
-        ]  # fmt: skip
+            for source in sources
+            for view in views_of(config.sweep, source)
+            if not view.control
+            for cell in cells_behind(config.sweep, source, place, view)
+        ]
         fastest = picks.by_place(rows)[place]
         names = picks.first_seeds([source.name for source in sources])
-        added = {picks.pick_of(cell) for cell in picks.worth_measuring(fastest, names)} - here
+        added = set(picks.worth_measuring(fastest, names)) - here
         most = max(most, len(added))
         most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
     assert most <= cells and most_others == len(others) == 1

@@ -16,12 +16,13 @@ from pipeline.store.rows import CellRow, FailedCell
 from pipeline.units import binary_size
 from tests.helpers.configs import MINIMAL
 from tests.helpers.report import artifacts, config, row, sweep_rows
+from tests.helpers.rows import make
 
 PREPARE = Stage(name="prepare", seconds=12.0, cached=False)
 SCRIPT = "<script>alert(1)</script>"
-FAILED = FailedCell(
-    drafter="multi_view", dataset="code", context="64", policy="all", budget="full", control=None, gamma=0,
-    temperature=0.0, seed=0, mode="replay", prompt_id="p9", error=f"RuntimeError: {SCRIPT} not finite",
+FAILED = make(
+    FailedCell, drafter="multi_view", dataset="code", context="64", policy="all", budget="full", gamma=0,
+    mode="replay", prompt_id="p9", error=f"RuntimeError: {SCRIPT} not finite",
 )  # fmt: skip
 
 

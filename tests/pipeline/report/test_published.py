@@ -13,6 +13,7 @@ import pytest
 from jobs.stages.report import ReportInputs, report
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
+from pipeline.intervals import Interval
 from pipeline.report import published
 from pipeline.report.published import Published, ar_beside, published_beside
 from pipeline.results.axes import Axes
@@ -21,6 +22,7 @@ from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import CellRow, PredictedRow, PromptRow
 from tests.helpers.paths import ROOT
 from tests.helpers.report import artifacts, config, measured, row
+from tests.helpers.rows import make
 
 FACTS = ROOT.parent / "shared" / "paper_results.json"
 PAPER = ROOT / "conf" / "paper.yaml"
@@ -99,10 +101,10 @@ def prompt_rows(**changes: Any) -> list[PromptRow]:
 
 def guess(gamma: int, speedup: float) -> PredictedRow:
     """A predicted speed in the place of `prompt_rows`."""
-    axes = {"policy": "chunk_topk", "control": None, "temperature": 0.0, "seed": 0, "gamma": gamma, **PLACE}
-    return PredictedRow(
-        **axes, num_prompts=5, num_documents=5, decode_s=1.0, speedup=speedup, speedup_low=1, speedup_high=9
-    )
+    return make(
+        PredictedRow, policy="chunk_topk", gamma=gamma, **PLACE, num_prompts=5, num_documents=5, decode_s=1.0,
+        speedup=Interval(speedup, 1, 9),
+    )  # fmt: skip
 
 
 def cells_of(config: Config, rows: list[PromptRow]) -> list[CellRow]:
@@ -225,7 +227,7 @@ def test_another_wording_or_task_is_another_data_set() -> None:
 
 def ar_speed(dataset: str = "pg19", context: str = "8K", temperature: float = 0.0) -> ArSpeed:
     return ArSpeed(
-        dataset=dataset, context=context, temperature=temperature, mean=70.0, low=68.0, high=72.0,
+        dataset=dataset, context=context, temperature=temperature, speed=Interval(70.0, 68.0, 72.0),
         num_prompts=9, num_documents=9,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Paired differences, and those over training seeds, by hand."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -26,10 +26,10 @@ def test_intervals_of_differences_resample_documents():
     uneven += [row("multi_view", p, 30 if p % 2 else 70, 100) for p in range(6)]
     uneven += [row("multi_view", p, 30, 100, control="other_prompt") for p in range(6)]
     gain, _ = found(gains, uneven)
-    assert (gain.mean, gain.low, gain.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert astuple(gain.value) == pytest.approx((0.1, 0.1, 0.1))
     assert (gain.num_prompts, gain.num_documents) == (6, 3)
     (gap,) = found(control_gaps, uneven)
-    assert (gap.mean, gap.low, gap.high) == pytest.approx((0.2, 0.2, 0.2))
+    assert astuple(gap.value) == pytest.approx((0.2, 0.2, 0.2))
     assert (gap.num_prompts, gap.num_documents) == (6, 3)
 
 
@@ -46,7 +46,7 @@ def test_intervals_of_differences_resample_documents():
 )
 def test_gains_compare_drafters_of_one_seed(drafters, pairs):
     made = found(gains, rows_of(dict.fromkeys(drafters, 40)), drafters)
-    assert [f"{g.drafter}-{g.baseline}" for g in made if g.prompts == "all"] == pairs
+    assert [f"{g.cell.drafter}-{g.baseline}" for g in made if g.prompts == "all"] == pairs
 
 
 def test_gains_over_training_seeds_by_hand():
@@ -59,22 +59,23 @@ def test_gains_over_training_seeds_by_hand():
     rows += rows_of({"a~1": 99, "b~1": 0}, prompts=[20, 22])
     rows += rows_of(dict.fromkeys(SEEDS, 90), prompts=[6], looping=True)
     every, varied, control = found(family_gains, rows, SEEDS)
-    assert (every.drafter, every.baseline, every.budget, every.control) == ("b", "a", 16, None)
+    assert (every.cell.drafter, every.baseline) == ("b", "a")
+    assert (every.cell.budget, every.cell.control) == (16, None)
     assert every.by_seed == pytest.approx([0.20 * 6 / 7, 0.10 * 6 / 7, 0.06 * 6 / 7])
-    assert every.mean == pytest.approx(0.12 * 6 / 7)
+    assert every.value.mean == pytest.approx(0.12 * 6 / 7)
     assert (every.num_prompts, every.num_documents, every.num_seeds) == (7, 4, 3)
     # Without the prompt that loops all documents agree: only the seeds are left to resample.
     assert (varied.prompts, varied.num_prompts, varied.num_documents) == ("not_looping", 6, 3)
-    assert (varied.mean, varied.low, varied.high) == pytest.approx((0.12, 0.06, 0.20))
-    assert control.control == "other_prompt"
-    assert (control.mean, control.low, control.high) == pytest.approx((0.05, 0.05, 0.05))
+    assert astuple(varied.value) == pytest.approx((0.12, 0.06, 0.20))
+    assert control.cell.control == "other_prompt"
+    assert astuple(control.value) == pytest.approx((0.05, 0.05, 0.05))
 
 
 def test_families_are_matched_by_seed_not_by_order():
     accepted = {"a~1": 10, "a~2": 50, "a~3": 30, "b~2": 55, "b~1": 15, "b~4": 99}
     gain, _ = found(family_gains, rows_of(accepted), tuple(accepted))
     assert gain.by_seed == pytest.approx([0.05, 0.05])
-    assert (gain.low, gain.high) == pytest.approx((0.05, 0.05))
+    assert (gain.value.low, gain.value.high) == pytest.approx((0.05, 0.05))
 
 
 @pytest.mark.parametrize(
@@ -88,5 +89,5 @@ def test_cells_that_a_seed_lacks_are_compared_over_the_others():
     accepted = dict(zip(SEEDS, (40, 40, 40, 50, 60, 70), strict=True))
     rows = rows_of(accepted) + rows_of({name: accepted[name] for name in SEEDS[:5]}, budget="full")
     both = [g for g in found(family_gains, rows, SEEDS) if g.prompts == "all"]
-    assert [(g.budget, g.num_seeds) for g in both] == [(16, 3), ("full", 2)]
-    assert [g.mean for g in both] == pytest.approx([0.2, 0.15])
+    assert [(g.cell.budget, g.num_seeds) for g in both] == [(16, 3), ("full", 2)]
+    assert [g.value.mean for g in both] == pytest.approx([0.2, 0.15])

@@ -1,30 +1,21 @@
 """What the verdicts say."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
 from pipeline.config.sweep import Plane
+from pipeline.intervals import Interval
 from pipeline.results.findings import summarise
 from pipeline.results.pool import cell_rows
 from pipeline.results.scores import Predictions
 from pipeline.results.summary import Summary
 from pipeline.store.rows import FailedCell, ModelSize, PredictedRow, StepTimes
-from pipeline.sweep.predict import cell_of
 from tests.helpers.report import AXES, measured, row, sweep_rows
+from tests.helpers.rows import make
 
-KEYS = {
-    "drafter",
-    "dataset",
-    "context",
-    "policy",
-    "budget",
-    "control",
-    "gamma",
-    "threshold",
-    "temperature",
-    "seed",
-}
+CELL = {"drafter", "dataset", "context", "view", "gamma", "threshold", "temperature", "seed", "kind", "rule"}
+VIEW = {"policy", "budget", "control", "sinks", "refresh", "positions"}
 
 
 def summary_of(rows, failed=(), axes=AXES) -> Summary:
@@ -37,7 +28,9 @@ def summary() -> Summary:
 
 
 def gain(summary: Summary, **wanted):
-    found = [g for g in summary.headline if all(getattr(g, key) == value for key, value in wanted.items())]
+    """The one gain whose cell is as wanted, over these prompts."""
+    over = wanted.pop("prompts", None)
+    found = [g for g in summary.headline if g.cell == g.cell.vary(**wanted) and over in (None, g.prompts)]
     assert len(found) == 1
     return found[0]
 
@@ -58,30 +51,31 @@ def test_summary_holds_what_other_programs_ask_for(summary):
     assert plain["lossless"] == {"prompts": 2, "exact": 2, "explained": 0, "left_out_tokens": 0}
     assert plain["replay_check"] == {"rows": 8, "equal": 8}
     for name in ("acceptance", "speedup"):
-        assert all(
-            set(line) == KEYS | {"mean", "low", "high", "num_prompts", "num_documents"}
-            for line in plain[name]
-        )
-    assert {line["budget"] for line in plain["acceptance"]} == {16, "full"}
-    assert {line["control"] for line in plain["acceptance"]} == {None, "other_prompt"}
+        for line in plain[name]:
+            assert set(line) == {"cell", "value", "num_prompts", "num_documents"}
+            assert set(line["cell"]) == CELL and set(line["cell"]["view"]) == VIEW
+            assert set(line["value"]) == {"mean", "low", "high"}
+    views = [line["cell"]["view"] for line in plain["acceptance"]]
+    assert {view["budget"] for view in views} == {16, "full"}
+    assert {view["control"] for view in views} == {None, "other_prompt"}
     assert Summary.model_validate(plain) == summary
 
 
 def test_gain_at_the_smallest_budget_and_at_the_full_cache(summary):
     # Ten prompts of 60 against 40 of 100 and two loops of 95 each.
     small = gain(summary, budget=16, gamma=4, control=None, prompts="all")
-    assert (small.drafter, small.baseline) == ("multi_view", "full_only")
-    assert small.mean == pytest.approx(0.20 * 10 / 12)
-    assert 0 < small.low < small.mean < small.high
+    assert (small.cell.drafter, small.baseline) == ("multi_view", "full_only")
+    assert small.value.mean == pytest.approx(0.20 * 10 / 12)
+    assert 0 < small.value.low < small.value.mean < small.value.high
     full = gain(summary, budget="full", gamma=4, control=None, prompts="all")
-    assert full.mean == pytest.approx(-0.01 * 10 / 12)
+    assert full.value.mean == pytest.approx(-0.01 * 10 / 12)
 
 
 def test_gain_without_looping_prompts_and_under_the_control(summary):
     varied = gain(summary, budget=16, gamma=4, control=None, prompts="not_looping")
-    assert (varied.mean, varied.num_prompts, varied.num_documents) == (pytest.approx(0.20), 10, 5)
+    assert (varied.value.mean, varied.num_prompts, varied.num_documents) == (pytest.approx(0.20), 10, 5)
     control = gain(summary, budget=16, gamma=4, control="other_prompt")
-    assert control.mean == pytest.approx(-0.10 * 10 / 12)
+    assert control.value.mean == pytest.approx(-0.10 * 10 / 12)
 
 
 def test_gain_takes_the_prompts_that_both_drafters_have():
@@ -89,11 +83,11 @@ def test_gain_takes_the_prompts_that_both_drafters_have():
         row("multi_view", p, 60, 100) for p in range(2, 9)
     ]
     small = gain(summary_of(rows), budget=16, prompts="all")
-    assert (small.num_prompts, small.mean) == (3, pytest.approx(0.2))
+    assert (small.num_prompts, small.value.mean) == (3, pytest.approx(0.2))
 
 
 def test_gap_to_the_control(summary):
-    gaps = {(g.drafter, g.budget): g for g in summary.controls if g.gamma == 4}
+    gaps = {(g.cell.drafter, g.cell.budget): g.value for g in summary.controls if g.cell.gamma == 4}
     assert gaps["multi_view", 16].mean == pytest.approx(0.30 * 10 / 12)
     assert gaps["full_only", 16].mean == pytest.approx(0.0)
 
@@ -145,8 +139,8 @@ def test_a_share_below_nothing_is_shown_as_it_is() -> None:
     )
     assert said in "\n".join(found.findings)
     (under,) = (g for g in found.headline if g.cell.control)
-    mean, low, high = under.lost
-    assert mean == pytest.approx(0.11) and 0.01 <= low < mean < high <= 0.21
+    lost = under.lost
+    assert lost.mean == pytest.approx(0.11) and 0.01 <= lost.low < lost.mean < lost.high <= 0.21
 
 
 def test_what_a_gain_loses_under_the_control_is_paired():
@@ -163,8 +157,8 @@ def test_what_a_gain_loses_under_the_control_is_paired():
     drafters = ("full_only~1", "full_only~2", "multi_view~1", "multi_view~2")
     found = summary_of(rows, axes=replace(AXES, drafters=drafters))
     (family,) = (g for g in found.families if g.cell.control)
-    assert family.lost == pytest.approx((0.1, 0.1, 0.1))
-    assert all(g.lost == pytest.approx((0.1, 0.1, 0.1)) for g in found.headline if g.cell.control)
+    assert astuple(family.lost) == pytest.approx((0.1, 0.1, 0.1))
+    assert all(astuple(g.lost) == pytest.approx((0.1, 0.1, 0.1)) for g in found.headline if g.cell.control)
     assert all(g.lost is None for g in (*found.headline, *found.families) if not g.cell.control)
     said = "56 % of the gain is there without the context, +10.0 points [+10.0, +10.0] of it are not."
     assert said in found.findings[0]
@@ -256,11 +250,11 @@ def test_no_prefix_counts_only_for_a_drafter_trained_so():
 
 
 def test_doubts_are_told():
-    failed = FailedCell(
-        drafter="full_only", dataset="code", context="64", policy="all", budget="full", control=None, gamma=0,
-        temperature=0.0, seed=0, mode="replay", prompt_id="p9", error="RuntimeError: not finite",
+    failed = make(
+        FailedCell, drafter="full_only", dataset="code", context="64", policy="all", budget="full", gamma=0,
+        mode="replay", prompt_id="p9", error="RuntimeError: not finite",
     )  # fmt: skip
-    empty = row("multi_view", accepted=0, proposed=0, num_rounds=0, reached=[0] * 4, kept=[0] * 4)
+    empty = row("multi_view", accepted=0, proposed=0, num_rounds=0, reached=(0,) * 4, kept=(0,) * 4)
     text = "\n".join(summary_of([row(in_trained_range=False), empty], [failed]).findings)
     assert "1 cells or prompts failed" in text
     assert "At 64, outside the positions that they were trained on: full_only." in text
@@ -281,12 +275,11 @@ def test_a_drafter_that_could_not_be_timed_is_named():
     lost, *others = sorted({cell.cell.drafter for cell in replayed})
     predicted = [
         PredictedRow(
-            **cell_of(cell).model_dump(), num_prompts=1, num_documents=1, decode_s=1.0, speedup=1.0,
-            speedup_low=1.0, speedup_high=1.0,
+            cell=one.cell, num_prompts=1, num_documents=1, decode_s=1.0, speedup=Interval(1.0, 1.0, 1.0)
         )
-        for cell in replayed
-        if cell.cell.drafter in others
-    ]  # fmt: skip
+        for one in replayed
+        if one.cell.drafter in others
+    ]
     sizes = [ModelSize(name="target", weight_bytes=1, kv_bytes_per_token=1)]
     context = replayed[0].cell.context
 

@@ -9,10 +9,12 @@ import pytest
 from jobs.commands.recommend import lines
 from pipeline.axes import Place
 from pipeline.errors import BadData
+from pipeline.intervals import Interval
 from pipeline.results.pool import cell_rows
 from pipeline.results.recommend import Choice, Needs, choices, recommend, settings_text
 from pipeline.store.rows import CellRow, ModelSize, PromptRow
 from tests.helpers.report import AXES, measured, row
+from tests.helpers.rows import make, varied
 
 PLACE = Place("code", "64")
 SIZES = {
@@ -23,15 +25,13 @@ SIZES = {
 
 def choice(speedup: float, low: float, again: tuple[float, float] | None = None, **changes: Any) -> Choice:
     """Speedup and the low end of its interval, first and on fresh repeats."""
-    mean, again_low = again or (None, None)
     values: dict[str, Any] = {
         "drafter": "multi_view", "dataset": "code", "context": "64", "policy": "chunk_topk", "budget": 16,
-        "control": None, "gamma": 4, "temperature": 0.0, "seed": 0, "speedup": speedup, "speedup_low": low,
-        "speedup_high": speedup + 0.2, "again": mean, "again_low": again_low,
-        "again_high": mean and mean + 0.05, "end_to_end": 1.0, "num_documents": 6, "acceptance": 0.5,
-        "acceptance_mode": "replay", "drafter_kv_bytes": 1000,
+        "gamma": 4, "speedup": Interval(speedup, low, speedup + 0.2),
+        "again": Interval(*again, again[0] + 0.05) if again else None, "end_to_end": 1.0, "num_documents": 6,
+        "acceptance": 0.5, "acceptance_mode": "replay", "drafter_kv_bytes": 1000,
     }  # fmt: skip
-    return Choice(**{**values, **changes})
+    return make(Choice, **{**values, **changes})
 
 
 # ── which cell ────────────────────────────────────────────────────────────────────────────────────
@@ -48,10 +48,9 @@ def test_choices_are_measured_cells_with_their_fresh_repeats() -> None:
     again = [measured(prompt=n, budget="full", decode_s=[2.5, 2.5]) for n in range(6)]
     cells, fresh = cell_rows(rows, AXES, 100, 0), cell_rows(again, AXES, 100, 0)
     fast, slow = choices(cells, [], fresh)[PLACE]
-    assert (fast.cell.budget, fast.speedup, fast.again) == ("full", pytest.approx(2.0), pytest.approx(1.2))
-    assert fast.expected == (fast.again, fast.again.low, fast.again.high)
-    assert (slow.cell.budget, slow.speedup, slow.again) == (16, pytest.approx(1.5), None)
-    assert slow.expected == (slow.speedup, slow.speedup.low, slow.speedup.high)
+    assert (fast.cell.budget, slow.cell.budget) == ("full", 16)
+    assert (fast.speedup.mean, fast.again.mean) == pytest.approx((2.0, 1.2)) and fast.expected == fast.again
+    assert slow.speedup.mean == pytest.approx(1.5) and slow.again is None and slow.expected == slow.speedup
     assert fast.acceptance == pytest.approx(0.6) and fast.num_documents == 3
     # With prefills of 1.5 s and of AR's 1 s: of the fresh repeats, where there are any.
     assert fast.end_to_end == pytest.approx((1.0 + 3.0) / (1.5 + 2.5))
@@ -99,7 +98,7 @@ def test_behind_cells_that_regressed_a_first_measurement_shows_nothing() -> None
     assert advice.choice is None and advice.runner_up == regressed
     assert "the best measured cell is at 1.00× [0.90, 1.05]" in advice.why
     # Where the needs leave none that was measured again, the first measurement has to do, and it is said.
-    small = unraced.model_copy(update={"acceptance": 0.9})
+    small = varied(unraced, acceptance=0.9)
     advice = recommend(PLACE, [regressed, failed, small], 5, Needs(48, 16, min_acceptance=0.6))
     assert advice.choice == small and "by the run-off" not in advice.why
 
@@ -159,7 +158,7 @@ def test_none_that_passes_names_the_best_by_what_counts() -> None:
     unraced = [choice(1.5, 1.3), choice(1.4, 1.3, gamma=2)]
     shown = list(lines(recommend(PLACE, unraced, 5), Needs(48, 16), SIZES, PLACE))
     assert [line[:10].strip() for line in shown if line[2:10].strip()] == ["code, 64:", "deploy", "next"]
-    accurate = fast.model_copy(update={"acceptance": 0.9})
+    accurate = varied(fast, acceptance=0.9)
     of_the_allowed = recommend(PLACE, [accurate, slow], 5, Needs(48, 16, min_acceptance=0.6)).why
     assert "the best measured cell that the needs allow is at 1.01×" in of_the_allowed
 
@@ -187,16 +186,16 @@ def test_a_first_measurement_alone_is_said_to_be_high() -> None:
     advice = recommend(PLACE, [once, other], 5)
     assert advice.choice == once and advice.why == f"the fastest of 2 measured cells, {said}"
     assert any(said in line for line in lines(advice, Needs(48, 16), SIZES, PLACE))
-    twice = other.model_copy(update={"again": 1.2, "again_low": 1.15, "again_high": 1.25})
+    twice = varied(other, again=Interval(1.2, 1.15, 1.25))
     assert recommend(PLACE, [once, twice], 5).choice == twice
     assert "first measurement" not in recommend(PLACE, [once, twice], 5).why
     assert "first measurement" not in recommend(PLACE, [once], 5).why, "nothing was picked"
 
 
 def test_the_settings_of_a_cell() -> None:
-    assert settings_text(choice(1.2, 1.1)) == "multi_view, chunk_topk, B = 16, γ = 4"
+    assert settings_text(choice(1.2, 1.1).cell) == "multi_view, chunk_topk, B = 16, γ = 4"
     whole = choice(1.2, 1.1, budget="full", threshold=0.25)
-    assert settings_text(whole) == "multi_view, chunk_topk, B = full, γ = 4, stopping under 0.25"
+    assert settings_text(whole.cell) == "multi_view, chunk_topk, B = full, γ = 4, stopping under 0.25"
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────

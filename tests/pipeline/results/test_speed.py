@@ -4,13 +4,15 @@ import pytest
 
 from pipeline.results import pool, speed
 from tests.helpers.report import AXES, measured, row
+from tests.helpers.rows import varied
 
 SEEDED = {"samples": 500, "seed": 0}
 
 
 def speedup_of(rows) -> tuple[float, float, float]:
     (cell,) = pool.cell_rows(rows, AXES, **SEEDED)
-    return cell.speed.speedup.low, cell.speed.speedup, cell.speed.speedup.high
+    speedup = cell.speed.speedup
+    return speedup.low, speedup.mean, speedup.high
 
 
 def test_units_are_documents_and_what_batches_link():
@@ -36,7 +38,7 @@ def test_speedup_interval_resamples_documents():
     assert speedup_of(one) == pytest.approx((16 / 6, 16 / 6, 16 / 6))
     two = [measured(prompt=0, **fast), measured(prompt=2, **slow)]
     assert speedup_of(two) == pytest.approx((2.0, 16 / 6, 4.0))
-    together = [r.model_copy(update={"together_with": "p0", "prompts_together": 2}) for r in two]
+    together = [varied(r, together_with="p0", prompts_together=2) for r in two]
     assert speedup_of(together) == pytest.approx((16 / 6, 16 / 6, 16 / 6))
 
 

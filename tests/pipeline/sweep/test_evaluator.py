@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
+from pipeline.axes import Cell, View
+from pipeline.metrics import Counts
 from pipeline.models.load import ModelRef, load_model
 from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, Mode, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask, failures_of
-from tests.helpers.sweeps import LENGTH, LIMIT, PROMPTS, SweepBench, by_hand, counts, key
+from tests.helpers.sweeps import LENGTH, LIMIT, PROMPTS, SweepBench, key
 from tests.helpers.tiny import VOCABULARY, save_model
 
 
@@ -48,9 +50,7 @@ def counted(done: Evaluated) -> tuple[int, int]:
 def test_replay_has_every_cell_once(replayed: list[PromptRow]) -> None:
     """2 policies × (3 budgets + 3 with another prompt's KV + none) × 2 γ × 4 prompts."""
     assert len(replayed) == len({key(row) for row in replayed}) == 2 * 7 * 2 * PROMPTS
-    assert all(
-        row.mode == "replay" and row.cell.temperature == 0 and not row.timing.decode_s for row in replayed
-    )
+    assert all(row.mode == "replay" and row.cell.temperature == 0 and row.timing is None for row in replayed)
     assert {row.cell.control for row in replayed} == {None, "other_prompt", "no_prefix"}
     assert all(row.cell.budget == 0 for row in replayed if row.cell.control == "no_prefix")
 
@@ -65,7 +65,7 @@ def test_replay_counts_are_decodings(bench: SweepBench, replayed: list[PromptRow
         prompt, partner = pairs[row.prompt_id]
         read = partner if row.cell.control == "other_prompt" else prompt
         tokens, rounds = bench.speculate(prompt, read, row.cell.policy, row.cell.budget, row.cell.gamma)
-        assert counts(row) == by_hand(rounds, row.cell.gamma), key(row)
+        assert row.counts == Counts.of(rounds, row.cell.gamma), key(row)
         stored = next(c for c in bench.continuations if c.prompt_id == row.prompt_id)
         assert tokens == stored.tokens and row.repetition_rate == stored.repetition_rate
         assert row.looping == (row.repetition_rate > 0.5)
@@ -73,8 +73,8 @@ def test_replay_counts_are_decodings(bench: SweepBench, replayed: list[PromptRow
 
 def test_another_prompts_kv_is_another_result(replayed: list[PromptRow]) -> None:
     found = {key(row): row.counts.num_accepted for row in replayed}
-    own = {k: n for k, n in found.items() if k[4] is None}
-    other = {k: found[(*k[:4], "other_prompt", *k[5:])] for k in own}
+    own = {at: n for at, n in found.items() if at[1].control is None}
+    other = {(prompt, cell): found[prompt, cell.vary(control="other_prompt")] for prompt, cell in own}
     assert own != other and sum(own.values()) > sum(other.values())
 
 
@@ -87,13 +87,11 @@ def test_a_partner_of_the_same_document_is_passed_over(bench: SweepBench, tmp_pa
     write_rows(tmp_path / "prompts.jsonl", prompts)
     task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
     bench.evaluator()(task)
-    (row,) = (
-        row
-        for row in read_rows(task.output, PromptRow)
-        if key(row) == ("drafter", prompts[0].prompt_id, "streaming", 16, "other_prompt", 5, 0.0)
-    )
+    view = View("streaming", 16, "other_prompt")
+    wanted = prompts[0].prompt_id, Cell("drafter", prompts[0].dataset, prompts[0].context, view, gamma=5)
+    (row,) = (row for row in read_rows(task.output, PromptRow) if key(row) == wanted)
     _, rounds = bench.speculate(prompts[0], prompts[2], "streaming", 16, 5)
-    assert counts(row) == by_hand(rounds, 5)
+    assert row.counts == Counts.of(rounds, 5)
 
 
 def test_a_longer_partner_is_cut_to_the_length_of_the_prompt(
@@ -106,8 +104,8 @@ def test_a_longer_partner_is_cut_to_the_length_of_the_prompt(
     task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
     bench.evaluator()(task)
     rows = read_rows(task.output, PromptRow)
-    of_first = [counts(row) for row in rows if row.prompt_id == first.prompt_id]
-    assert of_first == [counts(row) for row in replayed if row.prompt_id == first.prompt_id]
+    of_first = [row.counts for row in rows if row.prompt_id == first.prompt_id]
+    assert of_first == [row.counts for row in replayed if row.prompt_id == first.prompt_id]
     controls = {row.cell.control for row in rows if row.prompt_id == second.prompt_id}
     assert controls == {None, "no_prefix"}
 
@@ -120,7 +118,7 @@ def test_without_a_partner_only_the_control_is_left_out(
     task = replace(bench.replay_task(tmp_path), prompts=tmp_path / "prompts.jsonl")
     wanted = [row for row in replayed if row.cell.control != "other_prompt"]
     assert counted(bench.evaluator()(task)) == (len(wanted), 0)
-    assert [counts(row) for row in read_rows(task.output, PromptRow)] == [counts(row) for row in wanted]
+    assert [row.counts for row in read_rows(task.output, PromptRow)] == [row.counts for row in wanted]
 
 
 def test_slices_of_the_prompts_give_the_same_rows(
@@ -210,7 +208,7 @@ def test_a_failed_drafter_leaves_the_others_and_is_made_up_for(
     assert counted(again) == (rows, 0) and again.retried == views * last
     assert not failures_of(task).exists()
     ours, theirs = (
-        [(key(row), counts(row), row.timing.exact) for row in read_rows(one.output, PromptRow)]
+        [(key(row), row.counts, row.timing and row.timing.exact) for row in read_rows(one.output, PromptRow)]
         for one in (task, whole)
     )
     assert ours == theirs
@@ -264,10 +262,11 @@ def test_a_task_tells_what_it_gave_first_and_again(bench: SweepBench, tmp_path: 
         assert (done.rows, done.cells, done.failed, done.retried) == (len(rows), len(rows), 0, 0)
         assert set(done.accepted) == {("drafter", "code"), ("poor", "code")}
         for (drafter, _), (accepted, proposed) in done.accepted.items():
-            real = [row for row in rows if row["drafter"] == drafter and row["control"] is None]
-            assert accepted == sum(sum(row["kept"]) for row in real)
-            assert proposed == sum(row["num_proposed"] for row in real) > 0
+            real = [row for row in rows if row["cell"]["drafter"] == drafter]
+            real = [row["counts"] for row in real if row["cell"]["view"]["control"] is None]
+            assert accepted == sum(sum(counts["kept"]) for counts in real)
+            assert proposed == sum(counts["num_proposed"] for counts in real) > 0
         clocked = [row for row in rows if row["mode"] == "measure"]
-        assert done.tokens == sum(2 * row["num_tokens"] for row in clocked)  # two repeats
-        assert done.seconds == pytest.approx(sum(sum(row["decode_s"]) for row in clocked))
+        assert done.tokens == sum(2 * row["counts"]["num_tokens"] for row in clocked)  # two repeats
+        assert done.seconds == pytest.approx(sum(sum(row["timing"]["decode_s"]) for row in clocked))
         assert evaluator(task) == done

@@ -30,9 +30,10 @@ OLD_VIEWS = {
 def test_the_cell_of_an_old_row_is_the_one_that_is_made_today() -> None:
     """Else rows of a sweep that was begun before would stand beside those that end it."""
     sweep = tiny_config({
-        "decode.draft_length": "adaptive", "sweep.mode": "both",
-        "sweep.policies": ["chunk_topk", "streaming"], "sweep.budgets": [0, 16, "full"], "sweep.gammas": [2, 4], "sweep.thresholds": [0.0, 0.5],
-        "sweep.controls": ["other_prompt", "no_prefix"], "sweep.seeds": [3, 5],
+        "decode.draft_length": "adaptive", "sweep.mode": "both", "sweep.gammas": [2, 4],
+        "sweep.policies": ["chunk_topk", "streaming"], "sweep.budgets": [0, 16, "full"],
+        "sweep.thresholds": [0.0, 0.5], "sweep.controls": ["other_prompt", "no_prefix"],
+        "sweep.seeds": [3, 5],
     }).sweep  # fmt: skip
     drafters = [
         Drafter("multi_view~2", ModelRef("somewhere"), 128),

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.axes import Place
+from pipeline.axes import Cell, Place, View
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Plane
+from pipeline.intervals import Interval
 from pipeline.store.rows import PredictedRow, StepTimes
 from pipeline.sweep import predict
-from pipeline.sweep.grid import DraftLength, ViewCell
-from pipeline.sweep.picks import Pick, by_place, first_seeds, plane_picks, worth_measuring
+from pipeline.sweep.grid import Drafter
+from pipeline.sweep.picks import by_place, first_seeds, plane_picks, worth_measuring
 from tests.helpers.configs import MINIMAL
 from tests.helpers.report import measured, row
+from tests.helpers.rows import make
 
 PLACE = Place("code", "64")
 FIRSTS = first_seeds(["full_only", "multi_view", "multi_view~2", "prompt_lookup"])
@@ -37,8 +39,8 @@ def test_predicted_seconds_are_the_formula() -> None:
     # Of γ = 4 verification lies halfway between the two that were timed.
     seconds = [(5 + n) * (4 * 0.002 + 0.04 + 0.001) for n in range(4)]
     assert predicted.decode_s == pytest.approx(sum(seconds) / 4)
-    assert predicted.speedup == pytest.approx(4 * 12 * 0.02 / sum(seconds))
-    assert predicted.speedup.low < predicted.speedup < predicted.speedup.high
+    assert predicted.speedup.mean == pytest.approx(4 * 12 * 0.02 / sum(seconds))
+    assert predicted.speedup.low < predicted.speedup.mean < predicted.speedup.high
     assert (predicted.num_prompts, predicted.num_documents) == (4, 2)
 
 
@@ -84,7 +86,7 @@ def test_steps_timed_again_count_by_their_means_view_by_view() -> None:
 
 def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:
     """Ten rounds, of which seven propose four tokens; looking takes 3 ms a round, however many they are."""
-    looked = row("prompt_lookup", policy="none", budget=0, num_rounds=10, reached=[7, 4, 2, 1])
+    looked = row("prompt_lookup", policy="none", budget=0, num_rounds=10, reached=(7, 4, 2, 1))
     times = [*TIMES, steps(0, 0.003, "prompt_lookup", "none")]
     verify_1, verify_4, rest = 0.03, 0.04, 0.001  # below γ = 2 nothing was timed: as at γ = 2
     seconds = predict.StepModel(times).seconds(looked)
@@ -94,11 +96,10 @@ def test_lookup_verifies_two_tokens_where_it_finds_nothing() -> None:
 def predicted(drafter: str, budget: int | str, gamma: int, speedup: float, **changes: Any) -> PredictedRow:
     values: dict[str, Any] = {
         "drafter": drafter, "dataset": "code", "context": "64", "policy": "chunk_topk", "budget": budget,
-        "control": None, "gamma": gamma, "temperature": 0.0, "seed": 0, "num_prompts": 12,
-        "num_documents": 6, "decode_s": 1.0, "speedup": speedup, "speedup_low": speedup - 0.2,
-        "speedup_high": speedup + 0.2,
+        "gamma": gamma, "num_prompts": 12, "num_documents": 6, "decode_s": 1.0,
+        "speedup": Interval(speedup, speedup - 0.2, speedup + 0.2),
     }  # fmt: skip
-    return PredictedRow(**{**values, **changes})
+    return make(PredictedRow, **{**values, **changes})
 
 
 def test_the_fastest_the_baselines_and_the_corners_are_worth_measuring() -> None:
@@ -126,10 +127,10 @@ def test_the_plane_is_every_budget_and_gamma_of_one_place() -> None:
     config = Config.model_validate(MINIMAL).sweep
     plane = Plane(drafter="multi_view", dataset="code", context="64")
     sweep = config.model_copy(update={"measure": config.measure.model_copy(update={"plane": plane})})
-    picks = plane_picks(sweep, PLACE, ["full_only", "multi_view~1", "multi_view~2"])
-    assert picks == [
-        Pick("multi_view~1", ViewCell("chunk_topk", budget, None), DraftLength(gamma))
+    drafters = [Drafter(name, None, 128) for name in ("full_only", "multi_view~1", "multi_view~2")]
+    assert plane_picks(sweep, PLACE, drafters) == [
+        Cell("multi_view~1", "code", "64", View("chunk_topk", budget), gamma, seed=sweep.seeds[0])
         for budget in (16, 32, "full")
         for gamma in (2, 4)
     ]
-    assert plane_picks(sweep, Place("code", "128"), ["multi_view"]) == []
+    assert plane_picks(sweep, Place("code", "128"), drafters) == []
