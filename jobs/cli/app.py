@@ -89,11 +89,11 @@ StorageOption = Annotated[
 
 
 class _StageFormatter(logging.Formatter):
-    """`12:30:05 train  text` for our loggers, the full logger name for others; the level from warnings up."""
+    """`12:30:05 train  text` for our loggers, by file; the full name for others; the level from warnings up."""
 
     def format(self, record: logging.LogRecord) -> str:
-        package, _, module = record.name.partition(".")
-        stage = module if package in PACKAGES and module else record.name
+        package, *rooms = record.name.split(".")
+        stage = rooms[-1] if package in PACKAGES and rooms else record.name
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return f"{self.formatTime(record, '%H:%M:%S')} {stage:<10} {level}{super().format(record)}"
 
