@@ -30,10 +30,10 @@ from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import GREEDILY
 from pipeline.intervals import bootstrap_interval
-from pipeline.metrics import Counts
 from pipeline.models.build import build_scratch
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef
+from pipeline.results.pool import accepted_of_proposed
 from pipeline.store.files import read_all, write_rows
 from pipeline.store.layout import CONTINUATIONS, PROMPTS, ROWS, TOKENIZER
 from pipeline.store.rows import Prompt, PromptRow
@@ -214,7 +214,7 @@ def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row
     known = {(r.prompt_id, r.cell): r.counts.num_accepted for r in replayed.rows}
     pairs = zip(sample, accepted, strict=True)
     equal = sum(count == known[one.prompt.prompt_id, one.cell] for one, count in pairs)
-    rate = Counts.pooled([r.counts for r in replayed.rows]).acceptance
+    kept, proposed = map(sum, accepted_of_proposed(replayed.rows))  # over every γ
     mean = bootstrap_interval(seconds, [1] * sampled, samples=2000, seed=0)
     ratio, low, high = (
         (replayed.prefill_s + each * len(work)) / replayed.seconds
@@ -227,7 +227,7 @@ def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row
         "measuring every cell, prefills shared ÷ replay",
         [ratio],
         100,
-        note=f"{basis}; {check}; {rate:.0%} of all proposals are accepted",
+        note=f"{basis}; {check}; {kept / proposed:.0%} of all proposals are accepted",
     )
     return [
         row(
