@@ -108,10 +108,11 @@ EXPERIMENTS = {
 def timed_cells(config: Config) -> set[tuple[str, str, int | str, int]]:
     """(context, drafter, budget, γ) of the cells that the config names for measuring."""
     drafters = [Drafter(v.name, None, 0) for v in config.train.drafters]
+    dataset = config.data.sources[0].name
     return {
-        (context.name, pick.drafter, pick.cell.budget, pick.length.gamma)
+        (cell.context, cell.drafter, cell.budget, cell.gamma)
         for context in config.data.contexts
-        for pick in configured_picks(config.sweep, drafters, context.name)
+        for cell in configured_picks(config.sweep, drafters, Place(dataset, context.name))
     }
 
 
