@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.models import FakeTokenizer, sharpen
+from tests.helpers.clock import patience
 
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on the CPU. Read when triton is imported, which transformers does.
@@ -19,10 +21,15 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedModel
 
+from jobs.executors.ray_executor import RayExecutor
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.models import Pretrain, ScratchModel
 from pipeline.models.build import build_scratch
 from tests.helpers.documents import story
+from tests.helpers.models import FakeTokenizer, sharpen
+from tests.helpers.paths import ROOT
+from tests.helpers.shared import made_once
+from tests.helpers.tiny import tiny_config
 from tests.helpers.toys import toy_config
 
 
@@ -31,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tries", type=int, default=1, help="how often each test of a fault is tried")
     parser.addoption("--faults-json", metavar="FILE", help="write what came of every fault")
     parser.addoption("--faults-table", metavar="FILE", help="write the same as a Markdown page")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A test's limit is longer on a slow machine. The plugin reads its option after this."""
+    if config.option.timeout is None:
+        config.option.timeout = patience(float(config.getini("timeout")))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -98,21 +112,42 @@ def drafter(target: PreTrainedModel, make_model: Callable[..., PreTrainedModel])
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        (folder / f"tale{number:02d}.txt").write_text(story(number))
-    return folder
+    def make(folder: Path) -> None:
+        for number in range(30):
+            (folder / f"tale{number:02d}.txt").write_text(story(number))
+
+    return made_once(tmp_path_factory, "corpus", make)
 
 
 @pytest.fixture(scope="session")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The storage of a finished run. Tests that change it copy it first."""
-    storage = tmp_path_factory.mktemp("finished")
-    run_pipeline(toy_config(corpus, storage))
-    return storage
+    """The storage of a finished run; each process has its copy. Tests that change it copy it first."""
+    made = made_once(tmp_path_factory, "runs", lambda folder: run_pipeline(toy_config(corpus, folder)))
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("finished") / "runs"))
 
 
 @pytest.fixture
 def storage(finished: Path, tmp_path: Path) -> Path:
     """A finished storage to spoil."""
     return Path(shutil.copytree(finished, tmp_path / "runs"))
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[ModuleType]:
+    """One local Ray for all tests of this process: it takes seconds to start."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # where Ray's workers find the tests
+        executor = RayExecutor(tiny_config({"run.executor": "ray", "run.ray_address": "local"}))
+        ray = executor.ray
+        executor.contexts.close()
+        signal.signal(signal.SIGTERM, before)  # Ray has put its own there
+        yield ray
+        executor.close()
+
+
+@pytest.fixture
+def on_local_ray(local_ray: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Executors of this test work on the Ray that runs already, and leave it running."""
+    monkeypatch.setattr(RayExecutor, "ray", local_ray)
+    return local_ray

@@ -89,7 +89,7 @@ StorageOption = Annotated[
 
 
 class _StageFormatter(logging.Formatter):
-    """`12:30:05 train  text` for our loggers, by file; the full name for others; the level from warnings up."""
+    """`12:30:05 train  text` for our loggers, by file, the full name for others; warnings say so."""
 
     def format(self, record: logging.LogRecord) -> str:
         package, *rooms = record.name.split(".")

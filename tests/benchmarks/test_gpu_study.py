@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from pipeline.results.summary import Summary
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
 from pipeline.train.checkpoints import complete
+from tests.helpers.clock import patience, wait_for
 from tests.helpers.documents import made_books
 from tests.helpers.paths import ROOT
 from tests.helpers.toys import artifact
@@ -148,19 +148,20 @@ def there(here: Here, tmp_path_factory: pytest.TempPathFactory) -> There:
     """The study done there: stopped while the target is trained, then gone on with."""
     there = There(here, tmp_path_factory.mktemp("there"))
     first = there.start()
-    limit = time.monotonic() + 120
-    while not list(there.storage.glob("pretrain-target-*/metrics.jsonl")) or not complete(
-        artifact(there.storage, "pretrain-target")
-    ):
-        assert first.poll() is None and time.monotonic() < limit, first.communicate()[1][-3000:]
-        time.sleep(0.05)
+    wait_for(
+        lambda: (
+            list(there.storage.glob("pretrain-target-*/metrics.jsonl"))
+            and complete(artifact(there.storage, "pretrain-target"))
+        ),
+        "the target was in training", 120, first, lambda: first.communicate()[1][-3000:],
+    )  # fmt: skip
     first.send_signal(signal.SIGTERM)
-    told = first.communicate(timeout=120)[1]
+    told = first.communicate(timeout=patience(120))[1]
     assert first.returncode == 143, told[-3000:]
     folder = artifact(there.storage, "pretrain-target")
     assert complete(folder) and not (folder / "model").exists(), "stopped between two steps, and saved"
     second = there.start()
-    told = second.communicate(timeout=300)[1]
+    told = second.communicate(timeout=patience(300))[1]
     assert second.returncode == 0, told[-3000:]
     assert "resume" in told or "train target" in told
     return there

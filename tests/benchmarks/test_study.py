@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.study import ablations, checks, runs, tables
 from pipeline.results.summary import PredictionScore, RankMemory, Summary
+from tests.helpers.clock import patience
 from tests.helpers.documents import made_books
 from tests.helpers.paths import ROOT
 from tests.helpers.study_rows import ABLATIONS, EMPTY, gain, timed_row
@@ -150,7 +151,7 @@ def test_the_page_names_the_commits_that_made_each_stage(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)  # three processes for each of seven configs, twice
+@pytest.mark.timeout(patience(1800))  # three processes for each of seven configs, twice
 def test_the_whole_study_at_a_toy_size(tmp_path: Path) -> None:
     """Every config runs, every row of what was to be reached is there, and a second call only writes."""
     made_books(tmp_path / "data")

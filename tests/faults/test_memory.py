@@ -16,6 +16,7 @@ from pipeline.observe.logs import read_lines
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from tests.faults.test_processes import SLOW
+from tests.helpers.clock import patience
 from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail
 
 LONG, SPARE_MB = 24_000, 24
@@ -102,7 +103,7 @@ def test_what_kills_its_worker_is_recorded_and_the_rest_is_done(
             os.kill(pid, signal.SIGKILL)
             killed.add(pid)
         time.sleep(0.02)
-    assert driver.wait(300) == 4, tail(storage)
+    assert driver.wait(patience(300)) == 4, tail(storage)
     log = log_of(storage).read_text()
     assert "given up after 3 attempts" in log and "the same command tries them again" in log
     sweep = artifact(storage, "sweep")

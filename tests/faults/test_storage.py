@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.clock import patience
 from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail
 
 
@@ -64,7 +65,7 @@ def test_damage_is_named_and_mended(toy: Toy, tally: Tally, tmp_path: Path, name
 def test_two_runs_share_the_work(toy: Toy, tally: Tally, tmp_path: Path, attempt: int) -> None:
     expected, storage = toy.clean(), tmp_path / "runs"
     both = [toy.start(storage), toy.start(storage)]
-    assert [process.wait(240) for process in both] == [0, 0], tail(storage)
+    assert [process.wait(patience(240)) for process in both] == [0, 0], tail(storage)
     tally.lost += missing(outcome(storage), expected)
     assert tally.lost == 0
     made = [line for line in log_of(storage).read_text().splitlines() if ": done in " in line]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.clock import patience
 from tests.helpers.fault_toy import Tally, Toy, log_of, missing, outcome, tail, wait_until
 from tests.helpers.mlflow_server import MlflowServer, mirrored
 
@@ -31,7 +32,7 @@ def finished(server: MlflowServer, stage: str) -> int:
         "SELECT count(*) FROM tags JOIN runs USING (run_uuid) "
         "WHERE key = 'stage' AND value = ? AND status = 'FINISHED'"
     )
-    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=30)) as database:
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=patience(30))) as database:
         return int(database.execute(query, (stage,)).fetchone()[0])
 
 
@@ -50,7 +51,7 @@ def test_nothing_is_lost_or_doubled(toy: Toy, server: MlflowServer, tmp_path: Pa
         time.sleep(AWAY_S)
         assert process.poll() is None
         server.start()
-    assert process.wait(timeout=180) == 0, tail(storage)
+    assert process.wait(timeout=patience(180)) == 0, tail(storage)
     assert (
         "did not take" in log_of(storage).read_text() and "takes writes again" in log_of(storage).read_text()
     )

@@ -17,6 +17,7 @@ import pytest
 from pipeline.observe.training import read_metrics
 from pipeline.store.layout import METRICS
 from pipeline.train.checkpoints import latest, step_of
+from tests.helpers.clock import patience
 from tests.helpers.fault_toy import (
     PATIENCE_S,
     Tally,
@@ -86,7 +87,7 @@ def newest(storage: Path) -> Path:
 
 def check_stopped(process: subprocess.Popen[str], storage: Path, code: int) -> None:
     """The run was told to end: its code, and the checkpoint of a step that is none of the regular ones."""
-    assert process.wait(timeout=PATIENCE_S) == code, tail(storage)
+    assert process.wait(timeout=patience(PATIENCE_S)) == code, tail(storage)
     assert 10 <= step_of(newest(storage)) < STEPS
 
 
@@ -146,7 +147,7 @@ def training_workers(driver: int) -> list[psutil.Process]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(patience(900))
 @pytest.mark.fault("kill -9 of a training rank in the middle of an epoch")
 def test_killed_rank(toy: Toy, storage: Path, expected_of_two: dict[str, Any], tally: Tally) -> None:
     process = toy.start(storage, *OVERRIDES, TWO, executor="ray", stage="train")
@@ -154,13 +155,13 @@ def test_killed_rank(toy: Toy, storage: Path, expected_of_two: dict[str, Any], t
     workers = training_workers(process.pid)
     assert len(workers) == 2
     os.kill(workers[-1].pid, signal.SIGKILL)
-    assert process.wait(timeout=2 * PATIENCE_S) == 0, tail(storage)
+    assert process.wait(timeout=patience(2 * PATIENCE_S)) == 0, tail(storage)
     tally.lost += missing(outcome(storage), expected_of_two)
     assert tally.lost == 0
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(patience(900))
 @pytest.mark.fault("SIGTERM of the driver while two ranks train")
 def test_sigterm_ray(toy: Toy, storage: Path, expected_of_two: dict[str, Any], tally: Tally) -> None:
     process = toy.start(storage, *RARELY, TWO, executor="ray", stage="train")

@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from jobs.records.record import RECORDS
+from tests.helpers.clock import patience, wait_for
 from tests.helpers.configs import MINIMAL
 from tests.helpers.documents import story
 from tests.helpers.paths import ROOT
@@ -82,7 +82,7 @@ class Toy:
     ) -> int:
         """The exit code of a whole run."""
         process = self.start(storage, *overrides, executor=executor, stage=stage, **environment)
-        return process.wait(timeout=2 * PATIENCE_S)
+        return process.wait(timeout=patience(2 * PATIENCE_S))
 
     def clean(self, *overrides: str, executor: str = "inline") -> dict[str, Any]:
         """What a run without faults gives; made once for each way to run."""
@@ -107,13 +107,7 @@ def tail(storage: Path, lines: int = 40) -> str:
 
 def wait_until(ready: Callable[[], Any], process: subprocess.Popen[str], what: str) -> Any:
     """The first truthy value of `ready()`. Fails if the process ends or patience does."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if found := ready():
-            return found
-        assert process.poll() is None, f"the run ended with {process.returncode} before {what}"
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not happen in {PATIENCE_S} s")
+    return wait_for(ready, what, PATIENCE_S, process)
 
 
 def artifact(storage: Path, stage: str) -> Path | None:

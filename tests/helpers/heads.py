@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.clock import patience, wait_for
 from tests.helpers.mlflow_server import free_port
 
 PATIENCE_S = 90
@@ -40,7 +40,7 @@ class Head:
         request = urllib.request.Request(
             self.address + path, headers={"Authorization": f"Bearer {self.token}"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=patience(30)) as answer:
             return json.load(answer)
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -77,14 +77,11 @@ def ray_head(cpus: int = 4) -> Iterator[Head]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while status(address) != 401:
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
         head = Head(address, token, environment)
-        while not head.get("/api/v0/nodes")["data"]["result"]["total"]:
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
+        told = (folder / "log").read_text
+        wait_for(lambda: status(address) == 401, "the dashboard answered", PATIENCE_S, process, told)
+        nodes = lambda: head.get("/api/v0/nodes")["data"]["result"]["total"]  # noqa: E731
+        wait_for(nodes, "a node was known", PATIENCE_S, process, told)
         yield head
     finally:
         end(process)
@@ -94,7 +91,7 @@ def ray_head(cpus: int = 4) -> Iterator[Head]:
 def status(address: str) -> int:
     """The status of an answer without a token; 0 where nobody answers."""
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=5) as answer:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=patience(5)) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -107,9 +104,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=20)
+        process.wait(timeout=patience(20))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for child in psutil.wait_procs(family, timeout=5)[1]:
+    for child in psutil.wait_procs(family, timeout=patience(5))[1]:
         child.kill()

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+
+from tests.helpers.clock import patience, wait_for
 
 UP_S = 120  # a server takes 10 s and more to start on two slow cores
 
@@ -60,13 +61,13 @@ class MlflowServer:
                 env={**os.environ, **quiet},
                 start_new_session=True,
             )
-        deadline = time.monotonic() + UP_S
-        while True:
-            with suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-                return
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log()
-            time.sleep(0.2)
+        wait_for(self.answers, "the server answered", UP_S, self.process, self.log)
+
+    def answers(self) -> bool:
+        with suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{self.uri}/health", timeout=patience(5)).close()
+            return True
+        return False
 
     def kill(self) -> None:
         """kill -9 of the server and its workers."""
@@ -118,7 +119,7 @@ class Proxy:
             request.send_error(int(action))
             return
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "connection")}
-        server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        server = http.client.HTTPConnection("127.0.0.1", port, timeout=patience(60))
         server.request(request.command, request.path, body, headers)
         answer = server.getresponse()
         content = answer.read()

@@ -30,8 +30,8 @@ def toy_config(
     values["labels"] = {"sequences_per_shard": 20}
     values["train"] |= {"steps": 8, "learning_rate": 3e-3, "validation_budgets": [16, "full"]}
     # Long enough that the target does not say one token again and again.
-    for role, steps in (("target", 250), ("drafter", 60)):
-        rates = {"learning_rate": 0.02, "warmup_steps": 10}
+    for role, steps in (("target", 100), ("drafter", 30)):
+        rates = {"learning_rate": 0.02, "warmup_steps": 5}
         values[role]["pretrain"] = {"steps": steps, "batch_sequences": 4, **rates}
     measure = {"drafters": ["multi_view"], "budgets": [16], "gammas": [2], "prompts": 2, "repeats": 1}
     measure["predict"] = False

@@ -17,12 +17,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.helpers.clock import patience, wait_for
 
 BIN = Path(sys.executable).parent
 LEFT_OUT = ("Install",)
@@ -133,13 +134,10 @@ def run_job(
 
 def cancel(step: subprocess.Popen[bytes], output: Path) -> None:
     """End a step as a runner does: SIGINT to all of it, and after a grace SIGKILL."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not output.stat().st_size:
-        assert step.poll() is None and time.monotonic() < deadline, "it said nothing to be cancelled after"
-        time.sleep(0.05)
+    wait_for(lambda: output.stat().st_size, "it said something to be cancelled after", PATIENCE_S, step)
     os.killpg(step.pid, signal.SIGINT)
     try:
-        step.wait(GRACE_S)
+        step.wait(patience(GRACE_S))
     except subprocess.TimeoutExpired:
         os.killpg(step.pid, signal.SIGKILL)
         step.wait()

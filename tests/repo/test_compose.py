@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 DOCKER = ROOT / "docker"
@@ -90,7 +91,9 @@ def test_compose_takes_its_files() -> None:
         pytest.skip("docker with its compose plugin is not installed; ci.yml has it")
     command = ["docker", "compose", "-f", "docker/compose.yaml", "-f", "docker/compose.gpu.yaml", "config"]
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **SECRETS}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(60)
+    )
     assert done.returncode == 0, done.stderr
     assert "ray-worker:" in done.stdout
     assert not any(value in done.stdout + done.stderr for value in SECRETS.values())

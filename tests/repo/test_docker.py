@@ -21,6 +21,7 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from tests.helpers.clock import patience
 from tests.helpers.fault_toy import artifact, make_toy
 from tests.helpers.mlflow_server import free_port
 from tests.helpers.paths import ROOT
@@ -101,7 +102,7 @@ def test_the_code_comes_after_what_it_needs() -> None:
 
 def printed(device: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "docker/requirements.py", device]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
 
 
 def test_a_device_has_its_build_of_torch() -> None:
@@ -120,7 +121,7 @@ def test_a_device_has_its_build_of_torch() -> None:
 def linted(*command: str) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed; ci.yml installs it")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(120))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -145,7 +146,9 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
 
 
 def started(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(60)
+    )
 
 
 def test_no_ray_node_starts_without_a_token(tmp_path: Path, stand_ins: dict[str, str]) -> None:
@@ -229,12 +232,12 @@ def test_stop_ends_servers_of_its_folder_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(CLEAN_S + 60)
+@pytest.mark.timeout(patience(CLEAN_S + 60))
 def test_the_install_steps_run_in_a_clean_environment(tmp_path: Path) -> None:
     """COPY and RUN of the CPU image, without a container; Debian's packages and users are left out."""
     folder, environment = tmp_path / "image", tmp_path / "python"
     folder.mkdir()
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=patience(120))
     variables = {**os.environ, "PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "DEVICE": "cpu"}
     for line in dockerfile():
         if line.stage == "mlflow":
@@ -254,7 +257,7 @@ def test_the_install_steps_run_in_a_clean_environment(tmp_path: Path) -> None:
                 env=variables,
                 capture_output=True,
                 text=True,
-                timeout=CLEAN_S,
+                timeout=patience(CLEAN_S),
             )
             assert done.returncode == 0, done.stderr[-3000:]
     for command in (
@@ -262,10 +265,12 @@ def test_the_install_steps_run_in_a_clean_environment(tmp_path: Path) -> None:
         ["budgetdraft", "doctor"],
         ["budgetdraft", "config", "conf/cluster.yaml"],
     ):
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=folder, env=variables, capture_output=True, text=True, timeout=patience(300)
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     asked = [environment / "bin" / "python", "-c", "import torch; print(torch.version.cuda)"]
-    assert subprocess.run(asked, capture_output=True, text=True, timeout=120).stdout == "None\n"
+    assert subprocess.run(asked, capture_output=True, text=True, timeout=patience(120)).stdout == "None\n"
 
 
 @pytest.fixture
@@ -277,12 +282,14 @@ def servers() -> Iterator[tuple[Path, dict[str, str]]]:
     own = {**os.environ, "SERVERS": str(folder), "PYTHON": sys.executable, "PORTS": str(free_ports(12))}
     script = str(DOCKER / "servers.sh")
     try:
-        done = subprocess.run([script, "start"], env=own, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [script, "start"], env=own, capture_output=True, text=True, timeout=patience(300)
+        )
         assert done.returncode == 0, done.stderr
         variables = dict(re.findall(r"(\w+)=(\S+)", Path(done.stdout.strip()).read_text()))
         yield folder, variables
     finally:
-        subprocess.run([script, "stop"], env=own, check=True, timeout=200)
+        subprocess.run([script, "stop"], env=own, check=True, timeout=patience(200))
         left = [p.info for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
         shutil.rmtree(folder)
     assert left == []
@@ -299,7 +306,7 @@ def free_ports(number: int) -> int:
 
 @pytest.mark.ray
 @pytest.mark.long
-@pytest.mark.timeout(PIPELINES_S)
+@pytest.mark.timeout(patience(PIPELINES_S))
 def test_pipelines_log_to_postgres_at_once(servers: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     """Two jobs on three nodes: what the database holds in the end is what their reports say, each once."""
     folder, variables = servers
@@ -347,5 +354,7 @@ def stored(folder: Path, variables: dict[str, str], sweep: str) -> dict[str, int
         "PGPORT": str(int(port[1]) - 1),
     }
     command = ["psql", "-h", "127.0.0.1", "-U", "mlflow", "-d", "mlflow", "-At", "-F", " ", "-c", query]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=patience(60)
+    )
     return {status: int(number) for status, number in map(str.split, done.stdout.splitlines())}

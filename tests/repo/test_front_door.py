@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from jobs.cli.app import EPILOG
 from jobs.cli.main import app
 from pipeline.config.files import load_config
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 # Pages with commands of this program. Those of the other pages run over several lines, or in containers.
@@ -35,7 +36,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     }
     return subprocess.run(
         ["make", "-C", str(folder), "--no-print-directory", *arguments],
-        env=environment, capture_output=True, text=True, timeout=60,
+        env=environment, capture_output=True, text=True, timeout=patience(60),
     )  # fmt: skip
 
 

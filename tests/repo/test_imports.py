@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("kernels", "pipeline", "jobs")
@@ -83,7 +84,7 @@ def offenders(package: str, forbidden: set[str]) -> list[str]:
 
 def import_without(blocked: tuple[str, ...], modules: list[str]) -> None:
     command = [sys.executable, "-c", IMPORT_ALL, ",".join(blocked), ",".join(modules)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(240))
     assert done.returncode == 0, done.stderr
 
 

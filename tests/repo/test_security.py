@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from pipeline.config import files as config_files
 from pipeline.config.schema import Config
+from tests.helpers.clock import patience
 from tests.helpers.configs import MINIMAL
 from tests.helpers.fault_toy import make_toy
 from tests.helpers.mlflow_server import MlflowServer
@@ -70,7 +71,7 @@ class Run:
                 "RAY_AUTH_TOKEN_PATH": str(folder / "ray file"),
             },
             capture_output=True,
-            timeout=240,
+            timeout=patience(240),
         )  # fmt: skip
 
     def files(self) -> set[Path]:

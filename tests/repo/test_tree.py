@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 CODE = ("pipeline", "kernels", "jobs", "benchmarks", "tests")
@@ -32,7 +33,7 @@ def project_files() -> tuple[str, ...]:
     """Tracked files and new ones that git does not ignore, as they are on disk."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60))
     except FileNotFoundError:
         pytest.skip("git is not installed: there is no list of tracked files to compare with")
     if done.returncode:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers.clock import patience
 from tests.helpers.documents import story
 from tests.helpers.heads import ray_head
 from tests.helpers.mlflow_server import MlflowServer
@@ -94,7 +95,7 @@ def test_linters_find_nothing(program: str, tmp_path: Path) -> None:
         for number, script in enumerate(scripts):
             (tmp_path / f"{number}.sh").write_text(f"#!/bin/bash\n{script}")
         command = [program, *map(str, sorted(tmp_path.iterdir()))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(120))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -260,7 +261,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 @pytest.mark.ray
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(patience(1200))
 def test_sweep_runs_gates_promotes_and_refuses(checkout: Path, server: MlflowServer, tmp_path: Path) -> None:
     """A tenth of the training makes the first champion, all of it the next; then the tenth is refused."""
     from mlflow import MlflowClient

@@ -17,6 +17,7 @@ from filelock import FileLock
 from jobs.commands.artifacts import TRASH, list_artifacts, removable, remove
 from pipeline.errors import BadData
 from pipeline.store.artifacts import Artifact, open_artifact
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 DAY_S = 86_400
@@ -77,7 +78,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
     )
 
 

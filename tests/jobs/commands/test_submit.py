@@ -11,8 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from jobs.commands.submit import Job, connect, send, submit
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
+from tests.helpers.clock import patience, wait_for
 from tests.helpers.configs import MINIMAL
 from tests.helpers.fault_toy import PATIENCE_S, artifact, make_toy
 from tests.helpers.heads import BIN, Head, ray_head
@@ -115,7 +115,7 @@ def command_line(cwd: Path, *arguments: str, **environment: str) -> subprocess.C
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE_S,
+        timeout=patience(2 * PATIENCE_S),
     )
 
 
@@ -215,7 +215,7 @@ def ray_job(head: Head, cwd: Path, *arguments: str) -> subprocess.CompletedProce
         env={**os.environ, **head.environment},
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE_S,
+        timeout=patience(2 * PATIENCE_S),
     )
 
 
@@ -224,13 +224,6 @@ def test_rays_own_submit_refuses_a_relative_storage(head: Head, checkout: Path) 
     entry = ("python", "-m", "jobs", "prepare", "toy.yaml", "run.executor=ray")
     done = ray_job(head, checkout, "submit", "--working-dir", ".", "--", *entry)
     assert done.returncode == 1 and "storage = runs: a Ray job runs in a copy" in done.stdout, done.stdout
-
-
-def wait_for(ready: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():
-        assert time.monotonic() < deadline, f"{what} did not happen in {PATIENCE_S} s"
-        time.sleep(0.1)
 
 
 @pytest.mark.ray
@@ -252,9 +245,9 @@ def test_a_job_is_left_then_stopped_then_resumed(head: Head, checkout: Path, tmp
         assert following.poll() is None, following.communicate()
         return any(storage.glob("drafter-*/checkpoints/*"))
 
-    wait_for(checkpointed, "the first checkpoint")
+    wait_for(checkpointed, "the first checkpoint", PATIENCE_S)
     following.send_signal(signal.SIGINT)
-    output, said = following.communicate(timeout=PATIENCE_S)
+    output, said = following.communicate(timeout=patience(PATIENCE_S))
     job = job_id(output)
     assert following.returncode == 130 and f"the job {job} goes on" in said
     assert head.job(job)["status"] == "RUNNING"

@@ -1,6 +1,6 @@
 """Ray against the same work in this process: tasks, actors, their errors, and DeepSpeed training.
 
-One local Ray serves the whole file. Functions that travel to its workers stand at the top level.
+Functions that travel to Ray's workers stand at the top level.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -41,22 +42,12 @@ BATCH = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RayExecutor]:
-    before = signal.getsignal(signal.SIGTERM)
-    executor = RayExecutor(tiny_config(RAY))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # where Ray's workers find this file
-        yield executor
-        executor.close()
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture(params=["inline", "ray"])
 def executor(request: pytest.FixtureRequest) -> InlineExecutor | RayExecutor:
     if request.param == "inline":
         return InlineExecutor(tiny_config())
-    return request.getfixturevalue("shared")
+    request.getfixturevalue("on_local_ray")
+    return RayExecutor(tiny_config(RAY))
 
 
 # ── tasks and actors ──────────────────────────────────────────────────────────────────────────────
@@ -173,11 +164,9 @@ def ray_job(workshop: Workshop, name: str, stage: int, workers: int, more: dict[
     return workshop.job(name, BATCH | RAY | settings | more)
 
 
-def train_on(shared: RayExecutor, job: TrainJob) -> Path:
-    """Train on the Ray that runs already; the folder of the last variant."""
-    executor = RayExecutor(job.config)
-    executor.__dict__["ray"] = shared.ray
-    executor.train(run_job, job)
+def train_on_ray(job: TrainJob) -> Path:
+    """The folder of the last variant."""
+    RayExecutor(job.config).train(run_job, job)
     return list(job.outputs.values())[-1]
 
 
@@ -189,11 +178,11 @@ VARIANTS = [
 
 @pytest.mark.ray
 def test_two_workers_train_all_variants_as_one_does(
-    shared: RayExecutor, workshop: Workshop, inline: Path
+    on_local_ray: ModuleType, workshop: Workshop, inline: Path
 ) -> None:
     """ZeRO-3 over two processes, with a variant without steps, which only one of them may write."""
     job = ray_job(workshop, "two", 3, 2, {"train.variants": VARIANTS})
-    assert_same_run(train_on(shared, job), inline)
+    assert_same_run(train_on_ray(job), inline)
     assert (job.outputs["untrained"] / "model" / "model.safetensors").exists()
 
 
@@ -215,10 +204,10 @@ class DoomedJob(TrainJob):
 
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_the_losses_stay(
-    shared: RayExecutor, workshop: Workshop, inline: Path
+    on_local_ray: ModuleType, workshop: Workshop, inline: Path
 ) -> None:
     job = ray_job(workshop, "killed", 1, 2, {})
-    folder = train_on(shared, DoomedJob(**vars(job)))
+    folder = train_on_ray(DoomedJob(**vars(job)))
     assert (folder.parent / "killed").exists()
     assert_same_run(folder, inline)
 
@@ -239,12 +228,12 @@ class DivergingJob(TrainJob):
 
 @pytest.mark.ray
 def test_one_worker_trains_as_inline_after_it_diverged_and_was_mended(
-    shared: RayExecutor, workshop: Workshop, inline: Path
+    on_local_ray: ModuleType, workshop: Workshop, inline: Path
 ) -> None:
     """A loss that is not finite ends the launch without restarts; the next launch goes on from step 5."""
     job = ray_job(workshop, "diverged", 1, 1, {})
     with pytest.raises(NotFinite) as told:
-        train_on(shared, DivergingJob(**vars(job)))
+        train_on_ray(DivergingJob(**vars(job)))
     text = str(told.value)
     assert "training multi_view: step 7 is the first that is not finite (total nan" in text
     assert f"checkpoint: {checkpoint_folder(job.outputs['multi_view'], 5)};" in text
@@ -256,4 +245,4 @@ def test_one_worker_trains_as_inline_after_it_diverged_and_was_mended(
         assert f"micro-batch {micro}: {file} row {first}, {file} row {second}\n" in text
     kept = latest(job.outputs["multi_view"])
     assert kept is not None and kept.name == "step-000005"
-    assert_same_run(train_on(shared, job), inline)
+    assert_same_run(train_on_ray(job), inline)

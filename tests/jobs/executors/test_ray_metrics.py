@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 # Items 0 to 4: 1 kills its worker once, 3 each time. Apart, since Ray reads its settings once a process.
@@ -77,7 +78,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "RAY_metrics_report_interval_ms": "500"}
     command = [sys.executable, "-c", PIPELINE, str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(240), check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from pipeline.observe.training import follow, look
 from pipeline.store.artifacts import open_artifact
 from pipeline.store.files import write_rows
 from pipeline.store.rows import FailedCell
+from tests.helpers.clock import patience, wait_for
 from tests.helpers.fault_toy import ROOT, Toy, make_toy
 from tests.helpers.rows import make
 from tests.helpers.tiny import tiny_config
@@ -40,7 +40,7 @@ with RunRecord(tiny_config({"storage": sys.argv[1]}), "report") as record:
     with record.stage("teach"), progress(8, "teach") as bar:
         bar.update(3)
         print(record.folder, flush=True)
-        time.sleep(60)
+        time.sleep(3600)
 """
 
 
@@ -51,6 +51,12 @@ def config_of(storage: Path, name: str = "toy") -> Config:
 def read(record: RunRecord) -> dict[str, Any]:
     record.write()
     return json.loads((record.folder / "status.json").read_text())
+
+
+def took(record: dict[str, Any]) -> float:
+    """Seconds of a run that has ended."""
+    began, ended = (datetime.fromisoformat(record[key]) for key in ("started", "updated"))
+    return (ended - began).total_seconds() + 1e-3  # those of stages are rounded
 
 
 def status_of(**given: Any) -> RunStatus:
@@ -86,7 +92,7 @@ def test_a_record_follows_its_run(tmp_path: Path) -> None:
     assert {"name": "toy", "until": "teach", "pid": os.getpid(), "state": "running"}.items() <= found.items()
     prepare, pretrain, teach = found["stages"]
     assert (prepare["state"], prepare["cached"], prepare["folders"]) == ("done", True, [str(artifact.path)])
-    assert prepare["seconds"] < 5 and pretrain["state"] == "waiting"
+    assert pretrain["state"] == "waiting"
     assert (teach["state"], teach["failed"], teach["retried"]) == ("running", 1, 2)
     work = {
         key: teach["work"][key] for key in ("description", "initial", "done", "total", "failed", "retried")
@@ -94,6 +100,7 @@ def test_a_record_follows_its_run(tmp_path: Path) -> None:
     assert list(work.values()) == ["teach", 4, 7, 10, 1, 2]
     ended = read(record)
     assert (ended["state"], ended["ended"]) == ("done", "")
+    assert 0 <= prepare["seconds"] + ended["stages"][2]["seconds"] <= took(ended)
     assert ended["stages"][2]["state"] == "done" and ended["stages"][2]["work"] is None
 
 
@@ -125,13 +132,12 @@ def test_it_is_written_while_nothing_else_happens(tmp_path: Path) -> None:
     with RunRecord(config_of(tmp_path), "report") as record, record.stage("prepare"):
         with progress(5, "read") as bar:
             bar.update(4)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+
+        def written() -> bool:
             work = json.loads((record.folder / "status.json").read_text())["stages"][0]["work"]
-            if work and work["done"] == 4:
-                return
-            time.sleep(0.1)
-    raise AssertionError("status.json was not written")
+            return bool(work) and work["done"] == 4
+
+        wait_for(written, "status.json was written")
 
 
 def test_training_is_read_from_its_metrics(tmp_path: Path) -> None:
@@ -192,9 +198,7 @@ def running(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         folder = Path(process.stdout.readline().strip())
-        deadline = time.monotonic() + 20
-        while '"done": 3' not in (folder / "status.json").read_text() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(lambda: '"done": 3' in (folder / "status.json").read_text(), "3 were done", 60, process)
         yield process, folder
         process.kill()
 
@@ -316,7 +320,7 @@ def test_the_record_and_the_log_of_a_real_run(toy: Toy, tmp_path: Path) -> None:
 
     def status(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "jobs", "status", "--storage", str(storage), *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
 
     assert status("nothing").returncode == 3
     done = status()
@@ -326,7 +330,7 @@ def test_the_record_and_the_log_of_a_real_run(toy: Toy, tmp_path: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     (stage,) = found["stages"]
     assert (stage["state"], stage["cached"], stage["folders"]) == ("done", False, [str(made)])
-    assert manifest["seconds"] <= stage["seconds"] < manifest["seconds"] + 60
+    assert manifest["seconds"] <= stage["seconds"] <= took(found)
     written = [json.loads(line) for line in (Path(found["record"]) / "log.jsonl").read_text().splitlines()]
     cells = [line["item"] for line in written if line["message"] == "done" and line["item"]]
     assert set(manifest["counts"]["prompts"]) <= set(cells)

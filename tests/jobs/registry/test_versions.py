@@ -27,6 +27,7 @@ from jobs.registry.versions import Version, evidence_of, pull, resolve
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData, Incomplete
 from pipeline.gate.evidence import read_evidence
+from tests.helpers.clock import patience
 from tests.helpers.mlflow_server import free_port
 from tests.helpers.paths import ROOT
 from tests.helpers.registered import MODEL, Done, registered_config
@@ -126,7 +127,11 @@ def test_pull_gives_a_folder_that_transformers_loads_alone(
     script = tmp_path / "alone.py"
     script.write_text(ELSEWHERE + theirs)
     alone = subprocess.run(
-        [sys.executable, str(script), str(folder)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), str(folder)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
     )
     assert alone.returncode == 0, alone.stderr
     known, continued = alone.stdout.split("\n", 1)
@@ -175,7 +180,7 @@ def test_a_rerun_registers_nothing_new_and_leads_to_the_version(
 
 
 def test_two_that_register_at_once_make_one_version(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload, both = registering.upload, threading.Barrier(2, timeout=60)
+    upload, both = registering.upload, threading.Barrier(2, timeout=patience(60))
 
     def together(*arguments: Any) -> str:
         both.wait()  # neither has found a version

@@ -19,6 +19,7 @@ from pipeline.errors import BadData
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Prompt
+from tests.helpers.clock import patience
 from tests.helpers.documents import bench, book, narrative, story, write_lines
 from tests.helpers.paths import SHARED
 
@@ -207,7 +208,9 @@ def test_missing_data_fails_before_any_work(tmp_path, root):
 def test_the_stage_imports_without_ray_and_torch():
     heavy = {"ray", "torch", "transformers", "datasets"}
     code = f"import sys, jobs.stages.prepare; sys.exit(bool({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "."}, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "."}, timeout=patience(60)
+    )
     assert done.returncode == 0
 
 

@@ -14,6 +14,7 @@ from jobs.mlflow_address import tracking_uri
 from jobs.records.record import RunRecord
 from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
+from tests.helpers.clock import patience
 from tests.helpers.configs import MINIMAL
 
 START_TOGETHER = """
@@ -49,7 +50,7 @@ def test_two_processes_make_a_new_database(tmp_path: Path) -> None:
         time.sleep(0.01)
     go.touch()
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=patience(120))
         assert process.returncode == 0, errors
 
     from mlflow import MlflowClient

@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.intervals import Interval
 from pipeline.observe import logs, training
 from pipeline.store.provenance import provenance
+from tests.helpers.clock import wait_for
 from tests.helpers.configs import MINIMAL
 from tests.helpers.tracking import cell, timed, write_rows
 
@@ -125,13 +126,12 @@ def test_curves_are_followed_live(
         training.follow(files),
     ):
         write_rows(files["a"], rows[:2], torn='{"step": 30, "lo')
-        deadline = time.monotonic() + 20
-        while (
-            "a" not in runs_by_name(client, config)
-            or len(curve(client, runs_by_name(client, config)["a"], "loss/total")) < 2
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+
+        def two_points() -> bool:
+            runs = runs_by_name(client, config)
+            return "a" in runs and len(curve(client, runs["a"], "loss/total")) == 2
+
+        wait_for(two_points, "two points of the curve were there")
         # A resumed run drops rows behind its checkpoint and writes them again.
         write_rows(files["a"], rows[:1])
         time.sleep(0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def one(storage: Path, stage: str) -> Path:
 
 
 @pytest.mark.ray
-def test_ray_and_inline_give_the_same(tmp_path: Path) -> None:
+def test_ray_and_inline_give_the_same(tmp_path: Path, on_local_ray: ModuleType) -> None:
     inline, ray = run(tmp_path / "inline", "inline"), run(tmp_path / "ray", "ray")
 
     sequences = [sorted(one(s, "prepare").glob("sequences/*.npy")) for s in (inline, ray)]

@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 REPO, COMMIT = "people/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -31,7 +32,7 @@ class TinyForCausalLM(LlamaForCausalLM):
 """
 LOAD = """
 import sys, torch
-from pipeline.models import ModelRef, load_model
+from pipeline.models.load import ModelRef, load_model
 model = load_model(ModelRef(sys.argv[1], trust_remote_code=sys.argv[2] == "trust"), 97)
 print(type(model).__name__, sum(p.double().sum().item() for p in model.parameters()))
 """
@@ -123,7 +124,7 @@ def test_three_processes_fetch_each_file_once(hub: Hub, tmp_path: Path, trust: b
         tensor.double().sum().item() for tensor in load_file(tmp_path / "made" / "model.safetensors").values()
     )
     started = [load(hub, tmp_path / "home", trust) for _ in range(3)]
-    outputs = [process.communicate(timeout=200)[0].split("\n")[-2] for process in started]
+    outputs = [process.communicate(timeout=patience(200))[0].split("\n")[-2] for process in started]
     for output in outputs:
         name, loaded = output.split()
         assert name == ("TinyForCausalLM" if trust else "LlamaForCausalLM")
@@ -136,7 +137,7 @@ def test_three_processes_fetch_each_file_once(hub: Hub, tmp_path: Path, trust: b
     locks = tmp_path / "home" / "hub" / ".locks"
     locks.rename(tmp_path / "locks")
     offline = load(hub, tmp_path / "home", trust, HF_HUB_OFFLINE="1")
-    assert offline.communicate(timeout=200)[0].split("\n")[-2] == outputs[0]
+    assert offline.communicate(timeout=patience(200))[0].split("\n")[-2] == outputs[0]
     assert not hub.fetched and not locks.exists()
 
 
@@ -144,7 +145,8 @@ def test_what_the_hub_does_not_have_is_bad_data(hub: Hub, tmp_path: Path) -> Non
     hub.files.clear()
     process = load(hub, tmp_path / "home", False)
     assert (
-        f"BadData: {REPO} holds no model.safetensors; run `hf download" in process.communicate(timeout=200)[0]
+        f"BadData: {REPO} holds no model.safetensors; run `hf download"
+        in process.communicate(timeout=patience(200))[0]
     )
     offline = load(hub, tmp_path / "empty", False, HF_HUB_OFFLINE="1")
-    assert f"BadData: cannot load the model '{REPO}'" in offline.communicate(timeout=200)[0]
+    assert f"BadData: cannot load the model '{REPO}'" in offline.communicate(timeout=patience(200))[0]

@@ -19,6 +19,7 @@ from pipeline.data.packing import EncodedPart, Packing
 from pipeline.observe import logs
 from pipeline.sweep.evaluator import CalibrateTask, ReplayTask
 from pipeline.train.teacher import ContinueTask, LabelTask
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 WORKER = """
@@ -70,7 +71,9 @@ def test_a_line_says_where_it_was_logged(tmp_path: Path) -> None:
 def test_another_process_writes_its_own_file(tmp_path: Path) -> None:
     with logs.logging_to(tmp_path):  # its environment is what the worker inherits
         command = [sys.executable, "-c", WORKER, "good", "bad"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=patience(60), check=True
+        )
         assert logs.times_begun("sweep", "bad") == 1 and logs.times_begun("teach", "bad") == 0
     (file,) = tmp_path.glob("worker-*.jsonl")
     written = lines(file)

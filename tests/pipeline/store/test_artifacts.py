@@ -17,6 +17,7 @@ from pipeline.errors import BadData
 from pipeline.store.artifacts import MANIFEST, Artifact, open_artifact
 from pipeline.store.files import read_rows, write_json, write_rows, write_text
 from pipeline.store.rows import ModelSize
+from tests.helpers.clock import patience, wait_for
 
 FILES = {
     "labels/shard-00000.tokens.npy": "a",
@@ -133,7 +134,7 @@ def work(storage: Path, name: str, journal: Path) -> None:
 def die_with_it(storage: Path) -> None:
     with open_artifact(storage, "teach", {"seed": 2}).claim():
         write_text(storage / "held", "")
-        time.sleep(60)
+        time.sleep(3600)
 
 
 def start(function: Any, *args: Any) -> multiprocessing.process.BaseProcess:
@@ -146,7 +147,7 @@ def test_of_several_runs_one_does_the_work(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     processes = [start(work, tmp_path, f"run {number}", journal) for number in range(3)]
     for process in processes:
-        process.join(60)
+        process.join(patience(60))
         assert process.exitcode == 0
     (worker,) = journal.read_text().splitlines()
     made = open_artifact(tmp_path, "teach", {"seed": 2})
@@ -155,14 +156,13 @@ def test_of_several_runs_one_does_the_work(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_lets_go(tmp_path: Path) -> None:
     process = start(die_with_it, tmp_path)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.05)
+    wait_for((tmp_path / "held").exists, "the other run held the artifact")
     artifact = open_artifact(tmp_path, "teach", {"seed": 2})
     with pytest.raises(Timeout):
         artifact.lock.acquire(timeout=0)
     assert process.pid is not None
     os.kill(process.pid, 9)
-    process.join(10)
+    process.join(patience(10))
     with artifact.claim() as unfinished:
         assert unfinished
 
