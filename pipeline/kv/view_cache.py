@@ -119,11 +119,6 @@ class ViewLayer(CacheLayerMixin):
             row += keys.shape[0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` continuation tokens (transformers' sign convention)."""
-        assert -self.appended <= tokens_to_remove <= 0, "only continuation tokens can be removed"
-        self.appended += tokens_to_remove
-
     def get_seq_length(self) -> int:
         return self.kept[0] + self.appended
 
@@ -158,18 +153,8 @@ class ViewCache(Cache):
         super().__init__(layers=layers)
         self.masks: dict[tuple[int, int], Tensor | None] = {}
 
-    @property
-    def appended(self) -> int:
-        """Continuation tokens held so far."""
-        return self.layers[0].appended
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         return self.layers[layer].attend(query, scaling, self.masks)
-
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` continuation tokens."""
-        for layer in self.layers:
-            layer.crop(-num_tokens)
 
 
 def attend(
