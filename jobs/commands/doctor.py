@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.models import PretrainedModel
 from pipeline.config.schema import Config
@@ -160,7 +160,6 @@ def _tracking(config: Config) -> Check:
 
 
 def _sources(config: Config) -> Iterator[Check]:
-    from pipeline.data.reading import looks_local
     from pipeline.data.sources.registry import make_readers
 
     if config.data.prepared is not None:
@@ -179,8 +178,8 @@ def _sources(config: Config) -> Iterator[Check]:
         yield Check("fail", "data", str(error))
         return
     for name, reader in readers.items():
-        path = getattr(reader.source, "path", None)
-        if path is not None and not looks_local(path, reader.root):
+        path: Any = getattr(reader.source, "path", None)
+        if reader.on_hub:
             yield _hub(f"data {name}", path, "dataset")
             continue
         try:

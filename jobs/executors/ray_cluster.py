@@ -25,7 +25,7 @@ def request(run: Run, work: Work) -> dict[str, Any]:
     if needs.memory_gb:
         options["memory"] = int(needs.memory_gb * 1e9)
     if needs.cpus != run.cpus_per_task:
-        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(needs.cpus or 1)))}}
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(needs.threads)}}
     return options
 
 

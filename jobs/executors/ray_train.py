@@ -36,7 +36,7 @@ def train_on_ray(function: Training, job: TrainJob) -> None:
     gpu = bool(needs.gpus)
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": int((needs.memory_gb or 0) * 1e9)}
     first = next(iter(job.outputs.values()))
-    environment = {"OMP_NUM_THREADS": str(max(1, int(needs.cpus or 1)))}
+    environment = {"OMP_NUM_THREADS": str(needs.threads)}
     if not gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(

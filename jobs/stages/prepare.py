@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.executors.ray_job import in_ray_job
 from pipeline.config.schema import Config
@@ -45,21 +45,35 @@ def prepare(config: Config, executor: Executor) -> Artifact:
         BadData: if a source is missing, has too many bad rows, or leaves nothing to train on or to evaluate;
             if target and drafter cannot share a tokenizer.
     """
-    data = config.data
-    if data.prepared is not None:
-        return prepared_elsewhere(config, Path(data.prepared))
+    if config.data.prepared is not None:
+        return prepared_elsewhere(config, Path(config.data.prepared))
+    sources = open_prepare(config)
+    with sources.artifact.claim() as unfinished:
+        if unfinished:
+            read_and_pack(config, executor, sources)
+    return sources.artifact
+
+
+class Sources(NamedTuple):
+    """What there is to read, and the folder that it goes to, whether it is there or not."""
+
+    readers: dict[str, Reader[Any]]
+    shards: list[Shard]
+    files: dict[str, list[Path]]
+    inputs: dict[str, Any]
+    artifact: Artifact
+
+
+def open_prepare(config: Config) -> Sources:
+    """Find the sources of a config; nothing is read or written."""
     check_tokenizers(config)
-    readers = make_readers(data, config.seed)
+    readers = make_readers(config.data, config.seed)
     shards = [shard for reader in readers.values() for shard in reader.shards()]
     files = local_files(readers, shards)
     if in_ray_job():
         check_shared([file for own in files.values() for file in own])
     inputs = stage_inputs(config, files)
-    artifact = open_artifact(Path(config.storage), "prepare", inputs)
-    with artifact.claim() as unfinished:
-        if unfinished:
-            read_and_pack(config, executor, readers, shards, files, artifact, inputs)
-    return artifact
+    return Sources(readers, shards, files, inputs, open_artifact(Path(config.storage), "prepare", inputs))
 
 
 def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
@@ -101,17 +115,10 @@ def check_shared(files: list[Path]) -> None:
             )
 
 
-def read_and_pack(
-    config: Config,
-    executor: Executor,
-    readers: dict[str, Reader[Any]],
-    shards: list[Shard],
-    files: dict[str, list[Path]],
-    artifact: Artifact,
-    inputs: dict[str, Any],
-) -> None:
+def read_and_pack(config: Config, executor: Executor, sources: Sources) -> None:
     """Everything from documents to prompts, into the artifact."""
     start, data = time.monotonic(), config.data
+    readers, shards, files, inputs, artifact = sources
     folder, documents, tokenizer = artifact.path, artifact.path / DOCUMENTS, artifact.path / TOKENIZER
     if data.tokenizer.kind == "target":
         save_target_tokenizer(config, tokenizer)

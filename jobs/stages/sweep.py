@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.executors.base import Executor
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import drafter_ref, model_identity, target_ref
-from pipeline.axes import MODEL_FREE
 from pipeline.config.schema import Config
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import FAILED, MODEL
-from pipeline.sweep.grid import Drafter
-from pipeline.sweep.picks import chosen_drafter
+from pipeline.sweep.grid import Drafter, draft_sources
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +35,12 @@ def sweep(
     measured; last, the fastest few of each place are measured twice more, greedily and with more repeats.
     With failures the artifact stays incomplete, and the next run tries them again.
     """
-    wanted = config.sweep.drafters
-    names = [d.name for d in config.train.drafters if chosen_drafter(d.name, wanted)]
+    sources = draft_sources(config)
     inputs = {
         "teach": teach.fingerprint,
         "sample": sample.fingerprint if sample else None,
         "target": model_identity(config.target, scratch.get("target")),
-        "drafters": {name: trained[name].fingerprint for name in names},
+        "drafters": {one.name: trained[one.name].fingerprint for one in sources if one.role == "drafter"},
         "drafter_dtype": config.drafter.dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
@@ -59,8 +57,7 @@ def sweep(
         if not unfinished:
             return artifact, 0
         began = time.perf_counter()
-        drafters = [Drafter(n, ref(config, trained[n]), positions(config, scratch, n)) for n in names]
-        drafters += baselines(config, scratch)
+        drafters = [located(config, scratch, trained, source) for source in sources]
         target = target_ref(config, scratch)
         run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
         run.all()
@@ -71,16 +68,17 @@ def sweep(
         return artifact, run.failures
 
 
-def baselines(config: Config, scratch: dict[str, Artifact]) -> list[Drafter]:
-    """The draft sources that are not trained."""
-    found = []
-    for name in config.sweep.baselines:
-        if name in MODEL_FREE:
-            found.append(Drafter(name, None, 2**31, name))
-        else:
-            reach = own_positions(target_ref(config, scratch))
-            found.append(Drafter(name, target_ref(config, scratch), reach, name))
-    return found
+def located(
+    config: Config, scratch: dict[str, Artifact], trained: dict[str, Artifact], source: Drafter
+) -> Drafter:
+    """A draft source with its model, and the positions that this was trained on."""
+    if source.role is None:
+        return replace(source, trained_positions=2**31)
+    if source.role == "target":
+        model = target_ref(config, scratch)
+        return replace(source, ref=model, trained_positions=own_positions(model))
+    reach = positions(config, scratch, source.name)
+    return replace(source, ref=ref(config, trained[source.name]), trained_positions=reach)
 
 
 def ref(config: Config, trained: Artifact) -> ModelRef:
@@ -92,10 +90,9 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
     variant = next(v for v in config.train.drafters if v.name == name)
-    steps = config.train.steps_of(variant)
     if config.drafter.kind == "scratch":
         pretrain = config.drafter.pretrain
         own = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
         own = own_positions(drafter_ref(config, scratch))
-    return max(own, config.data.sequence_tokens if steps else 0)
+    return max(own, config.data.sequence_tokens if config.train.steps_of(variant) else 0)

@@ -17,7 +17,6 @@ from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
 from pipeline.models.load import ModelRef, pick_device
 from pipeline.observe.events import Evaluated, tell
-from pipeline.plan.sweep_counts import unranked
 from pipeline.results.axes import Axes
 from pipeline.results.pool import cell_rows
 from pipeline.results.recommend import choices
@@ -51,12 +50,14 @@ from pipeline.sweep.make_rows import all_cells, make_failure
 from pipeline.sweep.picks import (
     FASTEST_MEASURED,
     REPEATS_AGAIN,
+    batches,
     by_place,
-    chosen,
-    configured_picks,
     first_seeds,
     has_plane,
-    plane_picks,
+    measures_again,
+    picks_at,
+    timed_temperatures,
+    unranked,
     worth_measuring,
 )
 from pipeline.train.teacher import sampled_name
@@ -103,7 +104,7 @@ class Phases:
             )
         elif self.sweep.mode != "replay":
             self.measure()
-        if self.sweep.predicts and not self.failures:
+        if measures_again(self.sweep) and not self.failures:
             self.recheck()
 
     def run(self, tasks: Sequence[SweepTask], what: str, work: Work = "measure", actors: int = 1) -> None:
@@ -154,7 +155,7 @@ class Phases:
 
     def calibrate(self) -> None:
         """Time steps at every context, then predict. Predictions are made once, and picks with them."""
-        contexts = {context.name: context.tokens for context in self.config.data.contexts}
+        contexts = self.config.data.context_tokens
         tasks = [
             CalibrateTask(n, tokens, self.folder / STEPS / f"{n}.jsonl") for n, tokens in contexts.items()
         ]
@@ -170,7 +171,8 @@ class Phases:
             write_rows(self.folder / PREDICTED, predicted)
             places = by_place(predicted)
             firsts = first_seeds([drafter.name for drafter in self.drafters])
-            picks = [cell for here in places.values() for cell in worth_measuring(here, firsts)]
+            ranked = ([row.cell for row in here] for here in places.values())
+            picks = [cell for cells in ranked for cell in worth_measuring(cells, firsts)]
             write_rows(self.folder / PICKS, [PickedCell(cell=cell) for cell in picks])
 
     def measure(self) -> None:
@@ -179,15 +181,12 @@ class Phases:
         extra = [row.cell for row in read_rows(picked, PickedCell)] if picked.exists() else []
         picks = {}
         for file, place in self.places():
-            here = configured_picks(self.sweep, self.drafters, place)
-            here += [cell for cell in extra if cell.place == place]
-            here += plane_picks(self.sweep, place, self.drafters)
-            picks[file] = tuple(dict.fromkeys(here))
-        measure = self.sweep.measure
+            here = [cell for cell in extra if cell.place == place]
+            picks[file] = picks_at(self.sweep, self.drafters, place, here)
         if why := unranked(self.config):
             log.warning("%s", why)
-        at = tuple(t for t in self.sweep.temperatures if chosen(t, measure.temperatures))
-        self.run(self.measure_tasks(picks, "measure", ROWS, measure.repeats, at), "measure")
+        repeats, at = self.sweep.measure.repeats, timed_temperatures(self.sweep)
+        self.run(self.measure_tasks(picks, "measure", ROWS, repeats, at), "measure")
 
     def recheck(self) -> None:
         """Measure the fastest cells of each place twice more, since they were found fastest by luck too.
@@ -225,12 +224,11 @@ class Phases:
         A file of rows is named by what is measured and how, and those of other picks, which an earlier run
         has left, are removed.
         """
-        measure, tasks, places = self.sweep.measure, [], dict(self.places())
+        tasks, places = [], dict(self.places())
         for file, here in picks.items():
             picked = sha256(repr((here, repeats, temperatures)).encode()).hexdigest()[:6]
-            count = min(len(read_rows(file, Prompt)), measure.prompts)
-            for first in range(0, count if here else 0, measure.prompts_together):
-                last = min(first + measure.prompts_together, count)
+            prompts = len(read_rows(file, Prompt)) if here else 0
+            for first, last in batches(self.sweep.measure, prompts):
                 output = self.output(f"{what}-{picked}", file, first, folder)
                 beside = self.beside(places[file], output)
                 tasks.append(MeasureTask(file, here, repeats, temperatures, first, last, output, beside))
@@ -249,7 +247,7 @@ class Phases:
         """
         if output.parent.name != ROWS or not has_plane(self.sweep, place):
             return None
-        (length,) = (one.tokens for one in self.config.data.contexts if one.name == place.context)
+        length = self.config.data.context_tokens[place.context]
         return CalibrateTask(place.context, length, self.folder / STEPS_BESIDE / output.name)
 
     def output(self, what: str, file: Path, first: int, folder: str = ROWS) -> Path:

@@ -13,10 +13,12 @@ import numpy as np
 from jobs.executors.base import Executor
 from jobs.stages.train import model_identity, target_ref
 from pipeline.config.schema import Config
+from pipeline.data.tokenizer import read_tokenizer
 from pipeline.decode.sampling import Chance
 from pipeline.models.load import pick_device
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import LABELS, PROMPTS, SEQUENCES, TOKENIZER
+from pipeline.sweep.grid import texts
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def label_and_continue(
     log.info(
         "teach: %d sequences, about %.1f MB of labels → %s",
         sequences,
-        label_bytes(config, sequences, prepare) / 1e6,
+        label_bytes(config, sequences, len(read_tokenizer(prepare.path / TOKENIZER))) / 1e6,
         artifact.path,
     )
     factory = partial(
@@ -112,8 +114,7 @@ def sample(
 
 def sampled_chances(config: Config) -> list[Chance]:
     """The temperatures above 0 of the sweep, with every seed."""
-    sweep = config.sweep
-    return [Chance(t, seed) for t in sweep.temperatures if t > 0 for seed in sweep.seeds]
+    return [chance for chance in texts(config.sweep, config.sweep.temperatures) if chance.temperature > 0]
 
 
 def make_teacher(config: Config, target: object, tokenizer: Path, output: Path) -> Teacher:
@@ -138,10 +139,8 @@ def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueT
     return tasks
 
 
-def label_bytes(config: Config, sequences: int, prepare: Artifact) -> int:
-    """What the label files will take, headers aside."""
-    from transformers import AutoTokenizer
-
-    size = np.dtype(smallest_uint(len(AutoTokenizer.from_pretrained(prepare.path / TOKENIZER)))).itemsize
-    per_token = 2 * size + config.labels.top_k * (size + 2)
+def label_bytes(config: Config, sequences: int, vocab: int) -> int:
+    """What the label files will take, headers aside, with a vocabulary of so many entries."""
+    size = np.dtype(smallest_uint(vocab)).itemsize
+    per_token = 2 * size + min(config.labels.top_k, vocab) * (size + 2)
     return sequences * config.data.sequence_tokens * per_token

@@ -128,6 +128,11 @@ class Data(Group):
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="bad rows beyond this share fail the stage")
     documents_per_shard: int = Field(64, ge=1, description="documents that one task reads and packs")
 
+    @property
+    def context_tokens(self) -> dict[str, int]:
+        """Prompt lengths by the names of the contexts."""
+        return {context.name: context.tokens for context in self.contexts}
+
     @model_validator(mode="after")
     def _prepared_has_a_tokenizer(self) -> Data:
         if self.prepared is not None and self.tokenizer.kind == "target":

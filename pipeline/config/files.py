@@ -68,7 +68,7 @@ def load_group(schema: type[Schema], path: str | Path, overrides: Sequence[str] 
     """
     values, origins = _read(Path(path), ())
     for override in overrides:
-        _apply(override, values, origins)
+        apply_override(override, values, origins)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -154,7 +154,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(override: str, values: dict[str, Any], origins: Origins) -> None:
+def apply_override(override: str, values: dict[str, Any], origins: Origins) -> None:
     """Set one `dotted.path=value` in `values`, making groups on the way."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")

@@ -22,6 +22,11 @@ class Resources(Group):
     )
     memory_gb: float | None = Field(None, gt=0, description="GB (10^9) of memory; default: not reserved")
 
+    @property
+    def threads(self) -> int:
+        """Torch threads of the worker."""
+        return max(1, int(self.cpus or 1))
+
     @model_validator(mode="after")
     def _whole_gpus(self) -> Resources:
         if self.gpus and self.gpus > 1 and self.gpus != int(self.gpus):

@@ -8,6 +8,7 @@ last and marks it as done.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import Field
 
 from pipeline.config.data import Context, Data, Source, Split
-from pipeline.data.reading import BadRow, Table
+from pipeline.data.reading import COMPRESSED, EXPANSION, BadRow, Table, looks_local
 from pipeline.errors import BadData
 from pipeline.store.files import read_rows, write_rows, write_text
 from pipeline.store.rows import Prompt, Row
@@ -111,12 +112,20 @@ class Reader(ABC, Generic[SourceT]):
 
     # Whether its prompts are plain text to be continued; the validation curve prefers those.
     continues_text: ClassVar[bool] = False
+    # Whether each of its files is one document.
+    whole_files: ClassVar[bool] = False
 
     def __init__(self, source: SourceT, data: Data, seed: int) -> None:
         self.source = source
         self.data = data
         self.seed = seed
         self.root = Path(data.root).expanduser()
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is read from the hub rather than from local files."""
+        path = getattr(self.source, "path", None)
+        return path is not None and not looks_local(path, self.root)
 
     @abstractmethod
     def shards(self) -> list[Shard]:
@@ -134,6 +143,49 @@ class Reader(ABC, Generic[SourceT]):
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
         """Prompts of one split and context; documents that give none are counted in `request.skipped`."""
 
+    @property
+    def per_document(self) -> int:
+        """The most prompts of one context that a document gives."""
+        return self.data.prompts_per_document
+
+    @property
+    def training_share(self) -> float:
+        """The share of the text of its training shards that falls to the training split."""
+        return 1.0
+
+    def estimate_sequences(self, bytes_per_token: float) -> float:
+        """Training sequences by the sizes of local files, were a token so many bytes of text.
+
+        What is left at the end of a document makes no sequence; where documents end is known of whole files.
+        """
+        shards = [shard for shard in self.shards() if shard.split in (None, "train")]
+        total = 0.0
+        for file in {Path(table.path) for shard in shards for table in shard.tables}:
+            text = file.stat().st_size * (EXPANSION if file.suffix in COMPRESSED else 1)
+            found = text / bytes_per_token / self.data.sequence_tokens
+            total += self.training_share * (math.floor(found) if self.whole_files else found)
+        return total
+
+    def num_prompts(self, tokens: int, context: Context) -> int:
+        """Prompts that a document of so many tokens gives at a context."""
+        return min(self.per_document, tokens // context.tokens)
+
+    def estimate_prompts(self, bytes_per_token: float) -> dict[str, int]:
+        """Test prompts by context; local documents are read until there are enough."""
+        wanted, counts = self.data.prompts, {context.name: 0 for context in self.data.contexts}
+        shards = [shard for shard in self.shards() if shard.split in (None, "test")]
+        rows = (row for shard in shards for row in self.documents(shard))
+        documents = (row for row in rows if not isinstance(row, BadRow) and row.split == "test")
+        for document in distinct(documents, Counter()):
+            text = document.before + document.text + document.after
+            tokens = int(len(text.encode()) / bytes_per_token)
+            for context in self.data.contexts:
+                found = self.num_prompts(tokens, context)
+                counts[context.name] = min(wanted, counts[context.name] + found)
+            if min(counts.values()) == wanted:
+                break
+        return counts
+
     def origin(self) -> dict[str, str]:
         """Facts for the manifest beyond the file list, such as whose wording a template is."""
         return {}
@@ -141,6 +193,18 @@ class Reader(ABC, Generic[SourceT]):
     def extra_files(self) -> list[Path]:
         """Local files beside the shards' that the result depends on."""
         return []
+
+
+def distinct(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[Document]:
+    """Without copies: the same text is no second document, unless another question is asked about it."""
+    seen: set[str] = set()
+    for document in documents:
+        key = digest("\0".join((document.before, document.text, document.after)))
+        if key in seen:
+            skipped["copy of an earlier document"] += 1
+        else:
+            seen.add(key)
+            yield document
 
 
 def digest(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from pipeline.config.data import Context, Data, Split
 from pipeline.config.models import PretrainedModel
 from pipeline.config.schema import Config
-from pipeline.data.documents import Document, Part, Reader, Request, Shard, digest, read_parts
+from pipeline.data.documents import Part, Reader, Request, Shard, distinct, read_parts
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.errors import BadData
 from pipeline.store.files import fingerprint, write_rows, write_text
@@ -138,7 +137,7 @@ def write_prompts(folder: Path, task: PromptTask) -> PromptSummary:
         split=task.split,
         context=task.context,
         count=task.count,
-        per_document=task.reader.data.prompts_per_document,
+        per_document=task.reader.per_document,
         max_new_tokens=task.reader.data.max_new_tokens,
         seed=task.reader.seed,
         tokenizer=read_tokenizer(folder / TOKENIZER),
@@ -172,15 +171,3 @@ def check_prompts(tasks: list[PromptTask], made: dict[str, PromptSummary]) -> No
             )
         for line in empty:
             log.warning("no prompts in %s", line)
-
-
-def distinct(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[Document]:
-    """Without copies: the same text is no second document, unless another question is asked about it."""
-    seen: set[str] = set()
-    for document in documents:
-        key = digest("\0".join((document.before, document.text, document.after)))
-        if key in seen:
-            skipped["copy of an earlier document"] += 1
-        else:
-            seen.add(key)
-            yield document

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Features, IterableDataset
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+COMPRESSED, EXPANSION = {".gz", ".parquet", ".zip"}, 2.5  # text in files of these kinds, to its size there
 RowT = TypeVar("RowT", bound=BaseModel)
 
 

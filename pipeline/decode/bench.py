@@ -17,7 +17,7 @@ from pipeline.decode.runner import Runner, Runners
 from pipeline.decode.sampling import Chance, Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
-from pipeline.kv.slot_cache import slots_for
+from pipeline.kv.slot_cache import capacity_of, slots_for
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Round
 
@@ -117,8 +117,7 @@ class Bench:
 
     def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Runner:
         """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
-        budget = views[0].view.budget
-        capacity = slots_for(max(view.kept for view in views)) if budget == "full" else budget
+        capacity = capacity_of(views[0].view, max(view.kept for view in views))
         runner = self.runners.get("drafter", model, len(views), capacity, self.room)
         for row, view in enumerate(views):
             runner.cache.load_row(row, view)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from pipeline.axes import View
 from pipeline.kv.views import PrefixView
 
 ROUND_SLOTS = 64  # prefixes of nearly equal length share their shapes, and with them compiled steps
@@ -125,6 +126,11 @@ class SlotCache:
     def write(self, layer: int, keys_BQHD: Tensor, values_BQHD: Tensor, place: SlotIndex) -> None:
         self.keys[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = keys_BQHD
         self.values[layer].transpose(1, 2)[place.rows_B1, place.slots_BQ] = values_BQHD
+
+
+def capacity_of(view: View, entries: int) -> int:
+    """A capacity for a view that keeps up to `entries`: its budget, so that short prefixes share shapes."""
+    return slots_for(entries) if view.budget == "full" else view.budget
 
 
 def slots_for(entries: int) -> int:

@@ -125,7 +125,7 @@ class Evaluator:
     def contender(self, drafter: Drafter) -> Contender:
         if drafter.ref is None:
             return Contender(drafter, None, None)
-        pair = self.target if drafter.baseline == "self_speculation" else self.load(drafter.ref)
+        pair = self.target if drafter.role == "target" else self.load(drafter.ref)
         return Contender(drafter, *pair)
 
     def __call__(self, task: SweepTask) -> Evaluated:

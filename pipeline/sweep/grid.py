@@ -1,12 +1,15 @@
-"""The cells of a sweep: which views, γ and thresholds there are of each draft source."""
+"""The cells of a sweep: which draft sources, views, γ, thresholds and texts there are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from pipeline.axes import NOTHING, Baseline, Cell, DrafterKind, Place, View
+from pipeline.axes import MODEL_FREE, NOTHING, Baseline, Cell, DrafterKind, Place, View, family
+from pipeline.config.schema import Config
 from pipeline.config.sweep import Sweep
+from pipeline.decode.sampling import Chance
 from pipeline.models.load import ModelRef
 
 SELF_POLICIES = ("streaming", "snapkv")
@@ -27,6 +30,30 @@ class Drafter:
     @property
     def kind(self) -> DrafterKind:
         return self.baseline or "lm"
+
+    @property
+    def role(self) -> Literal["target", "drafter"] | None:
+        """The config's model that drafts; a source without a model has none."""
+        if self.baseline is None:
+            return "drafter"
+        return None if self.baseline in MODEL_FREE else "target"
+
+
+def chosen(value: object, selection: Sequence[object]) -> bool:
+    """Whether a value is in a selection; an empty selection takes everything."""
+    return not selection or value in selection
+
+
+def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
+    """As `chosen`; naming a variant takes the drafters of all its seeds."""
+    return chosen(name, selection) or family(name) in selection
+
+
+def draft_sources(config: Config) -> list[Drafter]:
+    """What a sweep evaluates, before it is known where the models are: trained drafters, then baselines."""
+    names = [drafter.name for drafter in config.train.drafters]
+    trained = [Drafter(name, None, 0) for name in names if chosen_drafter(name, config.sweep.drafters)]
+    return trained + [Drafter(name, None, 0, name) for name in config.sweep.baselines]
 
 
 def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
@@ -59,3 +86,13 @@ def cells_behind(sweep: Sweep, drafter: Drafter, place: Place, view: View) -> It
                 seed=sweep.seeds[0],
                 kind=drafter.kind,
             )
+
+
+def texts(sweep: Sweep, temperatures: Iterable[float]) -> list[Chance]:
+    """How the texts of one prompt are drawn: one at temperature 0, else one for each seed."""
+    return [Chance(t, seed) for t in temperatures for seed in (sweep.seeds if t > 0 else sweep.seeds[:1])]
+
+
+def can_replay(cell: Cell, chance: Chance) -> bool:
+    """Whether replay tells the acceptance of a cell on such a text: a threshold is for greedy text only."""
+    return not (cell.threshold and chance.temperature)

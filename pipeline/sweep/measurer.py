@@ -17,7 +17,7 @@ from pipeline.hardware import describe
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round
 from pipeline.store.rows import FailedCell, PromptRow, Timing
-from pipeline.sweep.grid import Drafter
+from pipeline.sweep.grid import Drafter, texts
 from pipeline.sweep.make_rows import CELL_ERRORS, at_chance, make_failure, make_row
 
 
@@ -86,9 +86,8 @@ class Trial:
         """
         views = dict.fromkeys(cell.view for cell in self.cells)
         self.views = Views(self.bench, self.drafter, self.model, views)
-        for temperature in self.temperatures:
-            for seed in self.sweep.seeds if temperature > 0 else self.sweep.seeds[:1]:
-                yield from self.rows_of(Chance(temperature, seed))
+        for chance in texts(self.sweep, self.temperatures):
+            yield from self.rows_of(chance)
 
     def rows_of(self, chance: Chance) -> Iterator[PromptRow | FailedCell]:
         runs: dict[Cell | None, list[Timed]] = {None: [], **{cell: [] for cell in self.cells}}  # None: AR

@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from pipeline.axes import NOTHING, Cell, Place, View, budget_order, family
-from pipeline.config.sweep import Sweep
+from pipeline.config.schema import Config
+from pipeline.config.sweep import Measure, Sweep
 from pipeline.store.rows import PredictedRow
-from pipeline.sweep.grid import Drafter, cells_behind, views_of
+from pipeline.sweep.grid import Drafter, cells_behind, chosen, chosen_drafter, views_of
 from pipeline.sweep.predict import BASELINES
 
 
@@ -26,14 +27,40 @@ def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) ->
     ]
 
 
-def chosen(value: object, selection: Sequence[object]) -> bool:
-    """Whether a value is in a selection; an empty selection takes everything."""
-    return not selection or value in selection
+def picks_at(
+    sweep: Sweep, drafters: Sequence[Drafter], place: Place, pointed_at: Iterable[Cell] = ()
+) -> tuple[Cell, ...]:
+    """What is measured in a place: what the config names, what predictions point at, the plane's cells."""
+    picks = configured_picks(sweep, drafters, place)
+    return tuple(dict.fromkeys([*picks, *pointed_at, *plane_picks(sweep, place, drafters)]))
 
 
-def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
-    """As `chosen`; naming a variant takes the drafters of all its seeds."""
-    return chosen(name, selection) or family(name) in selection
+def timed_temperatures(sweep: Sweep) -> tuple[float, ...]:
+    return tuple(t for t in sweep.temperatures if chosen(t, sweep.measure.temperatures))
+
+
+def measures_again(sweep: Sweep) -> bool:
+    """Whether the fastest cells are measured again: they are found among greedy rows."""
+    return sweep.predicts and 0.0 in timed_temperatures(sweep)
+
+
+def batches(measure: Measure, prompts: int) -> list[tuple[int, int]]:
+    """The first and last of the prompts that are timed together, of so many of a data set and context."""
+    count, size = min(prompts, measure.prompts), measure.prompts_together
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def unranked(config: Config) -> str:
+    """Why no measured cell will be recommended, where that is certain beforehand; else ""."""
+    measure, least = config.sweep.measure, config.report.least_documents
+    most = len(batches(measure, config.data.prompts))
+    if config.sweep.mode == "replay" or most >= least:
+        return ""
+    return (
+        f"sweep.measure.prompts = {measure.prompts}, {measure.prompts_together} decoded together, is at most "
+        f"{most} documents with a clock of their own, and report.least_documents is {least}: nothing will be "
+        "recommended"
+    )
 
 
 BEST_PREDICTED = 3  # cells of a data set and context that are measured for being the fastest by prediction
@@ -53,28 +80,34 @@ def by_place(rows: Iterable[PredictedRow]) -> dict[Place, list[PredictedRow]]:
     return dict(places)
 
 
-def worth_measuring(here: Sequence[PredictedRow], drafters: Sequence[str]) -> list[Cell]:
+def worth_measuring(here: Sequence[Cell], drafters: Sequence[str]) -> list[Cell]:
     """Of one place: the fastest by prediction, each baseline's fastest, the corners of the best plane.
 
     Args:
-        here: predictions of one place, fastest first.
+        here: cells of one place, the fastest by prediction first.
         drafters: those that may be deployed; of a variant with several training seeds the first alone, so
             that luck of the seed is not picked.
     """
-    cells = [row.cell for row in here]
-    trained = [cell for cell in cells if cell.drafter in drafters and cell.drafter not in BASELINES]
-    chosen = list(trained[:BEST_PREDICTED])
+    trained = [cell for cell in here if cell.drafter in drafters and cell.drafter not in BASELINES]
+    picked = list(trained[:BEST_PREDICTED])
     for name in BASELINES:
-        chosen += [cell for cell in cells if cell.drafter == name][:1]
+        picked += [cell for cell in here if cell.drafter == name][:1]
     if trained:
-        best = trained[0]
-        same = (best.drafter, best.view.policy)
-        plane = [cell for cell in trained if (cell.drafter, cell.view.policy) == same]
-        budgets = sorted({cell.view.budget for cell in plane}, key=budget_order)
-        gammas = sorted({cell.gamma for cell in plane})
-        corners = {(b, g) for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
-        chosen += [cell for cell in plane if (cell.view.budget, cell.gamma) in corners]
-    return list(dict.fromkeys(chosen))
+        picked += corners([cell for cell in trained if plane_of(cell) == plane_of(trained[0])])
+    return list(dict.fromkeys(picked))
+
+
+def plane_of(cell: Cell) -> tuple[str, str]:
+    """The drafter and policy of which it is one of the budgets and γ."""
+    return cell.drafter, cell.policy
+
+
+def corners(plane: Sequence[Cell]) -> list[Cell]:
+    """The cells of the smallest and the largest budget with the smallest and the largest γ."""
+    budgets = sorted({cell.budget for cell in plane}, key=budget_order)
+    gammas = sorted({cell.gamma for cell in plane})
+    ends = {(b, g) for b in (budgets[0], budgets[-1]) for g in (gammas[0], gammas[-1])}
+    return [cell for cell in plane if (cell.budget, cell.gamma) in ends]
 
 
 def first_seeds(drafters: Sequence[str]) -> list[str]:
@@ -92,10 +125,10 @@ def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[Drafter]) -> list
     plane = sweep.measure.plane
     if plane is None or not has_plane(sweep, place):
         return []
-    chosen = next(one for one in drafters if chosen_drafter(one.name, [plane.drafter]))
+    drafter = next(one for one in drafters if chosen_drafter(one.name, [plane.drafter]))
     return [
         cell
         for budget in sweep.budgets
-        for cell in cells_behind(sweep, chosen, place, View(sweep.policies[0], budget))
+        for cell in cells_behind(sweep, drafter, place, View(sweep.policies[0], budget))
         if not cell.threshold
     ]

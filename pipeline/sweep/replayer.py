@@ -22,10 +22,12 @@ from pipeline.errors import NotFinite
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
-from pipeline.sweep.grid import Drafter, cells_behind, views_of
+from pipeline.sweep.grid import Drafter, can_replay, cells_behind, views_of
 from pipeline.sweep.make_rows import all_cells, at_chance, make_failure, make_row
 
 log = logging.getLogger(__name__)
+
+REMEMBERED = 2  # prompts of which a drafter's views are held
 
 
 @dataclass
@@ -65,8 +67,8 @@ class PromptReplay:
         finite = replay.finite_views(logits_RQV)
         place = Place(prompt.dataset, prompt.context)
         behind = [cells_behind(self.sweep, self.drafter, place, view) for view in views]
-        # Each is one γ and threshold behind every view; a threshold is for greedy text only.
-        columns = [c for c in zip(*behind, strict=True) if not (c[0].threshold and chance.temperature)]
+        # Each is one γ and threshold behind every view.
+        columns = [cells for cells in zip(*behind, strict=True) if can_replay(cells[0], chance)]
         lengths = [(cells[0].gamma, cells[0].threshold) for cells in columns]
         counts = self.counts(logits_RQV, prompt, continuation, lengths)
         for cells, counted in zip(columns, counts, strict=True):
@@ -146,7 +148,7 @@ def telling(continuation: Continuation, sweep: Sweep) -> tuple[Mode, Chance]:
 
 
 class PromptViews:
-    """A drafter's views of the prompts of one file, read when needed; the last two prompts are remembered."""
+    """A drafter's views of the prompts of one file, read when needed; the last prompts are remembered."""
 
     def __init__(self, model: DecodeModel, prompts: list[Prompt], views: Sequence[View]) -> None:
         self.model, self.prompts, self.views = (
@@ -159,7 +161,7 @@ class PromptViews:
     def of(self, prompt: Prompt) -> dict[View, PrefixView]:
         key = prompt.prompt_id, len(prompt.tokens)
         if key not in self.recent:
-            while len(self.recent) > 1:
+            while len(self.recent) >= REMEMBERED:
                 self.recent.pop(next(iter(self.recent)))
             tokens_1S = torch.tensor([prompt.tokens], device=self.model.geometry.device)
             kept, _ = self.model.prefill(tokens_1S, [(len(prompt.tokens), view) for view in self.views])

@@ -23,7 +23,6 @@ from pipeline.data.reading import (
     Table,
     checked,
     local_path,
-    looks_local,
     must_be_file,
     table_rows,
     text_problem,
@@ -77,6 +76,8 @@ class Task(BaseModel):
 
 
 class LongBenchReader(Reader[LongBenchSource]):
+    per_document = 1
+
     @property
     def what(self) -> str:
         task = self.source.task
@@ -143,7 +144,7 @@ class LongBenchReader(Reader[LongBenchSource]):
 
     def _table(self) -> Table:
         task, path = self.source.task, self.source.path
-        if not looks_local(path, self.root):
+        if self.on_hub:
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

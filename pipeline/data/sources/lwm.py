@@ -21,7 +21,6 @@ from pipeline.data.reading import (
     checked,
     hub_tables,
     local_path,
-    looks_local,
     split_files,
     table_rows,
     text_problem,
@@ -96,6 +95,10 @@ class LwmReader(Reader[LwmSource]):
     @property
     def summarizes(self) -> bool:
         return self.source.task == "summary"
+
+    @property
+    def per_document(self) -> int:
+        return 1 if self.summarizes else super().per_document
 
     @property
     def prompt_split(self) -> Split:
@@ -178,7 +181,7 @@ class LwmReader(Reader[LwmSource]):
         return split_template(self.source.template or RETRIEVAL, "context", example, name)
 
     def _tables(self, split: Split) -> list[Table]:
-        if not looks_local(self.source.path, self.root):
+        if self.on_hub:
             hub = Table(self.source.path, hub_split=split)
             return hub_tables(self.source.path, split, features(hub), WHAT)
         path = local_path(self.source.path, self.root)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, StrictStr, model_validator
 
-from pipeline.config.data import PromptsSource
+from pipeline.config.data import Context, PromptsSource
 from pipeline.data.documents import Document, Reader, Request, Shard
 from pipeline.data.prompts import bos, make_prompt
 from pipeline.data.reading import BadRow, RawRow, Table, checked, table_rows, text_problem
@@ -56,19 +56,22 @@ class PromptsReader(Reader[PromptsSource]):
                 yield raw if isinstance(raw, BadRow) else self._document(raw)
 
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
-        contexts = [context.tokens for context in self.data.contexts]
         made: list[Prompt] = []
         for document in documents:
             tokens = self._tokens(document, request)
-            fitting = [size for size in contexts if size >= len(tokens)]
-            if not fitting:
-                request.skipped["prompt longer than every context"] += 1
-            elif min(fitting) == request.context.tokens:
+            if self.num_prompts(len(tokens), request.context):
                 if len(made) < request.count:
                     made.append(make_prompt(request, len(made), document, tokens))
                 else:
                     request.skipped["more prompts than data.prompts"] += 1
+            elif not any(self.num_prompts(len(tokens), context) for context in self.data.contexts):
+                request.skipped["prompt longer than every context"] += 1
         return made
+
+    def num_prompts(self, tokens: int, context: Context) -> int:
+        """Whole, at the first context that is long enough."""
+        fitting = [one.tokens for one in self.data.contexts if one.tokens >= tokens]
+        return int(context.tokens == min(fitting, default=0))
 
     def _document(self, raw: RawRow) -> Document | BadRow:
         row = checked(raw, UserRow)

@@ -16,7 +16,6 @@ from pipeline.data.reading import (
     checked,
     hub_tables,
     local_path,
-    looks_local,
     split_files,
     table_rows,
     text_problem,
@@ -48,11 +47,11 @@ class Pg19Reader(Reader[Pg19Source]):
     def shards(self) -> list[Shard]:
         found = []
         for split in self.source.use:
-            if looks_local(self.source.path, self.root):
+            if self.on_hub:
+                tables = hub_tables(self.source.path, split, features(), WHAT)
+            else:
                 files = split_files(local_path(self.source.path, self.root), split, WHAT)
                 tables = [Table(str(file)) for file in files]
-            else:
-                tables = hub_tables(self.source.path, split, features(), WHAT)
             found += [Shard(self.source.name, split, k, (table,)) for k, table in enumerate(tables)]
         return found
 

@@ -27,7 +27,7 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 class TextReader(Reader[TextSource]):
-    continues_text = True
+    continues_text = whole_files = True
 
     def shards(self) -> list[Shard]:
         files = sorted({file for pattern in self.source.files for file in expand(pattern, self.root)})
@@ -60,8 +60,7 @@ class TextReader(Reader[TextSource]):
         if len(use) == 1:
             return use[0]
         point = int.from_bytes(hashlib.sha256(f"{self.seed}\n{text}".encode()).digest()[:8]) / 2**64
-        test = self.source.test_fraction if "test" in use else 0.0
-        validation = self.source.validation_fraction if "validation" in use else 0.0
+        test, validation = self.fractions
         if "train" not in use:
             if test + validation == 0:
                 raise BadData(f"source {self.source.name!r}: its fractions are 0, and it feeds no training")
@@ -70,6 +69,20 @@ class TextReader(Reader[TextSource]):
         if point < test:
             return "test"
         return "validation" if point < test + validation else "train"
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """The shares of the documents that are for test and for validation."""
+        source = self.source
+        return (
+            source.test_fraction if "test" in source.use else 0.0,
+            source.validation_fraction if "validation" in source.use else 0.0,
+        )
+
+    @property
+    def training_share(self) -> float:
+        test, validation = self.fractions
+        return 1.0 - validation - test
 
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
         return continuation_prompts(documents, request)

@@ -115,7 +115,7 @@ def test_the_fastest_the_baselines_and_the_corners_are_worth_measuring() -> None
         predicted("prompt_lookup", 0, 8, 0.5, policy="none"),
     ]
     (here,) = by_place([*plane, *others]).values()
-    found = {(c.drafter, c.budget, c.gamma) for c in worth_measuring(here, FIRSTS)}
+    found = {(c.drafter, c.budget, c.gamma) for c in worth_measuring([row.cell for row in here], FIRSTS)}
     assert found == {
         ("multi_view", 16, 4), ("full_only", 16, 4), ("multi_view", 16, 8),  # the three fastest
         ("prompt_lookup", 0, 4),

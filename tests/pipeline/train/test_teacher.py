@@ -20,7 +20,7 @@ from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
-from tests.helpers.tiny import save_model, tiny_config, tiny_tokenizer, write_prepare
+from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, tiny_tokenizer, write_prepare
 
 CPU = torch.device("cpu")
 TOP_K = 5
@@ -91,7 +91,7 @@ def test_label_bytes_are_predicted(prepare: Path, saved: ModelRef, tmp_path: Pat
     config = tiny_config({"labels.top_k": top_k})
     make_teacher(prepare, saved, tmp_path, config)(whole_file(prepare))
     written = sum(np.load(file).nbytes for file in (tmp_path / "labels").iterdir())
-    assert label_bytes(config, ROWS, Artifact(prepare, "prepare", "x")) == written
+    assert label_bytes(config, ROWS, VOCABULARY) == written
 
 
 def test_a_part_of_a_file_gives_those_rows(prepare: Path, saved: ModelRef, tmp_path: Path) -> None:
