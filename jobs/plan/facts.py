@@ -7,35 +7,31 @@ local files, and test prompts from those of local documents.
 from __future__ import annotations
 
 import math
-import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from jobs.stages.prepare import prepared_elsewhere
+from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import label_tasks
 from pipeline.axes import Place
-from pipeline.config.data import AnySource, Data
+from pipeline.config.data import Data
 from pipeline.config.models import AnyModel, PretrainedModel, ScratchModel
 from pipeline.config.schema import Config
-from pipeline.data.documents import Document, Reader
-from pipeline.data.prepare import distinct, local_files, stage_inputs
-from pipeline.data.prompts import places
-from pipeline.data.reading import BadRow, looks_local
+from pipeline.data.documents import Reader
+from pipeline.data.prepare import plan_prompts
 from pipeline.data.sources.registry import make_readers
-from pipeline.data.tokenizer import check_tokenizers, read_tokenizer
+from pipeline.data.tokenizer import read_tokenizer
 from pipeline.errors import BadData
 from pipeline.models.load import ModelRef, own_positions
-from pipeline.plan.shapes import Shape, pretrained_shape, scratch_shape
-from pipeline.store.artifacts import Artifact, open_artifact
+from pipeline.plan.shapes import ITEMSIZE, Shape, pretrained_shape, scratch_shape
+from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
 from pipeline.train.teacher import LabelTask
 
-COMPRESSED, EXPANSION = {".gz", ".parquet", ".zip"}, 2.5  # text in files of these kinds, to its size there
 NO_CAP = Data.model_fields["max_sequences"].default
 Readers = dict[str, Reader[Any]]
 
@@ -68,6 +64,9 @@ def known(config: Config) -> tuple[dict[str, Shape], Facts]:
     return shapes_of(config, facts.vocab), facts
 
 
+# ── models ────────────────────────────────────────────────────────────────────────────────────────
+
+
 def shapes_of(config: Config, vocab: int) -> dict[str, Shape]:
     return {role: shape_of(config, role, vocab) for role in ("target", "drafter")}
 
@@ -76,17 +75,16 @@ def shape_of(config: Config, role: str, vocab: int) -> Shape:
     """A model's shape; `vocab` is the tokenizer's, which a scratch model takes for its own."""
     spec: AnyModel = getattr(config, role)
     if isinstance(spec, ScratchModel):
-        return scratch_shape(spec, vocab)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = config_folder(spec, role)
+        return replace(scratch_shape(spec, vocab), itemsize=ITEMSIZE[spec.dtype])
+    folder, trusted = config_folder(spec, role), spec.trust_remote_code
     try:
-        given = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        given = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(given, trust_remote_code=spec.trust_remote_code)
-        return pretrained_shape(given, sum(weight.numel() for weight in model.parameters()))
+            model = AutoModelForCausalLM.from_config(given, trust_remote_code=trusted)
+        shape = pretrained_shape(given, sum(weight.numel() for weight in model.parameters()))
     except (OSError, ValueError, AttributeError) as error:
         raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
+    return replace(shape, itemsize=ITEMSIZE[spec.dtype])
 
 
 def config_folder(spec: PretrainedModel, role: str) -> Path:
@@ -95,8 +93,6 @@ def config_folder(spec: PretrainedModel, role: str) -> Path:
     Raises:
         BadData: if it is not on this machine.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     file: object = Path(spec.path) / "config.json"
     if not Path(spec.path).is_dir():
         if not spec.may_be_on_hub:
@@ -117,8 +113,8 @@ def beyond_positions(config: Config) -> list[str]:
     """
     data, found = config.data, []
     asked = {"data.sequence_tokens": data.sequence_tokens} | {
-        f"data.contexts.{one.name}.tokens + data.max_new_tokens": one.tokens + data.max_new_tokens
-        for one in data.contexts
+        f"data.contexts.{name}.tokens + data.max_new_tokens": tokens + data.max_new_tokens
+        for name, tokens in data.context_tokens.items()
     }
     for role in ("target", "drafter"):
         spec: AnyModel = getattr(config, role)
@@ -126,8 +122,7 @@ def beyond_positions(config: Config) -> list[str]:
             reach = spec.max_positions
         else:
             folder = str(config_folder(spec, role))
-            trusted = spec.trust_remote_code
-            reach = own_positions(ModelRef(folder, trust_remote_code=trusted))
+            reach = own_positions(ModelRef(folder, trust_remote_code=spec.trust_remote_code))
         beyond = [f"{field} ({tokens:,})" for field, tokens in asked.items() if tokens > reach]
         if beyond and not spec.rope_scaling:
             found.append(
@@ -137,12 +132,25 @@ def beyond_positions(config: Config) -> list[str]:
     return found
 
 
+# ── data ──────────────────────────────────────────────────────────────────────────────────────────
+
+
 def facts_of(config: Config, vocab: int) -> Facts:
-    """Exact counts of a complete stage prepare; else estimates for a vocabulary of so many entries."""
-    data = config.data
-    readers = {} if data.prepared else make_readers(data, config.seed)
-    prepared = prepared_data(config, readers)
-    if prepared is None:
+    """Exact counts of a complete stage prepare; else estimates for a vocabulary of so many entries.
+
+    Raises:
+        BadData: if a local source or tokenizer is missing, unless another source is on the hub.
+    """
+    readers, prepared = make_readers(config.data, config.seed), None
+    if config.data.prepared is not None:
+        prepared = prepared_elsewhere(config, Path(config.data.prepared))
+    else:
+        try:
+            prepared = open_prepare(config).artifact
+        except BadData:
+            if not any(reader.on_hub for reader in readers.values()):
+                raise
+    if prepared is None or not prepared.complete:
         sequences, how = estimate_sequences(config, readers, vocab)
         labelled = min(sequences, config.labels.max_sequences)
         prompts, prompts_how = estimate_prompts(config, readers, vocab)
@@ -150,39 +158,12 @@ def facts_of(config: Config, vocab: int) -> Facts:
     counts = prepared.manifest["counts"]
     labelled = sum(t.last - t.first for t in label_tasks(config, prepared) if isinstance(t, LabelTask))
     prompts = {
-        Place(source.name, context.name): counts["prompts"][f"test-{source.name}-{context.name}.jsonl"]
-        for source in data.sources
-        if "test" in source.use
-        for context in data.contexts
+        Place(task.reader.source.name, task.context.name): counts["prompts"][task.file]
+        for task in plan_prompts(config.data, readers, [])
+        if task.split == "test"
     }
     vocab = len(read_tokenizer(prepared.path / TOKENIZER))
     return Facts(counts["sequences"], labelled, prompts, vocab, "exact", "exact", prepared)
-
-
-def prepared_data(config: Config, readers: Readers) -> Artifact | None:
-    """The complete stage prepare of a config, found as `jobs.stages.prepare` finds it; nothing is written.
-
-    Raises:
-        BadData: if a local source or tokenizer is missing, unless another source is on the hub.
-    """
-    if config.data.prepared is not None:
-        return prepared_elsewhere(config, Path(config.data.prepared))
-    try:
-        check_tokenizers(config)
-        shards = [shard for reader in readers.values() for shard in reader.shards()]
-        inputs = stage_inputs(config, local_files(readers, shards))
-    except BadData:
-        if not any(on_hub(config, source) for source in config.data.sources):
-            raise
-        return None
-    artifact = open_artifact(Path(config.storage), "prepare", inputs)
-    return artifact if artifact.complete else None
-
-
-def on_hub(config: Config, source: AnySource) -> bool:
-    """Whether a source is read from the hub, so that nothing is known of its size."""
-    path = getattr(source, "path", None)
-    return path is not None and not looks_local(path, Path(config.data.root))
 
 
 def bytes_per_token(vocab: int) -> float:
@@ -192,29 +173,16 @@ def bytes_per_token(vocab: int) -> float:
 
 def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[int, str]:
     """Training sequences by the sizes of the local source files, and what that rests on."""
-    data = config.data
-    per_token = bytes_per_token(vocab)
-    sequences = 0.0
-    for reader in readers.values():
-        source = reader.source
-        if "train" not in source.use:
-            continue
-        if on_hub(config, source):
-            if data.max_sequences < NO_CAP:
-                return data.max_sequences, f"assumed: data.max_sequences, as {source.name} is on the hub"
-            wanted = config.train.steps * config.train.batch_sequences
-            return wanted, f"assumed: what train.steps read, as {source.name} is on the hub and no cap is set"
-        shards = [shard for shard in reader.shards() if shard.split in (None, "train")]
-        share = 1.0
-        if source.kind == "text":
-            share -= source.validation_fraction * ("validation" in source.use)
-            share -= source.test_fraction * ("test" in source.use)
-        for path in {table.path for shard in shards for table in shard.tables}:
-            text = os.path.getsize(path) * (EXPANSION if Path(path).suffix in COMPRESSED else 1)
-            # What is left at the end of a document is not used; files of text are documents.
-            found = text / per_token / data.sequence_tokens
-            sequences += share * (math.floor(found) if source.kind == "text" else found)
-    return min(int(sequences), data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"
+    data, train, per_token = config.data, config.train, bytes_per_token(vocab)
+    training = [reader for reader in readers.values() if "train" in reader.source.use]
+    for reader in training:
+        if reader.on_hub and data.max_sequences < NO_CAP:
+            return data.max_sequences, f"assumed: data.max_sequences, as {reader.source.name} is on the hub"
+        if reader.on_hub:
+            how = f"assumed: what train.steps read, as {reader.source.name} is on the hub and no cap is set"
+            return train.steps * train.batch_sequences, how
+    sequences = int(sum(reader.estimate_sequences(per_token) for reader in training))
+    return min(sequences, data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"
 
 
 def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict[Place, int], str]:
@@ -223,48 +191,16 @@ def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict
     Raises:
         BadData: if a local file is missing.
     """
-    data, rests_on = config.data, set()
     prompts: dict[Place, int] = {}
-    for reader in readers.values():
-        source = reader.source
-        if "test" not in source.use:
+    rests_on, per_token = set(), bytes_per_token(vocab)
+    for name, reader in readers.items():
+        if "test" not in reader.source.use:
             continue
-        if on_hub(config, source):
-            counts = {context.name: data.prompts for context in data.contexts}
+        if reader.on_hub:
+            counts = dict.fromkeys(config.data.context_tokens, config.data.prompts)
             rests_on.add("at most: data.prompts")
         else:
-            counts = local_prompts(reader, bytes_per_token(vocab))
-            rests_on.add(f"estimate: test documents at {bytes_per_token(vocab):.2f} bytes a token")
-        prompts |= {Place(source.name, context): count for context, count in counts.items()}
+            counts = reader.estimate_prompts(per_token)
+            rests_on.add(f"estimate: test documents at {per_token:.2f} bytes a token")
+        prompts |= {Place(name, context): count for context, count in counts.items()}
     return prompts, "; on the hub ".join(sorted(rests_on, reverse=True))
-
-
-def local_prompts(reader: Reader[Any], per_token: float) -> dict[str, int]:
-    """Test prompts of a local source by context, were its text to have so many bytes a token."""
-    data = reader.data
-    counts = {context.name: 0 for context in data.contexts}
-    for document in distinct(test_documents(reader), Counter()):
-        tokens = int(len((document.before + document.text + document.after).encode()) / per_token)
-        for context, found in prompts_of(reader, tokens).items():
-            counts[context] = min(data.prompts, counts[context] + found)
-        if min(counts.values()) == data.prompts:
-            break
-    return counts
-
-
-def test_documents(reader: Reader[Any]) -> Iterator[Document]:
-    for shard in reader.shards():
-        for row in reader.documents(shard) if shard.split in (None, "test") else ():
-            if not isinstance(row, BadRow) and row.split == "test":
-                yield row
-
-
-def prompts_of(reader: Reader[Any], tokens: int) -> dict[str, int]:
-    """Prompts that a document of so many tokens gives at each context, as its reader makes them."""
-    source, data = reader.source, reader.data
-    if source.kind == "prompts":  # whole, at the first context that is long enough
-        smallest = min((c.tokens for c in data.contexts if c.tokens >= tokens), default=0)
-        return {context.name: int(context.tokens == smallest) for context in data.contexts}
-    in_pieces = reader.continues_text or (source.kind == "lwm" and source.task != "summary")
-    most = data.prompts_per_document if in_pieces else 1
-    return {context.name: len(places(tokens, context.tokens, most)) for context in data.contexts}

@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jobs.executors.ray_train import read_settings
 from jobs.plan.facts import Facts
+from pipeline.config.files import apply_override
 from pipeline.config.models import ScratchModel
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
@@ -19,7 +22,8 @@ from pipeline.models.load import pick_device
 from pipeline.plan.rates import timed_step
 from pipeline.plan.shapes import Device, Memory, Shape, Sharding, sharding_of
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
-from pipeline.plan.train_memory import pretrain_memory, teach_memory, train_memory
+from pipeline.plan.teach_memory import teach_memory
+from pipeline.plan.train_memory import pretrain_memory, train_memory
 
 # Resident bytes of imports that a plan does without, measured on Linux with the pinned versions.
 MLFLOW_BYTES, RAY_BYTES = 100_000_000, 70_000_000
@@ -29,26 +33,15 @@ SMALL = ScratchModel.model_validate(
      "max_positions": 64, "pretrain": {"steps": 1}}
 )  # fmt: skip
 # What to lower where a stage does not fit, in the order in which it is tried.
+STEP = ("train.micro_batch_sequences", "train.num_workers")
+DECODING = ("decode.prefill_chunk", "data.max_new_tokens")
 FIELDS = {
-    **{
-        f"pretrain {role}": (
-            "train.micro_batch_sequences",
-            "train.num_workers",
-            f"{role}.pretrain.sequence_tokens",
-            "data.sequence_tokens",
-        )
-        for role in ("target", "drafter")
-    },
+    "pretrain target": (*STEP, "target.pretrain.sequence_tokens", "data.sequence_tokens"),
+    "pretrain drafter": (*STEP, "drafter.pretrain.sequence_tokens", "data.sequence_tokens"),
     "teach": ("labels.batch_sequences", "labels.num_workers", "data.sequence_tokens"),
-    "train": (
-        "train.micro_batch_sequences",
-        "train.num_workers",
-        "train.max_logits_mib",
-        "train.windows",
-        "data.sequence_tokens",
-    ),
-    "sweep replay": ("sweep.num_evaluators", "decode.prefill_chunk", "data.max_new_tokens"),
-    "sweep measure": ("sweep.measure.prompts_together", "decode.prefill_chunk", "data.max_new_tokens"),
+    "train": (*STEP, "train.max_logits_mib", "train.windows", "data.sequence_tokens"),
+    "sweep replay": ("sweep.num_evaluators", *DECODING),
+    "sweep measure": ("sweep.measure.prompts_together", *DECODING),
 }
 
 
@@ -74,49 +67,45 @@ def device_memory(kind: str) -> int | None:
 
 def memory(config: Config, shapes: Mapping[str, Shape], facts: Facts, device: Device) -> list[Memory]:
     """The peak of every stage that does something; of training, that of the largest variant."""
-    train, sweep = config.train, config.sweep
-    sharding = Sharding()
+    train, sweep, sharding = config.train, config.sweep, Sharding()
     if config.run.executor == "ray":
         sharding = sharding_of(read_settings(train.deepspeed), train.num_workers)
-
-    def at_once(peak: Memory, workers: int, work: Work) -> Memory:
-        """On a CPU the workers of a stage share the machine, on GPUs by what they ask for."""
-        if config.run.executor == "inline":
-            workers = 1
-        elif device.kind == "cuda":
-            share = config.run.needs(work).gpus or 0.0
-            workers = min(workers, int(1 / share) if 0 < share < 1 else 1)
-        return replace(peak, processes=workers)
-
-    peaks = [
-        at_once(pretrain_memory(config, role, shape, sharding, device), train.num_workers, "train")
+    stages: list[tuple[Memory, int, Work]] = [
+        (pretrain_memory(config, role, shape, sharding, device), train.num_workers, "train")
         for role, shape in shapes.items()
         if isinstance(spec := getattr(config, role), ScratchModel) and spec.pretrain.steps
     ]
     most = max(config.data.validation_prompts, *facts.prompts.values())
-    peaks.append(
-        at_once(teach_memory(config, shapes["target"], most, device), config.labels.num_workers, "teach")
-    )
-    steps = [train.steps if variant.steps is None else variant.steps for variant in train.drafters]
+    stages.append((teach_memory(config, shapes["target"], most, device), config.labels.num_workers, "teach"))
+    steps = sum(train.steps_of(variant) for variant in train.drafters)
     trained = [
-        train_memory(config, variant, sum(steps), shapes["drafter"], sharding, device)
-        for variant, own in zip(train.drafters, steps, strict=True)
-        if own
+        train_memory(config, variant, steps, shapes["drafter"], sharding, device)
+        for variant in train.drafters
+        if train.steps_of(variant)
     ]
     if trained:
-        peaks.append(at_once(max(trained, key=lambda peak: peak.each), train.num_workers, "train"))
+        stages.append((max(trained, key=lambda peak: peak.each), train.num_workers, "train"))
     if sweep.mode != "measure":
-        peaks.append(at_once(replay_memory(config, shapes, device), sweep.num_evaluators, "replay"))
+        stages.append((replay_memory(config, shapes, device), sweep.num_evaluators, "replay"))
     if sweep.mode != "replay":
-        peaks.append(measure_memory(config, shapes, facts.prompts, device))
-    return peaks
+        stages.append((measure_memory(config, shapes, facts.prompts, device), 1, "measure"))
+    return [replace(peak, processes=at_once(config, device, workers, work)) for peak, workers, work in stages]
+
+
+def at_once(config: Config, device: Device, workers: int, work: Work) -> int:
+    """On a CPU the workers of a stage share the machine, on GPUs by what they ask for."""
+    share = config.run.needs(work).gpus or 0.0
+    if config.run.executor == "inline":
+        return 1
+    if device.kind == "cpu":
+        return workers
+    return min(workers, int(1 / share) if 0 < share < 1 else 1)
 
 
 def memory_problems(
     config: Config, shapes: Mapping[str, Shape], facts: Facts, device: Device, limit: int | None
-) -> list[str]:
+) -> Iterator[str]:
     """One line for each stage that needs more than `limit`, with the first field whose change helps."""
-    problems = []
     for place, peak in enumerate(memory(config, shapes, facts, device)):
         if limit is None or peak.total <= limit:
             continue
@@ -127,22 +116,18 @@ def memory_problems(
             if after <= limit:
                 advice = f"set {field}={value}, with which it takes {after / 1e9:.1f} GB"
                 break
-        problems.append(
+        yield (
             f"stage {peak.stage} needs {peak.total / 1e9:.1f} GB of {device.kind} memory, and there are "
             f"{limit / 1e9:.1f} GB: {advice}"
         )
-    return problems
 
 
 def lowered(config: Config, field: str) -> Iterator[tuple[int, Config]]:
     """The config with a field halved, and halved again, as long as that is valid."""
     values = config.model_dump(mode="python")
-    *path, name = field.split(".")
-    group = values
-    for part in path:
-        group = group[part]
-    value = config.data.sequence_tokens if group[name] is None else group[name]
+    value: Any = reduce(getattr, field.split("."), config)
+    value = config.data.sequence_tokens if value is None else value
     while (value := value // 2) >= 1:
-        group[name] = value
+        apply_override(f"{field}={value}", values, {})
         with suppress(ValueError):
             yield value, Config.model_validate(values)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.plan.disk import GB, Amount, disk_problems, on_disk
+from jobs.plan.amounts import GB, Amount, disk_problems, of_data, of_sweep, on_disk
 from jobs.plan.facts import Facts, beyond_positions, known
 from jobs.plan.memory import device_memory, device_of, memory, memory_problems
 from jobs.stages.pipeline import settled
@@ -16,7 +16,8 @@ from pipeline.errors import BadData
 from pipeline.plan.flops import MEASURING, Rates, hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
 from pipeline.plan.shapes import Memory, Shape
-from pipeline.plan.sweep_counts import SweepCounts, count_sweep, unranked
+from pipeline.plan.sweep_counts import count_sweep
+from pipeline.sweep.picks import unranked
 
 
 def plan(
@@ -45,15 +46,11 @@ def plan(
     peaks = memory(config, shapes, facts, device)
     counts = count_sweep(config, facts.prompts)
     disk = list(on_disk(config, shapes, facts, counts))
-    amounts = [
-        *data_amounts(config, facts),
-        *(file.amount for file in disk),
-        *sweep_amounts(config, facts, counts),
-    ]
+    amounts = [*of_data(config, facts), *(file.amount for file in disk), *of_sweep(config, facts, counts)]
     rates, source = rates_of(config, shapes, device.kind, tflops)
-    step_s, step = (
-        step_of(config, shapes["target"].vocab, device.kind, step_ms) if counts.runs else (None, "")
-    )
+    step_s, step = None, ""
+    if counts.runs:
+        step_s, step = step_of(config, shapes["target"].vocab, device.kind, step_ms)
     problems = [*disk_problems(config, disk), *memory_problems(config, shapes, facts, device, limit)]
     document = {
         "config": config.name,
@@ -61,7 +58,7 @@ def plan(
         "memory_limit_bytes": limit,
         "amounts": [asdict(amount) for amount in amounts],
         "memory": [{**asdict(peak), "each": peak.each, "total": peak.total} for peak in peaks],
-        "hours": device_hours(config, shapes, facts, counts, rates, step_s) if rates else None,
+        "hours": device_hours(config, shapes, facts, counts.runs, rates, step_s) if rates else None,
         "rates": source,
         "step": step,
         "ranking": unranked(config),
@@ -74,50 +71,20 @@ def plan(
         raise BadData("; ".join(problems))
 
 
-# ── amounts ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def data_amounts(config: Config, facts: Facts) -> Iterator[Amount]:
-    yield Amount("training sequences", facts.sequences, "", facts.how)
-    yield Amount("training tokens", facts.sequences * config.data.sequence_tokens, "", facts.how)
-    yield Amount("labelled sequences", facts.labelled, "", facts.how)
-    for place, count in sorted(facts.prompts.items()):
-        yield Amount(f"prompts {place.dataset}-{place.context}", count, "", facts.prompts_how)
-
-
-def sweep_amounts(config: Config, facts: Facts, counts: SweepCounts) -> Iterator[Amount]:
-    how = "estimate: of these prompts" if facts.prompts_how.startswith("estimate") else "at most"
-    yield Amount("cells", counts.cells, "", "at most")
-    yield Amount("rows of replay", counts.replayed, "", how)
-    if config.sweep.predicts:
-        how = "estimate: the named cells, and as many as predictions can point at"
-    yield Amount("rows measured", counts.measured, "", how)
-    yield Amount("rows measured again", counts.rechecked, "", how)
-    yield Amount("timed runs", counts.runs, "", how)
-
-
 def device_hours(
-    config: Config,
-    shapes: Mapping[str, Shape],
-    facts: Facts,
-    counts: SweepCounts,
-    rates: Rates,
-    step_s: float | None,
+    config: Config, shapes: Mapping[str, Shape], facts: Facts, runs: int, rates: Rates, step_s: float | None
 ) -> dict[str, float]:
     """By stage. Measuring is left out where no step time is known.
 
     Every timed run counts as autoregressive decoding of a text of full length: too much where speculation
     pays or texts end early, too little where it does not pay. Timing single steps is not in it.
     """
-    done = work(config, shapes, facts.labelled, facts.prompts)
+    done = list(work(config, shapes, facts.labelled, facts.prompts))
     if step_s is None:
         return hours(done, rates)
     spent = hours([*done, *prefills(config, shapes, facts.prompts)], rates)
-    spent[MEASURING] += counts.runs * (config.data.max_new_tokens - 1) * step_s / 3600
+    spent[MEASURING] += runs * (config.data.max_new_tokens - 1) * step_s / 3600
     return spent
-
-
-# ── the table ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def table(document: Mapping[str, Any], peaks: Sequence[Memory], amounts: Sequence[Amount]) -> Iterator[str]:
@@ -125,7 +92,7 @@ def table(document: Mapping[str, Any], peaks: Sequence[Memory], amounts: Sequenc
         value = f"{amount.value / GB:,.3f} GB" if amount.unit == "B" else f"{int(amount.value):,}"
         yield f"{amount.name:<38}{value:>18}  {amount.how}"
     parts = ("base", "weights", "gradients", "optimizer", "activations", "logits", "kv")
-    limit = document["memory_limit_bytes"]
+    limit, spent = document["memory_limit_bytes"], document["hours"] or {}
     yield f"\npeak {document['device']} memory in GB, estimates" + (
         f"; there are {limit / GB:.1f}" if limit else "; no such device here: give --memory-gb"
     )
@@ -135,17 +102,15 @@ def table(document: Mapping[str, Any], peaks: Sequence[Memory], amounts: Sequenc
         row = "".join(f"{value:>12.3f}" for value in [*values, peak.each / GB])
         yield f"{peak.stage:<24}{row}{peak.processes:>12}{peak.total / GB:>12.3f}"
     yield f"\ndevice-hours; {document['rates']}"
-    for stage, spent in (document["hours"] or {}).items():
-        yield f"{stage:<24}{spent:>12.3f}"
-    if document["hours"] and MEASURING in document["hours"]:
+    yield from (f"{stage:<24}{value:>12.3f}" for stage, value in spent.items())
+    if MEASURING in spent:
         yield (
             f"timed decoding: runs × tokens × an autoregressive step of the target, {document['step']}; too "
             "much where speculation pays"
         )
-    elif document["hours"] and document["step"]:
+    elif spent and document["step"]:
         yield (
             "timed decoding is not in them: give --step-ms X, the milliseconds of an autoregressive step of "
             "the target"
         )
-    for note in filter(None, (document["ranking"], *document["positions"])):
-        yield f"\n{note}"
+    yield from (f"\n{note}" for note in (document["ranking"], *document["positions"]) if note)

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Mapping
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipeline.config.models import ScratchModel
+from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.decode.loop import autoregressive
 from pipeline.decode.model import decode_model
@@ -20,10 +21,8 @@ from pipeline.kv.slot_cache import slots_for
 from pipeline.models.build import build_scratch
 from pipeline.plan.flops import Rates
 from pipeline.plan.shapes import Shape
-from pipeline.plan.sweep_counts import longest
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
-
 TIMED_RUNS, TIMED_STEPS = 3, 8
 
 
@@ -38,13 +37,12 @@ def rates_of(
     if tflops:
         given = dict.fromkeys(product(shapes, (False, True)), tflops * 1e12)
         return given, f"estimate: FLOPs at the given {tflops:g} TFLOP/s"
-    specs = {"target": config.target, "drafter": config.drafter}
-    scratch = {role: spec for role, spec in specs.items() if isinstance(spec, ScratchModel)}
-    if len(scratch) < len(specs) or (device == "cuda" and not torch.cuda.is_available()):
+    specs = {role: spec for role in shapes if (spec := can_be_timed(config, role, device))}
+    if len(specs) < len(shapes):
         return None, "not known: give --tflops X, the effective TFLOP/s of the device"
     length = min(config.data.sequence_tokens, TIMED_TOKENS)
     rates: Rates = {}
-    for role, spec in scratch.items():
+    for role, spec in specs.items():
         flops = shapes[role].forward_flops(length, length / 2)
         seconds = timed_step(spec, shapes[role].vocab, length, device, config.train.dtype == "bfloat16")
         for training, least in seconds.items():
@@ -60,10 +58,17 @@ def rates_of(
     )
 
 
-def threads_of(config: Config, device: str, work: Literal["teach", "train", "measure"]) -> int:
+def can_be_timed(config: Config, role: str, device: str) -> ScratchModel | None:
+    """The config's model, where it can be built here without its weights."""
+    spec = getattr(config, role)
+    here = device == "cpu" or torch.cuda.is_available()
+    return spec if here and isinstance(spec, ScratchModel) else None
+
+
+def threads_of(config: Config, device: str, work: Work) -> int:
     """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
-    own = config.run.needs(work).cpus or 0 if config.run.executor == "ray" else torch.get_num_threads()
-    return max(1, int(own)) if device == "cpu" else 1
+    own = config.run.needs(work).threads if config.run.executor == "ray" else torch.get_num_threads()
+    return own if device == "cpu" else 1
 
 
 class Vocabulary:
@@ -122,11 +127,11 @@ def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> t
     """
     if step_ms:
         return step_ms / 1e3, f"the given {step_ms:g} ms"
-    spec = config.target
-    if not isinstance(spec, ScratchModel) or (device == "cuda" and not torch.cuda.is_available()):
+    spec, threads = can_be_timed(config, "target", device), threads_of(config, device, "measure")
+    if spec is None:
         return None, "not known"
-    threads = threads_of(config, device, "measure")
-    seconds = timed_decoding(spec, vocab, longest(config), device, threads)
+    prefix = max(config.data.context_tokens.values())
+    seconds = timed_decoding(spec, vocab, prefix, device, threads)
     return seconds, f"{1e3 * seconds:.3g} ms measured here, of a process with {threads} threads"
 
 

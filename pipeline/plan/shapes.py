@@ -23,7 +23,8 @@ LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parame
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only model, as far as its costs go."""
+    """A decoder-only model, as far as its costs go. `itemsize` is of an entry where it runs without training;
+    training is in fp32."""
 
     parameters: int
     layers: int
@@ -32,10 +33,15 @@ class Shape:
     kv: int
     intermediate: int
     vocab: int
+    itemsize: int = FP32
 
-    def kv_bytes(self, tokens: int, itemsize: int = FP32) -> int:
+    @property
+    def weights(self) -> int:
+        return self.parameters * self.itemsize
+
+    def kv_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens, all layers."""
-        return 2 * self.layers * self.kv * tokens * itemsize
+        return 2 * self.layers * self.kv * tokens * self.itemsize
 
     def training_bytes(self, bfloat16: bool) -> int:
         """What one token leaves in one layer for its backward pass.
@@ -47,10 +53,16 @@ class Shape:
         norms, rest = 6 * self.hidden, 2 * self.query + 2 * self.kv + 4 * self.intermediate
         return 20 * self.hidden + 2 * rest if bfloat16 else FP32 * (norms + rest)
 
-    def reading_bytes(self, itemsize: int) -> int:
+    def reading_bytes(self) -> int:
         """What one token needs in the layer that is being computed without gradients."""
         widest = max(3 * self.intermediate, 4 * self.query + 3 * self.kv)
-        return itemsize * (2 * self.hidden + widest)
+        return self.itemsize * (2 * self.hidden + widest)
+
+    def prefill_bytes(self, prefix: int, chunk: int, device: Device) -> int:
+        """The hidden states and the KV of one layer, and the activations of a chunk."""
+        alive = prefix * (self.hidden + 2 * self.kv) * self.itemsize
+        alive += min(prefix, chunk) * self.reading_bytes()
+        return device.held(alive, prefix * max(self.hidden, 2 * self.kv) * self.itemsize)
 
     def forward_flops(self, tokens: float, attended: float) -> float:
         """2 a parameter for every token, and 4 a query channel for every pair of tokens that meet."""

@@ -1,56 +1,29 @@
-"""Peak memory of replaying and measuring, by formula."""
+"""Peak memory of replaying and measuring, by formula.
+
+Prompts are taken to be as long as the longest context, and the timed views to be all that predictions may
+point at. It is no upper bound all the same: what libraries hold beside the tensors is not in it, and a
+process that measured on a CPU took an eighth more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from pipeline.axes import Place, View
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
-from pipeline.kv.slot_cache import slots_for
-from pipeline.plan.shapes import FP32, ITEMSIZE, Device, Memory, Shape
-from pipeline.plan.sweep_counts import draft_sources, longest, picks_of, role_of
-from pipeline.sweep.grid import Drafter, views_of
-
-REMEMBERED = 2  # prompts whose views `pipeline.sweep.replayer.PromptViews` holds
+from pipeline.kv.slot_cache import capacity_of, slots_for
+from pipeline.plan.shapes import FP32, Device, Memory, Shape
+from pipeline.sweep.grid import draft_sources, views_of
+from pipeline.sweep.picks import picks_at
+from pipeline.sweep.replayer import REMEMBERED
 
 INDUCTOR_BYTES = 100_000_000  # resident, measured on Linux with the pinned version
 
 
-class Loaded(NamedTuple):
-    """A model as the sweep loads it."""
-
-    shape: Shape
-    itemsize: int
-
-    @property
-    def weights(self) -> int:
-        return self.shape.parameters * self.itemsize
-
-    def kv(self, tokens: int) -> int:
-        return self.shape.kv_bytes(tokens, self.itemsize)
-
-    def prefill(self, prefix: int, chunk: int, device: Device) -> int:
-        """The hidden states and the KV of one layer, and the activations of a chunk."""
-        shape, size = self.shape, self.itemsize
-        layer = prefix * (shape.hidden + 2 * shape.kv) * size
-        alive = layer + min(prefix, chunk) * shape.reading_bytes(size)
-        return device.held(alive, prefix * max(shape.hidden, 2 * shape.kv) * size)
-
-
-def loaded(config: Config, shapes: Mapping[str, Shape]) -> dict[str, Loaded]:
-    dtypes = {"target": config.target.dtype, "drafter": config.drafter.dtype}
-    return {role: Loaded(shape, ITEMSIZE[dtypes[role]]) for role, shape in shapes.items()}
-
-
-def kept(view: View, prefix: int) -> int:
-    return prefix if view.budget == "full" else min(view.budget, prefix)
-
-
-def slots(view: View, prefix: int) -> int:
-    """As `pipeline.decode.bench.Bench.drafter` allocates them for a prefix."""
-    return slots_for(prefix) if view.budget == "full" else view.budget
+def kept(views: Iterable[View], prefix: int) -> int:
+    """Entries of a prefix that these views keep."""
+    return sum(prefix if view.budget == "full" else min(view.budget, prefix) for view in views)
 
 
 def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -> Memory:
@@ -59,32 +32,26 @@ def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -
     Views are held of two prompts, and those of one once more in the cache. The continuation's logits are
     copied when they are put in order; sampled texts and thresholds then need probabilities in fp32.
     """
-    sweep, prefix, count = config.sweep, longest(config), config.data.max_new_tokens
-    models, sources = loaded(config, shapes), draft_sources(config)
-    roles = [role_of(source) for source in sources]
-    weights = (
-        roles.count("drafter") * models["drafter"].weights + roles.count("target") * models["target"].weights
-    )
+    sweep, prefix = config.sweep, max(config.data.context_tokens.values())
+    sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
+    weights = sum(shape.weights for _, shape in sources)
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
-    for role, source in zip(roles, sources, strict=True):
-        if role is None:
-            continue
-        model, views = models[role], [view.kept for view in views_of(sweep, source)]
-        shape, size, tokens = model.shape, model.itemsize, len(views) * count
-        held = REMEMBERED * sum(kept(view, prefix) for view in set(views))
-        cached = sum(kept(view, prefix) for view in views) + tokens
+    for source, shape in sources:
+        views = [view.kept for view in views_of(sweep, source)]
+        tokens, size = len(views) * config.data.max_new_tokens, shape.itemsize
+        held = REMEMBERED * kept(set(views), prefix) + kept(views, prefix) + tokens
         logits = tokens * shape.vocab
         copies = logits * max(2 * size, size + 2 * FP32 * in_fp32)
-        prefill = model.prefill(prefix, config.decode.prefill_chunk, device)
+        prefill = shape.prefill_bytes(prefix, config.decode.prefill_chunk, device)
         peaks.append(
             Memory(
                 "sweep replay",
                 device.base_bytes,
                 weights,
-                activations=max(prefill, tokens * shape.reading_bytes(size)),
+                activations=max(prefill, tokens * shape.reading_bytes()),
                 logits=device.held(copies, logits * size),
-                kv=device.held(model.kv(held + cached), prefix * shape.kv * size),
+                kv=device.held(shape.kv_bytes(held), prefix * shape.kv * size),
             )
         )
     return max(peaks, key=lambda peak: peak.each)
@@ -99,39 +66,28 @@ def measure_memory(
     read, and of the one before it; where it speculates for itself, all its sparse ones, and a full one again
     that they are read with; those of the drafter whose turn it is.
     """
-    sweep, prefix = config.sweep, longest(config)
-    models, sources = loaded(config, shapes), draft_sources(config)
-    target, drafter = models["target"], models["drafter"]
+    sweep, prefix, sources = config.sweep, max(config.data.context_tokens.values()), draft_sources(config)
     room = config.data.max_new_tokens + max(sweep.gammas)
+    named = [pick for place in places for pick in picks_at(sweep, sources, place)]
     cached, held = {"target": slots_for(prefix) + room, "drafter": 0}, {"target": 0, "drafter": 0}
-    timed = timed_views(config, sources, places)
     for source in sources:
-        role, views = role_of(source), timed[source.name]
-        if role is not None:
-            cached[role] += sum(each + room for each in {slots(view, prefix) for view in views})
-            held[role] = max(held[role], sum(kept(view, prefix) for view in views))
+        if source.role is None:
+            continue
+        # Predictions may point at any.
+        views = {view.kept for view in views_of(sweep, source) if sweep.predicts and not view.control}
+        views |= {pick.view.kept for pick in named if pick.drafter == source.name}
+        cached[source.role] += sum(each + room for each in {capacity_of(view, prefix) for view in views})
+        held[source.role] = max(held[source.role], kept(views, prefix))
     together = min(sweep.measure.prompts_together, sweep.measure.prompts)
-    kv = sum(model.kv(together * (cached[role] + held[role])) for role, model in models.items())
-    drafters = sum(role_of(source) == "drafter" for source in sources)
+    target, chunk = shapes["target"], config.decode.prefill_chunk
+    kv = sum(shapes[role].kv_bytes(together * (cached[role] + held[role])) for role in cached)
     whole = 1 + (together > 1) + (held["target"] > 0)
-    chunk = config.decode.prefill_chunk
+    drafters = sum(source.role == "drafter" for source in sources)
     return Memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
-        target.weights + drafters * drafter.weights,
-        activations=max(model.prefill(prefix, chunk, device) for model in models.values()),
-        logits=LOGIT_COPIES * FP32 * together * room * target.shape.vocab,
-        kv=kv + target.kv(whole * prefix),
+        target.weights + drafters * shapes["drafter"].weights,
+        activations=max(shape.prefill_bytes(prefix, chunk, device) for shape in shapes.values()),
+        logits=LOGIT_COPIES * FP32 * together * room * target.vocab,
+        kv=kv + target.kv_bytes(whole * prefix),
     )
-
-
-def timed_views(config: Config, sources: Iterable[Drafter], places: Iterable[Place]) -> dict[str, set[View]]:
-    """The views of each draft source that are timed; predictions may point at any."""
-    if config.sweep.predicts:
-        views = {source.name: views_of(config.sweep, source) for source in sources}
-        return {name: {view.kept for view in own if not view.control} for name, own in views.items()}
-    timed: dict[str, set[View]] = {source.name: set() for source in sources}
-    for place in places:
-        for pick in picks_of(config, place):
-            timed[pick.drafter].add(pick.view.kept)
-    return timed

@@ -1,14 +1,15 @@
-"""Peak memory of the stages that train and label, by formula."""
+"""Peak memory of pretraining and training, by formula."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from kernels.distill_tiles import SCRATCH_BYTES
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
-from pipeline.plan.shapes import FP32, ITEMSIZE, Device, Memory, Shape, Sharding
+from pipeline.plan.shapes import FP32, Device, Memory, Shape, Sharding
 from pipeline.train.batches import start_phases
-from pipeline.train.teacher import POSITIONS
 
 # On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Measured on
 # drafters of 64 and 128 channels: about ten new products a micro-batch until each prefix length that windows
@@ -54,7 +55,7 @@ def train_memory(
     Args:
         steps: of all variants that one process trains, one after another.
     """
-    train, length = config.train, config.data.sequence_tokens
+    train, length, shape = config.train, config.data.sequence_tokens, replace(shape, itemsize=FP32)
     starts = [length - (place + 1) * train.window_tokens for place in range(train.windows)]
     budgets = sorted(variant.budgets, reverse=True)[: variant.num_views] if variant.sparse_weight else []
     full = variant.full_weight > 0
@@ -69,7 +70,7 @@ def train_memory(
     activations, logits = training_step(shape, tokens, bfloat16, device)
     if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
         logits = min(logits, SCRATCH_BYTES)
-    reading = micro * starts[0] * shape.reading_bytes(FP32)
+    reading = micro * starts[0] * shape.reading_bytes()
     lengths = len(start_phases(train, length)) * (length - train.min_prefix_tokens) // train.window_tokens
     products = min(
         NEW_PRODUCTS * steps * train.batch_sequences // micro, PRODUCTS_A_LENGTH * lengths, MOST_PRODUCTS
@@ -83,31 +84,3 @@ def train_memory(
         logits=logits,
         kv=behind_bytes,
     )
-
-
-def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> Memory:
-    """The larger of labelling a batch of sequences and continuing a batch of the longest of a file's prompts.
-
-    Labelling makes the logits of all positions, and of a slice of them the copies that labels need.
-    Continuing holds the prefix KV twice while its cache is filled.
-    """
-    data, labels, size = config.data, config.labels, ITEMSIZE[config.target.dtype]
-    batch, length, wide = labels.batch_sequences, data.sequence_tokens, size * shape.intermediate
-    logits = batch * length * shape.vocab * size
-    per_logit = 2 * FP32 if labels.top_k else size + 1
-    copies = batch * min(length, POSITIONS) * shape.vocab * per_logit
-    reading = device.held(batch * length * shape.reading_bytes(size), batch * length * wide)
-    made = device.held(logits, logits) + device.held(copies, copies // 2)
-    start = (device.base_bytes, shape.parameters * size)
-    peaks = [Memory("teach", *start, activations=reading), Memory("teach", *start, logits=made)]
-
-    writing = [(min(batch, prompts), max(c.tokens for c in data.contexts), data.max_new_tokens)]
-    if labels.on_policy_fraction:
-        count = config.train.windows * config.train.window_tokens
-        writing.append((batch, length - count, count))
-    for rows, prefix, count in writing:
-        cache = shape.kv_bytes(rows * (prefix + count), size)
-        beside = max(cache, rows * prefix * shape.reading_bytes(size))
-        alive = shape.kv_bytes(rows * prefix, size) + beside
-        peaks.append(Memory("teach", *start, kv=device.held(alive, rows * prefix * shape.kv * size)))
-    return max(peaks, key=lambda peak: peak.each)

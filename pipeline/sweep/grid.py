@@ -88,6 +88,12 @@ def cells_behind(sweep: Sweep, drafter: Drafter, place: Place, view: View) -> It
             )
 
 
+def cells_at(sweep: Sweep, drafter: Drafter, place: Place) -> Iterator[Cell]:
+    """All greedy cells of a drafter in a place, view by view."""
+    for view in views_of(sweep, drafter):
+        yield from cells_behind(sweep, drafter, place, view)
+
+
 def texts(sweep: Sweep, temperatures: Iterable[float]) -> list[Chance]:
     """How the texts of one prompt are drawn: one at temperature 0, else one for each seed."""
     return [Chance(t, seed) for t in temperatures for seed in (sweep.seeds if t > 0 else sweep.seeds[:1])]

@@ -9,7 +9,7 @@ from pipeline.axes import NOTHING, Cell, Place, View, budget_order, family
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Measure, Sweep
 from pipeline.store.rows import PredictedRow
-from pipeline.sweep.grid import Drafter, cells_behind, chosen, chosen_drafter, views_of
+from pipeline.sweep.grid import Drafter, cells_at, cells_behind, chosen, chosen_drafter
 from pipeline.sweep.predict import BASELINES
 
 
@@ -20,10 +20,10 @@ def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) ->
         cell
         for drafter in drafters
         if drafter.baseline or chosen_drafter(drafter.name, measure.drafters)
-        for view in views_of(sweep, drafter)
-        if not view.control and (view == NOTHING or chosen(view.budget, measure.budgets))
-        for cell in cells_behind(sweep, drafter, place, view)
-        if chosen(cell.gamma, measure.gammas)
+        for cell in cells_at(sweep, drafter, place)
+        if not cell.control
+        and (cell.view == NOTHING or chosen(cell.budget, measure.budgets))
+        and chosen(cell.gamma, measure.gammas)
     ]
 
 

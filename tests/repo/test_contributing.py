@@ -230,12 +230,13 @@ class RepeatDrafts:
     """
 from pathlib import Path
 
-from jobs.stages.sweep import baselines
+from jobs.stages.sweep import located
 from pipeline.axes import NOTHING
 from pipeline.results.pool import replay_check
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
 from pipeline.sweep.evaluator import Evaluator
+from pipeline.sweep.grid import draft_sources
 from tests.helpers.sweeps import CPU, SWEEP, SweepBench
 
 config = tiny_config(SWEEP | {"sweep.baselines": ["repeat"]})
@@ -244,7 +245,8 @@ refuses({"train.variants": [{"name": "repeat", "budgets": {16: 1.0}}]}, "choose 
 
 bench = SweepBench(Path("bench"), {"target": model(0), "drafter": model(1)})
 tokenizer = bench.prepare / "tokenizer"
-evaluator = Evaluator(config, bench.refs["target"], baselines(config, {}), tokenizer, CPU)
+sources = [located(config, {}, {}, one) for one in draft_sources(config) if one.baseline]
+evaluator = Evaluator(config, bench.refs["target"], sources, tokenizer, CPU)
 evaluator(bench.replay_task(Path("out")))
 evaluator(bench.measure_task(evaluator, Path("out"), last=2))
 rows = read_all(Path("out/rows"), PromptRow)

@@ -15,7 +15,7 @@ import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jobs.plan import report as planning
-from jobs.plan.disk import on_disk
+from jobs.plan.amounts import on_disk
 from jobs.plan.facts import beyond_positions, estimate_prompts, known, shape_of
 from jobs.plan.memory import memory
 from jobs.plan.report import plan

@@ -22,11 +22,11 @@ from pipeline.plan import train_memory
 from pipeline.plan.flops import hours, prefills, work
 from pipeline.plan.rates import Vocabulary, rates_of, step_of
 from pipeline.plan.shapes import Device, Shape, Sharding
-from pipeline.plan.sweep_counts import count_sweep, draft_sources, pointed_at
+from pipeline.plan.sweep_counts import count_sweep, pointed_at
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.store.rows import PredictedRow
 from pipeline.sweep import picks
-from pipeline.sweep.grid import cells_behind, views_of
+from pipeline.sweep.grid import cells_behind, draft_sources, views_of
 from pipeline.sweep.picks import configured_picks
 from tests.helpers.configs import MINIMAL, SCRATCH
 from tests.helpers.paths import ROOT
@@ -206,7 +206,7 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
         ]
         fastest = picks.by_place(rows)[place]
         names = picks.first_seeds([source.name for source in sources])
-        added = set(picks.worth_measuring(fastest, names)) - here
+        added = set(picks.worth_measuring([row.cell for row in fastest], names)) - here
         most = max(most, len(added))
         most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
     assert most <= cells and most_others == len(others) == 1
