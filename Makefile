@@ -11,10 +11,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Newer than both files exactly when the environment holds what they ask for.
 STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-long test-faults bench lint format clean distclean
+.PHONY: help setup demo test test-slow test-long test-faults bench lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,10 +36,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train a target and three drafters on Python's own sources, and report what they are worth
 	$(BIN)/budgetdraft run conf/quickstart.yaml
 
-test: setup ## run the tests, in WORKERS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+test: setup ## run the tests, in WORKERS processes: ten minutes on two cores
+	$(PYTEST) -m "not slow and not long"
 
-test-long: setup ## the tests that `make test` leaves out: a cluster, servers, the images' install steps
+test-slow: setup ## run those that `make test` leaves out: larger grids, faults, servers, a Ray head
+	$(PYTEST) -m "slow and not long"
+
+test-long: setup ## run those that neither runs: a cluster, containers' install steps, whole studies
 	$(BIN)/python -m pytest -q -m "long and not fault" --long
 
 # Options with =, or pytest takes the files for tests and does not find the options.

@@ -53,10 +53,11 @@ def measure(folder: Path, limited: bool) -> None:
 def in_a_process(folder: Path, limited: bool) -> None:
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(folder, limited))
     process.start()
-    process.join(180)
+    process.join(patience(180))
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.fault("out of memory in one cell")
 def test_the_other_cells_go_on(tally: Tally, tmp_path: Path) -> None:
     in_a_process(tmp_path, limited=True)

@@ -36,8 +36,8 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
 
 
 def marks(name: str, always: bool) -> list[pytest.MarkDecorator]:
-    """Of faults that are alike, two are tried with every run of the tests."""
-    return [pytest.mark.fault(name), *([] if always else [pytest.mark.long])]
+    """Of faults that are alike, two are tried by `make test-slow`."""
+    return [pytest.mark.fault(name), pytest.mark.slow if always else pytest.mark.long]
 
 
 OFTEN = ("a damaged file of labels", "a damaged manifest")
@@ -61,6 +61,7 @@ def test_damage_is_named_and_mended(toy: Toy, tally: Tally, tmp_path: Path, name
     assert len(kept) > len(of_others) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.fault("two identical runs at once on one storage")
 def test_two_runs_share_the_work(toy: Toy, tally: Tally, tmp_path: Path, attempt: int) -> None:
     expected, storage = toy.clean(), tmp_path / "runs"

@@ -91,6 +91,7 @@ def check_stopped(process: subprocess.Popen[str], storage: Path, code: int) -> N
     assert 10 <= step_of(newest(storage)) < STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM of the driver while it trains in its own process")
 def test_sigterm_inline(toy: Toy, storage: Path, expected: dict[str, Any], tally: Tally) -> None:
     process = toy.start(storage, *RARELY, stage="train")
@@ -102,6 +103,7 @@ def test_sigterm_inline(toy: Toy, storage: Path, expected: dict[str, Any], tally
     assert tally.lost == 0
 
 
+@pytest.mark.slow
 @pytest.mark.fault("the newest checkpoint damaged after a kill -9 of the driver")
 def test_damaged_checkpoint(toy: Toy, storage: Path, expected: dict[str, Any], tally: Tally) -> None:
     process = toy.start(storage, *OVERRIDES, stage="train")
@@ -118,6 +120,7 @@ def test_damaged_checkpoint(toy: Toy, storage: Path, expected: dict[str, Any], t
     assert tally.lost == 0
 
 
+@pytest.mark.slow
 @pytest.mark.fault("training that diverges")
 def test_not_finite(toy: Toy, storage: Path, expected: dict[str, Any], tally: Tally) -> None:
     """A learning rate that no weights survive; with the right one in the config the same storage serves."""

@@ -155,6 +155,7 @@ def job_id(text: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_job_is_followed_to_its_end(head: Head, checkout: Path, tmp_path: Path) -> None:
     given = ("toy.yaml", "--storage", str(tmp_path / "runs"), "--executor", "ray", "--stage", "prepare")
     resources = ("--entrypoint-cpus", "0.5", "--entrypoint-memory-gb", "0.1", "--stop-wait-s", "77")
@@ -183,6 +184,7 @@ def test_a_job_is_followed_to_its_end(head: Head, checkout: Path, tmp_path: Path
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_entry_point_that_fits_no_node_is_refused_at_once(
     head: Head, checkout: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +194,7 @@ def test_an_entry_point_that_fits_no_node_is_refused_at_once(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_jobs_own_exit_code_comes_back(head: Head, checkout: Path, tmp_path: Path) -> None:
     given = ("toy.yaml", f"data.root={tmp_path / 'nowhere'}", "--storage", str(tmp_path), "--wait")
     done = command_line(checkout, *given, **head.environment)
@@ -199,6 +202,7 @@ def test_the_jobs_own_exit_code_comes_back(head: Head, checkout: Path, tmp_path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_refused_token_says_what_to_set(head: Head, checkout: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("f" * 64)
@@ -220,6 +224,7 @@ def ray_job(head: Head, cwd: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_rays_own_submit_refuses_a_relative_storage(head: Head, checkout: Path) -> None:
     entry = ("python", "-m", "jobs", "prepare", "toy.yaml", "run.executor=ray")
     done = ray_job(head, checkout, "submit", "--working-dir", ".", "--", *entry)

@@ -16,6 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
+# Ray keeps a gauge for seconds.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 # Items 0 to 4: 1 kills its worker once, 3 each time. Apart, since Ray reads its settings once a process.
 PIPELINE = """
 import json, os, sys, time, urllib.request
@@ -96,7 +99,6 @@ def ours(page: Path) -> dict[tuple[str, ...], float]:
     return found
 
 
-@pytest.mark.ray
 def test_the_endpoint_serves_what_was_done(storage: Path) -> None:
     counted = {
         ("budgetdraft_items_done_total", "sweep"): 5,
@@ -113,7 +115,6 @@ def test_the_endpoint_serves_what_was_done(storage: Path) -> None:
     assert ours(storage / "train.txt") == counted | {("budgetdraft_tokens_per_s", "train"): 1234.5}
 
 
-@pytest.mark.ray
 def test_workers_log_every_attempt(storage: Path) -> None:
     lines: list[dict[str, Any]] = []
     files = list(storage.glob("run-records/*/worker-*.jsonl"))
@@ -129,7 +130,6 @@ def test_workers_log_every_attempt(storage: Path) -> None:
     assert {line["stage"] for line in lines} == {"sweep"}
 
 
-@pytest.mark.ray
 def test_the_record_counts_the_same(storage: Path) -> None:
     (file,) = storage.glob("run-records/*/status.json")
     sweep = next(stage for stage in json.loads(file.read_text())["stages"] if stage["name"] == "sweep")

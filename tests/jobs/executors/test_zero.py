@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import Workshop, assert_same_run
 
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+BACK = ("zero1", "zero3")  # whose sharded states one process goes on from
 # Four micro-batches a step: four, two or one for each worker.
 BATCH: dict[str, Any] = {"train.batch_sequences": 8, "train.steps": 8}
 PRETRAIN = {"steps": 2, "batch_sequences": 8}
@@ -58,17 +60,19 @@ def begin_at_5(job: TrainJob, source: Path) -> TrainJob:
     return job
 
 
-def assert_zero_is_one_process(workshop: Workshop, inline: Path, workers: int) -> None:
-    whole = {name: zero_job(workshop, name, workers, "whole") for name in SETTINGS}
-    resumed = {name: begin_at_5(zero_job(workshop, name, workers, "resumed"), inline) for name in SETTINGS}
-    copies = {name: workshop.folder / f"{name}-{workers}-copy" for name in SETTINGS}
-    begin = folder_of(begin_at_5(zero_job(workshop, "zero1", workers, "source"), inline))
+def assert_zero_is_one_process(
+    workshop: Workshop, inline: Path, workers: int, settings: Sequence[str]
+) -> None:
+    whole = {name: zero_job(workshop, name, workers, "whole") for name in settings}
+    resumed = {name: begin_at_5(zero_job(workshop, name, workers, "resumed"), inline) for name in settings}
+    copies = {name: workshop.folder / f"{name}-{workers}-copy" for name in settings}
+    begin = folder_of(begin_at_5(zero_job(workshop, "zero1", workers, f"source-of-{settings[0]}"), inline))
     run_group(
         workers,
         [partial(train, job) for job in (*whole.values(), *resumed.values())]
-        + [partial(copy_state, whole[name], begin, copies[name]) for name in SETTINGS],
+        + [partial(copy_state, whole[name], begin, copies[name]) for name in settings],
     )
-    for name in SETTINGS:
+    for name in settings:
         assert_same_run(folder_of(whole[name]), inline)
         assert_same_run(folder_of(resumed[name]), inline)
         memory = json.loads((folder_of(whole[name]) / "memory.json").read_text())
@@ -84,16 +88,21 @@ def assert_zero_is_one_process(workshop: Workshop, inline: Path, workers: int) -
                 assert torch.equal(copied[key], value), f"{where} changed between load and save"
                 torch.testing.assert_close(trained[key], value, atol=1e-4, rtol=1e-3, msg=where)
     # The way back: one process goes on from sharded states.
-    for name in ("zero1", "zero3"):
+    for name in set(BACK) & set(settings):
         back = begin_at_5(zero_job(workshop, name, workers, "back"), folder_of(whole[name]))
         InlineExecutor(back.config).train(back)
         assert_same_run(folder_of(back), inline)
 
 
 def test_two_ranks(workshop: Workshop, inline: Path) -> None:
-    assert_zero_is_one_process(workshop, inline, 2)
+    assert_zero_is_one_process(workshop, inline, 2, BACK)
+
+
+@pytest.mark.slow
+def test_two_ranks_at_every_stage(workshop: Workshop, inline: Path) -> None:
+    assert_zero_is_one_process(workshop, inline, 2, [name for name in SETTINGS if name not in BACK])
 
 
 @pytest.mark.long
 def test_four_ranks(workshop: Workshop, inline: Path) -> None:
-    assert_zero_is_one_process(workshop, inline, 4)
+    assert_zero_is_one_process(workshop, inline, 4, SETTINGS)

@@ -30,11 +30,22 @@ MODELING = """from transformers import LlamaForCausalLM
 class TinyForCausalLM(LlamaForCausalLM):
     pass
 """
+# Copies of one process, as the libraries take long to import; they load at the same time.
 LOAD = """
-import sys, torch
+import os, sys, torch, traceback, transformers.models.llama.modeling_llama
 from pipeline.models.load import ModelRef, load_model
-model = load_model(ModelRef(sys.argv[1], trust_remote_code=sys.argv[2] == "trust"), 97)
-print(type(model).__name__, sum(p.double().sum().item() for p in model.parameters()))
+repo, trust, copies = sys.argv[1], sys.argv[2] == "trust", int(sys.argv[3])
+for _ in range(copies):
+    if not os.fork():
+        try:
+            model = load_model(ModelRef(repo, trust_remote_code=trust), 97)
+            told = f"{type(model).__name__} {sum(p.double().sum().item() for p in model.parameters())}"
+        except BaseException:
+            told = traceback.format_exc().strip()
+        os.write(1, f"{told}\\n".encode())
+        os._exit(0)
+for _ in range(copies):
+    os.wait()
 """
 
 
@@ -107,24 +118,28 @@ def hub(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Iterator[
     thread.join()
 
 
-def load(hub: Hub, home: Path, trust: bool, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", LOAD, REPO, "trust" if trust else "no"],
+def load(hub: Hub, home: Path, trust: bool, copies: int = 1, offline: bool = False) -> list[str]:
+    """What each of so many processes says at its end."""
+    known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, REPO, "trust" if trust else "no", str(copies)],
         cwd=ROOT,
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        env={**os.environ, **known},
+        capture_output=True,
         text=True,
+        timeout=patience(200),
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-copies:]
 
 
-@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("trust", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_three_processes_fetch_each_file_once(hub: Hub, tmp_path: Path, trust: bool) -> None:
     total = sum(
         tensor.double().sum().item() for tensor in load_file(tmp_path / "made" / "model.safetensors").values()
     )
-    started = [load(hub, tmp_path / "home", trust) for _ in range(3)]
-    outputs = [process.communicate(timeout=patience(200))[0].split("\n")[-2] for process in started]
+    outputs = load(hub, tmp_path / "home", trust, copies=3)
+    assert len(outputs) == 3
     for output in outputs:
         name, loaded = output.split()
         assert name == ("TinyForCausalLM" if trust else "LlamaForCausalLM")
@@ -136,17 +151,14 @@ def test_three_processes_fetch_each_file_once(hub: Hub, tmp_path: Path, trust: b
     hub.fetched.clear()
     locks = tmp_path / "home" / "hub" / ".locks"
     locks.rename(tmp_path / "locks")
-    offline = load(hub, tmp_path / "home", trust, HF_HUB_OFFLINE="1")
-    assert offline.communicate(timeout=patience(200))[0].split("\n")[-2] == outputs[0]
+    assert load(hub, tmp_path / "home", trust, offline=True) == outputs[:1]
     assert not hub.fetched and not locks.exists()
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_have_is_bad_data(hub: Hub, tmp_path: Path) -> None:
     hub.files.clear()
-    process = load(hub, tmp_path / "home", False)
-    assert (
-        f"BadData: {REPO} holds no model.safetensors; run `hf download"
-        in process.communicate(timeout=patience(200))[0]
-    )
-    offline = load(hub, tmp_path / "empty", False, HF_HUB_OFFLINE="1")
-    assert f"BadData: cannot load the model '{REPO}'" in offline.communicate(timeout=patience(200))[0]
+    (told,) = load(hub, tmp_path / "home", False)
+    assert f"BadData: {REPO} holds no model.safetensors; run `hf download" in told
+    (told,) = load(hub, tmp_path / "empty", False, offline=True)
+    assert f"BadData: cannot load the model '{REPO}'" in told
