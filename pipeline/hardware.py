@@ -6,8 +6,10 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # stage prepare asks for its peak of memory, and does without torch
+    import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 STATUS = Path("/proc/self/status")
@@ -15,6 +17,8 @@ STATUS = Path("/proc/self/status")
 
 def cpu_name() -> str:
     """The processor and the threads that torch uses of it."""
+    import torch
+
     model = platform.processor() or platform.machine()
     for line in CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else ():
         if line.startswith("model name"):
@@ -24,6 +28,8 @@ def cpu_name() -> str:
 
 
 def gpu_name() -> str:
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
@@ -48,6 +54,8 @@ def peak_bytes() -> int:
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: of the GPU, or of the machine."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     for line in Path("/proc/meminfo").read_text().splitlines():

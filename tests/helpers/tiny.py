@@ -22,7 +22,7 @@ from pipeline.models.load import ModelRef
 from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_array, write_rows
 from pipeline.store.rows import Prompt
-from pipeline.train.job import TrainJob
+from pipeline.train.job import TrainJob, run_job
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher
 from tests.helpers.configs import MINIMAL
 
@@ -160,5 +160,5 @@ class Workshop:
     def train(self, name: str, changes: dict[str, Any] | None = None) -> Path:
         """Train in this process; the folder of the last variant."""
         job = self.job(name, changes)
-        InlineExecutor(job.config).train(job)
+        InlineExecutor(job.config).train(run_job, job)
         return list(job.outputs.values())[-1]

@@ -22,7 +22,7 @@ from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_rows
 from pipeline.train.batches import Shards
 from pipeline.train.checkpoints import checkpoint_folder, latest
-from pipeline.train.job import TrainJob
+from pipeline.train.job import TrainJob, run_job
 from pipeline.train.loop import Schedule, fit
 from pipeline.train.objectives import MultiView, NextToken, next_token_loss
 from tests.helpers.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
@@ -269,7 +269,7 @@ def test_no_steps_export_the_start(workshop: Workshop) -> None:
 def test_rope_scaling_is_trained_and_exported(workshop: Workshop) -> None:
     scaled = replace(workshop.drafter, rope_scaling={"rope_type": "linear", "factor": 4.0})
     job = replace(workshop.job("long"), drafter=scaled)
-    InlineExecutor(job.config).train(job)
+    InlineExecutor(job.config).train(run_job, job)
     written = json.loads((job.outputs["multi_view"] / "model" / "config.json").read_text())
     assert written["rope_parameters"]["rope_type"] == "linear"
     assert written["rope_parameters"]["factor"] == 4.0
