@@ -167,6 +167,7 @@ def there(here: Here, tmp_path_factory: pytest.TempPathFactory) -> There:
     return there
 
 
+@pytest.mark.slow
 def test_pieces_elsewhere_give_what_one_piece_gives_here(uninterrupted: Path, there: There) -> None:
     """On a bare machine, from the light copy: the same fingerprints, weights and rows."""
     names = {path.parent.name for path in uninterrupted.glob("*/manifest.json")}
@@ -193,6 +194,7 @@ def counted(storage: Path) -> list[PromptRow]:
     return [row for row in rows if row.mode != "measure"]
 
 
+@pytest.mark.slow
 def test_what_comes_back_is_small_and_reports_elsewhere(
     here: Here, uninterrupted: Path, there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -344,6 +344,7 @@ def test_nothing_is_advised_where_nothing_helps(
         plan(planned_config(corpus, tmp_path), as_json=False, memory_gb=0.5, tflops=1.0)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
     """Measured: the largest resident size of the stages up to teach, against the largest that was planned."""
     folder, storage = tmp_path / "texts", tmp_path / "runs"

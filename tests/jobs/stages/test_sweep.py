@@ -24,6 +24,8 @@ from pipeline.sweep.evaluator import Evaluator, MeasureTask
 from tests.helpers.configs import MINIMAL
 from tests.helpers.documents import story
 
+pytestmark = pytest.mark.slow
+
 PROMPTS, MEASURED, REPEATS = 12, 6, 2
 BASELINES = ("self_speculation", "prompt_lookup")
 

@@ -23,7 +23,7 @@ POLICIES = ("chunk_topk", "streaming", "snapkv")
 GRID = [("chunk_topk", 16), ("chunk_topk", 32), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full")]
 
 
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_replay_is_decoding_round_by_round(
     target: PreTrainedModel, drafter: PreTrainedModel, ends: bool
 ) -> None:
@@ -49,6 +49,7 @@ def test_replay_is_decoding_round_by_round(
     assert checked >= 90
 
 
+@pytest.mark.slow
 def test_the_whole_grid_is_decoding_round_by_round(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     """3 policies × 4 budgets × 6 γ × 16 prompts of different lengths, fp32: every round of every cell."""
     limit, checked = 21, 0
@@ -116,7 +117,7 @@ def test_accepted_is_the_sum_over_positions() -> None:
 
 
 @pytest.mark.parametrize("ends", [False, True])
-@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("threshold", [*(pytest.param(t, marks=pytest.mark.slow) for t in (0.2, 0.8)), 0.5])
 def test_what_replay_knows_of_stopping_early_is_what_decoding_does(
     target: PreTrainedModel, drafter: PreTrainedModel, threshold: float, ends: bool
 ) -> None:
@@ -199,6 +200,7 @@ def test_certain_chances_are_the_greedy_replay() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_estimate_is_what_sampling_gives_on_average(
     target: PreTrainedModel, drafter: PreTrainedModel
 ) -> None:
