@@ -120,10 +120,10 @@ def test_setup_refuses_an_old_python(fake_python: Path):
     assert calls(fake_python) == []
 
 
-def test_ci_runs_lint_and_test():
+def test_ci_runs_lint_and_tests():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK), ".ci/run is not executable"
-    assert "make lint test" in script.read_text(encoding="utf-8").splitlines()
+    assert "make lint test test-slow" in script.read_text(encoding="utf-8").splitlines()
 
 
 # ── the environment ───────────────────────────────────────────────────────────────────────────────
