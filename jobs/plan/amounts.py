@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jobs.plan.facts import Facts
 from jobs.stages.teach import label_bytes, taught
 from jobs.stages.train import drafters, scratch_models
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import FP32, Shape
 from pipeline.plan.sweep_counts import SweepCounts
@@ -20,11 +20,11 @@ GB = 1e9
 # Of a trained model's fp32 weights: itself, and with two moments in its newest checkpoints, which stay until
 # all models of the stage are trained.
 TRAINED_COPIES = 1 + 3 * 2
+MODEL_HOW = "estimate: 4 B a parameter, 12 B in each of two checkpoints while it trains"
 ROW_BYTES = 1000  # of a row of the sweep
 
 
-@dataclass(frozen=True)
-class Amount:
+class Amount(NamedTuple):
     """A figure of the table: `how` says exact, at most, or what it is estimated from."""
 
     name: str
@@ -33,35 +33,30 @@ class Amount:
     how: str
 
 
-@dataclass(frozen=True)
-class OnDisk:
+class OnDisk(NamedTuple):
     """Bytes that will be written in all, and how many of them are not there yet."""
 
     amount: Amount
     left: float
 
 
-def of_data(config: Config, facts: Facts) -> Iterator[Amount]:
+def amounts(config: Config, facts: Facts, counts: SweepCounts, disk: Sequence[OnDisk]) -> Iterator[Amount]:
+    rows = "estimate: of these prompts" if facts.prompts_how.startswith("estimate") else "at most"
+    timed = "estimate: the named cells, and as many as predictions can point at"
+    timed = timed if config.sweep.predicts else rows
     yield Amount("training sequences", facts.sequences, "", facts.how)
     yield Amount("training tokens", facts.sequences * config.data.sequence_tokens, "", facts.how)
     yield Amount("labelled sequences", facts.labelled, "", facts.how)
     for place, count in sorted(facts.prompts.items()):
         yield Amount(f"prompts {place.dataset}-{place.context}", count, "", facts.prompts_how)
-
-
-def of_sweep(config: Config, facts: Facts, counts: SweepCounts) -> Iterator[Amount]:
-    how = "estimate: of these prompts" if facts.prompts_how.startswith("estimate") else "at most"
-    yield Amount("cells", counts.cells, "", "at most")
-    yield Amount("rows of replay", counts.replayed, "", how)
-    if config.sweep.predicts:
-        how = "estimate: the named cells, and as many as predictions can point at"
-    yield Amount("rows measured", counts.measured, "", how)
-    yield Amount("rows measured again", counts.rechecked, "", how)
-    yield Amount("timed runs", counts.runs, "", how)
+    yield from (file.amount for file in disk)
+    names = ("cells", "rows of replay", "rows measured", "rows measured again", "timed runs")
+    for name, count, how in zip(names, counts, ("at most", rows, timed, timed, timed), strict=True):
+        yield Amount(name, count, "", how)
 
 
 def on_disk(
-    config: Config, shapes: Mapping[str, Shape], facts: Facts, counts: SweepCounts
+    config: Config, shapes: Mapping[Role, Shape], facts: Facts, counts: SweepCounts
 ) -> Iterator[OnDisk]:
     """Labels, headers aside; models and, of those that are trained, the checkpoints that stay meanwhile; and
     the sweep's rows, of which all are taken to be left.
@@ -74,33 +69,29 @@ def on_disk(
         folders = {"labels": labels, **{f"scratch {role}": made for role, made in scratch.items()}}
         folders |= {f"drafter {name}": made for name, made in trained.items()}
 
-    def written(name: str, size: float, how: str) -> OnDisk:
-        return OnDisk(Amount(f"{name} on disk", size, "B", how), left(size, folders.get(name)))
+    def written(name: str, sizes: Mapping[str, int], how: str) -> OnDisk:
+        todo = sum(left(size, folders.get(folder)) for folder, size in sizes.items())
+        return OnDisk(Amount(f"{name} on disk", sum(sizes.values()), "B", how), todo)
 
-    def model(role: str, steps: int) -> int:
+    def model(role: Role, steps: int) -> int:
         return FP32 * shapes[role].parameters * (TRAINED_COPIES if steps else 1)
 
-    yield written("labels", label_bytes(config, facts.labelled, facts.vocab), facts.how)
-    how = "estimate: 4 B a parameter, 12 B in each of two checkpoints while it trains"
-    for role in shapes:
-        if isinstance(spec := getattr(config, role), ScratchModel):
-            yield written(f"scratch {role}", model(role, spec.pretrain.steps), how)
-    sizes = {one.name: model("drafter", config.train.steps_of(one)) for one in config.train.drafters}
-    files = [written(f"drafter {name}", size, how) for name, size in sizes.items()]
-    total = Amount("drafters on disk", float(sum(sizes.values())), "B", how)
-    yield OnDisk(total, sum(file.left for file in files))
+    yield written("labels", {"labels": label_bytes(config, facts.labelled, facts.vocab)}, facts.how)
+    for role, spec in config.scratch.items():
+        yield written(f"scratch {role}", {f"scratch {role}": model(role, spec.pretrain.steps)}, MODEL_HOW)
+    variants = config.train.drafters
+    sizes = {f"drafter {one.name}": model("drafter", config.train.steps_of(one)) for one in variants}
+    yield written("drafters", sizes, MODEL_HOW)
     rows = counts.replayed + counts.measured + counts.rechecked
-    yield written("rows", ROW_BYTES * rows, f"estimate: {ROW_BYTES} B a row")
+    yield written("rows", {"rows": ROW_BYTES * rows}, f"estimate: {ROW_BYTES} B a row")
 
 
-def left(size: float, folder: Artifact | None) -> float:
+def left(size: int, folder: Artifact | None) -> int:
     """Of so many bytes, those that a stage has not written yet."""
     if folder is None or not folder.path.exists():
         return size
-    if folder.complete:
-        return 0.0
     there = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
-    return max(size - there, 0.0)
+    return 0 if folder.complete else max(size - there, 0)
 
 
 def disk_problems(config: Config, files: Sequence[OnDisk]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import label_tasks
 from pipeline.axes import Place
 from pipeline.config.data import Data
-from pipeline.config.models import AnyModel, PretrainedModel, ScratchModel
+from pipeline.config.models import PretrainedModel, Role, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.data.documents import Reader
 from pipeline.data.prepare import plan_prompts
@@ -27,7 +27,7 @@ from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.errors import BadData
 from pipeline.models.load import ModelRef, own_positions
-from pipeline.plan.shapes import ITEMSIZE, Shape, pretrained_shape, scratch_shape
+from pipeline.plan.shapes import Shape, scratch_shape, shape_of_model
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
 from pipeline.train.teacher import LabelTask
@@ -47,47 +47,46 @@ class Facts:
     sequences: int
     labelled: int
     prompts: dict[Place, int]  # of the test split
+    prompts_how: str
     vocab: int
     how: str
-    prompts_how: str
     prepared: Artifact | None = None
 
 
-def known(config: Config) -> tuple[dict[str, Shape], Facts]:
+def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
     """The shapes of target and drafter, and the facts of the data.
 
     Raises:
         BadData: if a local source or a model's config is missing.
     """
-    shapes = shapes_of(config, config.data.tokenizer.vocab_size)
-    facts = facts_of(config, shapes["target"].vocab)
+    facts = facts_of(config, shape_of(config, "target", config.data.tokenizer.vocab_size).vocab)
     return shapes_of(config, facts.vocab), facts
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shapes_of(config: Config, vocab: int) -> dict[str, Shape]:
-    return {role: shape_of(config, role, vocab) for role in ("target", "drafter")}
+def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
+    return {role: shape_of(config, role, vocab) for role in config.models}
 
 
-def shape_of(config: Config, role: str, vocab: int) -> Shape:
+def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     """A model's shape; `vocab` is the tokenizer's, which a scratch model takes for its own."""
-    spec: AnyModel = getattr(config, role)
+    spec = config.models[role]
     if isinstance(spec, ScratchModel):
-        return replace(scratch_shape(spec, vocab), itemsize=ITEMSIZE[spec.dtype])
-    folder, trusted = config_folder(spec, role), spec.trust_remote_code
-    try:
-        given = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(given, trust_remote_code=trusted)
-        shape = pretrained_shape(given, sum(weight.numel() for weight in model.parameters()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
-    return replace(shape, itemsize=ITEMSIZE[spec.dtype])
+        shape = scratch_shape(spec, vocab)
+    else:
+        folder, trusted = config_folder(spec, role), spec.trust_remote_code
+        try:
+            given = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            with torch.device("meta"):
+                shape = shape_of_model(AutoModelForCausalLM.from_config(given, trust_remote_code=trusted))
+        except (OSError, ValueError, AttributeError) as error:
+            raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
+    return replace(shape, itemsize=getattr(torch, spec.dtype).itemsize)
 
 
-def config_folder(spec: PretrainedModel, role: str) -> Path:
+def config_folder(spec: PretrainedModel, role: Role) -> Path:
     """Where a model's config.json is, without asking the hub.
 
     Raises:
@@ -116,8 +115,7 @@ def beyond_positions(config: Config) -> list[str]:
         f"data.contexts.{name}.tokens + data.max_new_tokens": tokens + data.max_new_tokens
         for name, tokens in data.context_tokens.items()
     }
-    for role in ("target", "drafter"):
-        spec: AnyModel = getattr(config, role)
+    for role, spec in config.models.items():
         if isinstance(spec, ScratchModel):
             reach = spec.max_positions
         else:
@@ -142,19 +140,16 @@ def facts_of(config: Config, vocab: int) -> Facts:
         BadData: if a local source or tokenizer is missing, unless another source is on the hub.
     """
     readers, prepared = make_readers(config.data, config.seed), None
-    if config.data.prepared is not None:
-        prepared = prepared_elsewhere(config, Path(config.data.prepared))
-    else:
-        try:
-            prepared = open_prepare(config).artifact
-        except BadData:
-            if not any(reader.on_hub for reader in readers.values()):
-                raise
+    try:
+        elsewhere = config.data.prepared
+        prepared = prepared_elsewhere(config, Path(elsewhere)) if elsewhere else open_prepare(config).artifact
+    except BadData:
+        if elsewhere or not any(reader.on_hub for reader in readers.values()):
+            raise
     if prepared is None or not prepared.complete:
         sequences, how = estimate_sequences(config, readers, vocab)
         labelled = min(sequences, config.labels.max_sequences)
-        prompts, prompts_how = estimate_prompts(config, readers, vocab)
-        return Facts(sequences, labelled, prompts, vocab, how, prompts_how)
+        return Facts(sequences, labelled, *estimate_prompts(config, readers, vocab), vocab, how)
     counts = prepared.manifest["counts"]
     labelled = sum(t.last - t.first for t in label_tasks(config, prepared) if isinstance(t, LabelTask))
     prompts = {
@@ -163,7 +158,7 @@ def facts_of(config: Config, vocab: int) -> Facts:
         if task.split == "test"
     }
     vocab = len(read_tokenizer(prepared.path / TOKENIZER))
-    return Facts(counts["sequences"], labelled, prompts, vocab, "exact", "exact", prepared)
+    return Facts(counts["sequences"], labelled, prompts, "exact", vocab, "exact", prepared)
 
 
 def bytes_per_token(vocab: int) -> float:
@@ -175,12 +170,11 @@ def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[in
     """Training sequences by the sizes of the local source files, and what that rests on."""
     data, train, per_token = config.data, config.train, bytes_per_token(vocab)
     training = [reader for reader in readers.values() if "train" in reader.source.use]
-    for reader in training:
-        if reader.on_hub and data.max_sequences < NO_CAP:
-            return data.max_sequences, f"assumed: data.max_sequences, as {reader.source.name} is on the hub"
-        if reader.on_hub:
-            how = f"assumed: what train.steps read, as {reader.source.name} is on the hub and no cap is set"
-            return train.steps * train.batch_sequences, how
+    for name in (reader.source.name for reader in training if reader.on_hub):
+        if data.max_sequences < NO_CAP:
+            return data.max_sequences, f"assumed: data.max_sequences, as {name} is on the hub"
+        how = f"assumed: what train.steps read, as {name} is on the hub and no cap is set"
+        return train.steps * train.batch_sequences, how
     sequences = int(sum(reader.estimate_sequences(per_token) for reader in training))
     return min(sequences, data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"
 
@@ -191,16 +185,15 @@ def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict
     Raises:
         BadData: if a local file is missing.
     """
-    prompts: dict[Place, int] = {}
-    rests_on, per_token = set(), bytes_per_token(vocab)
-    for name, reader in readers.items():
-        if "test" not in reader.source.use:
-            continue
-        if reader.on_hub:
-            counts = dict.fromkeys(config.data.context_tokens, config.data.prompts)
-            rests_on.add("at most: data.prompts")
-        else:
-            counts = reader.estimate_prompts(per_token)
-            rests_on.add(f"estimate: test documents at {per_token:.2f} bytes a token")
-        prompts |= {Place(name, context): count for context, count in counts.items()}
-    return prompts, "; on the hub ".join(sorted(rests_on, reverse=True))
+    per_token, at_most = (
+        bytes_per_token(vocab),
+        dict.fromkeys(config.data.context_tokens, config.data.prompts),
+    )
+    tested = [reader for reader in readers.values() if "test" in reader.source.use]
+    prompts = {
+        Place(reader.source.name, context): count
+        for reader in tested
+        for context, count in (at_most if reader.on_hub else reader.estimate_prompts(per_token)).items()
+    }
+    how = {True: "at most: data.prompts", False: f"estimate: test documents at {per_token:.2f} bytes a token"}
+    return prompts, "; on the hub ".join(how[where] for where in sorted({one.on_hub for one in tested}))

@@ -15,7 +15,7 @@ import torch
 from jobs.executors.ray_train import read_settings
 from jobs.plan.facts import Facts
 from pipeline.config.files import apply_override
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Role, ScratchModel
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.models.load import pick_device
@@ -65,15 +65,15 @@ def device_memory(kind: str) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory(config: Config, shapes: Mapping[str, Shape], facts: Facts, device: Device) -> list[Memory]:
+def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: Device) -> list[Memory]:
     """The peak of every stage that does something; of training, that of the largest variant."""
     train, sweep, sharding = config.train, config.sweep, Sharding()
     if config.run.executor == "ray":
         sharding = sharding_of(read_settings(train.deepspeed), train.num_workers)
     stages: list[tuple[Memory, int, Work]] = [
-        (pretrain_memory(config, role, shape, sharding, device), train.num_workers, "train")
-        for role, shape in shapes.items()
-        if isinstance(spec := getattr(config, role), ScratchModel) and spec.pretrain.steps
+        (pretrain_memory(config, role, shapes[role], sharding, device), train.num_workers, "train")
+        for role, spec in config.scratch.items()
+        if spec.pretrain.steps
     ]
     most = max(config.data.validation_prompts, *facts.prompts.values())
     stages.append((teach_memory(config, shapes["target"], most, device), config.labels.num_workers, "teach"))
@@ -103,22 +103,23 @@ def at_once(config: Config, device: Device, workers: int, work: Work) -> int:
 
 
 def memory_problems(
-    config: Config, shapes: Mapping[str, Shape], facts: Facts, device: Device, limit: int | None
+    config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: Device, limit: int | None
 ) -> Iterator[str]:
     """One line for each stage that needs more than `limit`, with the first field whose change helps."""
     for place, peak in enumerate(memory(config, shapes, facts, device)):
         if limit is None or peak.total <= limit:
             continue
         fields = next(fields for stage, fields in FIELDS.items() if peak.stage.startswith(stage))
-        advice = f"none of {', '.join(fields)} alone makes it fit; a smaller model or more memory would"
-        for field, value, changed in ((f, *change) for f in fields for change in lowered(config, f)):
-            after = memory(changed, shapes, facts, device)[place].total
-            if after <= limit:
-                advice = f"set {field}={value}, with which it takes {after / 1e9:.1f} GB"
-                break
+        tried = (
+            f"set {field}={value}, with which it takes {after / 1e9:.1f} GB"
+            for field in fields
+            for value, changed in lowered(config, field)
+            if (after := memory(changed, shapes, facts, device)[place].total) <= limit
+        )
+        none = f"none of {', '.join(fields)} alone makes it fit; a smaller model or more memory would"
         yield (
             f"stage {peak.stage} needs {peak.total / 1e9:.1f} GB of {device.kind} memory, and there are "
-            f"{limit / 1e9:.1f} GB: {advice}"
+            f"{limit / 1e9:.1f} GB: {next(tried, none)}"
         )
 
 

@@ -33,8 +33,7 @@ def scratch_models(
     config: Config, prepare: Artifact
 ) -> tuple[dict[str, Artifact], dict[str, dict[str, Any]]]:
     """The folders of the scratch models, whether they are there or not, and what each depends on."""
-    specs = {"target": config.target, "drafter": config.drafter}
-    inputs = {
+    inputs: dict[str, dict[str, Any]] = {
         name: {
             "prepare": prepare.fingerprint,
             "model": spec,
@@ -43,8 +42,7 @@ def scratch_models(
             "dtype": config.train.dtype,
             "micro_batch_sequences": config.train.micro_batch_sequences,
         }
-        for name, spec in specs.items()
-        if spec.kind == "scratch"
+        for name, spec in config.scratch.items()
     }
     return {
         name: open_artifact(Path(config.storage), f"pretrain-{name}", given) for name, given in inputs.items()

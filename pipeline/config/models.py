@@ -84,4 +84,5 @@ class PretrainedModel(Group):
         return self.path.count("/") == 1 and not self.path.startswith((".", "~", "/"))
 
 
+Role = Literal["target", "drafter"]
 AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]

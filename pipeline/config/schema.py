@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.axes import family
 from pipeline.config.data import Data
 from pipeline.config.group import Group
-from pipeline.config.models import AnyModel, ScratchModel
+from pipeline.config.models import AnyModel, Role, ScratchModel
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
@@ -35,6 +35,15 @@ class Config(Group):
     tracking: Tracking = Tracking()
     registry: Registry | None = Field(None, description="what a finished run registers; default: nothing")
 
+    @property
+    def models(self) -> dict[Role, AnyModel]:
+        return {"target": self.target, "drafter": self.drafter}
+
+    @property
+    def scratch(self) -> dict[Role, ScratchModel]:
+        """Those that stage pretrain makes."""
+        return {role: spec for role, spec in self.models.items() if isinstance(spec, ScratchModel)}
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         names = {v.name for v in (*self.train.variants, *self.train.drafters)}
@@ -53,20 +62,19 @@ class Config(Group):
                 f"windows × window_tokens ({needed})"
             )
         share = self.train.micro_batch_sequences * self.train.num_workers
-        for name, model in (("target", self.target), ("drafter", self.drafter)):
-            if isinstance(model, ScratchModel) and model.pretrain.batch_sequences % share:
+        for name, model in self.scratch.items():
+            if model.pretrain.batch_sequences % share:
                 raise ValueError(
                     f"{name}.pretrain.batch_sequences ({model.pretrain.batch_sequences}) must be a multiple "
                     "of "
                     f"train.micro_batch_sequences × train.num_workers ({share})"
                 )
-            if isinstance(model, ScratchModel):
-                piece = model.pretrain.sequence_tokens
-                if piece is not None and piece > self.data.sequence_tokens:
-                    raise ValueError(
-                        f"{name}.pretrain.sequence_tokens ({piece}) is more than data.sequence_tokens "
-                        f"({self.data.sequence_tokens})"
-                    )
+            piece = model.pretrain.sequence_tokens
+            if piece is not None and piece > self.data.sequence_tokens:
+                raise ValueError(
+                    f"{name}.pretrain.sequence_tokens ({piece}) is more than data.sequence_tokens "
+                    f"({self.data.sequence_tokens})"
+                )
         contexts = {context.name for context in self.data.contexts}
         tested = {source.name for source in self.data.sources if "test" in source.use}
         if set(self.sweep.max_gammas) - contexts:

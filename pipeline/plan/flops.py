@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.axes import Place
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import Shape
-from pipeline.plan.sweep_counts import timed_at
+from pipeline.plan.sweep_counts import most_timed
 from pipeline.store.layout import MEASURED_AGAIN
 from pipeline.sweep.grid import draft_sources, texts, views_of
 from pipeline.sweep.picks import FASTEST_MEASURED, measures_again
 
 MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
-Rates = dict[tuple[str, bool], float]  # FLOP/s by the model's role, and whether it trains
+Rates = dict[tuple[Role, bool], float]  # FLOP/s by the model's role, and whether it trains
 
 
-@dataclass(frozen=True)
-class StageFlops:
+class StageFlops(NamedTuple):
     """FLOPs of a stage by the model that does them, forward alone or with backward."""
 
     stage: str
-    role: str
+    role: Role
     training: bool
     flops: float
 
 
 def work(
-    config: Config, shapes: Mapping[str, Shape], labelled: int, prompts: Mapping[Place, int]
+    config: Config, shapes: Mapping[Role, Shape], labelled: int, prompts: Mapping[Place, int]
 ) -> Iterator[StageFlops]:
     """All arithmetic up to replay, validation aside; of what is measured, `prefills` has the reading.
 
@@ -39,24 +38,23 @@ def work(
         prompts: of the test split.
     """
 
-    def flops(stage: str, role: str, tokens: float, attended: float, training: bool = False) -> StageFlops:
+    def flops(stage: str, role: Role, tokens: float, attended: float, training: bool = False) -> StageFlops:
         """A backward pass is twice a forward one."""
-        forward = shapes[role].forward_flops(tokens, attended)
-        return StageFlops(stage, role, training, 3 * forward if training else forward)
+        return StageFlops(
+            stage, role, training, (1 + 2 * training) * shapes[role].forward_flops(tokens, attended)
+        )
 
-    data, train, length = config.data, config.train, config.data.sequence_tokens
-    for role, spec in (("target", config.target), ("drafter", config.drafter)):
-        if isinstance(spec, ScratchModel):
-            piece = spec.pretrain.sequence_tokens or length
-            tokens = spec.pretrain.steps * spec.pretrain.batch_sequences * piece
-            yield flops(f"pretrain {role}", role, tokens, piece / 2, training=True)
+    data, train, sweep, length = config.data, config.train, config.sweep, config.data.sequence_tokens
+    for role, spec in config.scratch.items():
+        piece = spec.pretrain.sequence_tokens or length
+        tokens = spec.pretrain.steps * spec.pretrain.batch_sequences * piece
+        yield flops(f"pretrain {role}", role, tokens, piece / 2, training=True)
 
-    chances = texts(config.sweep, config.sweep.temperatures)
-    continued = 1 + sum(chance.temperature > 0 for chance in chances)  # the greedy text is always written
+    written = len(texts(sweep, {0.0, *sweep.temperatures}))  # the greedy text always is
     read = [(data.context_tokens[place.context], count) for place, count in prompts.items()]
     yield flops("teach", "target", labelled * length * (1 + config.labels.on_policy_fraction), length / 2)
     for tokens, count in read:
-        yield flops("teach", "target", count * continued * (tokens + data.max_new_tokens), tokens / 2)
+        yield flops("teach", "target", count * written * (tokens + data.max_new_tokens), tokens / 2)
 
     for variant in train.drafters:
         sequences = train.steps_of(variant) * train.batch_sequences
@@ -68,30 +66,31 @@ def work(
             tokens = sequences * train.windows * train.window_tokens
             yield flops("train", "drafter", tokens, entries, training=True)
 
-    for source in draft_sources(config) if config.sweep.mode != "measure" else ():
+    for source in draft_sources(config) if sweep.mode != "measure" else ():
         if source.role is not None:
-            new_tokens = len(views_of(config.sweep, source)) * len(chances) * data.max_new_tokens
+            rows = len(views_of(sweep, source)) * len(texts(sweep, sweep.temperatures))
             for tokens, count in read:
+                new_tokens = rows * data.max_new_tokens
                 yield flops("sweep replay", source.role, count * (tokens + new_tokens), tokens / 2)
 
 
-def prefills(config: Config, shapes: Mapping[str, Shape], prompts: Mapping[Place, int]) -> list[StageFlops]:
+def prefills(config: Config, shapes: Mapping[Role, Shape], prompts: Mapping[Place, int]) -> list[StageFlops]:
     """The timed prompts: read by the target, by each drafter, and once more by a target that drafts; each
     time twice, as the second is timed.
 
     Where the fastest cells are measured again, by the target each time, and by as many of the largest
     sources as there can be cells.
     """
-    done = []
+    done: list[StageFlops] = []
+    target: Role = "target"
     for place, count in prompts.items():
         tokens, timed = config.data.context_tokens[place.context], min(count, config.sweep.measure.prompts)
         each = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
-        _, names = timed_at(config, place)
+        names = {cell.drafter for cell in most_timed(config, place)}
         roles = [source.role for source in draft_sources(config) if source.name in names]
         readers = sorted((role for role in roles if role), key=lambda role: -each[role])
-        reading = ["target", *readers]
-        if measures_again(config.sweep):
-            reading += len(MEASURED_AGAIN) * ["target", *readers[:FASTEST_MEASURED]]
+        again = len(MEASURED_AGAIN) * measures_again(config.sweep)
+        reading = [target, *readers, *again * [target, *readers[:FASTEST_MEASURED]]]
         done += [StageFlops(MEASURING, role, False, 2 * each[role]) for role in reading]
     return done
 

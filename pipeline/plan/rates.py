@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from itertools import product
-from typing import Any
+from itertools import pairwise, product
 
 import torch
 
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Role, ScratchModel
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.decode.loop import autoregressive
@@ -18,16 +17,15 @@ from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY
 from pipeline.kv.slot_cache import slots_for
-from pipeline.models.build import build_scratch
 from pipeline.plan.flops import Rates
-from pipeline.plan.shapes import Shape
+from pipeline.plan.shapes import Shape, untrained
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
 TIMED_RUNS, TIMED_STEPS = 3, 8
 
 
 def rates_of(
-    config: Config, shapes: Mapping[str, Shape], device: str, tflops: float | None
+    config: Config, shapes: Mapping[Role, Shape], device: str, tflops: float | None
 ) -> tuple[Rates | None, str]:
     """The rates of one process and where they come from; None where they cannot be known.
 
@@ -37,50 +35,30 @@ def rates_of(
     if tflops:
         given = dict.fromkeys(product(shapes, (False, True)), tflops * 1e12)
         return given, f"estimate: FLOPs at the given {tflops:g} TFLOP/s"
-    specs = {role: spec for role in shapes if (spec := can_be_timed(config, role, device))}
+    specs = can_be_timed(config, device)
     if len(specs) < len(shapes):
         return None, "not known: give --tflops X, the effective TFLOP/s of the device"
-    length = min(config.data.sequence_tokens, TIMED_TOKENS)
-    rates: Rates = {}
+    length, rates, measured = min(config.data.sequence_tokens, TIMED_TOKENS), Rates(), []
     for role, spec in specs.items():
         flops = shapes[role].forward_flops(length, length / 2)
         seconds = timed_step(spec, shapes[role].vocab, length, device, config.train.dtype == "bfloat16")
         for training, least in seconds.items():
             threads = threads_of(config, device, "train" if training else "teach")
-            rates[role, training] = threads * flops * (3 if training else 1) / least
-    measured = ", ".join(
-        f"{role} {'training' if training else 'forward'} {rate / 1e12:.3g} TFLOP/s"
-        for (role, training), rate in rates.items()
-    )
-    return (
-        rates,
-        f"estimate: FLOPs at rates measured here, of one thread times those of a process: {measured}",
-    )
+            rates[role, training] = rate = threads * flops * (3 if training else 1) / least
+            measured.append(f"{role} {'training' if training else 'forward'} {rate / 1e12:.3g} TFLOP/s")
+    how = "estimate: FLOPs at rates measured here, of one thread times those of a process: "
+    return rates, how + ", ".join(measured)
 
 
-def can_be_timed(config: Config, role: str, device: str) -> ScratchModel | None:
-    """The config's model, where it can be built here without its weights."""
-    spec = getattr(config, role)
-    here = device == "cpu" or torch.cuda.is_available()
-    return spec if here and isinstance(spec, ScratchModel) else None
+def can_be_timed(config: Config, device: str) -> dict[Role, ScratchModel]:
+    """The config's models that can be built here without their weights."""
+    return config.scratch if device == "cpu" or torch.cuda.is_available() else {}
 
 
 def threads_of(config: Config, device: str, work: Work) -> int:
     """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
     own = config.run.needs(work).threads if config.run.executor == "ray" else torch.get_num_threads()
     return own if device == "cpu" else 1
-
-
-class Vocabulary:
-    """Stands in for a tokenizer of so many entries where a model is built to be timed."""
-
-    bos_token_id = eos_token_id = pad_token_id = None
-
-    def __init__(self, entries: int) -> None:
-        self.entries = entries
-
-    def __len__(self) -> int:
-        return self.entries
 
 
 def timed_step(
@@ -90,13 +68,14 @@ def timed_step(
 
     On a CPU they are seconds of one thread's own time: what else runs on the machine does not count.
     """
-    entries: Any = Vocabulary(vocab)
-    model = build_scratch(spec, entries, 0).to(device)
+    model = untrained(spec, vocab).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens_1S = torch.zeros(1, tokens, dtype=torch.long, device=device)
     clock = time.process_time if device == "cpu" else time.perf_counter
-
-    def step(training: bool) -> None:
+    seconds, threads = {False: math.inf, True: math.inf}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for training in [False, True] * TIMED_RUNS:
+        began = clock()
         half = torch.autocast(device, torch.bfloat16, enabled=bfloat16 and training)
         with torch.set_grad_enabled(training), half:
             logits = model(input_ids=tokens_1S, use_cache=False).logits
@@ -104,13 +83,6 @@ def timed_step(
             logits.float().logsumexp(-1).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-
-    seconds = {False: math.inf, True: math.inf}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for training in [False, True] * TIMED_RUNS:
-        began = clock()
-        step(training)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds[training] = min(seconds[training], clock() - began)
@@ -127,11 +99,10 @@ def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> t
     """
     if step_ms:
         return step_ms / 1e3, f"the given {step_ms:g} ms"
-    spec, threads = can_be_timed(config, "target", device), threads_of(config, device, "measure")
+    spec, threads = can_be_timed(config, device).get("target"), threads_of(config, device, "measure")
     if spec is None:
         return None, "not known"
-    prefix = max(config.data.context_tokens.values())
-    seconds = timed_decoding(spec, vocab, prefix, device, threads)
+    seconds = timed_decoding(spec, vocab, max(config.data.context_tokens.values()), device, threads)
     return seconds, f"{1e3 * seconds:.3g} ms measured here, of a process with {threads} threads"
 
 
@@ -140,17 +111,15 @@ def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, thr
 
     With so many threads: so small a step is not shared out evenly.
     """
-    entries: Any = Vocabulary(vocab)
-    model = decode_model(build_scratch(spec, entries, 0).to(device, getattr(torch, spec.dtype)))
+    model = decode_model(untrained(spec, vocab).to(device, getattr(torch, spec.dtype)))
     runner = Runner(model, 1, slots_for(prefix), TIMED_STEPS, "none")
     runner.cache.kept_B.fill_(prefix)
     sampler = GREEDILY.sampler(["timed"], torch.device(device))
     least, before = math.inf, torch.get_num_threads()
     torch.set_num_threads(threads)
     for _ in range(TIMED_RUNS):
-        began = time.perf_counter()
-        for _ in autoregressive(runner, [0], TIMED_STEPS, frozenset(), sampler):
-            ended = time.perf_counter()
-            least, began = min(least, ended - began), ended
+        steps = autoregressive(runner, [0], TIMED_STEPS, frozenset(), sampler)
+        ends = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
+        least = min(least, *(end - began for began, end in pairwise(ends)))
     torch.set_num_threads(before)
     return least

@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from pipeline.config.models import ScratchModel
+from pipeline.models.build import build_scratch
 
 FP32 = 4
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
 # freed. Measured on training steps of Llamas of 64 to 512 channels: 1.5 to 2.1 times what is alive.
 HEAP_LIMIT, HEAP_FACTOR = 32 * 2**20, 1.8
@@ -69,17 +72,29 @@ class Shape:
         return tokens * (2 * self.parameters + 4 * self.layers * self.query * attended)
 
 
+@dataclass
+class Vocabulary:
+    """Stands in for a tokenizer of so many entries where a model is built to be timed or weighed."""
+
+    entries: int
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __len__(self) -> int:
+        return self.entries
+
+
+def untrained(spec: ScratchModel, vocab: int) -> PreTrainedModel:
+    tokenizer: Any = Vocabulary(vocab)
+    return build_scratch(spec, tokenizer, 0)
+
+
 def scratch_shape(spec: ScratchModel, vocab: int) -> Shape:
-    """A Llama as `pipeline.models.build_scratch` makes it: tied embeddings, no biases."""
-    width = spec.hidden // spec.heads
-    query, kv = spec.hidden, spec.kv_heads * width
-    layer = 2 * spec.hidden * (query + kv) + 3 * spec.hidden * spec.intermediate + 2 * spec.hidden
-    parameters = vocab * spec.hidden + spec.layers * layer + spec.hidden
-    return Shape(parameters, spec.layers, spec.hidden, query, kv, spec.intermediate, vocab)
+    with torch.device("meta"):
+        return shape_of_model(untrained(spec, vocab))
 
 
-def pretrained_shape(config: Any, parameters: int) -> Shape:
-    """A model by its transformers config; its parameters are counted by whoever can build it."""
+def shape_of_model(model: PreTrainedModel) -> Shape:
+    config, parameters = model.config, sum(weight.numel() for weight in model.parameters())
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * width
@@ -101,6 +116,9 @@ class Device:
         return int(alive * (HEAP_FACTOR if loose else 1.0))
 
 
+PARTS = ("base", "weights", "gradients", "optimizer", "activations", "logits", "kv")
+
+
 @dataclass(frozen=True)
 class Memory:
     """Peak bytes of one process of a stage, by what they are for. `processes` share the device."""
@@ -117,8 +135,7 @@ class Memory:
 
     @property
     def each(self) -> int:
-        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.logits, self.kv)
-        return self.base + sum(parts)
+        return sum(getattr(self, part) for part in PARTS)
 
     @property
     def total(self) -> int:

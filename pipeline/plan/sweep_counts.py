@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeline.axes import Cell, Place
@@ -52,61 +52,49 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
     chances, timed_chances = texts(sweep, sweep.temperatures), texts(sweep, timed_temperatures(sweep))
     cells = replayed = measured = rechecked = runs = 0
     for place, count in prompts.items():
-        swept = [cell for source in sources for cell in cells_at(sweep, source, place)]
+        replayers = sources if sweep.mode != "measure" else []
+        swept = [cell for source in replayers for cell in cells_at(sweep, source, place)]
         replaying = {at_chance(cell, c) for cell in swept for c in chances if can_replay(cell, c)}
-        if sweep.mode == "measure":
-            replaying = set()
         replayed += count * len(replaying)
         if sweep.mode == "replay":
             cells += len(replaying)
             continue
-        named = picks_at(sweep, sources, place)
+        named, picks = picks_at(sweep, sources, place), most_timed(config, place)
         cells += len(replaying | {at_chance(pick, chance) for pick in named for chance in timed_chances})
-        picks, names = timed_at(config, place)
         together = batches(measure, count)
         timed = sum(last - first for first, last in together)
-        fastest = min(FASTEST_MEASURED, picks) if measures_again(sweep) else 0
-        measured += timed * picks * len(timed_chances)
+        fastest = min(FASTEST_MEASURED, len(picks)) if measures_again(sweep) else 0
+        measured += timed * len(picks) * len(timed_chances)
         rechecked += timed * len(MEASURED_AGAIN) * fastest
-        # Autoregressive decoding is timed with each draft source.
-        first = len(timed_chances) * (picks + len(names))
-        again = len(MEASURED_AGAIN) * REPEATS_AGAIN * (fastest + min(fastest, len(names)))
+        plain = len(
+            {pick.drafter for pick in picks}
+        )  # autoregressive decoding is timed with each draft source
+        first = len(timed_chances) * (len(picks) + plain)
+        again = len(MEASURED_AGAIN) * REPEATS_AGAIN * (fastest + min(fastest, plain))
         runs += len(together) * measure.repeats * (first + again)
     return SweepCounts(cells, replayed, measured, rechecked, runs)
 
 
-def timed_at(config: Config, place: Place) -> tuple[int, set[str]]:
-    """How many cells are timed in a place at most, and of which draft sources."""
-    named = set(picks_at(config.sweep, draft_sources(config), place))
-    added, others = pointed_at(config, place, named) if config.sweep.predicts else (0, [])
-    return len(named) + added, {pick.drafter for pick in named}.union(others)
-
-
-def pointed_at(config: Config, place: Place, named: Set[Cell]) -> tuple[int, list[str]]:
-    """The most that predictions can add to the named cells of a place.
+def most_timed(config: Config, place: Place) -> set[Cell]:
+    """The named cells of a place and, where speed is predicted, as many more as predictions can point at.
 
     `worth_measuring` is asked what it takes of made-up predictions: once for every plane, as if one of its
     cells were the fastest, and next to it those that add most.
-
-    Returns:
-        How many cells, and the draft sources of which no cell is named.
     """
     sources = {source.name: source for source in draft_sources(config)}
-    names = first_seeds(list(sources))
+    named, most = set(picks_at(config.sweep, list(sources.values()), place)), set[Cell]()
+    timed, names = {cell.drafter for cell in named}, first_seeds(list(sources))
     swept = [cell for name in names for cell in cells_at(config.sweep, sources[name], place)]
     cells = [cell for cell in swept if not cell.control and not cell.threshold]
-    timed: set[str] = {pick.drafter for pick in named}
-    most: set[Cell] = set()
-    for plane in dict.fromkeys(map(plane_of, cells)):
-        own = [cell for cell in cells if plane_of(cell) == plane]
-        if sources[own[0].drafter].baseline:
-            continue
+    trained = [cell for cell in cells if not sources[cell.drafter].baseline] if config.sweep.predicts else []
+    for plane in dict.fromkeys(map(plane_of, trained)):
+        own = [cell for cell in trained if plane_of(cell) == plane]
         taken = {*named, *corners(own)}
         free = [cell for cell in cells if cell not in taken]
         fastest = [*(cell for cell in own if cell not in taken), own[0]][0]
         # One of each source that is not timed yet, before a second one of any.
-        others = {one.drafter: one for one in reversed(free) if one.drafter not in {own[0].drafter, *timed}}
+        others = {cell.drafter: cell for cell in reversed(free) if cell.drafter not in {plane[0], *timed}}
         order = dict.fromkeys([fastest, *others.values(), *free, *cells])
         added = set(worth_measuring(list(order), names)) - named
-        most = max(most, added, key=lambda picks: (len(picks), len({pick.drafter for pick in picks} - timed)))
-    return len(most), sorted({pick.drafter for pick in most} - timed)
+        most = max(most, added, key=lambda found: (len(found), len({cell.drafter for cell in found} - timed)))
+    return named | most

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pipeline.axes import Place, View
+from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
 from pipeline.kv.slot_cache import capacity_of, slots_for
@@ -26,7 +27,7 @@ def kept(views: Iterable[View], prefix: int) -> int:
     return sum(prefix if view.budget == "full" else min(view.budget, prefix) for view in views)
 
 
-def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -> Memory:
+def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
     """All draft sources are loaded; the one that takes most replays a prompt behind all its views at once.
 
     Views are held of two prompts, and those of one once more in the cache. The continuation's logits are
@@ -58,7 +59,7 @@ def replay_memory(config: Config, shapes: Mapping[str, Shape], device: Device) -
 
 
 def measure_memory(
-    config: Config, shapes: Mapping[str, Shape], places: Iterable[Place], device: Device
+    config: Config, shapes: Mapping[Role, Shape], places: Iterable[Place], device: Device
 ) -> Memory:
     """All models are loaded, with a static cache for every timed budget of each; calibrating has no more.
 
@@ -69,7 +70,8 @@ def measure_memory(
     sweep, prefix, sources = config.sweep, max(config.data.context_tokens.values()), draft_sources(config)
     room = config.data.max_new_tokens + max(sweep.gammas)
     named = [pick for place in places for pick in picks_at(sweep, sources, place)]
-    cached, held = {"target": slots_for(prefix) + room, "drafter": 0}, {"target": 0, "drafter": 0}
+    cached: dict[Role, int] = {"target": slots_for(prefix) + room, "drafter": 0}
+    held: dict[Role, int] = dict.fromkeys(cached, 0)
     for source in sources:
         if source.role is None:
             continue

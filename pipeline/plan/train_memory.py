@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kernels.distill_tiles import SCRATCH_BYTES
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.plan.shapes import FP32, Device, Memory, Shape, Sharding
@@ -19,11 +19,9 @@ PRODUCT_BYTES, MOST_PRODUCTS, NEW_PRODUCTS, PRODUCTS_A_LENGTH = int(0.9 * 2**20)
 LOSS_COPIES = 3  # of fp32 logits: log-softmax and, in backward, the gradients before and behind it
 
 
-def pretrain_memory(config: Config, role: str, shape: Shape, sharding: Sharding, device: Device) -> Memory:
+def pretrain_memory(config: Config, role: Role, shape: Shape, sharding: Sharding, device: Device) -> Memory:
     """Next-token training: the activations of all layers of a micro-batch, and its logits in fp32."""
-    spec = config.target if role == "target" else config.drafter
-    assert isinstance(spec, ScratchModel)
-    length = spec.pretrain.sequence_tokens or config.data.sequence_tokens
+    length = config.scratch[role].pretrain.sequence_tokens or config.data.sequence_tokens
     tokens = config.train.micro_batch_sequences * length
     activations, logits = training_step(shape, tokens, config.train.dtype == "bfloat16", device)
     state = sharding.state_bytes(shape.parameters, device)

@@ -20,9 +20,9 @@ from pipeline.models.build import build_scratch
 from pipeline.plan import shapes as costs
 from pipeline.plan import train_memory
 from pipeline.plan.flops import hours, prefills, work
-from pipeline.plan.rates import Vocabulary, rates_of, step_of
-from pipeline.plan.shapes import Device, Shape, Sharding
-from pipeline.plan.sweep_counts import count_sweep, pointed_at
+from pipeline.plan.rates import rates_of, step_of
+from pipeline.plan.shapes import Device, Shape, Sharding, Vocabulary
+from pipeline.plan.sweep_counts import count_sweep, most_timed
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.store.rows import PredictedRow
 from pipeline.sweep import picks
@@ -51,7 +51,7 @@ def test_a_scratch_model_has_the_parameters_that_were_counted(change: dict[str, 
     model = build_scratch(spec, Vocabulary(301), 0)
     shape = costs.scratch_shape(spec, 301)
     assert shape.parameters == sum(weight.numel() for weight in model.parameters())
-    assert shape == costs.pretrained_shape(model.config, shape.parameters)
+    assert shape == costs.shape_of_model(model)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,8 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
     )
     sources = draft_sources(config)
     here = set(configured_picks(config.sweep, sources, place))
-    cells, others = pointed_at(config, place, here)
+    added = most_timed(config, place) - here
+    cells, others = len(added), {cell.drafter for cell in added} - {cell.drafter for cell in here}
     draw, most, most_others = random.Random(0), 0, 0
     for _ in range(300):
         rows = [
