@@ -122,9 +122,9 @@ class Cell:
 
     def vary(self, **changes: Any) -> Cell:
         """The cell with other values, those of its view named as its own are."""
-        own = {name: value for name, value in changes.items() if name in _VIEW}
-        rest = {name: value for name, value in changes.items() if name not in _VIEW}
-        return replace(self, view=replace(self.view, **own), **rest)
+        in_view = {name: changes.pop(name) for name in _VIEW & changes.keys()}
+        changes.setdefault("view", self.view)
+        return replace(self, **changes | {"view": replace(changes["view"], **in_view)})
 
     @property
     def place(self) -> Place:

@@ -49,7 +49,7 @@ def decide(
 
     Args:
         candidate, baseline: a report folder or its summary.json, RESULTS or RESULTS:DRAFTER; else what
-            `jobs.registry.resolve` takes. A baseline `champion` that nobody ever was lets any candidate pass.
+            `versions.resolve` takes. A baseline `champion` that nobody ever was lets any candidate pass.
             One that is the candidate itself is not compared with it.
         promote: takes results as the baseline only if their drafter is the present champion, evaluated anew.
         again: promote also what somebody rolled back from.

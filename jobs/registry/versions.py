@@ -2,7 +2,7 @@
 
 A version belongs to the MLflow run of the pipeline that registered it (`register.py`), and its files are
 artifacts of that run: `hf_model/`, which plain `from_pretrained` loads, and `evidence/`, by which the gate
-judges it. One version of a model is its champion (`registry_champion.py`).
+judges it. One version of a model is its champion (`champion.py`).
 """
 
 from __future__ import annotations

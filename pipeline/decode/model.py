@@ -59,12 +59,12 @@ class DecodeModel(Protocol):
         ...
 
     def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
-        """As `pipeline.kv.read_prefix`."""
+        """As `view_cache.read_prefix`."""
         ...
 
 
 def decode_model(model: PreTrainedModel, prefill_chunk: int = 2048) -> DecodeModel:
-    """The fastest form of a model that was loaded with `pipeline.models.load_model`."""
+    """The fastest form of a model that was loaded with `models.load.load_model`."""
     config = model.config
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     default = ["full_attention"] if getattr(config, "sliding_window", None) is None else ["sliding"]
@@ -290,7 +290,7 @@ class ModuleModel:
 
 
 class SlotWriter(NamedTuple):
-    """What `pipeline.kv.attend` is handed as `view_cache` in one forward pass over a static cache."""
+    """What `view_cache.attend` is handed as `view_cache` in one forward pass over a static cache."""
 
     cache: SlotCache
     place: SlotIndex

@@ -193,7 +193,7 @@ def read_prefix(
     """One full-attention forward over prefixes of equal length.
 
     Args:
-        model: a causal language model loaded with `pipeline.models.load_model`.
+        model: a causal language model loaded with `models.load.load_model`.
         tokens_BS: [B, S] tokens from position 0.
         cuts: (prefix length <= S, view) pairs; each gives one `PrefixView` of that many first tokens.
 

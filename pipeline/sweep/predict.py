@@ -1,4 +1,4 @@
-"""Predicted speed of every cell, and what is worth measuring.
+"""Predicted speed of every cell, and how far predictions are from what was measured.
 
 A round drafts γ tokens, verifies γ + 1 and does the rest; how many rounds a text takes, replay knows exactly:
 

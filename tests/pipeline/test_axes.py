@@ -16,6 +16,7 @@ def test_a_cell_varies_in_its_view_as_in_itself() -> None:
     assert (other.policy, other.budget, other.control) == ("chunk_topk", 32, None)
     assert other.place == Place("code", "64") == CELL.place
     assert CELL.vary() == CELL
+    assert CELL.vary(view=view, budget=16).view == View("chunk_topk", 16)
     with pytest.raises(TypeError, match="gama"):
         CELL.vary(gama=2)
 
