@@ -249,7 +249,7 @@ def drive(config: Config) -> Call:
         ended = time.perf_counter()
         assert artifact.complete and not failures
         busy = {
-            line["cell"]: line["seconds"]
+            line["item"]: line["seconds"]
             for file in record.folder.glob("*.jsonl")
             for line in logs.read_lines(file)
             if line["stage"] == "sweep" and line["message"] == "done"

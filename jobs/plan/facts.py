@@ -59,6 +59,9 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
     Raises:
         BadData: if a local source or a model's config is missing.
     """
+    for role, spec in config.models.items():
+        if isinstance(spec, PretrainedModel):
+            config_folder(spec, role)  # a model that is not there is said before the data are looked at
     facts = facts_of(config, shape_of(config, "target", config.data.tokenizer.vocab_size).vocab)
     return shapes_of(config, facts.vocab), facts
 

@@ -248,7 +248,7 @@ def test_the_page_says_what_was_reached_and_what_not(here: Here, uninterrupted: 
     page = (tmp_path / "page" / "README.md").read_text()
     told = Summary.model_validate_json((tmp_path / "page" / "summary.json").read_text())
     lows = {
-        f"multi_view − full_only, B = 16, {gpu_page.place(g)}: lower bound": g.value.low
+        f"multi_view − full_only, B = 16, {gpu_page.place(g.cell)}: lower bound": g.value.low
         for g in told.headline
         if (g.cell.drafter, g.baseline, g.cell.budget, g.cell.control, g.cell.gamma, g.prompts)
         == ("multi_view", "full_only", 16, None, 2, "all")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -100,23 +100,16 @@ def test_batches_and_differing_texts_are_said(tmp_path: Path) -> None:
     assert "decoded alone" not in "\n".join(advise(folder, 64, None, None, 4, None))
 
 
-def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path) -> None:
-    class Recorder:
-        """Keeps what it is told to log: run, parameters, points, time, tags."""
-
-        def __init__(self) -> None:
-            self.told: list[tuple[Any, ...]] = []
-
-        def log(self, *told: Any) -> None:
-            self.told.append(told)
-
-    recorder, run = Recorder(), Run("report", {})
-    tracker = Tracker(config(tmp_path), cast(Store, recorder), run)
+def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setattr(Store, "log", lambda store, **told: logged.append(told))
+    run = Run("report", {})
+    tracker = Tracker(config(tmp_path), Store.__new__(Store), run)
     tracker.log_advice(run, summary_of(made).recommendations)
     assert tracker.writer.finish(5.0) == 0
-    ((_, _, points, _, tags),) = recorder.told
-    assert tags == {"recommend.code.64": f"{DEPLOY}: {WHY}"}
-    assert [value for _, value, _ in points] == pytest.approx([1.25] * 3)
+    (told,) = logged
+    assert told["run"] is run and told["tags"] == {"recommend.code.64": f"{DEPLOY}: {WHY}"}
+    assert [value for _, value, _ in told["points"]] == pytest.approx([1.25] * 3)
 
 
 # ── what is missing ───────────────────────────────────────────────────────────────────────────────

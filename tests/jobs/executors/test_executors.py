@@ -203,6 +203,7 @@ class DoomedJob(TrainJob):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_losses_stay(
     on_local_ray: ModuleType, workshop: Workshop, inline: Path
 ) -> None:
@@ -227,6 +228,7 @@ class DivergingJob(TrainJob):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_worker_trains_as_inline_after_it_diverged_and_was_mended(
     on_local_ray: ModuleType, workshop: Workshop, inline: Path
 ) -> None:

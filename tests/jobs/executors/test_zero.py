@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from jobs.executors.inline import InlineExecutor
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
-from pipeline.train.job import TrainJob
+from pipeline.train.job import TrainJob, run_job
 from tests.helpers.group import copy_state, run_group, train
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import Workshop, assert_same_run
@@ -90,7 +90,7 @@ def assert_zero_is_one_process(
     # The way back: one process goes on from sharded states.
     for name in set(BACK) & set(settings):
         back = begin_at_5(zero_job(workshop, name, workers, "back"), folder_of(whole[name]))
-        InlineExecutor(back.config).train(back)
+        InlineExecutor(back.config).train(run_job, back)
         assert_same_run(folder_of(back), inline)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kernels import dispatch
 from pipeline.axes import FULL
-from pipeline.decode import steps
+from pipeline.decode import runner
 from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
@@ -239,7 +239,7 @@ def test_a_cache_is_clean_after_logits_that_were_not_finite(
 
 def test_what_cannot_be_compiled_says_so(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = decode_model(target)
-    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    monkeypatch.setattr(runner.shutil, "which", lambda name: None)
     with pytest.raises(BadData, match=r"inductor needs a C\+\+ compiler on a CPU: install g\+\+"):
         Runner(model, 1, 64, 8, "inductor")
     if not torch.cuda.is_available():

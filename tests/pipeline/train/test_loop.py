@@ -280,7 +280,7 @@ def test_scratch_models_are_pretrained_apart(workshop: Workshop, tmp_path: Path)
     config = tiny_config({"drafter": tiny_config().target.model_dump()})
     for run in ("one", "two"):
         outputs = {name: tmp_path / run / name for name in ("target", "drafter")}
-        InlineExecutor(config).train(TrainJob(config, outputs, workshop.prepare))
+        InlineExecutor(config).train(run_job, TrainJob(config, outputs, workshop.prepare))
     one, two = (
         {name: weights(tmp_path / run / name) for name in ("target", "drafter")} for run in ("one", "two")
     )

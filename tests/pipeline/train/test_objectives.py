@@ -53,7 +53,7 @@ def dense_attention(
     B, H, T, _ = key.shape
     queries = query.unflatten(1, (H, -1))
     seen = torch.ones(T, T, dtype=torch.bool).tril().expand(B, H, T, T).clone()
-    if view.budget is not None:
+    if view.budget != "full":
         observed = queries[:, :, :, max(0, start - SNAP_WINDOW) : start]
         kept = select(view.policy, key[:, :, :start].detach(), observed.detach(), view.budget)
         prefix = torch.zeros(B, H, start, dtype=torch.bool).scatter_(2, kept, True)
