@@ -38,9 +38,8 @@ from pipeline.hardware import peak_bytes
 from pipeline.observe import logs
 from pipeline.observe.events import Began, Event, Items, listening
 from pipeline.results.pool import Axes, cell_rows
-from pipeline.store.artifacts import MANIFEST
 from pipeline.store.files import read_all
-from pipeline.store.layout import ROWS
+from pipeline.store.layout import MANIFEST, ROWS
 from pipeline.store.rows import CellRow, PromptRow
 
 Result = TypeVar("Result")

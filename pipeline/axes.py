@@ -19,6 +19,7 @@ DrafterKind = Literal["lm", "first_layers", "head", Baseline, "cascade"]
 Positions = Literal["true", "rebased", "anchor_offset"]
 AcceptanceRule = Literal["exact", "dropmatch"]
 MODEL_FREE: tuple[str, ...] = get_args(ModelFree)
+BASELINES: tuple[str, ...] = get_args(Baseline)
 
 
 def family(drafter: str) -> str:

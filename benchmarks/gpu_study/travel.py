@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from jobs.records.record import RECORDS
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.store.artifacts import MANIFEST, Artifact, seal
+from pipeline.store.artifacts import Artifact, seal
+from pipeline.store.layout import MANIFEST
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.results.summary import Summary
 from pipeline.store import layout
-from pipeline.store.artifacts import MANIFEST
 from pipeline.store.files import read_all, read_rows
-from pipeline.store.layout import AGAIN, CELLS, PREDICTED, ROWS, RUN_OFF, SUMMARY
+from pipeline.store.layout import AGAIN, CELLS, MANIFEST, PREDICTED, ROWS, RUN_OFF, SUMMARY
 from pipeline.store.rows import CellRow, PredictedRow, PromptRow
 
 CONFIGS = ("table-1", "table-2", "figure-3", "adaptive", "table-3", "ablations", "on-policy")

@@ -10,13 +10,12 @@ from benchmarks.page_parts import acceptance, end_to_end, interval_text, speed
 from benchmarks.study.families import SAMPLES, SEED
 from benchmarks.study.runs import Study
 from pipeline import intervals
-from pipeline.axes import Place
+from pipeline.axes import BASELINES, Place
 from pipeline.intervals import Interval
 from pipeline.markdown import table
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import ArSpeed
 from pipeline.store.rows import CellRow, PromptRow
-from pipeline.sweep.predict import BASELINES
 
 
 def measured_table(cells: Sequence[CellRow]) -> str:

@@ -31,8 +31,8 @@ from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import check_tokenizers, sample_text, save_new_tokenizer, save_target_tokenizer
 from pipeline.errors import BadData
 from pipeline.observe.events import Opened, tell
-from pipeline.store.artifacts import FORMAT, MANIFEST, Artifact, open_artifact
-from pipeline.store.layout import DOCUMENTS, TOKENIZER
+from pipeline.store.artifacts import FORMAT, Artifact, open_artifact
+from pipeline.store.layout import DOCUMENTS, MANIFEST, TOKENIZER
 
 if TYPE_CHECKING:
     from jobs.executors.base import Executor

@@ -100,7 +100,8 @@ class Phases:
         # before they point would be measured again.
         if self.sweep.predicts and self.failures:
             log.warning(
-                "sweep: speeds are predicted and measured when every prompt is replayed, so not in this run"
+                "sweep: speeds are predicted and measured when every prompt is replayed and the steps of "
+                "every context are timed, so not in this run"
             )
         elif self.sweep.mode != "replay":
             self.measure()
@@ -160,6 +161,8 @@ class Phases:
             CalibrateTask(n, tokens, self.folder / STEPS / f"{n}.jsonl") for n, tokens in contexts.items()
         ]
         self.run(tasks, "calibrate")
+        if self.failures:  # without the steps of a context its cells would never be predicted
+            return
         if not ((self.folder / PICKS).exists() and (self.folder / PREDICTED).exists()):
             report = self.config.report
             predicted = predict.predict(

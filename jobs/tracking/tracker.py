@@ -156,7 +156,8 @@ class Tracker:
         """One run per sweep point, acceptance and speed against γ as the step. Safe to repeat.
 
         Args:
-            sweep_id: the sweep's fingerprint; points that it already has in MLflow are not written again.
+            sweep_id: the report's fingerprint, as a sweep that is tried again keeps its own; points that it
+                already has in MLflow are not written again.
         """
         self.sweep = sweep = Sweep(sweep_id, rows, stage_run)
         self.put("the points of the sweep", sweep.find, repeatable=True)

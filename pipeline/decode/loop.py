@@ -94,7 +94,7 @@ def speculate(
     rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's.
 
     Args:
-        gamma: proposals of a round; the most of them where the source has fewer.
+        gamma: most proposals of a round; a source may have fewer.
 
     Raises:
         NotFinite: if a logit of either model is NaN or infinite.
@@ -102,7 +102,7 @@ def speculate(
     target.cache.check_room(limit + gamma)
     source.check_room(limit + gamma)
     unread, step_B = start(target, firsts)
-    pair_B2 = torch.cat([unread, unread], 1)
+    pair_B2 = torch.cat([unread, unread], 1)  # the last two tokens; at the start both are the first
     counts = [1] * len(firsts)
     open_rows = [limit > 1 and first not in eos for first in firsts]
     all_lengths, all_B = [gamma] * len(firsts), torch.full_like(step_B, gamma)

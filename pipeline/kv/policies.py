@@ -1,4 +1,5 @@
-"""KV policies: which prefix entries a drafter keeps. A new policy is one function and one line of POLICIES.
+"""KV policies: which prefix entries a drafter keeps. A new policy is a function, a line of POLICIES,
+and its name in `Policy` of config/sweep.py.
 
 Shape legend: B batch rows, H key/value heads, G query heads per key/value head, S prefix length,
 W observed queries, N kept entries, D head width.

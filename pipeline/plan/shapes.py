@@ -1,4 +1,4 @@
-"""Shapes of models, and the memory of pretraining, teaching and training by formula. Nothing is loaded.
+"""Shapes of models, memory of a process, devices and sharding: what the formulas share. Nothing is loaded.
 
 Sizes are in bytes, and memory is that of one process at its peak. Prefixes are taken to be as long as they
 can be, and views as many. The sums are no upper bounds all the same: what allocators and libraries hold

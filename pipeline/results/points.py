@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 from pipeline.axes import Cell
 from pipeline.intervals import Interval
 from pipeline.results.pool import MODES
+from pipeline.results.recommend import Recommendation, settings_text
 from pipeline.store.rows import CellRow
-
-if TYPE_CHECKING:
-    from pipeline.results.recommend import Recommendation
 
 Point = tuple[str, float, int]  # name, value, step
 AXES = ("drafter", "dataset", "context", "policy", "budget", "control", "threshold", "temperature", "seed")
 
 
 def axes(cell: Cell) -> dict[str, object]:
-    """What tells a sweep point from the others; γ is not among them, it is the step of the metrics."""
-    return {axis: getattr(cell, axis) for axis in AXES} | {"control": cell.control or "none"}
+    """What tells a sweep point from the others; γ is not among them, it is the step of the metrics.
+
+    What a cell has at its usual value beside `AXES` is left out.
+    """
+    usual: dict[str, object] = {axis: getattr(cell, axis) for axis in AXES}
+    usual["control"] = cell.control or "none"
+    view = cell.view
+    rare = {"sinks": view.sinks, "refresh": view.refresh, "positions": view.positions, "rule": cell.rule}
+    return usual | {axis: value for axis, value in rare.items() if value not in (None, "true", "exact")}
 
 
 def point_key(cell: Cell) -> str:
@@ -99,8 +103,6 @@ def point_value(cells: Sequence[CellRow]) -> float:
 
 def advice_of(advice: Recommendation) -> tuple[str, dict[str, str], list[Point]]:
     """The place, what to deploy there in words, and where there is a choice its expected speedup."""
-    from pipeline.results.recommend import settings_text  # torch is slow to import
-
     place = f"{advice.dataset}.{advice.context}"
     if advice.choice is None:
         return place, {f"recommend.{place}": advice.why}, []

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from pipeline.axes import MODEL_FREE, Cell, Place
+from pipeline.axes import BASELINES, MODEL_FREE, Cell, Place
 from pipeline.errors import BadData
 from pipeline.intervals import Interval
 from pipeline.store.rows import CellRow, Mode, ModelSize, OfCell, Row, Speed
-from pipeline.sweep.predict import BASELINES
 from pipeline.units import gigabytes
 
 
@@ -171,7 +170,7 @@ class Needs:
 def choices(
     cells: Iterable[CellRow], run_off: Iterable[CellRow], again: Iterable[CellRow]
 ) -> dict[Place, list[Choice]]:
-    """Every measured greedy cell of a place, in the order of `Choice.order`."""
+    """Every measured greedy cell of each place, in the order of `Choice.order`."""
     replayed: dict[Cell, CellRow] = {}
     measured: dict[Cell, tuple[CellRow, Speed]] = {}
     for row in cells:

@@ -108,11 +108,11 @@ class PredictionScore(Row):
     """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|.
 
     Both are counted in autoregressive steps that were timed beside them, so that a machine that got slower
-    since does not count; `median_error_s` is in seconds, and `pace` says how much slower. `bias` is the
-    median with its sign, below 0 where predictions are too fast. `what` is "plane", the cells that are
-    measured to score predictions, by single steps that were timed between their prompts; "plane by
-    earlier steps", the same by the steps that all speeds were predicted from; or "other cells", by these too,
-    many of which were picked so.
+    since does not count; `median_error_s` compares plain seconds, and `pace` says how much slower.
+    `bias` is the median with its sign, below 0 where predictions are too fast. `what` is "plane", the
+    cells that are measured to score predictions, by single steps that were timed between their prompts;
+    "plane by earlier steps", the same by the steps that all speeds were predicted from; or "other cells",
+    by these too, many of which were picked so.
     """
 
     what: str

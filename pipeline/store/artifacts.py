@@ -26,13 +26,13 @@ from filelock import FileLock, Timeout
 from pipeline.hardware import peak_bytes
 from pipeline.observe.events import Opened, tell
 from pipeline.store.files import file_sha256, fingerprint, write_json
+from pipeline.store.layout import MANIFEST, MODEL, TOKENIZER
 from pipeline.store.provenance import provenance
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 LOCKS = ".locks"
-WHOLE = ("tokenizer", "model")  # folders that are written as one
+WHOLE = (TOKENIZER, MODEL)  # folders that are written as one
 CHECKING_THREADS = 8  # hashing leaves the interpreter's lock alone
 # Raised when artifacts change their meaning, or a config makes others than before, so that old folders are
 # not mistaken for new ones.

@@ -1,4 +1,8 @@
-"""The stages by name, and the names of the files and folders that each of them writes into its artifact."""
+"""The stages by name, and the names of the files and folders that each of them writes into its artifact.
+
+`MANIFEST` is written last into every artifact. A row file is named in `stages/sweep_phases.py`, the files
+of a label shard in `train/teacher.py`, a checkpoint in `train/checkpoints.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Literal, get_args
 
 StageName = Literal["prepare", "pretrain", "teach", "train", "sweep", "report"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order in which they run
+MANIFEST = "manifest.json"
 
 # prepare
 TOKENIZER, DOCUMENTS, SEQUENCES, PROMPTS, PIECES = "tokenizer", "documents", "sequences", "prompts", ".pieces"

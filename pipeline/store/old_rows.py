@@ -22,7 +22,7 @@ SPEED = ("worst_prompt_speedup", "tokens_per_s", "ar_tokens_per_s", "num_clocked
 BOUNDED = ("acceptance", "speedup", "end_to_end", "again")  # with their bounds beside them
 TRIPLES = ("lost", "not_looping", "other_prompt")  # in one list with their bounds
 PARTS = ("mean", "low", "high")
-BASELINES = ("self_speculation", "prompt_lookup")  # each is a kind of drafter of its own
+BASELINES = ("self_speculation", "prompt_lookup")  # those that there were; each is a kind of its own
 
 
 def as_today(data: Any) -> Any:
@@ -60,5 +60,5 @@ def take(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def known(values: dict[str, Any]) -> dict[str, Any] | None:
-    """What was not taken at all is None; in part, it has a value missing, and is refused."""
+    """None where no value is known; values that are known in part are kept, for the row to refuse."""
     return values if any(value is not None for value in values.values()) else None

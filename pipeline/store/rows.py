@@ -20,7 +20,7 @@ class Row(BaseModel):
 
 
 class OfCell(Row):
-    """A row that tells of one cell; of an earlier format it is read too."""
+    """A row that tells of one cell. Rows of earlier formats are read as well."""
 
     cell: Cell
 
@@ -72,9 +72,9 @@ class Continuation(Row):
 class Timing(Row):
     """What was timed of one prompt of a measured cell, one time per repeat.
 
-    `ar_decode_s` are the autoregressive runs that were interleaved with `decode_s`. `prefill_s` has one
-    prefill of the drafter for all measured views; neither it nor `ar_prefill_s` is in the others.
-    `prompts_together` were decoded at once, those with one `together_with`, the first's id; their time is
+    `ar_decode_s` are the autoregressive runs that were interleaved with `decode_s`. `prefill_s` is the
+    target's prefill and one of the drafter for all measured views; it and `ar_prefill_s` are in no other.
+    `prompts_together` were decoded at once, and `together_with` is the id of their first; their time is
     divided evenly among their rows. `compile_s` is what compiling for a cell took, outside its times: 0
     where its shapes were compiled already. `peak_memory_bytes` is that of the device while the cell decodes,
     with the caches of all measured cells of the prompt in it. `hardware` is what it was timed on.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from pipeline.axes import NOTHING, Cell, Place, View, budget_order, family
+from pipeline.axes import BASELINES, NOTHING, Cell, Place, View, budget_order, family
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Measure, Sweep
 from pipeline.store.rows import PredictedRow
 from pipeline.sweep.grid import Drafter, cells_at, cells_behind, chosen, chosen_drafter
-from pipeline.sweep.predict import BASELINES
 
 
 def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) -> list[Cell]:

@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean, median
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline import intervals
-from pipeline.axes import MODEL_FREE, Baseline, Cell
+from pipeline.axes import BASELINES, MODEL_FREE, Cell
 from pipeline.store.rows import PredictedRow, PromptRow, StepTimes
-
-BASELINES: tuple[str, ...] = get_args(Baseline)
 
 
 class StepModel:
@@ -124,8 +122,9 @@ class Error(NamedTuple):
     """predicted ÷ measured − 1 of a cell's decode time, over the prompts that were measured.
 
     `relative` counts both times in autoregressive steps: the predicted one in steps that were timed with the
-    others, the measured one in those that ran beside it. `seconds` is without that, and so has in it by how
-    much the machine was slower, or faster, than when single steps were timed: `pace`, measured ÷ timed steps.
+    others, the measured one in those that ran beside it. `seconds` compares plain seconds, so that it
+    includes how much slower or faster the machine was than when single steps were timed: `pace`, measured ÷
+    timed steps.
     """
 
     relative: float
@@ -136,9 +135,9 @@ class Error(NamedTuple):
 class Score(NamedTuple):
     """How far predicted decode times are from measured ones: |predicted ÷ measured − 1| of each cell.
 
-    Both are counted in autoregressive steps, as in `Error`; `median_error_s` is the median in seconds, and
-    `pace` the median of theirs. `bias` is the median of predicted ÷ measured − 1: below 0 where predictions
-    are too fast.
+    Both are counted in autoregressive steps, as in `Error`; `median_error_s` is the median of plain
+    seconds, and `pace` that of the paces. `bias` is the median of predicted ÷ measured − 1: below 0 where
+    predictions are too fast.
     """
 
     cells: int

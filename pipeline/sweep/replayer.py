@@ -86,7 +86,7 @@ class PromptReplay:
                     )
         for seen, good in zip(views, finite, strict=True):
             if not good:
-                cell = all_cells(self.sweep, self.drafter, prompt, seen)
+                cell = at_chance(all_cells(self.sweep, self.drafter, prompt, seen), chance)
                 yield make_failure(mode, cell, prompt, NotFinite("logits not finite in replay"))
 
     def counts(

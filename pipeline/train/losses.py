@@ -1,7 +1,8 @@
 """The two branches of the training loss: L = w·L_A + λ·L_C (paper section 3).
 
 L_A compares the drafter behind its full view with the target, L_C behind sparse views; the target's labels
-are the same for every view. A new loss is one function and one line of LOSSES.
+are the same for every view. A new loss is a function, a line of LOSSES, and its name
+in `LossKind` of config/train.py.
 """
 
 from __future__ import annotations

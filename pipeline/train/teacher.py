@@ -171,7 +171,7 @@ def sampled_name(prompts: str, chance: Chance) -> str:
 
 
 def is_on_policy(seed: int, index: int, fraction: float) -> bool:
-    """Whether the target rewrites the last window of this sequence; a function of the seed and its number."""
+    """Whether the target rewrites the end of this sequence, all its windows; by the seed and its number."""
     return fraction > 0 and np.random.default_rng([seed, 7, index]).random() < fraction
 
 

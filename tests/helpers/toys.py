@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.store.artifacts import MANIFEST, checksum
+from pipeline.store.artifacts import checksum
 from pipeline.store.files import file_sha256
+from pipeline.store.layout import MANIFEST
 from tests.helpers.configs import MINIMAL
 
 PROMPTS = 12

@@ -12,7 +12,7 @@ import pytest
 
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import load_config
-from pipeline.store.artifacts import MANIFEST
+from pipeline.store.layout import MANIFEST
 from tests.helpers.documents import made_books
 from tests.helpers.paths import ROOT, SHARED
 

@@ -18,8 +18,8 @@ from jobs.records.record import RECORDS
 from jobs.stages import pipeline
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import Incomplete, NotFinite
-from pipeline.store.artifacts import MANIFEST
 from pipeline.store.files import read_rows
+from pipeline.store.layout import MANIFEST
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PromptRow
 from pipeline.sweep.replayer import PromptReplay
 from tests.helpers.toys import PROMPTS, artifact, reseal, toy_config

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData
 from pipeline.gate.evidence import Evidence, load_evidence, read_evidence, save_evidence
-from pipeline.store.artifacts import MANIFEST
+from pipeline.store.layout import MANIFEST
 from tests.helpers.toys import PROMPTS, artifact, reseal, toy_config
 
 

@@ -14,8 +14,9 @@ import pytest
 from filelock import Timeout
 
 from pipeline.errors import BadData
-from pipeline.store.artifacts import MANIFEST, Artifact, open_artifact
+from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.files import read_rows, write_json, write_rows, write_text
+from pipeline.store.layout import MANIFEST
 from pipeline.store.rows import ModelSize
 from tests.helpers.clock import patience, wait_for
 
