@@ -85,6 +85,7 @@ def test_synthetic_rounds_accept_at_the_stated_rate(
     assert sum(rates) / 4 == pytest.approx(0.8, abs=0.04)
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_where_texts_differ(
     target: PreTrainedModel, make_model: Callable[..., PreTrainedModel]
 ) -> None:
@@ -128,6 +129,7 @@ def test_the_grid_is_replayed_with_one_prefill_a_prompt() -> None:
     assert prefills.value == 1 and prefills.met and "18 prompts" in prefills.note
 
 
+@pytest.mark.slow
 def test_ranks_hold_what_their_stage_leaves_them() -> None:
     """Bytes by hand: 4 a parameter for weights, 4 for gradients, 8 for moments, 4 for a master copy."""
     model = SMALL.model_copy(update={"layers": 2, "hidden": 256, "intermediate": 1024})
@@ -183,6 +185,7 @@ def test_throughput_counts_once_every_evaluator_is_up() -> None:
     assert (one.met, two.met, four.met) == (None, True, False)
 
 
+@pytest.mark.slow
 def test_gpu_rows_at_toy_size_on_any_device() -> None:
     """All of the file's work but the device: every row that a machine without a GPU leaves empty is there."""
     toy = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 64}

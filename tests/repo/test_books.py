@@ -36,7 +36,10 @@ def sample_books(root: Path) -> None:
         pytest.param(
             sample_books,
             {"pg19-sample": 8, "qmsum-sample": 40, "narrativeqa-sample": 15, "needle-sample": 3},
-            marks=pytest.mark.skipif(not SAMPLES.exists(), reason=f"the sample data is not at {SAMPLES}"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not SAMPLES.exists(), reason=f"the sample data is not at {SAMPLES}"),
+            ],
         ),
     ],
 )

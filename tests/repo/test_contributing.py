@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
 
@@ -323,6 +324,6 @@ def test_what_is_added_as_contributing_says_works(added: Addition, tmp_path: Pat
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience(240),
     )
     assert done.returncode == 0, done.stderr[-4000:]

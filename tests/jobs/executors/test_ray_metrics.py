@@ -49,7 +49,8 @@ def worker(marks):
 
 def served(ray):
     (node,) = ray.nodes()
-    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=patience(5)) as answer:
         return answer.read().decode()
 
 

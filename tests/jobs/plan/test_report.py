@@ -145,6 +145,7 @@ def test_a_run_makes_what_was_planned(
     assert measure_memory(config, shapes, facts.prompts, GPU).kv == max(cached) + views
 
 
+@pytest.mark.slow
 def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
     def change(values: dict[str, Any]) -> None:
         values["sweep"] |= {"baselines": ["self_speculation", "prompt_lookup"], "gammas": list(range(1, 9))}

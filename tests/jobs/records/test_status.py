@@ -313,6 +313,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(tmp_path_factory.mktemp("status"))
 
 
+@pytest.mark.slow
 def test_the_record_and_the_log_of_a_real_run(toy: Toy, tmp_path: Path) -> None:
     """Against the manifest of what it made."""
     storage = tmp_path / "runs"

@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from jobs.mlflow_address import tracking_uri
@@ -79,6 +80,7 @@ with RunRecord(config, "report") as record, Tracker.start(config, record.folder)
 """
 
 
+@pytest.mark.slow
 def test_runs_of_a_killed_driver_are_ended_by_the_next(tmp_path: Path) -> None:
     config = Config.model_validate(MINIMAL | {"storage": str(tmp_path), "tracking": {"experiment": "kill"}})
     client = MlflowClient(tracking_uri(config))

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.observe import logs, training
 from pipeline.observe.events import Event, Training, listening
+from tests.helpers.clock import wait_for
 
 
 def test_all_who_listen_hear_of_growing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,11 +26,8 @@ def test_all_who_listen_hear_of_growing_files(tmp_path: Path, monkeypatch: pytes
         current = event.current.name if event.current else None
         heard.append((stage, [(len(model.rows), model.done) for model in event.models], current))
 
-    def wait_for(what: tuple[str, list[tuple[int, bool]], str | None]) -> None:
-        deadline = time.monotonic() + 60
-        while heard[-1] != what:
-            assert time.monotonic() < deadline, heard[-3:]
-            time.sleep(0.01)
+    def hear(what: tuple[str, list[tuple[int, bool]], str | None]) -> None:
+        wait_for(lambda: heard[-1] == what, f"that {what} is heard", told=lambda: str(heard[-3:]))
 
     rows = [json.dumps({"step": step}) + "\n" for step in (10, 20)]
     with (
@@ -40,12 +38,12 @@ def test_all_who_listen_hear_of_growing_files(tmp_path: Path, monkeypatch: pytes
         with training.follow(files):
             assert heard == [("train", [(0, False), (0, False)], "a")], "before anything is trained"
             files["a"].write_text("".join(rows) + '{"step": 3')
-            wait_for(("train", [(2, False), (0, False)], "a"))
+            hear(("train", [(2, False), (0, False)], "a"))
             files["a"].write_text(rows[0] + "\0\0\0\n" + rows[1])  # as another machine sees a write
             time.sleep(0.2)
             (files["a"].parent / "model").mkdir()
             files["a"].write_text(rows[0])
-            wait_for(("train", [(1, True), (0, False)], "b"))
+            hear(("train", [(1, True), (0, False)], "b"))
             files["b"].write_text("".join(rows))
             (files["b"].parent / "model").mkdir()
         assert heard[-1] == ("train", [(1, True), (2, True)], None), "what is there at the end"
