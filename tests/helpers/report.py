@@ -78,19 +78,17 @@ def config(storage: Path, **groups: Any) -> Config:
     return Config.model_validate({**MINIMAL, "storage": str(storage), **groups})
 
 
+def local_source(kind: str, path: str) -> dict[str, Any]:
+    """What stage prepare notes of a source that is one local file."""
+    return {"kind": kind, "from": "local files", "num_files": 1, "bytes": 5000, "files": [{"path": path}]}
+
+
 def artifacts(
     storage: Path, rows: list[PromptRow], failed: list[FailedCell], text: str = "def f(): pass"
 ) -> tuple[Artifact, Artifact, Artifact]:
     """Prepare, teach and sweep folders as the stages leave them, as far as the report reads them."""
     prepare = open_artifact(storage, "prepare", {})
-    source = {
-        "kind": "text",
-        "from": "local files",
-        "num_files": 1,
-        "bytes": 5000,
-        "files": [{"path": "a.py"}],
-    }
-    prepare.finish({}, {"sources": {"code": source}}, 1.0)
+    prepare.finish({}, {"sources": {"code": local_source("text", "a.py")}}, 1.0)
     teach = open_artifact(storage, "teach", {})
     texts = [
         Continuation(

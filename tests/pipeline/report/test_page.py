@@ -15,7 +15,7 @@ from pipeline.store.files import read_rows
 from pipeline.store.rows import CellRow, FailedCell
 from pipeline.units import binary_size
 from tests.helpers.configs import MINIMAL
-from tests.helpers.report import artifacts, config, row, sweep_rows
+from tests.helpers.report import artifacts, config, local_source, row, sweep_rows
 from tests.helpers.rows import make
 
 PREPARE = Stage(name="prepare", seconds=12.0, cached=False)
@@ -179,14 +179,7 @@ def test_replay_alone_has_no_speed_figures(tmp_path):
 
 def test_local_files_are_not_passed_off_as_the_published_data(tmp_path):
     prepare, teach, sweep = artifacts(tmp_path, sweep_rows(), [])
-    source = {
-        "kind": "pg19",
-        "from": "local files",
-        "num_files": 1,
-        "bytes": 5000,
-        "files": [{"path": "x.gz"}],
-    }
-    prepare.finish({}, {"sources": {"code": source}}, 1.0)
+    prepare.finish({}, {"sources": {"code": local_source("pg19", "x.gz")}}, 1.0)
     made = report(config(tmp_path), ReportInputs(prepare, teach, sweep, stages=[])).path
     assert "are not PG-19 figures" in (made / "report.html").read_text(encoding="utf-8")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
@@ -19,24 +18,6 @@ from pipeline.store.rows import FailedCell, Mode, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask, failures_of
 from tests.helpers.sweeps import LENGTH, LIMIT, PROMPTS, SweepBench, key
 from tests.helpers.tiny import VOCABULARY, save_model
-
-
-@pytest.fixture(scope="module")
-def bench(
-    tmp_path_factory: pytest.TempPathFactory,
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    make_model: Any,
-) -> SweepBench:
-    models = {"target": target, "drafter": drafter, "poor": make_model(layers=1, seed=9)}
-    return SweepBench(tmp_path_factory.mktemp("evaluate"), models)
-
-
-@pytest.fixture(scope="module")
-def replayed(bench: SweepBench) -> list[PromptRow]:
-    task = bench.replay_task(bench.folder / "replayed")
-    assert bench.evaluator()(task).failed == 0
-    return read_rows(task.output, PromptRow)
 
 
 def counted(done: Evaluated) -> tuple[int, int]:

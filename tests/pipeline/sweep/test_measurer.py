@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from pipeline.decode import bench as measure
 from pipeline.decode import runner
@@ -21,24 +20,6 @@ from pipeline.sweep.evaluator import failures_of
 from pipeline.sweep.measurer import before_divergence
 from tests.helpers.sweeps import LENGTH, LIMIT, SweepBench, key
 from tests.helpers.tiny import VOCABULARY, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def bench(
-    tmp_path_factory: pytest.TempPathFactory,
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    make_model: Any,
-) -> SweepBench:
-    models = {"target": target, "drafter": drafter, "poor": make_model(layers=1, seed=9)}
-    return SweepBench(tmp_path_factory.mktemp("evaluate"), models)
-
-
-@pytest.fixture(scope="module")
-def replayed(bench: SweepBench) -> list[PromptRow]:
-    task = bench.replay_task(bench.folder / "replayed")
-    assert bench.evaluator()(task).failed == 0
-    return read_rows(task.output, PromptRow)
 
 
 @pytest.fixture(scope="module")

@@ -28,17 +28,6 @@ from pipeline.train.objectives import MultiView, NextToken, next_token_loss
 from tests.helpers.tiny import VOCABULARY, Workshop, losses, tiny_config, tiny_tokenizer, weights
 from tests.helpers.training import CPU, Line, schedule_for, torch_engine
 
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, make_model: Any) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("training"), target, make_model(layers=1, seed=7))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(workshop: Workshop) -> Path:
-    return workshop.train("uninterrupted")
-
-
 # ── the loop ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -21,16 +21,6 @@ from tests.helpers.tiny import Workshop, losses, weights
 from tests.helpers.training import Line, schedule_for, torch_engine
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, make_model: Any) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("stopping"), target, make_model(layers=1, seed=7))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(workshop: Workshop) -> Path:
-    return workshop.train("uninterrupted")
-
-
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """The command line's, as long as the test runs."""
