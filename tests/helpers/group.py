@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed
 import torch.multiprocessing as multiprocessing
 
 from jobs.executors.ray_train import read_settings
@@ -33,6 +34,9 @@ def work(rank: int, world: int, port: int, tasks: list[Callable[[], None]]) -> N
     torch.set_num_threads(1)
     for task in tasks:
         task()
+    if torch.distributed.is_initialized():
+        # As Ray Train does: a rank that leaves with its group standing can be aborted by gloo's threads.
+        torch.distributed.destroy_process_group()
 
 
 def train(job: TrainJob) -> None:

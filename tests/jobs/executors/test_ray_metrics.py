@@ -28,6 +28,7 @@ from pathlib import Path
 from jobs.executors.ray_executor import RayExecutor
 from jobs.records.record import RunRecord
 from pipeline.observe.events import Evaluated, ModelInTraining, Training, tell
+from tests.helpers.clock import patience
 from tests.helpers.tiny import tiny_config
 
 storage = Path(sys.argv[1])
