@@ -27,7 +27,7 @@ class Clock:
         pass
 
     def seconds_per_token(self) -> float:
-        """From the first tokens on, so that prefill and the first round are out."""
+        """Counted after the first tokens, so that neither prefill nor the first round counts."""
         return (self.times[-1] - self.times[1]) / sum(self.counts[2:])
 
 
@@ -70,7 +70,7 @@ def assisted(
 
 
 def compile_everywhere() -> CompileConfig:
-    """transformers compiles on accelerators only, unless told so."""
+    """Settings that compile on every device; by default transformers compiles on accelerators only."""
     config = CompileConfig(fullgraph=False, mode="default")
     config._compile_all_devices = True
     return config

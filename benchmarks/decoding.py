@@ -20,25 +20,25 @@ from pipeline.kv.views import view_of
 from pipeline.metrics import repetition_rate
 
 GAMMAS = (2, 4, 8, 16)
-LOOPING = 0.5  # as sweep.looping_rate has it: loops are easy to draft
+LOOPING = 0.5  # the default of sweep.looping_rate; loops are easy to draft
 BUDGET = view_of("chunk_topk", 16)
 
 
 def check(pair: Pair, reference: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
-    """Everything that will be timed gives the same text; nothing is timed if one does not.
+    """Every form of decoding to be timed gives Hugging Face's greedy text; nothing is timed if one does not.
 
-    Without an assistant, autoregressive decoding alone.
+    Without an assistant, only autoregressive decoding is checked.
 
     Raises:
-        AssertionError: naming what differs.
+        AssertionError: naming the form that differs.
     """
     forms = {(compile, view.name): Ours(pair, view, max(GAMMAS), compile)
              for compile in ("none", "inductor") for view in (FULL, BUDGET)}  # fmt: skip
     for number, prompt in enumerate(pair.prompts):
         expected, _ = generate(reference, prompt, pair.new_tokens)
 
-        def same(found: list[int], what: str, number: int = number, expected: list[int] = expected) -> None:
-            assert found == expected, f"{pair.name}: {what} on prompt {number}"
+        def same(tokens: list[int], form: str, number: int = number, expected: list[int] = expected) -> None:
+            assert tokens == expected, f"{pair.name}: {form} on prompt {number}"
 
         same(generate(reference, prompt, pair.new_tokens, compiled=True)[0], "Hugging Face compiled")
         for name, ours in forms.items():
@@ -109,7 +109,7 @@ def against_assisted(
 
 
 def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: float | None = None) -> list[Row]:
-    """Speculation behind B = 16 against our best AR; with `rate`, synthetic at that acceptance for γ = 4."""
+    """Speculation behind B = 16 against our best AR; with `rate`, at that synthetic acceptance for γ = 4."""
     forms = {compile: Ours(pair, BUDGET, max(GAMMAS), compile) for compile in ("none", "inductor")}
     seeds = itertools.count()
     rates: dict[int, list[float]] = {gamma: [] for gamma in GAMMAS}
@@ -128,7 +128,7 @@ def against_ourselves(pair: Pair, target: float | None, repeats: int, rate: floa
     seconds = interleaved(runs, repeats)
     loops = sum(repetition_rate(forms["none"].plain(n)[0]) > LOOPING for n in range(len(pair.prompts)))
     best_ar = min(("AR none", "AR inductor"), key=lambda name: mean(seconds[name]))
-    # Chosen on some repeats and reported on the others, so that choosing does not flatter.
+    # The best γ is chosen on some repeats and reported on the others, so that the choice does not flatter.
     half = max(1, repeats // 3)
     best = min(GAMMAS, key=lambda gamma: mean(seconds[f"{gamma}"][:half]))
     rows = []
@@ -156,14 +156,16 @@ def varied(pair: Pair, most: int = 4) -> Pair:
     everything = replace(pair, prompts=[*pair.prompts, *pair.others])
     ours = Ours(everything, FULL, 1)
     texts = (ours.plain(number)[0] for number in range(len(everything.prompts)))
-    found = [p for p, text in zip(everything.prompts, texts, strict=True) if repetition_rate(text) <= LOOPING]
-    if not found:
+    prompts = [
+        p for p, text in zip(everything.prompts, texts, strict=True) if repetition_rate(text) <= LOOPING
+    ]
+    if not prompts:
         raise ValueError(f"every text of the pair {pair.name} loops: train its target for longer")
-    return replace(pair, name=f"{pair.name}, texts that do not loop", prompts=found[:most])
+    return replace(pair, name=f"{pair.name}, texts that do not loop", prompts=prompts[:most])
 
 
 def cost_ratio(pair: Pair, repeats: int) -> Row:
-    """One compiled draft step behind B = 16, in compiled AR steps."""
+    """Time of one compiled draft step behind B = 16 ÷ one compiled AR step."""
     ours = Ours(pair, BUDGET, 16, "inductor")
     runs = {
         "step": over_prompts(pair, lambda n: ours.plain(n)[1]),
@@ -201,8 +203,9 @@ def decoding_rows(demo: Pair, deep: Pair, realistic: Pair, repeats: int) -> list
 
     def add(made: list[Row]) -> None:
         rows.extend(made)
-        for one in made:
-            print(f"  {one.row}: {one.value:.3g} [{one.low:.3g}, {one.high:.3g}] {one.note}", flush=True)
+        for result in made:
+            interval = f"[{result.low:.3g}, {result.high:.3g}]"
+            print(f"  {result.row}: {result.value:.3g} {interval} {result.note}", flush=True)
 
     print("decoding", flush=True)
     few = max(3, repeats // 2)

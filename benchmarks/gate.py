@@ -1,11 +1,12 @@
 """How often the gate errs, by resampling real rows: `multi_view` against `full_only` of the demo.
 
-A trial draws documents with replacement and asks the gate for its verdict. What is true of the documents is
-made known first, with all their spread and the ties between budgets kept:
+A trial draws documents with replacement and asks the gate for its verdict. The documents are first given a
+known true difference, with all their spread and the ties between budgets kept:
 
-- *swapped*: of each drawn document candidate and baseline change places by a coin. No cell has a difference.
+- *swapped*: a coin for each drawn document decides whether candidate and baseline change places. No cell has
+  a difference.
 - *shifted*: each document's accepted tokens of the candidate change by the same share of its proposed ones,
-  so that the pooled difference of all documents is as wished, cell by cell.
+  so that the pooled difference of all documents is the wanted one, cell by cell.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def false_alarms(sums_UKSR: Floats, config: GateConfig, trials: int) -> list[Row
     return [
         share_row(
             f"gate: fails without any true difference, {name}",
-            [one == "fail" for one in verdicts(sums_UKSR, world, PROMPTS, least, config, trials)],
+            [answer == "fail" for answer in verdicts(sums_UKSR, world, PROMPTS, least, config, trials)],
             0.05, at_most=True, note=f"{cells} cells, {PROMPTS} documents of one prompt",
         )
         for name, (world, least) in worlds.items()
@@ -75,24 +76,26 @@ def losses(sums_UKSR: Floats, config: GateConfig, trials: int) -> list[Row]:
         ("every cell", everywhere),
         ("one cell", shifted(sums_UKSR, only(cells, 0, -LOSS, 0.0))),
     ):
-        found = verdicts(sums_UKSR, world, PROMPTS, margin, config, trials)
-        # Of one cell among many less is asked: the row says how many prompts that takes.
+        answers = verdicts(sums_UKSR, world, PROMPTS, margin, config, trials)
+        # A loss in one cell among many has no target: its last row says how many prompts finding it takes.
         target = 0.95 if world is everywhere else None
-        rows.append(share_row(f"gate: {lost} lost in {name}: fails", [one == "fail" for one in found], target,
+        fails, passes = ([answer == outcome for answer in answers] for outcome in ("fail", "pass"))
+        rows.append(share_row(f"gate: {lost} lost in {name}: fails", fails, target,
                               note=f"{PROMPTS} documents of one prompt"))  # fmt: skip
-        rows.append(share_row(f"gate: {lost} lost in {name}: passes", [one == "pass" for one in found],
+        rows.append(share_row(f"gate: {lost} lost in {name}: passes", passes,
                               config.error_rate, at_most=True))  # fmt: skip
         rows.append(
             prompts_row(f"gate: prompts that find {lost} lost in {name}", sums_UKSR, world, config, trials)
         )
     for cell, name in ((0, "smallest budget"), (cells - 1, "full cache")):
         world = shifted(sums_UKSR, only(cells, cell, -margin, FAR))
-        found = verdicts(sums_UKSR, world, PROMPTS, margin, config, trials)
+        answers = verdicts(sums_UKSR, world, PROMPTS, margin, config, trials)
+        fails, passes = ([answer == outcome for answer in answers] for outcome in ("fail", "pass"))
         rows.append(
             share_row(
                 f"gate: exactly the margin lost at the {name}, gains elsewhere: passes",
-                [one == "pass" for one in found], config.error_rate, at_most=True,
-                note=f"{PROMPTS} documents; fails in {100 * np.mean([one == 'fail' for one in found]):.1f} %",
+                passes, config.error_rate, at_most=True,
+                note=f"{PROMPTS} documents; fails in {100 * np.mean(fails):.1f} %",
             )
         )  # fmt: skip
     return rows
@@ -104,24 +107,24 @@ def verdicts(
     """What the gate says in each trial."""
     rng = np.random.default_rng(documents)
     floor_K = np.full(sums_UKSR.shape[1], -margin)
-    told = []
+    answers = []
     for _ in range(trials):
         drawn = world(sums_UKSR[rng.integers(len(sums_UKSR), size=documents)], rng)
-        found = bounds(
+        limits = bounds(
             [drawn], samples=config.bootstrap_samples, seed=config.seed, error_rate=config.error_rate
         )
-        told.append(verdict(outcomes(found, floor_K)))
-    return told
+        answers.append(verdict(outcomes(limits, floor_K)))
+    return answers
 
 
 def swapped(drawn_UKSR: Floats, rng: np.random.Generator) -> Floats:
-    """Candidate and baseline change places, of each document in all its cells."""
+    """By a coin for each document, candidate and baseline change places in all its cells."""
     coin_U111 = rng.random((len(drawn_UKSR), 1, 1, 1)) < 0.5
     return np.where(coin_U111, drawn_UKSR[:, :, ::-1], drawn_UKSR)
 
 
 def shifted(sums_UKSR: Floats, wanted_K: Floats) -> World:
-    """The differences of all documents become those that are wanted."""
+    """A world in which the pooled difference of all documents is `wanted_K`, cell by cell."""
     rates_KS = sums_UKSR[..., 0].sum(0) / sums_UKSR[..., 1].sum(0)
     change_K = wanted_K - (rates_KS[:, 0] - rates_KS[:, 1])
 
@@ -143,8 +146,8 @@ def prompts_row(name: str, sums_UKSR: Floats, world: World, config: GateConfig, 
     """The first number of prompts at which the loss is found in 95 % of the trials."""
     shares = {}
     for documents in LADDER:
-        found = verdicts(sums_UKSR, world, documents, config.margins.acceptance, config, trials)
-        shares[documents] = float(np.mean([one == "fail" for one in found]))
+        answers = verdicts(sums_UKSR, world, documents, config.margins.acceptance, config, trials)
+        shares[documents] = float(np.mean([answer == "fail" for answer in answers]))
         if shares[documents] >= 0.95:
             break
     tried = ", ".join(f"{documents}: {100 * share:.0f} %" for documents, share in shares.items())
@@ -165,6 +168,6 @@ def share_row(
     met = None if target is None else bool(share <= target if at_most else share >= target)
     low, high = max(middle - half, 0.0), min(middle + half, 1.0)
     goal = None if target is None else 100 * target
-    told = "; ".join(filter(None, [f"{trials} trials", note]))
+    notes = "; ".join(filter(None, [f"{trials} trials", note]))
     return Row(name, 100 * share, 100 * low, 100 * high, goal, met, cpu_name(), at_most=at_most, unit=" %",
-               note=told)  # fmt: skip
+               note=notes)  # fmt: skip

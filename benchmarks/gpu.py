@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def room(self) -> int:
-        """Continuation tokens that every γ needs."""
+        """Slots for continuation tokens, enough for every γ."""
         return self.new_tokens + max(*self.gammas, *(point.gamma for point in self.points), 16)
 
 
@@ -95,7 +95,7 @@ def random_runner(model: DecodeModel, tokens: int, kept: int, room: int, compile
 
 
 def of_one(step: Callable[[], object], device: str, inner: int) -> Callable[[], float]:
-    """Seconds of one step, in runs of `inner` without waiting between them."""
+    """Seconds of one step, timed over `inner` steps in a row without waiting between them."""
 
     def run() -> float:
         began = clock(device)
@@ -127,15 +127,15 @@ def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
     """All rows of decoding on this device; `bandwidth` is its measured copy bandwidth, bytes a second."""
     large = random_llama(setting.dtype, setting.device, **setting.target)
     small = random_llama(setting.dtype, setting.device, **setting.drafter)
-    weights, own = weights_read(large), weights_read(small)
+    target_weights, drafter_weights = weights_read(large), weights_read(small)
     target, drafter = decode_model(large), decode_model(small)
 
-    found = [draft_row(setting, drafter)]
+    results = [draft_row(setting, drafter)]
     for point in setting.points:
         runner = random_runner(target, point.tokens, point.tokens, setting.room, setting.compile)
         plain, verified = step_times(setting, runner)
-        read = weights + target.geometry.num_bytes(1, point.tokens)
-        found.append(
+        read = target_weights + target.geometry.num_bytes(1, point.tokens)
+        results.append(
             row(
                 f"GPU AR at Llama-2-7B's shape, {point.name}, share of copy bandwidth",
                 [read / seconds / bandwidth for seconds in plain],
@@ -146,12 +146,13 @@ def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
         )
         wanted = 1.15 if point is setting.points[-1] else None
         label = f"GPU verify of 16 tokens ÷ one AR step, {point.name}"
-        found.append(row(label, ratios(verified, plain), wanted, at_most=True))
+        results.append(row(label, ratios(verified, plain), wanted, at_most=True))
         drafting = random_runner(drafter, point.tokens, setting.budget, setting.room, setting.compile)
-        found += speculation_rows(setting, point, runner, drafting)
-        found += step_rows(setting, point, runner, drafter, plain, (weights, own), bandwidth)
+        results += speculation_rows(setting, point, runner, drafting)
+        weights = (target_weights, drafter_weights)
+        results += step_rows(setting, point, runner, drafter, plain, weights, bandwidth)
         del runner, drafting
-    return [replace(one, device=name) for one in found]
+    return [replace(result, device=name) for result in results]
 
 
 def weights_read(model: PreTrainedModel) -> int:
@@ -196,10 +197,10 @@ def step_rows(
     weights: tuple[int, int],
     bandwidth: float,
 ) -> list[Row]:
-    """Latencies at one context, with the share of the copy bandwidth that reading weights and KV once makes.
+    """Latencies at one context, with the share of the copy bandwidth at which weights and KV are read once.
 
     Args:
-        runner: the target behind its prefix; graphs that speculation has captured on it are used again.
+        runner: the target behind its prefix; graphs that speculation has captured on it are reused.
         plain: seconds of its AR steps.
         weights: bytes that a pass of target and of drafter reads beside the KV.
         bandwidth: measured copy bandwidth, bytes a second.
@@ -209,14 +210,14 @@ def step_rows(
     pair_12, zero_1 = torch.full((1, 2), 5, device=device), torch.zeros(1, dtype=torch.long, device=device)
     read = weights[0] + runner.model.geometry.num_bytes(1, point.tokens)
 
-    found = [latency(f"GPU AR step, {point.name}", plain, read, bandwidth)]
+    latencies = [latency(f"GPU AR step, {point.name}", plain, read, bandwidth)]
     for gamma in gammas:
         draft_1T = torch.full((1, gamma), 5, device=device)
         best_1T = torch.ones(1, gamma, device=device, dtype=setting.dtype)
         uniforms_1T1 = sampler.uniforms(gamma + 1)
         verify = partial(runner.verify, sampler.rule, pair_12, draft_1T, zero_1, best_1T, None, uniforms_1T1)
         times = timed(partial(verify, zero_1 + gamma), setting)
-        found.append(latency(f"GPU verify, {point.name}, γ = {gamma}", times, read, bandwidth))
+        latencies.append(latency(f"GPU verify, {point.name}, γ = {gamma}", times, read, bandwidth))
     for budget in setting.budgets:
         drafting = random_runner(drafter, point.tokens, budget, setting.room, setting.compile)
         read = weights[1] + drafter.geometry.num_bytes(1, budget)
@@ -224,25 +225,25 @@ def step_rows(
             uniforms_T1 = sampler.uniforms(gamma, by_row=False)
             draft = partial(drafting.draft, sampler.rule, gamma, pair_12, zero_1 + 3, uniforms_T1)
             name = f"GPU draft, {point.name}, B = {budget}, γ = {gamma}"
-            found.append(latency(name, timed(draft, setting), gamma * read, bandwidth))
-    return found
+            latencies.append(latency(name, timed(draft, setting), gamma * read, bandwidth))
+    return latencies
 
 
 def timed(step: partial[object], setting: Setting) -> list[float]:
     return interleaved({"step": of_one(step, setting.device, setting.inner)}, setting.repeats)["step"]
 
 
-def latency(name: str, seconds: Sequence[float], num_bytes: int, bandwidth: float) -> Row:
+def latency(name: str, times: Sequence[float], num_bytes: int, bandwidth: float) -> Row:
     """Milliseconds; in the note, the share of the bandwidth with its interval."""
-    share, low, high = median([num_bytes / one / bandwidth for one in seconds])
+    share, low, high = median([num_bytes / seconds / bandwidth for seconds in times])
     note = f"{share:.2f} [{low:.2f}, {high:.2f}] of copy bandwidth"
-    return row(name, [1e3 * one for one in seconds], unit=" ms", note=note)
+    return row(name, [1e3 * seconds for seconds in times], unit=" ms", note=note)
 
 
 def speculation_rows(setting: Setting, point: PaperPoint, target: Runner, drafter: Runner) -> list[Row]:
     """Every γ against AR; the best one against the paper's claim."""
     speedups = speculation(setting, point, target, drafter)
-    # Chosen on some repeats and reported on the others, so that choosing does not flatter.
+    # The best γ is chosen on some repeats and reported on the others, so that the choice does not flatter.
     half = max(1, setting.repeats // 3)
     best = max(speedups, key=lambda gamma: median(speedups[gamma][:half])[0])
     made = []
@@ -270,21 +271,21 @@ def speculation(
         began = clock(setting.device)
         rounds = list(speculate(target, source, [5], gamma, setting.new_tokens, NEVER, sampler))
         seconds = clock(setting.device) - began
-        return seconds / sum(len(one.tokens) for (one,) in rounds if one is not None)
+        return seconds / sum(len(round_.tokens) for (round_,) in rounds if round_ is not None)
 
     gammas = sorted({*setting.gammas, point.gamma})
-    found: dict[int, list[float]] = {gamma: [] for gamma in gammas}
+    speedups: dict[int, list[float]] = {gamma: [] for gamma in gammas}
     for repeat in range(setting.repeats + 1):
         for gamma in gammas:
             sampler = synthetic_sampler(point.acceptance, point.gamma, setting.device, seed=repeat)
             ratio = plain() / speculative(gamma, sampler)
-            if repeat:  # the first compiles
-                found[gamma].append(ratio)
-    return found
+            if repeat:  # the first repeat compiles
+                speedups[gamma].append(ratio)
+    return speedups
 
 
 def missing_rows() -> list[Row]:
-    """The rows that need a GPU, where there is none."""
+    """The rows that need a GPU, empty, for a machine without one."""
     names: list[tuple[str, float, bool, bool]] = [
         ("draft step of a 68M drafter, B = 512, in a graph", 0.2, True, False),
         ("chunk_select at 16K, share of copy bandwidth", 0.75, False, False),

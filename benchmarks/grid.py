@@ -1,8 +1,8 @@
 """The paper's whole grid by replay, against measuring every cell of it.
 
 The grid is that of `conf/paper/table-1.yaml`, with its three drafters; the models are tiny and random, the
-prompts random tokens. Both sides are given the same prefills, one of each model for a prompt. Measuring is
-timed on a random sample of cells × prompts, one run each, and extrapolated; only its decoding counts.
+prompts random tokens. Both sides use the same prefills, one for each model and prompt. Measuring is timed on
+a random sample of cells × prompts, one run each, and extrapolated; only its decoding counts.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ SHAPE = ScratchModel(
     pretrain=Pretrain(steps=0),
 )  # fmt: skip
 # One layer: decoding a cell then takes longer than reading its prompt, as it does with models of real size.
-# Random weights are scaled, and a drafter's differ from the target's by noise in standard deviations of each
-# tensor, so that half of the proposals are accepted at γ = 5; in the paper's Table 3 it is 62 %.
+# The target's random weights are scaled by SHARPNESS. A drafter's weights are the target's plus noise of
+# NOISE standard deviations of each tensor, so that half of the proposals are accepted at γ = 5; in the
+# paper's Table 3 it is 62 %.
 SHARPNESS = 4.0
 NOISE = 0.05
 SAMPLED = 500  # cells × prompts that are decoded
@@ -73,9 +74,9 @@ class SampledCell(NamedTuple):
 
 @dataclass(frozen=True)
 class Replayed:
-    """The whole grid by replay: its rows, its seconds and those of prefills among them.
+    """The whole grid by replay: its rows, and its seconds, of which prefills took `prefill_s`.
 
-    `target_prefills` are the prompts that the target has read.
+    `target_prefills` is the number of prompts that the target has read.
     """
 
     rows: list[PromptRow]
@@ -85,7 +86,7 @@ class Replayed:
 
 
 class Prefills:
-    """A model that decodes, which counts and times the prompts that it reads."""
+    """A decoding model that counts and times the prompts that it reads."""
 
     def __init__(self, model: DecodeModel) -> None:
         self.model, self.prompts, self.seconds = model, 0, 0.0
@@ -124,7 +125,7 @@ class Grid:
         return ModelRef(str(self.folder / name))
 
     def random_prompts(self) -> dict[Path, list[Prompt]]:
-        """Of each data set and context, and the file where they are to be."""
+        """Prompts of each data set and context, by the file that they are to be in."""
         data, draw, files = self.config.data, random.Random(0), {}
         for source, context in product(data.sources, data.contexts):
             name = f"{source.name}-{context.name}"
@@ -164,11 +165,11 @@ class Grid:
         read: Any = Prefills(teacher.writer)
         teacher.writer = read
         evaluator = self.evaluator()
-        drafts = []
-        for one in evaluator.contenders:
-            watched: Any = Watched(one.fast, "prefill", CPU)
-            one.fast = watched
-            drafts.append(watched)
+        drafters = []
+        for contender in evaluator.contenders:
+            watched: Any = Watched(contender.fast, "prefill", CPU)
+            contender.fast = watched
+            drafters.append(watched)
         for file, prompts in self.prompts.items():
             teacher(ContinueTask(file))
             text = self.folder / CONTINUATIONS / file.name
@@ -176,21 +177,22 @@ class Grid:
         seconds = time.perf_counter() - began
         assert "target" not in vars(evaluator), "replay loaded the target"
         rows = read_all(self.folder / ROWS, PromptRow)
-        return Replayed(rows, seconds, read.seconds + sum(sum(one.seconds) for one in drafts), read.prompts)
+        prefill_s = read.seconds + sum(sum(drafter.seconds) for drafter in drafters)
+        return Replayed(rows, seconds, prefill_s, read.prompts)
 
     def measure(self, sample: Sequence[SampledCell]) -> tuple[list[float], list[int]]:
-        """Decode seconds, and accepted proposals, of each of these, with the prefills not counted."""
+        """Decode seconds and accepted proposals of each sampled cell; prefills do not count."""
         evaluator = self.evaluator()
         seconds, accepted = [], []
         for work in [sample[0], *sample]:  # the first run is slow, and thrown away
-            one = evaluator.contenders[work.drafter]
+            contender = evaluator.contenders[work.drafter]
             bench = Bench(
                 evaluator.runners, evaluator.target[1], [work.prompt], max(self.config.sweep.gammas)
             )
-            source = Views(bench, one.drafter, one.fast, [work.cell.view]).source(work.cell.view)
+            source = Views(bench, contender.drafter, contender.fast, [work.cell.view]).source(work.cell.view)
             run = bench.speculative(source, work.cell.gamma, GREEDILY, NEVER)
             seconds.append(run.seconds)
-            accepted.append(sum(one.accepted for one in run.rounds[0]))
+            accepted.append(sum(round_.accepted for round_ in run.rounds[0]))
         return seconds[1:], accepted[1:]
 
 
@@ -209,16 +211,16 @@ def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row
         assert len(replayed.rows) == len(work), "replay left cells out"
         assert replayed.target_prefills == prompts, "replay did not prefill every prompt exactly once"
         sample = random.Random(0).sample(work, sampled)
-        sample.sort(key=lambda one: len(one.prompt.tokens))  # equal shapes side by side
+        sample.sort(key=lambda item: len(item.prompt.tokens))  # equal shapes side by side
         seconds, accepted = grid.measure(sample)
     known = {(r.prompt_id, r.cell): r.counts.num_accepted for r in replayed.rows}
     pairs = zip(sample, accepted, strict=True)
-    equal = sum(count == known[one.prompt.prompt_id, one.cell] for one, count in pairs)
+    equal = sum(count == known[item.prompt.prompt_id, item.cell] for item, count in pairs)
     kept, proposed = map(sum, accepted_of_proposed(replayed.rows))  # over every γ
     mean = bootstrap_interval(seconds, [1] * sampled, samples=2000, seed=0)
     ratio, low, high = (
-        (replayed.prefill_s + each * len(work)) / replayed.seconds
-        for each in (mean.mean, mean.low, mean.high)
+        (replayed.prefill_s + run_s * len(work)) / replayed.seconds
+        for run_s in (mean.mean, mean.low, mean.high)
     )
     size = f"{len(work) // config.data.prompts} cells, {len(work)} cells × prompts"
     basis = f"extrapolated from {sampled} random cells × prompts, {mean.mean:.2f} s each"
@@ -251,7 +253,7 @@ def grid_rows(sampled: int = SAMPLED, overrides: Sequence[str] = ()) -> list[Row
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One word a token, and none that ends a text: every continuation has its full length."""
+    """One word a token, and no token that ends a text: every continuation has its full length."""
     words = {f"w{number}": number for number in range(VOCABULARY)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
 

@@ -24,9 +24,9 @@ POSITIONS, HIDDEN, VOCABULARY = 8192, 768, 131_072
 
 
 def captured(function: Callable[[int], object], calls: int = 10) -> Callable[[], float]:
-    """Seconds of one call, by the device's own clock, in a CUDA graph of several: launching costs nothing.
+    """Seconds of one call by the device's clock, in a CUDA graph of several calls: launching costs nothing.
 
-    `function` is given the number of the call, so that it can read other memory than the call before.
+    `function` is given the call's number, so that each call can read other memory than the one before.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -50,7 +50,7 @@ def captured(function: Callable[[int], object], calls: int = 10) -> Callable[[],
 
 
 def plain(function: Callable[[int], object]) -> Callable[[], float]:
-    """The same of a call by itself: for work of milliseconds, with a backward pass."""
+    """Seconds of one call without a graph: for calls of milliseconds, with a backward pass."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> float:
@@ -64,7 +64,7 @@ def plain(function: Callable[[int], object]) -> Callable[[], float]:
 
 
 def peak_bytes(function: Callable[[int], object]) -> int:
-    """Bytes that a call allocates at most, beyond what is there."""
+    """The most bytes that a call holds at a time, beyond those allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -87,7 +87,7 @@ def compared(
     others: Mapping[str, Callable[[int], object]],
     timer: Callable[[Callable[[int], object]], Callable[[], float]] = captured,
 ) -> tuple[list[Row], list[float]]:
-    """Time of each other way ÷ ours, interleaved, with both peaks; and our own seconds."""
+    """Rows of each other implementation's time ÷ ours, interleaved, with both peaks; and our own seconds."""
     contenders = {"ours": ours, **others}
     peaks = {label: (function(0), peak_bytes(function))[1] for label, function in contenders.items()}
     times = interleaved({label: timer(function) for label, function in contenders.items()}, 20)
@@ -114,8 +114,8 @@ def random_kv(dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
 def check() -> None:
     """Every kernel against its oracle; nothing is timed if one differs."""
     keys, values = random_kv(torch.float32)
-    found, oracle = (f(keys, values, BUDGET) for f in (chunk_select.chunk_select, reference.chunk_select))
-    same = (found[2] == oracle[2]).float().mean()
+    selected, oracle = (f(keys, values, BUDGET) for f in (chunk_select.chunk_select, reference.chunk_select))
+    same = (selected[2] == oracle[2]).float().mean()
     assert same > 0.99, f"chunk_select keeps other entries than its oracle: {same:.4f} are the same"
     keys, values = keys.half(), values.half()
     for count in (1, 16):
@@ -150,15 +150,15 @@ def check_gradients(head: Tensor) -> None:
     hidden = torch.randn(256, HIDDEN, device="cuda")
     top = (hidden @ head.T + torch.randn(256, len(head), device="cuda")).log_softmax(-1).topk(32)
     for name in ("kl", "total_variation"):
-        found = []
+        results = []
         for dtype in (torch.float32, torch.bfloat16):
             h, w = (tensor.to(dtype).requires_grad_() for tensor in (hidden, head))
             if dtype == torch.float32:
                 loss = getattr(reference, name)(h @ w.T, top.indices, top.values, 1.0)
             else:
                 loss = getattr(distill_loss, name)(h, w, top.indices, top.values, 1.0, backend="triton")
-            found.append((loss, *torch.autograd.grad(loss.mean(), (h, w))))
-        for exact, ours in zip(*found, strict=True):
+            results.append((loss, *torch.autograd.grad(loss.mean(), (h, w))))
+        for exact, ours in zip(*results, strict=True):
             error = (ours.float() - exact).norm() / exact.norm()
             assert error < 0.05, f"{name} or its gradient differs from the oracle's by {error:.3f}"
 
@@ -176,25 +176,25 @@ def fixed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Attention as three operations in the input's type, `hidden` [Q, S] being masked."""
+    """Attention as three operations in the input's type; entries in `hidden` [Q, S] are masked."""
     logits = query @ keys.transpose(-1, -2) * WIDTH**-0.5
     return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values
 
 
 def kernel_rows(bandwidth: float) -> list[Row]:
-    """All rows of the kernels. Four K and V in turn, so that none is left in the L2 cache."""
+    """All rows of the kernels. Calls read four K and V in turn, so that none is left in the L2 cache."""
     kv = [random_kv() for _ in range(4)]
 
-    def each(function: Callable[..., object], *more: object) -> Callable[[int], object]:
+    def in_turn(function: Callable[..., object], *more: object) -> Callable[[int], object]:
         return lambda number: function(*kv[number % len(kv)], *more)
 
     keys = kv[0][0]
     rows, times = compared(
         "chunk_select at 16K",
-        each(chunk_select.chunk_select, BUDGET),
+        in_turn(chunk_select.chunk_select, BUDGET),
         {
-            "eager torch": each(reference.chunk_select, BUDGET),
-            "torch.compile": each(fixed(reference.chunk_select), BUDGET),
+            "eager torch": in_turn(reference.chunk_select, BUDGET),
+            "torch.compile": in_turn(fixed(reference.chunk_select), BUDGET),
         },
     )
     kept_bytes = 4 * HEADS * BUDGET * WIDTH * keys.element_size()
@@ -226,7 +226,9 @@ def kernel_rows(bandwidth: float) -> list[Row]:
 
         name = f"verify_attention of {count} at 16K"
         others = {"eager torch": eager, "torch.compile": fixed(eager), "SDPA": sdpa, "flex attention": flex}
-        made, times = compared(name, each(ours), {label: each(way) for label, way in others.items()})
+        made, times = compared(
+            name, in_turn(ours), {label: in_turn(other) for label, other in others.items()}
+        )
         rows += [*made, share(name, keys.nbytes * 2, times, bandwidth, 0.75)]
     return [*rows, *distill_rows(), *accept_rows()]
 

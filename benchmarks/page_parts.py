@@ -1,4 +1,4 @@
-"""Parts of the pages under docs/results: Markdown tables, and how a value stands in a cell."""
+"""Parts of the pages under docs/results: Markdown tables, and the text of a value in a table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def check_table(checks: Sequence[Mapping[str, object]]) -> str:
     def value(given: object) -> str:
         return "" if given is None else f"{given:.3g}"
 
-    told = {True: "yes", False: "**no**", None: "not measured"}
+    met = {True: "yes", False: "**no**", None: "not measured"}
     return table(
         ["what", "value", "target", "met", "note"],
         [
-            [c["row"], value(c["value"]), c["target"], told[c["met"]], c["note"]]  # type: ignore[index]
+            [c["row"], value(c["value"]), c["target"], met[c["met"]], c["note"]]  # type: ignore[index]
             for c in checks
         ],
     )
@@ -44,5 +44,5 @@ def end_to_end(row: CellRow) -> str:
     return interval_text(row.speed.end_to_end) if row.speed and row.speed.end_to_end else ""
 
 
-def interval_text(found: Interval) -> str:
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+def interval_text(interval: Interval) -> str:
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"

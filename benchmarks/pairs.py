@@ -29,7 +29,7 @@ NEVER: frozenset[int] = frozenset()
 
 @dataclass
 class Pair:
-    """A target, a drafter and prompts [1, S] of one length; `others` are more of the same."""
+    """A target, a drafter and prompts [1, S] of one length; `others` are further prompts."""
 
     name: str
     target: PreTrainedModel
@@ -149,14 +149,14 @@ class Ours:
         firsts = self.load(number)
         began = time.perf_counter()
         rounds = [
-            one
-            for (one,) in speculate(
+            round_
+            for (round_,) in speculate(
                 self.target, ModelDrafts(self.drafter), firsts, gamma, self.pair.new_tokens, NEVER, sampler
             )
-            if one is not None
+            if round_ is not None
         ]
         seconds = time.perf_counter() - began
-        tokens = [*firsts, *(token for one in rounds for token in one.tokens)]
+        tokens = [*firsts, *(token for round_ in rounds for token in round_.tokens)]
         accepted = Counts.of(rounds, gamma).acceptance
         assert accepted is not None, "no round proposed anything"
         return tokens, seconds / (len(tokens) - 1), accepted

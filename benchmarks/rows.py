@@ -27,7 +27,8 @@ LIBRARIES = ("torch", "transformers", "triton", "liger_kernel", "ray", "mlflow")
 class Row:
     """One measured figure. `target` is what it has to reach, from below or (`at_most`) from above.
 
-    `value` is None where the device that it needs is not there; `synthetic` where the acceptance was set.
+    `value` is None where the device that the row needs is missing; `synthetic` is true where the acceptance
+    was set instead of measured.
     """
 
     row: str
@@ -73,23 +74,23 @@ def median(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each run returns, `repeats` times over, in turn; one round before them is thrown away."""
+    """The values of each run in `repeats` rounds of all runs; one round before these is thrown away."""
     for run in runs.values():
         run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    values: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            found[name].append(run())
-    return found
+            values[name].append(run())
+    return values
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Repeat by repeat."""
+    """`above` ÷ `below`, repeat by repeat."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def environment() -> tuple[dict[str, str], str]:
-    """Versions of what matters to a figure, and the commit, with a + where files differ from it."""
+    """Versions of what figures depend on, and the commit, with a + where files differ from it."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -112,7 +113,7 @@ def environment() -> tuple[dict[str, str], str]:
 def write(rows: Sequence[Row], output: Path) -> None:
     """`bench.json`, whole or not at all."""
     versions, commit = environment()
-    lines = [asdict(one) | {"versions": versions, "commit": commit} for one in rows]
+    lines = [asdict(result) | {"versions": versions, "commit": commit} for result in rows]
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, output)
@@ -120,16 +121,18 @@ def write(rows: Sequence[Row], output: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, one a line."""
-    width = max(len(one.row) for one in rows)
+    width = max(len(result.row) for result in rows)
     lines = [f"{'row':{width}}  {'value':>9}  {'95 % interval':>19}  {'target':>8}  met"]
-    for one in rows:
-        sign = "≤" if one.at_most else "≥"
-        target = "" if one.target is None else f"{sign} {one.target:g}"
-        met = {True: "yes", False: "NO", None: ""}[one.met]
-        if one.value is None:
+    for result in rows:
+        sign = "≤" if result.at_most else "≥"
+        target = "" if result.target is None else f"{sign} {result.target:g}"
+        met = {True: "yes", False: "NO", None: ""}[result.met]
+        if result.value is None:
             value, interval = "no GPU", ""
         else:
-            value, interval = f"{one.value:.3g}{one.unit}", f"[{one.low:.3g}, {one.high:.3g}]"
-        notes = " ".join(filter(None, ["(synthetic acceptance)" if one.synthetic else "", one.note]))
-        lines.append(f"{one.row:{width}}  {value:>9}  {interval:>19}  {target:>8}  {met:3}  {notes}".rstrip())
+            value = f"{result.value:.3g}{result.unit}"
+            interval = f"[{result.low:.3g}, {result.high:.3g}]"
+        notes = " ".join(filter(None, ["(synthetic acceptance)" if result.synthetic else "", result.note]))
+        line = f"{result.row:{width}}  {value:>9}  {interval:>19}  {target:>8}  {met:3}  {notes}"
+        lines.append(line.rstrip())
     return "\n".join(lines)

@@ -98,7 +98,7 @@ class Call(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """What MLflow took; seconds of opening it, of the main thread's calls, and until all is there."""
+    """The curves that MLflow took; seconds to open it, of the main thread's calls, until all are there."""
 
     curves: int
     opening_s: float
@@ -139,7 +139,7 @@ def sweep_rows(config: Config, cells: int, call: Call, most: int) -> list[Row]:
     """Memory and orchestration. `most` is the memory of a whole run's driver, in bytes."""
     prompts, evaluators = config.data.prompts, config.sweep.num_evaluators
     busy = sum(call.busy.values())
-    beside = call.ray_s + call.stage_s - busy / evaluators
+    orchestration_s = call.ray_s + call.stage_s - busy / evaluators
     size = f"{cells} cells × {prompts} prompts = {cells * prompts} rows"
     split = f"Ray starts in {call.ray_s:.1f} s, the stage takes {call.stage_s:.1f} s"
     work = f"{busy:.1f} s of {len(call.busy)} items by the workers' logs, loading models included"
@@ -153,15 +153,15 @@ def sweep_rows(config: Config, cells: int, call: Call, most: int) -> list[Row]:
             note=f"most resident; real, the same sweep; the report holds all {cells * prompts} rows",
         ),
         row(
-            "orchestration per cell", [1000 * beside / cells], 10, at_most=True, unit=" ms",
+            "orchestration per cell", [1000 * orchestration_s / cells], 10, at_most=True, unit=" ms",
             note=f"real, tracking off; {split}, less {work}, ÷ {evaluators} evaluators",
         ),
     ]  # fmt: skip
 
 
 def scan_rows(again: Call, resumed: Call) -> list[Row]:
-    """Calling the stage once more."""
-    own = f"{resumed.driven_s:.1f} s of starting one evaluator and making the file"
+    """The cost of calling the stage again."""
+    work = f"{resumed.driven_s:.1f} s of starting one evaluator and making the file"
     return [
         row(
             "scanning a complete sweep", [again.stage_s], 10, at_most=True, unit=" s",
@@ -169,14 +169,14 @@ def scan_rows(again: Call, resumed: Call) -> list[Row]:
         ),
         row(
             "scanning a sweep without manifest and one file", [resumed.stage_s - resumed.driven_s], 10,
-            at_most=True, unit=" s", note=f"real; reading what is there and a new manifest, without {own}",
+            at_most=True, unit=" s", note=f"real; reading what is there and a new manifest, without {work}",
         ),
     ]  # fmt: skip
 
 
 def tracking_rows(tracked: Tracked) -> list[Row]:
     """MLflow beside the pipeline."""
-    each = 1000 * tracked.all_s / tracked.curves
+    curve_ms = 1000 * tracked.all_s / tracked.curves
     return [
         row(
             "tracking: the main thread's time in its calls", [tracked.calls_s], 1, at_most=True, unit=" s",
@@ -184,7 +184,7 @@ def tracking_rows(tracked: Tracked) -> list[Row]:
             f"{tracked.opening_s:.1f} s, and leaving the run waits for what is left",
         ),
         row(
-            "tracking: time per curve", [each], unit=" ms",
+            "tracking: time per curve", [curve_ms], unit=" ms",
             note=f"real, sqlite; {tracked.curves} runs, one a curve over γ, read back; {tracked.all_s:.0f} s "
             "in its own thread",
         ),
@@ -192,16 +192,16 @@ def tracking_rows(tracked: Tracked) -> list[Row]:
 
 
 def throughput_rows(rates: dict[int, float]) -> list[Row]:
-    """How evaluators on more nodes scale over the first."""
+    """How the throughput of evaluators grows with the number of nodes."""
     least = {2: 1.8, 4: 3.4}
-    (one, base), *others = rates.items()
+    (fewest, base), *others = rates.items()
     basis = f"simulated: nodes of one CPU on this machine, items that sleep {NAP_S} s"
     first = row(
-        f"items/s on {one} node", [base], unit="", note=f"{basis}; counted once every evaluator is up"
+        f"items/s on {fewest} node", [base], unit="", note=f"{basis}; counted once every evaluator is up"
     )
     return [first] + [
         row(
-            f"items/s on {nodes} nodes ÷ {one}", [rate / base], least.get(nodes),
+            f"items/s on {nodes} nodes ÷ {fewest}", [rate / base], least.get(nodes),
             note=f"{basis}; {rate:.1f} items/s",
         )
         for nodes, rate in others
@@ -258,7 +258,7 @@ def drive(config: Config) -> Call:
 
 
 def whole_run(config: Config) -> int:
-    """The driver's memory where it goes on to the report, with tracking."""
+    """The peak memory of a driver that goes on to the report, with tracking."""
     run_pipeline(config)
     return peak_bytes()
 
@@ -293,7 +293,7 @@ def track(config: Config, folder: Path, fingerprint: str) -> Tracked:
 
 
 class Napper:
-    """Sleeps for each item, and tells who slept."""
+    """Sleeps for each item and returns the id of its process."""
 
     def __call__(self, item: int) -> int:
         time.sleep(NAP_S)
@@ -307,9 +307,9 @@ def throughputs(nodes: Sequence[int]) -> dict[int, float]:
     from jobs.executors.ray_executor import RayExecutor
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
-    found: dict[int, float] = {}
-    with TemporaryDirectory(prefix="bd") as folder:  # short: sockets lie in it
-        # Elsewhere it would become the cluster that every `ray.init` on this machine joins.
+    rates: dict[int, float] = {}
+    with TemporaryDirectory(prefix="bd") as folder:  # a short path, since it holds sockets
+        # In the default folder this cluster would be the one that every `ray.init` on this machine joins.
         os.environ["RAY_TMPDIR"] = folder
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
@@ -321,10 +321,10 @@ def throughputs(nodes: Sequence[int]) -> dict[int, float]:
                 with closing(RayExecutor(Config.model_validate(CONFIG | {"run": run}))) as executor:
                     naps = range(wanted * NAPS_PER_NODE)
                     given = executor.map_actors(Napper, naps, f"{wanted} nodes", wanted, "replay")
-                    found[wanted] = steady_rate([(pid, time.perf_counter()) for _, pid in given])
+                    rates[wanted] = steady_rate([(pid, time.perf_counter()) for _, pid in given])
         finally:
             cluster.shutdown()
-    return found
+    return rates
 
 
 def steady_rate(results: Sequence[tuple[int, float]]) -> float:

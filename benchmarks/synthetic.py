@@ -1,7 +1,7 @@
-"""Synthetic acceptance: what a system would gain from a drafter that is accepted so often.
+"""Synthetic acceptance: what a system would gain from a drafter with a given acceptance.
 
-Each proposal is accepted with probability α, whatever it is; models, caches and passes are the real ones. The
-convention of serving systems for an upper bound: the text that comes out means nothing.
+Each proposal is accepted with probability α, whatever its token; models, caches and passes are the real ones.
+Serving systems give upper bounds by this convention. The text that comes out means nothing.
 """
 
 from __future__ import annotations

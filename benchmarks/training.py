@@ -1,7 +1,7 @@
 """Training: our step against a paper-style step, in supervised tokens a second and in time to acceptance.
 
 The paper-style step is what the published code does: one sequence, one window behind one prefix, the target's
-labels computed in the step, and a forward pass of its own for every view.
+labels computed in the step, and a separate forward pass for every view.
 """
 
 from __future__ import annotations
@@ -71,19 +71,19 @@ def make_engine(model: PreTrainedModel) -> TorchEngine:
 
 
 class Long:
-    """Labelled sequences of random tokens, as long as the row asks for, held like stage teach's shards."""
+    """Labelled sequences of random tokens, a prefix and all windows long, held like stage teach's shards."""
 
     def __init__(self, pair: Pair, folder: Path) -> None:
         length = PREFIX + WINDOWS * WINDOW
         rng = np.random.default_rng(0)
         self.rows = rng.integers(3, pair.target.num_tokens, (8, length)).astype(np.uint16)
         np.save(folder / "shard-00000.tokens.npy", self.rows)
-        np.save(folder / "shard-00000.argmax.npy", self.rows)  # their cost is the same whatever they are
+        np.save(folder / "shard-00000.argmax.npy", self.rows)  # a label costs the same whatever its value
         self.data = LabelledSequences(folder, 1.0)
 
 
 def throughput_rows(pair: Pair, config: Config, folder: Path, repeats: int) -> list[Row]:
-    """Supervised tokens a second at prefix 2048 and four windows of 256, without and with labels."""
+    """Supervised tokens a second at prefix 2048 and four windows of 256, without and with labelling."""
     long = Long(pair, folder)
     variant = config.train.variants[-1]
     train = config.train.model_copy(
@@ -138,7 +138,7 @@ Curve = list[tuple[float, float, int]]  # (seconds of training, validation accep
 
 
 def curve(step: Callable[[int], None], validate: Callable[[], float]) -> Curve:
-    """Train for SECONDS; validation, which is not counted, comes at equal times."""
+    """Train for SECONDS and validate at equal intervals; the time of validation does not count."""
     points: Curve = [(0.0, validate(), 0)]
     spent, number = 0.0, 0
     while spent < SECONDS:
@@ -163,8 +163,8 @@ def time_to_equal_acceptance(pair: Pair, config: Config) -> Row:
     """Seconds of paper-style training ÷ ours, labels included, to equal validation acceptance at B = 16.
 
     Both start from the pretrained drafter and train for equally long; the level is the lower of their best.
-    Learning rates are constant: ours the config's, paper-style the better of that and a third of it, since
-    its batch is one sequence. A seed draws other sequences and views.
+    Learning rates are constant. Ours is the config's; the paper-style rate is the better of the config's and
+    a third of it, since a paper-style batch is one sequence. Each seed draws other sequences and views.
     """
     from jobs.executors.choose import NoExecutor
     from jobs.stages.pipeline import settled
@@ -230,7 +230,7 @@ def time_to_equal_acceptance(pair: Pair, config: Config) -> Row:
 
 
 def training_rows(demo: Pair, deep: Pair, storage: str, scratch: Path, repeats: int) -> list[Row]:
-    """Both pairs' shapes: the more a target costs beside its drafter, the more stored labels save."""
+    """Rows of both pairs' shapes: the more a target costs beside its drafter, the more stored labels save."""
     settings = [
         load_config(Path(file), [f"storage={storage}"]) for file in ("conf/quickstart.yaml", "conf/deep.yaml")
     ]

@@ -1,8 +1,9 @@
 """The memory of each rank by ZeRO stage: gloo ranks on this machine train a scratch model of 30M parameters.
 
-Every setting of `conf/deepspeed` has fresh processes, as a peak never falls. They are forked from one that
-has imported everything, and first train a small model, so that code and buffers of libraries do not count.
-A peak's target is what a schedule says of it, which is meant to be no less. On a CPU offload moves nothing.
+Each setting of `conf/deepspeed` is trained in fresh processes, since a process's peak never falls. They are
+forked from a process that has imported everything, and first train a small model, so that the libraries' code
+and buffers do not count. A peak's target is the schedule's estimate, which is meant to be an upper bound. On
+a CPU offload moves nothing.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ PRELOADED = [
 
 @dataclass(frozen=True)
 class Held:
-    """Of one rank, in bytes.
+    """The losses of one rank, and its memory in bytes.
 
-    `peak` is resident memory above what the process had before the model. The others are tensors that it
-    holds between the last backward pass and the optimizer's step; `optimizer` is moments and master weights.
+    `peak` is resident memory above what the process had before the model. The other sizes are of tensors that
+    the rank holds between the last backward pass and the optimizer's step; `optimizer` counts moments and
+    master weights.
     """
 
     losses: list[float]
@@ -73,7 +75,7 @@ class Held:
 def zero_rows(
     ranks: Sequence[int] = RANKS, settings: Sequence[str] = SETTINGS, model: ScratchModel = LARGE
 ) -> list[Row]:
-    """The peak of each setting, after its losses were found to be those of one process without DeepSpeed."""
+    """The peak of each setting, its losses checked against those of one process without DeepSpeed."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, by the fork server
     shape = scratch_shape(model, VOCABULARY)
     [plain] = train_group(None, 1, model)
@@ -98,17 +100,17 @@ def check_losses(label: str, held: Iterable[Held], wanted: Sequence[float]) -> N
     Raises:
         AssertionError: if they differ by more than fp32's rounding.
     """
-    for rank, one in enumerate(held):
-        close = torch.allclose(torch.tensor(one.losses), torch.tensor(wanted), rtol=TOLERANCE, atol=0)
-        assert close, f"{label}, rank {rank}: losses {one.losses}, without DeepSpeed {list(wanted)}"
+    for number, rank in enumerate(held):
+        close = torch.allclose(torch.tensor(rank.losses), torch.tensor(wanted), rtol=TOLERANCE, atol=0)
+        assert close, f"{label}, rank {number}: losses {rank.losses}, without DeepSpeed {list(wanted)}"
 
 
 def peak_row(label: str, held: Sequence[Held], sharding: Sharding, shape: Shape) -> Row:
-    """The ranks are the samples. Tensors are those of the rank that holds the most."""
+    """The samples are the ranks' peaks. The note gives the tensors of the rank that holds the most."""
     device = Device("cpu", 0)
     state = sharding.state_bytes(shape.parameters, device)
     activations = sum(training_step(shape, LENGTH, False, device))
-    most = max(held, key=lambda one: one.weights + one.gradients + one.optimizer)
+    most = max(held, key=lambda rank: rank.weights + rank.gradients + rank.optimizer)
     tensors = (most.weights, most.gradients, most.optimizer)
     note = (
         f"MB of tensors {parts(tensors)}; schedule {parts(state)}, and {activations / 1e6:.0f} of activations"
@@ -116,7 +118,7 @@ def peak_row(label: str, held: Sequence[Held], sharding: Sharding, shape: Shape)
     if sharding.offload:
         note += "; on a CPU offload moves nothing"
     target = round((sum(state) + activations) / 1e9, 3)
-    peaks = [one.peak / 1e9 for one in held]
+    peaks = [rank.peak / 1e9 for rank in held]
     return row(f"peak of a rank, {label}", peaks, target, at_most=True, unit=" GB", note=note)
 
 
@@ -128,7 +130,7 @@ def parts(sizes: Sequence[int]) -> str:
 
 
 def train_group(settings: str | None, world: int, model: ScratchModel) -> list[Held]:
-    """Train in fresh processes; what each rank held. Without settings, on the plain torch engine."""
+    """Train in fresh processes; return what each rank held. Without settings, on the plain torch engine."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -141,7 +143,7 @@ def train_group(settings: str | None, world: int, model: ScratchModel) -> list[H
 
 
 def work(rank: int, world: int, port: int, settings: str | None, model: ScratchModel, folder: Path) -> None:
-    """One rank; its file says what it held."""
+    """Train as one rank and write what it held to its file."""
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
@@ -175,12 +177,12 @@ def train(model: ScratchModel, settings: str | None) -> tuple[list[float], list[
     tokens = torch.randint(VOCABULARY, (STEPS, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     losses, sizes = [], []
     for batch in tokens:
-        own = batch[engine.rank :: engine.world_size]
+        share = batch[engine.rank :: engine.world_size]
         total = torch.zeros(())
-        for sequence in own:
+        for sequence in share:
             loss = next_token_loss(engine.model, sequence[None])
             engine.backward(loss)
-            total += loss.detach() / len(own)
+            total += loss.detach() / len(share)
         losses.append(float(engine.mean(total)))
         sizes = storage_bytes(*tensors_of(engine))
         engine.step(LEARNING_RATE)
@@ -188,7 +190,7 @@ def train(model: ScratchModel, settings: str | None) -> tuple[list[float], list[
 
 
 def tensors_of(engine: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, gradients and optimizer state of this rank; buffers for communication are none of them."""
+    """Weights, gradients and optimizer state of this rank, without buffers for communication."""
     if isinstance(engine, TorchEngine):
         model, optimizer, zero = engine.model, engine.optimizer, None
     elif engine.stage == 0:
@@ -199,16 +201,18 @@ def tensors_of(engine: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     parameters = list(model.parameters())
     weights = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
     masters = [master for group in optimizer.param_groups for master in group["params"]]
-    gradients = [one.grad for one in (*parameters, *masters)]
+    gradients = [tensor.grad for tensor in (*parameters, *masters)]
     if zero is not None:
         gradients += chain(*(part or () for part in zero.averaged_gradients.values()))
         gradients.append(getattr(zero, "grad_partitions_flat_buffer", None))  # stage 3
-    state = [value for of in optimizer.state.values() for value in of.values() if isinstance(value, Tensor)]
-    return weights, [one for one in gradients if one is not None], masters + state
+    state = [
+        value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
+    ]
+    return weights, [gradient for gradient in gradients if gradient is not None], masters + state
 
 
 def storage_bytes(*groups: Iterable[Tensor]) -> list[int]:
-    """Bytes of each group's storages; one that several share counts for the first."""
+    """Bytes of each group's storages; a storage that several groups share counts for the first."""
     seen: set[int] = set()
     sizes = []
     for group in groups:
@@ -221,6 +225,6 @@ def storage_bytes(*groups: Iterable[Tensor]) -> list[int]:
 
 
 def memory_bytes(field: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, the most that was, of this process."""
+    """This process's resident memory: VmRSS is that of now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

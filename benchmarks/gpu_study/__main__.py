@@ -6,8 +6,9 @@
     python -m benchmarks.gpu_study page CONFIG [OVERRIDES …] --storage DIR --output DIR --bench FILE \
         --notes FILE
 
-`run` is `budgetdraft run` in a process of its own, which is asked to stop when the minutes are over and keeps
-what is done; the same command goes on. What is complete by then is packed into `output`.
+`run` starts `budgetdraft run` in a process of its own and asks it to stop when the minutes are over. The run
+keeps finished work, and the same command continues from it. Artifacts that are complete by then are packed
+into `output`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipeline.config.files import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, ConfigError
 
-GRACE_S = 60.0  # between the request to stop, at which a step of training is ended and saved, and the kill
+GRACE_S = 60.0  # from the request to stop, upon which training ends its step and saves it, to the kill
 
 log = logging.getLogger("jobs.gpu_study")
 
@@ -84,11 +85,11 @@ def config_of(given: argparse.Namespace) -> Config:
 
 
 def run(given: argparse.Namespace) -> int:
-    """One piece: the pipeline for so many minutes at most, then what is complete into `output`."""
+    """Run the pipeline for the given minutes at most, then pack the complete artifacts into `output`."""
     config = config_of(given)
     command = [sys.executable, "-m", "jobs", "run", str(given.config), *given.overrides]
     process = subprocess.Popen([*command, "--storage", given.storage])
-    raise_on_sigterm()  # whoever stops this process stops the run, and gets what is done all the same
+    raise_on_sigterm()  # stopping this process stops the run too, and what is done is packed all the same
     try:
         code = process.wait(60 * given.minutes)
     except (subprocess.TimeoutExpired, Terminated):
@@ -100,7 +101,7 @@ def run(given: argparse.Namespace) -> int:
             log.error("the run did not stop within %g s and is killed; what it has saved is kept", GRACE_S)
             process.kill()
             process.wait()
-        # A run that ends before it listens, or just then, has another exit code; it was stopped all the same.
+        # A run that ends before it handles the request, or just then, has another exit code.
         code = process.returncode if process.returncode == DONE else TERMINATED
     pack(config, Path(config.storage), given.output)
     log.info("%s", "all is done" if code == DONE else f"exit code {code}; the same command goes on")

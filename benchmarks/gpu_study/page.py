@@ -42,7 +42,7 @@ def write_page(config: Config, bench: Path, notes: Path, output: Path) -> None:
     sweep = Path(config.storage) / f"sweep-{made['inputs']['sweep']}"
     rows = read_all(sweep / ROWS, PromptRow)
     system = json.loads(bench.read_text(encoding="utf-8"))
-    # The γ that is decoded too, where there are several the largest: acceptance falls with it.
+    # The largest γ that is also decoded: acceptance falls with γ.
     gamma = max(config.sweep.measure.gammas or config.sweep.gammas)
     smallest = min(budget for budget in config.sweep.budgets if budget != "full")
     checks = [
@@ -119,7 +119,7 @@ def speedups(cells: Sequence[CellRow]) -> Iterator[Check]:
     timed = [(row.cell, row.speed.speedup) for row in cells if row.speed and row.cell.drafter == PAIR]
     for context, temperature in dict.fromkeys((cell.context, cell.temperature) for cell, _ in timed):
         here = [(c, s) for c, s in timed if (c.context, c.temperature) == (context, temperature)]
-        best, speedup = max(here, key=lambda one: one[1].mean)
+        best, speedup = max(here, key=lambda cell_and_speedup: cell_and_speedup[1].mean)
         yield Check(
             row=f"decode speed ÷ our own AR, {context}, temperature {temperature:g}",
             value=speedup.mean,
@@ -149,7 +149,7 @@ def accepted_table(cells: Sequence[CellRow], gamma: int) -> str:
     """Every drafter by place and budget, replayed or expected, with and without its own prefix."""
     here = [cell for cell in cells if cell.mode != "measure" and cell.cell.gamma == gamma]
     drafters = list(dict.fromkeys((cell.cell.drafter, cell.cell.control) for cell in here))
-    found = {
+    by_key = {
         (c.cell.dataset, c.cell.context, c.cell.temperature, c.cell.budget, c.cell.drafter, c.cell.control): c
         for c in here
     }
@@ -158,7 +158,7 @@ def accepted_table(cells: Sequence[CellRow], gamma: int) -> str:
     for key in dict.fromkeys(
         (c.cell.dataset, c.cell.context, c.cell.temperature, c.cell.budget) for c in here
     ):
-        shown = [found.get((*key, *drafter)) for drafter in drafters]
+        shown = [by_key.get((*key, *drafter)) for drafter in drafters]
         first = next(cell for cell in shown if cell)
         texts = [f"{first.num_looping} of {first.num_prompts}", *map(acceptance, shown)]
         rows.append([*key[:2], f"{key[2]:g}", key[3], *texts])
@@ -200,14 +200,16 @@ def system_table(system: Sequence[dict[str, Any]]) -> str:
 
 
 def paper_table(system: Sequence[dict[str, Any]]) -> str:
-    """What the paper claims at each context, beside the best γ here at the acceptance that it reports."""
+    """The paper's speedup at each context, beside that of the best γ here at the paper's acceptance."""
     rows = []
-    for one in PAPER_POINTS:
+    for point in PAPER_POINTS:
         ours = [
             row
             for row in system
-            if row["synthetic"] and f", {one.name}, " in row["row"] and "best γ" in row["note"]
+            if row["synthetic"] and f", {point.name}, " in row["row"] and "best γ" in row["note"]
         ]
-        told = [f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in ours if row["value"]]
-        rows.append([one.name, f"{one.acceptance:g}", one.gamma, f"{one.claimed:.2f}", "; ".join(told)])
+        texts = [f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in ours if row["value"]]
+        rows.append(
+            [point.name, f"{point.acceptance:g}", point.gamma, f"{point.claimed:.2f}", "; ".join(texts)]
+        )
     return table(["context", "acceptance", "the paper's γ", "its speedup", "here, best γ, synthetic"], rows)

@@ -1,8 +1,8 @@
 """What travels to a GPU machine rented for an hour, and what comes back: artifacts without their bulk.
 
-A light copy of an artifact lacks what nobody will read where it goes (documents, labels) and holds models in
-the precision that they are evaluated in. Its manifest lists the files that are there, under the fingerprint
-that the artifact had, so that the pipeline finds it complete.
+A light copy of an artifact leaves out what its destination does not read (documents, labels) and holds models
+in the precision that they are evaluated in. Its manifest lists the files of the copy under the fingerprint of
+the artifact, so that the pipeline finds it complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def light_copy(folder: Path, to: Path, left_out: Collection[str] = (), dtype: st
     """Copy a complete artifact without the subfolders `left_out`; its model's weights become `dtype`.
 
     Raises:
-        BadData: if it is not complete, damaged, or `to` exists.
+        BadData: if the artifact is incomplete or damaged, or `to` exists.
     """
     artifact = Artifact(folder, folder.name, "")
     if not artifact.complete:
@@ -61,14 +61,14 @@ def light_copy(folder: Path, to: Path, left_out: Collection[str] = (), dtype: st
 
 
 def pack(config: Config, storage: Path, output: Path) -> list[Path]:
-    """Everything that is complete in a storage, light, as parts of one archive; earlier parts are replaced.
+    """Light copies of a storage's complete artifacts, as parts of one archive; earlier parts are replaced.
 
-    Prepared data stay behind, since they came from elsewhere, and so do the labels, and the scratch drafter,
-    which is the untrained variant. Where all is too large, the target's weights stay behind too, which is
-    logged.
+    Prepared data stay behind, since they came from elsewhere. So do the labels, and the scratch drafter,
+    which is the untrained variant. If the archive is too large, the target's weights stay behind too, with a
+    warning in the log.
 
     Raises:
-        BadData: if it is too large even so.
+        BadData: if the archive is too large even without the target.
     """
     for target in (True, False):
         archive = io.BytesIO()
@@ -103,7 +103,8 @@ def pack(config: Config, storage: Path, output: Path) -> list[Path]:
 def luggage(config: Config, storage: Path, target: bool) -> Iterator[tuple[Path, tuple[str, ...], str]]:
     """Complete artifacts, what is left out of each, and the precision of its model.
 
-    Labels are needed until all drafters are trained: until then a copy without them would mislead.
+    Until all drafters are trained, stage teach is left out whole: training needs its labels, and the copy
+    would not have them.
     """
     complete = {file.parent for file in storage.glob(f"*/{MANIFEST}")}
     stages = {folder: folder.name.rpartition("-")[0] for folder in sorted(complete)}
@@ -122,10 +123,10 @@ def luggage(config: Config, storage: Path, target: bool) -> Iterator[tuple[Path,
 
 
 def unpack(output: Path, storage: Path) -> None:
-    """The way back from `pack`: the artifacts into a storage, where what is there already stays.
+    """Put the artifacts that `pack` packed into a storage, except those that are complete there already.
 
     Raises:
-        BadData: if there is no archive, a part of it is missing, or a file of it would lie elsewhere.
+        BadData: if there is no archive, a part is missing, or a file of it would lie outside the storage.
     """
     parts = sorted(output.glob(f"{PART}*"))
     if [part.name for part in parts] != [f"{PART}{number:02d}" for number in range(len(parts))] or not parts:

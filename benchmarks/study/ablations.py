@@ -27,7 +27,7 @@ HOW = (0.0, "greedily"), (1.0, "at temperature 1")
 SHORT = {0.0: "greedy", 1.0: "T = 1"}
 OTHER = "under other_prompt"
 
-Ablation = tuple[str, str, dict[str, Change]]  # variant, data set, column → where there are prompts
+Ablation = tuple[str, str, dict[str, Change]]  # variant, data set, column → change where it has prompts
 
 COLUMNS = {
     f"B = {SMALLEST}, greedy": Column(SMALLEST, 0.0),
@@ -43,8 +43,9 @@ COLUMNS = {
 def ablation_rows(cells: Families) -> list[Ablation]:
     rows = []
     for name, dataset in product(CHANGES, datasets_of(cells)):
-        found = {head: change(cells, name, dataset, column) for head, column in COLUMNS.items()}
-        rows.append((name, dataset, {head: one for head, one in found.items() if one}))
+        differences = {head: change(cells, name, dataset, column) for head, column in COLUMNS.items()}
+        known = {head: difference for head, difference in differences.items() if difference}
+        rows.append((name, dataset, known))
     return rows
 
 
@@ -68,42 +69,51 @@ def ablation_words(rows: Sequence[Ablation]) -> str:
     heads = [next(h for h, c in COLUMNS.items() if c == Column(SMALLEST, t)) for t, _ in HOW]
     lines = []
     for name in dict.fromkeys(name for name, _, _ in rows):
-        own = {dataset: cells for other, dataset, cells in rows if other == name}
+        by_data = {dataset: cells for other, dataset, cells in rows if other == name}
         parts = []
         for head, (temperature, how) in zip(heads, HOW, strict=True):
-            told = {dataset: cells[head] for dataset, cells in own.items()}
-            spread = max(one.spread for one in told.values())
-            several = any(len(one.by_seed) > 1 for one in told.values())
+            differences = {dataset: cells[head] for dataset, cells in by_data.items()}
+            spread = max(difference.spread for difference in differences.values())
+            several = any(len(difference.by_seed) > 1 for difference in differences.values())
             seeds = f"seeds up to {100 * spread:.1f} apart" if several else "one seed"
-            shared = "" if temperature else share_without_context(own, told)
-            parts.append(f"{verdict(told)} {how} ({span(told)} points, {seeds}{shared})")
+            shared = "" if temperature else share_without_context(by_data, differences)
+            parts.append(f"{verdict(differences)} {how} ({span(differences)} points, {seeds}{shared})")
         lines.append(f"- `{name}`, {CHANGES[name]}: {parts[0]}; {parts[1]}")
     return "\n".join(lines)
 
 
-def share_without_context(own: Mapping[str, Mapping[str, Change]], told: Mapping[str, Change]) -> str:
-    """How much of a greedy change that helps or hurts is there with another document's KV too."""
-    if verdict(told) not in ("helps", "hurts"):
+def share_without_context(
+    by_data: Mapping[str, Mapping[str, Change]], differences: Mapping[str, Change]
+) -> str:
+    """The share of a greedy change that is there with another document's KV too, if it helps or hurts."""
+    if verdict(differences) not in ("helps", "hurts"):
         return ""
-    shares = [100 * own[data][OTHER].value.mean / one.value.mean for data, one in told.items() if one.sign]
+    shares = [
+        100 * by_data[data][OTHER].value.mean / difference.value.mean
+        for data, difference in differences.items()
+        if difference.sign
+    ]
     return f", {min(shares):.0f} to {max(shares):.0f} % of it {OTHER}"
 
 
-def span(told: Mapping[str, Change]) -> str:
-    means = [one.value.mean for one in told.values()]
+def span(differences: Mapping[str, Change]) -> str:
+    means = [difference.value.mean for difference in differences.values()]
     return f"{100 * min(means):+.1f} to {100 * max(means):+.1f}"
 
 
 def seed_spread(rows: Sequence[Ablation]) -> float:
-    """The widest that seeds of one change are apart behind the smallest budget."""
+    """The largest spread among the seeds of one change behind the smallest budget."""
     shown = Column(SMALLEST, 0.0), Column(SMALLEST, 1.0)
     heads = [head for head, column in COLUMNS.items() if column in shown]
     return max(cells[head].spread for _, _, cells in rows for head in heads)
 
 
-def verdict(told: Mapping[str, Change]) -> str:
-    """From what is clear in each data set; they share the drafters, and so the luck of the seeds."""
-    up, down = ([dataset for dataset, one in told.items() if one.sign == sign] for sign in (1, -1))
+def verdict(differences: Mapping[str, Change]) -> str:
+    """From the data sets where the change is clear; all share the drafters, and so the luck of the seeds."""
+    up, down = (
+        [dataset for dataset, difference in differences.items() if difference.sign == sign]
+        for sign in (1, -1)
+    )
     if len(up) >= 2 and not down:
         return "helps"
     if len(down) >= 2 and not up:
@@ -114,12 +124,14 @@ def verdict(told: Mapping[str, Change]) -> str:
 
 
 def nothing_kept(cells: Families) -> str:
-    """What B = 0 among the trained budgets is worth where nothing of the prefix is kept."""
+    """The gain from training with B = 0 too, where nothing of the prefix is kept."""
     parts = []
     for temperature, how in HOW:
-        found = {data: change(cells, "with_b_0", data, Column(0, temperature)) for data in datasets_of(cells)}
-        told = ", ".join(f"{points(one.value)} ({data})" for data, one in found.items() if one)
-        parts.append(f"{how} {told}")
+        column = Column(0, temperature)
+        differences = {data: change(cells, "with_b_0", data, column) for data in datasets_of(cells)}
+        known = {data: difference for data, difference in differences.items() if difference}
+        texts = [f"{points(difference.value)} ({data})" for data, difference in known.items()]
+        parts.append(f"{how} {', '.join(texts)}")
     return "; ".join(parts)
 
 
@@ -127,50 +139,50 @@ def nothing_kept(cells: Families) -> str:
 
 
 def scaled_only(config: Config) -> dict[str, str]:
-    """The drafters that were not distilled and whose RoPE was scaled, and how."""
+    """How RoPE was scaled, by drafter, of those that were scaled but not distilled."""
     return {
-        one.name: f"{one.rope_scaling['rope_type']}, factor {one.rope_scaling['factor']:g}"
-        for one in config.train.variants
-        if one.steps == 0 and one.rope_scaling
+        variant.name: f"{variant.rope_scaling['rope_type']}, factor {variant.rope_scaling['factor']:g}"
+        for variant in config.train.variants
+        if variant.steps == 0 and variant.rope_scaling
     }
 
 
 def distilled(cells: Families, config: Config) -> list[str]:
-    kept = [one.name for one in config.train.variants if one.steps == 0]
+    kept = [variant.name for variant in config.train.variants if variant.steps == 0]
     return [name for name in dict.fromkeys(name for name, *_ in cells) if name not in kept]
 
 
 def accepted_table(cells: Families, config: Config) -> str:
-    """Behind the smallest budget: acceptance of every family, and what it has over the untrained drafter."""
+    """Behind the smallest budget: acceptance of every family, and its lead over the untrained drafter."""
     rows = []
     for name, data in product(["untrained", *distilled(cells, config)], datasets_of(cells)):
         columns = [Column(SMALLEST, temperature) for temperature, _ in HOW]
-        over = [change(cells, name, data, column, "untrained") for column in columns]
+        leads = [change(cells, name, data, column, "untrained") for column in columns]
         rows.append(
             [
                 f"`{name}`",
                 data,
                 *(percent(accepted(cells, name, data, column)) for column in columns),
-                *(points(one.value) if one and name != "untrained" else "" for one in over),
+                *(points(lead.value) if lead and name != "untrained" else "" for lead in leads),
             ]
         )
     short = SHORT.values()
-    return table(["drafter", "data", *short, *(f"− `untrained`, {one}" for one in short)], rows)
+    return table(["drafter", "data", *short, *(f"− `untrained`, {label}" for label in short)], rows)
 
 
 def distilled_words(cells: Families, config: Config) -> str:
     """Which distilled drafters are accepted more than the one that they were distilled from."""
     lines = []
     for temperature, how in HOW:
-        column, found = Column(SMALLEST, temperature), dict[str, list[str]]()
+        column, by_verdict = Column(SMALLEST, temperature), dict[str, list[str]]()
         for name in distilled(cells, config):
-            told = {data: change(cells, name, data, column, "untrained") for data in datasets_of(cells)}
-            known = {data: one for data, one in told.items() if one}
+            leads = {data: change(cells, name, data, column, "untrained") for data in datasets_of(cells)}
+            known = {data: lead for data, lead in leads.items() if lead}
             says = verdict(known)
-            found.setdefault(says if says in ("helps", "hurts") else "", []).append(
+            by_verdict.setdefault(says if says in ("helps", "hurts") else "", []).append(
                 f"`{name}` ({span(known)})"
             )
-        more, less, neither = (", ".join(found.get(says, ())) for says in ("helps", "hurts", ""))
+        more, less, neither = (", ".join(by_verdict.get(says, ())) for says in ("helps", "hurts", ""))
         beaten = f"accepted more than `untrained`: {more}" if more else (
             "no distillation here beats the drafter as it was pretrained"
         )  # fmt: skip
@@ -181,8 +193,8 @@ def distilled_words(cells: Families, config: Config) -> str:
 
 # ── RoPE beyond the trained range ─────────────────────────────────────────────────────────────────
 
-PLACES = [Column(budget, temperature) for budget in (SMALLEST, "full") for temperature, _ in HOW]
-HEADS = [f"B = {column.budget}, {SHORT[column.temperature]}" for column in PLACES]
+ROPE_COLUMNS = [Column(budget, temperature) for budget in (SMALLEST, "full") for temperature, _ in HOW]
+HEADS = [f"B = {column.budget}, {SHORT[column.temperature]}" for column in ROPE_COLUMNS]
 
 
 def rope_table(cells: Families, config: Config) -> str:
@@ -190,22 +202,22 @@ def rope_table(cells: Families, config: Config) -> str:
     rows = []
     for (name, how), data in product(scaled_only(config).items(), datasets_of(cells)):
         for context in config.data.contexts:
-            found = rope_changes(cells, name, data, context.name)
-            rows.append(
-                [f"`{name}`", how, data, context.name, *(points(one.value) if one else "" for one in found)]
-            )
+            differences = rope_changes(cells, name, data, context.name)
+            texts = [points(difference.value) if difference else "" for difference in differences]
+            rows.append([f"`{name}`", how, data, context.name, *texts])
     return table(["drafter", "RoPE", "data", "context", *HEADS], rows)
 
 
 def rope_changes(cells: Families, name: str, data: str, context: str) -> list[Change | None]:
-    return [change(cells, name, data, one._replace(context=context), "untrained") for one in PLACES]
+    columns = [column._replace(context=context) for column in ROPE_COLUMNS]
+    return [change(cells, name, data, column, "untrained") for column in columns]
 
 
 def beyond_range(config: Config) -> list[str]:
     """The contexts that are longer than what the drafter was pretrained on."""
     assert config.drafter.kind == "scratch"
     trained = config.drafter.pretrain.sequence_tokens or config.data.sequence_tokens
-    return [one.name for one in config.data.contexts if one.tokens > trained]
+    return [context.name for context in config.data.contexts if context.tokens > trained]
 
 
 def rope_words(cells: Families, config: Config) -> str:
@@ -213,10 +225,10 @@ def rope_words(cells: Families, config: Config) -> str:
     places = list(product(datasets_of(cells), beyond_range(config)))
     lines = []
     for name in scaled_only(config):
-        found = [rope_changes(cells, name, *place) for place in places]
+        by_place = [rope_changes(cells, name, *place) for place in places]
         parts = []
-        for head, column in zip(HEADS, zip(*found, strict=True), strict=True):
-            up, down = (sum(one is not None and one.sign == sign for one in column) for sign in (1, -1))
-            parts.append(f"{head}: {up} / {down}")
+        for head, differences in zip(HEADS, zip(*by_place, strict=True), strict=True):
+            signs = [difference.sign for difference in differences if difference]
+            parts.append(f"{head}: {signs.count(1)} / {signs.count(-1)}")
         lines.append(f"- `{name}`, places (of {len(places)}) with clearly more / less: {'; '.join(parts)}")
     return "\n".join(lines)

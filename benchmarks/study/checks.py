@@ -1,4 +1,4 @@
-"""What the study was to reach, beside what it did: rows for the page and for summary.json."""
+"""The study's targets beside the values that it reached: rows for the page and for summary.json."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ def own_checks(grid: Study) -> Iterator[dict[str, object]]:
 
 
 def prediction_checks(scores: Sequence[PredictionScore]) -> Iterator[dict[str, object]]:
-    """Of the plane, by steps timed between its prompts; what earlier ones give is in the note."""
-    beside = {(s.dataset, s.context): s for s in scores if s.what == "plane"}
+    """The plane's errors, by steps timed between its prompts; the note gives those by earlier steps."""
+    plane = {(s.dataset, s.context): s for s in scores if s.what == "plane"}
     for before in scores:
         if before.what != "plane by earlier steps":
             continue
-        told = (
+        note = (
             f"By the steps timed before all measuring, which speeds were predicted from, "
             f"{before.median_error_s:.3f}; autoregressive steps took {before.pace:.2f} times as long as then"
         )
-        now = beside.get((before.dataset, before.context))
+        now = plane.get((before.dataset, before.context))
         yield check(
             f"prediction error of decode time, median, {before.dataset} {before.context}",
             None if now is None else now.median_error_s,
             "at most 0.10",
             now is not None and now.median_error_s <= 0.10,
-            f"{now.cells} cells, by single steps timed between their prompts. {told}" if now else told,
+            f"{now.cells} cells, by single steps timed between their prompts. {note}" if now else note,
         )
 
 
@@ -84,7 +84,7 @@ def headline_checks(families: Sequence[FamilyGain], pair: tuple[str, str]) -> It
 
 
 def by_t(gain: FamilyGain) -> str:
-    """Where three seeds alone would not show a gain, though the documents do."""
+    """Student's t over the seeds, which may not show a gain that the documents show; empty for one seed."""
     if len(gain.by_seed) < 2:
         return ""
     low, high = student(gain.by_seed)
@@ -92,18 +92,19 @@ def by_t(gain: FamilyGain) -> str:
 
 
 def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
-    """What `budgetdraft plan` says before anything has run against what there was: amounts and memory.
+    """Amounts and memory by `budgetdraft plan`, before anything has run, against those of the runs.
 
-    A manifest has the peak of the process that finished a stage. For table 1's labels that has pretrained the
-    target too, so that labelling is compared where nothing is left to pretrain. Table 1's sweep replays and
-    measures in one process; its measured rows have the peak, also of one that was interrupted.
+    A manifest has the peak of the process that finished a stage. For table 1's labels that process pretrained
+    the target too, so labelling is compared in a run where nothing is left to pretrain. Table 1's sweep
+    replays and measures in one process; its measured rows hold the peak, that of an interrupted process
+    included.
     """
     names = ("table-1", "table-2", "table-3", "on-policy")
     plans = {name: planned(studies[name].config) for name in names}
     grid = studies["table-1"]
     sequences = manifest(grid.report / grid.summary.prepared)["counts"]["sequences"]
     swept = {name: manifest(studies[name].swept) for name in ("table-2", "table-3")}
-    for name, what, found in (
+    for name, what, actual in (
         ("table-1", "training tokens", sequences * grid.config.data.sequence_tokens),
         ("table-1", "labels on disk", manifest(grid.taught)["counts"]["label_bytes"]),
         ("table-3", "rows of replay", swept["table-3"]["counts"]["rows"]),
@@ -111,7 +112,7 @@ def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
         ("table-1", "rows measured", sum(row.mode == "measure" for row in grid.rows)),
         ("table-1", "rows measured again", len(grid.rechecked)),
     ):
-        yield within(f"plan: {what}, {name}", plans[name][what], found)
+        yield within(f"plan: {what}, {name}", plans[name][what], actual)
     trained = {peak.model: max(peak.ranks) for peak in grid.summary.training_memory}
     drafters = [
         trained[f"drafter-{drafter.name}"] for drafter in grid.config.train.drafters if drafter.steps != 0
@@ -120,26 +121,26 @@ def plan_checks(studies: Mapping[str, Study]) -> Iterator[dict[str, object]]:
     swept_peak = max(
         peak for row in (*grid.rows, *grid.rechecked) if row.timing and (peak := row.timing.peak_memory_bytes)
     )
-    for name, stage, found in (
+    for name, stage, actual in (
         ("table-1", "pretrain target", trained["pretrain-target"]),
         ("on-policy", "teach", manifest(studies["on-policy"].taught)["peak_memory_bytes"]),
         ("table-1", "train", max(drafters)),
         ("table-3", "sweep replay", swept["table-3"]["peak_memory_bytes"]),
         ("table-2", "sweep measure", swept["table-2"]["peak_memory_bytes"]),
     ):
-        yield within(f"plan, peak memory: {stage}, {name}", plans[name][stage], found)
+        yield within(f"plan, peak memory: {stage}, {name}", plans[name][stage], actual)
     yield within("plan, peak memory: sweep, replay and measure, table-1", sweep, swept_peak)
 
 
-def within(row: str, planned: float, found: float) -> dict[str, object]:
-    ratio = planned / found
-    return check(row, ratio, "0.8 to 1.2", 0.8 <= ratio <= 1.2, f"planned {planned:,.0f}, was {found:,.0f}")
+def within(row: str, planned: float, actual: float) -> dict[str, object]:
+    ratio = planned / actual
+    return check(row, ratio, "0.8 to 1.2", 0.8 <= ratio <= 1.2, f"planned {planned:,.0f}, was {actual:,.0f}")
 
 
 def planned(config: Config) -> dict[str, float]:
-    """Amounts and peaks by name, as `budgetdraft plan` says where nothing has run.
+    """Amounts and peaks by name, from `budgetdraft plan` on an empty storage.
 
-    In a process of its own, which it counts in.
+    Its peaks count the memory of the process that it runs in, so it gets a process of its own.
     """
     with tempfile.TemporaryDirectory() as empty:
         file = Path(empty) / "config.yaml"
@@ -147,12 +148,12 @@ def planned(config: Config) -> dict[str, float]:
         command = [sys.executable, "-m", "jobs", "plan", str(file), "--json", "--tflops", "1"]
         text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     document = json.loads(text)
-    found = {amount["name"]: float(amount["value"]) for amount in document["amounts"]}
+    values = {amount["name"]: float(amount["value"]) for amount in document["amounts"]}
     for peak in document["memory"]:
-        # Of training the plan names the variant that takes most.
+        # For training, the plan names the variant that takes the most memory.
         stage = "train" if peak["stage"].startswith("train ") else peak["stage"]
-        found[stage] = float(peak["each"])
-    return found
+        values[stage] = float(peak["each"])
+    return values
 
 
 def bench_checks(file: Path | None) -> Iterator[dict[str, object]]:
@@ -160,7 +161,7 @@ def bench_checks(file: Path | None) -> Iterator[dict[str, object]]:
     for row in json.loads(file.read_text(encoding="utf-8")) if file else []:
         if row["target"] is not None and row["value"] is not None:
             sign = "at most" if row["at_most"] else "at least"
-            # A row of one repeat has none.
+            # A row of one repeat has no interval.
             spread = f"[{row['low']:.1f}, {row['high']:.1f}]" if row["low"] < row["high"] else ""
             note = "; ".join(filter(None, (spread, row["note"])))
             yield check(row["row"], row["value"], f"{sign} {row['target']:g}", row["met"], note)

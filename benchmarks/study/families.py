@@ -21,8 +21,8 @@ from pipeline.store.rows import PromptRow
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 RUNS = ("table-3", "ablations", "on-policy")
 
-BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt →
-# Variant, data set, budget, temperature and control →; of all contexts.
+BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt → row
+# (variant, data set, budget, temperature, control) → rows of all contexts.
 Families = Mapping[tuple[str, str, int | str, float, str | None], BySeed]
 
 
@@ -34,10 +34,10 @@ def student(by_seed: Sequence[float]) -> tuple[float, float]:
 
 
 class Change(NamedTuple):
-    """One family minus another: the mean over training seeds with its interval, and each seed's.
+    """Acceptance of one family minus another's: the mean over seeds with its interval, and each seed's.
 
-    The interval resamples documents and training seeds. Of few seeds it reaches no further than from the
-    least to the greatest of them, and is too narrow where they differ much.
+    The interval resamples documents and training seeds. With few seeds it reaches no further than from the
+    least of them to the greatest, so that it is too narrow where they differ much.
     """
 
     value: Interval
@@ -45,7 +45,7 @@ class Change(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where this interval, and of several seeds Student's t too, leave out 0; else 0."""
+        """1 or -1 if the interval excludes 0, and with several seeds Student's t interval too; else 0."""
         low, high = self.value.low, self.value.high
         if len(self.by_seed) > 1:
             least, most = student(self.by_seed)
@@ -54,12 +54,12 @@ class Change(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """How far the seeds are apart; 0 of one seed."""
+        """How far the seeds are apart; 0 for one seed."""
         return max(self.by_seed) - min(self.by_seed)
 
 
 class Column(NamedTuple):
-    """The rows that one figure is of: of all contexts, or of one."""
+    """The rows that a figure is computed from: those of all contexts, or of one."""
 
     budget: int | str
     temperature: float
@@ -71,14 +71,14 @@ class Column(NamedTuple):
 def families_of(studies: Mapping[str, Study]) -> Families:
     """Rows by family and training seed; a drafter that was not distilled stands under every seed.
 
-    It is what each seed started from, so that it can be compared with all of them.
+    Every seed's training started from that drafter, so that it can be compared with all of them.
     """
     cells: dict[tuple[str, str, int | str, float, str | None], dict[str, dict[str, PromptRow]]] = {}
     for study in (studies[name] for name in RUNS):
         drafters = study.config.train.drafters
-        seeds = {one.name: seeds_of(one, study.config) for one in drafters}
-        every = sorted({seed for own in seeds.values() for seed in own})
-        seeds |= {one.name: every for one in drafters if one.steps == 0}
+        seeds = {drafter.name: seeds_of(drafter, study.config) for drafter in drafters}
+        every = sorted({seed for drafter_seeds in seeds.values() for seed in drafter_seeds})
+        seeds |= {drafter.name: every for drafter in drafters if drafter.steps == 0}
         for row in study.rows:
             if row.cell.gamma == GAMMA and row.counts.num_proposed:
                 key = (
@@ -116,7 +116,8 @@ def rows_of(cells: Families, name: str, dataset: str, column: Column) -> BySeed:
 
 def accepted(cells: Families, name: str, dataset: str, column: Column) -> Interval:
     """Acceptance of a family, its training seeds pooled; the interval resamples documents."""
-    rows = [row for one in rows_of(cells, name, dataset, column).values() for row in one.values()]
+    by_seed = rows_of(cells, name, dataset, column)
+    rows = [row for by_prompt in by_seed.values() for row in by_prompt.values()]
     return bootstrap_interval(
         *accepted_of_proposed(rows), samples=SAMPLES, seed=SEED, clusters=documents(rows)
     )
@@ -125,13 +126,13 @@ def accepted(cells: Families, name: str, dataset: str, column: Column) -> Interv
 def change(
     cells: Families, name: str, dataset: str, column: Column, baseline: str = "multi_view"
 ) -> Change | None:
-    """What one family is accepted more than another; None where no text is left, as where all loop."""
-    ours, theirs = (rows_of(cells, one, dataset, column) for one in (name, baseline))
+    """How much more one family is accepted than another; None where no text is left, as where all loop."""
+    ours, theirs = (rows_of(cells, family_name, dataset, column) for family_name in (name, baseline))
     return difference(ours, theirs) if any(ours.values()) else None
 
 
 def difference(ours: BySeed, theirs: BySeed) -> Change:
-    """Two families over the training seeds that both have and the prompts that all of these drafters hold.
+    """One family minus another, over the seeds that both have and the prompts that all these drafters have.
 
     Raises:
         ValueError: if they have no seed or no prompt in common.
@@ -147,10 +148,10 @@ def difference(ours: BySeed, theirs: BySeed) -> Change:
         return [accepted for accepted, _ in pairs], [proposed for _, proposed in pairs]
 
     clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]
-    pooled, *single = (
+    pooled, *singles = (
         seeded_difference(
-            counts(ours, some), counts(theirs, some), samples=SAMPLES, seed=SEED, clusters=clusters
+            counts(ours, group), counts(theirs, group), samples=SAMPLES, seed=SEED, clusters=clusters
         )
-        for some in (seeds, *([seed] for seed in seeds))
+        for group in (seeds, *([seed] for seed in seeds))
     )
-    return Change(pooled, [one.mean for one in single])
+    return Change(pooled, [single.mean for single in singles])

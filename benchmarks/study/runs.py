@@ -82,19 +82,19 @@ def manifest(folder: Path) -> Any:
 
 
 def commits(studies: Mapping[str, Study]) -> dict[str, str]:
-    """Stage → the commits of the code that made what the studies are of, "+" behind one that was changed."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for one in studies.values():
-        target = manifest(one.taught)["inputs"]["target"]
+    """Stage → the commits whose code made the studies' artifacts, with a "+" where files differed from it."""
+    by_stage: dict[str, set[str]] = defaultdict(set)
+    for run in studies.values():
+        target = manifest(run.taught)["inputs"]["target"]
         folders = {
-            "pretrain": [one.swept.parent / f"pretrain-target-{target}"],
-            "teach": [one.taught],
-            "train": one.trained,
-            "sweep": [one.swept],
+            "pretrain": [run.swept.parent / f"pretrain-target-{target}"],
+            "teach": [run.taught],
+            "train": run.trained,
+            "sweep": [run.swept],
         }
         for stage, made in folders.items():
-            found[stage] |= {commit_of(manifest(folder)["provenance"]) for folder in made}
-    return {stage: ", ".join(sorted(made)) for stage, made in found.items()}
+            by_stage[stage] |= {commit_of(manifest(folder)["provenance"]) for folder in made}
+    return {stage: ", ".join(sorted(made)) for stage, made in by_stage.items()}
 
 
 def commit_of(provenance: Mapping[str, Any]) -> str:

@@ -56,13 +56,13 @@ def best_baselines(cells: Sequence[CellRow]) -> list[CellRow]:
     for row in cells:
         cell = row.cell
         if row.speed and cell.drafter in BASELINES and not (cell.control or cell.temperature):
-            one = cell.drafter, cell.place
-            best[one] = max(best.get(one, row), row, key=speedup_of)
+            key = cell.drafter, cell.place
+            best[key] = max(best.get(key, row), row, key=speedup_of)
     return sorted(best.values(), key=lambda row: BASELINES.index(row.cell.drafter))
 
 
 def speedup_of(row: CellRow) -> float:
-    """Of a measured cell."""
+    """The mean speedup of a measured cell."""
     assert row.speed is not None, f"{row.cell} was not measured"
     return row.speed.speedup.mean
 
@@ -97,18 +97,18 @@ def baseline_words(best: Sequence[CellRow]) -> str:
 def gamma_table(cells: Sequence[CellRow]) -> str:
     gammas = sorted({c.cell.gamma for c in cells})
     places = dict.fromkeys((c.cell.dataset, c.cell.context) for c in cells)
-    found = {(c.cell.dataset, c.cell.context, c.cell.gamma): speed(c) for c in cells}
+    texts = {(c.cell.dataset, c.cell.context, c.cell.gamma): speed(c) for c in cells}
     return table(
         ["data", "context", *(f"γ = {gamma}" for gamma in gammas)],
-        [[*place, *(found.get((*place, gamma), "") for gamma in gammas)] for place in places],
+        [[*place, *(texts.get((*place, gamma), "") for gamma in gammas)] for place in places],
     )
 
 
 class EarlyStop(NamedTuple):
     """The fastest cell of a place that stops drafts early against the fastest that does not.
 
-    Both are the fastest of what was measured, so both are rather lucky. `ratio` is of their decode times over
-    the same prompts; its interval resamples documents.
+    Each is the fastest of several measured cells, so luck favours both. `ratio` is the decode time of the
+    fixed one ÷ that of the early one over the same prompts; its interval resamples documents.
     """
 
     fixed: int
@@ -121,14 +121,17 @@ def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
     for row in rows:
         lengths = times.setdefault((row.cell.dataset, row.cell.context), {})
         lengths.setdefault((row.cell.gamma, row.cell.threshold), {})[row.prompt_id] = row
-    found = {}
+    stops_by_place = {}
     for place, cells in times.items():
         seconds = {
             length: {p: sum(row.timing.decode_s) for p, row in cell.items() if row.timing}
             for length, cell in cells.items()
         }
         fixed, early = (
-            min((one for one in seconds if bool(one[1]) is stops), key=lambda one: sum(seconds[one].values()))
+            min(
+                (length for length in seconds if bool(length[1]) is stops),
+                key=lambda length: sum(seconds[length].values()),
+            )
             for stops in (False, True)
         )
         prompts = sorted(cells[fixed])
@@ -139,18 +142,22 @@ def early_stops(rows: Sequence[PromptRow]) -> dict[tuple[str, str], EarlyStop]:
             seed=SEED,
             clusters=[cells[fixed][p].document_id for p in prompts],
         )
-        found[place] = EarlyStop(fixed[0], early[0], ratio)
-    return found
+        stops_by_place[place] = EarlyStop(fixed[0], early[0], ratio)
+    return stops_by_place
 
 
 def adaptive_table(cells: Sequence[CellRow], early: Mapping[tuple[str, str], EarlyStop]) -> str:
     lengths = sorted({(c.cell.gamma, c.cell.threshold) for c in cells})
-    found = {(c.cell.dataset, c.cell.context, c.cell.gamma, c.cell.threshold): speed(c) for c in cells}
+    texts = {(c.cell.dataset, c.cell.context, c.cell.gamma, c.cell.threshold): speed(c) for c in cells}
     names = [f"γ = {g}" + (f", stop under {t:g}" if t else "") for g, t in lengths]
     return table(
         ["data", "context", *names, "best that stops ÷ best fixed"],
         [
-            [*place, *(found.get((*place, *one), "") for one in lengths), interval_text(early[place].ratio)]
+            [
+                *place,
+                *(texts.get((*place, *length), "") for length in lengths),
+                interval_text(early[place].ratio),
+            ]
             for place in early
         ],
     )
@@ -158,7 +165,7 @@ def adaptive_table(cells: Sequence[CellRow], early: Mapping[tuple[str, str], Ear
 
 def adaptive_words(early: Mapping[tuple[str, str], EarlyStop]) -> str:
     """In how many places stopping early is faster than the best fixed γ, and where intervals say so."""
-    ratios = [one.ratio for one in early.values()]
+    ratios = [stop.ratio for stop in early.values()]
     faster, clearly = sum(r.mean > 1 for r in ratios), sum(r.low > 1 for r in ratios)
     slower = sum(r.high < 1 for r in ratios)
     return (
@@ -195,7 +202,7 @@ def advice_table(grid: Study) -> str:
 
 
 def advice_words(grid: Study) -> str:
-    """How far the same cells were apart when they were measured twice with as many repeats."""
+    """How much the speedups of the same cells moved between two measurements with as many repeats."""
     raced = {row.cell: speedup_of(row) for row in grid.run_off}
     off = [abs(100 * (speedup_of(row) / raced[row.cell] - 1)) for row in grid.again if row.cell in raced]
     if not off:

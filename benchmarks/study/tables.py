@@ -21,7 +21,7 @@ from pipeline.results.summary import FamilyGain, Summary
 from pipeline.store.provenance import provenance
 from pipeline.store.rows import CellRow, PredictedRow
 
-# What is compared behind the smallest budget: the paper's loss, and the same two trained with forward KL.
+# The families compared behind the smallest budget: with the paper's loss, and with forward KL.
 PAPER, KL = ("multi_view", "full_only"), ("kl", "full_only_kl")
 OURS = "multi_view~42"
 ACCEPTED = [("full_only~42", 0.0), (OURS, 0.0), ("untrained", 1.0), ("full_only~42", 1.0), (OURS, 1.0)]
@@ -43,7 +43,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
             steps=config.train.steps,
             made=provenance(),
             commits=commits(studies),
-            tunables=f", `GLIBC_TUNABLES={told}`" if (told := os.environ.get("GLIBC_TUNABLES")) else "",
+            tunables=f", `GLIBC_TUNABLES={value}`" if (value := os.environ.get("GLIBC_TUNABLES")) else "",
             gamma=GAMMA,
             smallest=SMALLEST,
             checks=check_table(checks),
@@ -82,7 +82,7 @@ def page(studies: Mapping[str, Study], checks: Sequence[Mapping[str, object]]) -
 def same(
     families: Sequence[FamilyGain], gain: FamilyGain, prompts: str | None = None, **changes: object
 ) -> FamilyGain | None:
-    """The gain of the same cell but for what is changed."""
+    """The gain of the same cell, with these changes made to it or to the prompts."""
     wanted = gain.cell.vary(**changes), gain.baseline, prompts or gain.prompts
     return next((g for g in families if (g.cell, g.baseline, g.prompts) == wanted), None)
 
@@ -110,7 +110,7 @@ def when(temperature: float) -> str:
 
 
 def explained(families: Sequence[FamilyGain], gain: FamilyGain) -> str:
-    """The share of a gain that is there under `other_prompt`; empty where there is no clear gain."""
+    """The share of a gain that remains under `other_prompt`; empty where there is no clear gain."""
     other = same(families, gain, control="other_prompt")
     return f"{100 * other.value.mean / gain.value.mean:.0f} %" if other and gain.value.low > 0 else ""
 
@@ -124,7 +124,7 @@ def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
             same(families, gain, control="other_prompt"),
             same(families, gain, budget="full"),
         )
-        shown = [points(one.value) if one else "" for one in (gain, varied, other)]
+        shown = [points(family_gain.value) if family_gain else "" for family_gain in (gain, varied, other)]
         rows.append(
             [*gain.cell.place, when(gain.cell.temperature), *shown, explained(families, gain),
              points(other.lost) if other and other.lost else "", points(full.value) if full else "",
@@ -137,7 +137,7 @@ def headline_table(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
 
 def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str:
     """In how many places the gain is above 0 by its interval, in how many of these by Student's t too, and
-    in how many something of it needs the context."""
+    in how many part of it needs the context."""
     parts, context = [], []
     for temperature in (0.0, 1.0):
         gains = [gain for gain in headline(families, pair) if gain.cell.temperature == temperature]
@@ -147,11 +147,11 @@ def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
         parts.append(
             said + (f", in {too} of them by Student's t over the training seeds too" if clear else "")
         )
-        found = [other.lost for gain in gains if (other := same(families, gain, control="other_prompt"))]
-        lost = [one for one in found if one]
+        others = [same(families, gain, control="other_prompt") for gain in gains]
+        lost = [other.lost for other in others if other and other.lost]
         context.append(
-            f"{when(temperature)} above 0 in {sum(one.low > 0 for one in lost)} and below in "
-            f"{sum(one.high < 0 for one in lost)} of {len(lost)} places"
+            f"{when(temperature)} above 0 in {sum(interval.low > 0 for interval in lost)} and below in "
+            f"{sum(interval.high < 0 for interval in lost)} of {len(lost)} places"
         )
     return (
         f"Above 0 by the interval: {'; '.join(parts)}. What other_prompt does not explain is, by its own "
@@ -162,7 +162,7 @@ def headline_words(families: Sequence[FamilyGain], pair: tuple[str, str]) -> str
 def grid_table(grid: Study) -> str:
     """Per data set, context and budget: acceptance, and the γ with the best predicted speed.
 
-    Which texts loop is the target's: all drafters and budgets of a place have the same.
+    Which texts loop depends on the target alone: it is the same for all drafters and budgets of a place.
     """
     replayed = {key(c): c for c in grid.cells if c.mode in ("replay", "estimate") and not c.cell.control}
     measured = {key(c): c for c in grid.cells if c.mode == "measure"}
@@ -178,8 +178,8 @@ def grid_table(grid: Study) -> str:
             for drafter, temperature in ACCEPTED
         ]
         plain = replayed.get(key(best)._replace(gamma=GAMMA))
-        found = acceptance(replayed[key(best)]), interval_text(best.speedup), speed(measured.get(key(best)))
-        rows.append([*place, looping(plain), *at_four, not_looping(plain), best.cell.gamma, *found])
+        fastest = acceptance(replayed[key(best)]), interval_text(best.speedup), speed(measured.get(key(best)))
+        rows.append([*place, looping(plain), *at_four, not_looping(plain), best.cell.gamma, *fastest])
     names = [f"{drafter.partition('~')[0]}, {'T = 1' if t else 'greedy'}" for drafter, t in ACCEPTED]
     head = ["data", "context", "B", "looping", *names, "multi_view, greedy, without looping texts", "best γ",
             "acceptance", "predicted speedup", "measured"]  # fmt: skip
@@ -200,7 +200,7 @@ def context_table(summary: Summary) -> str:
     """Acceptance with the real prefix minus that with another document's at the same positions."""
     budgets: tuple[Budget, ...] = (SMALLEST, "full")
     wanted = list(product(("full_only~42", OURS), (0.0, 1.0), budgets))
-    found = {
+    gaps = {
         (gap.cell.dataset, gap.cell.context, gap.cell.drafter, gap.cell.temperature, gap.cell.budget): gap
         for gap in summary.controls
         if gap.cell.control == "other_prompt" and gap.cell.gamma == GAMMA
@@ -209,11 +209,11 @@ def context_table(summary: Summary) -> str:
         f"{drafter.partition('~')[0]}, B = {budget}, {'T = 1' if t else 'greedy'}"
         for drafter, t, budget in wanted
     ]
-    places = dict.fromkeys(place[:2] for place in found)
+    places = dict.fromkeys(place[:2] for place in gaps)
     return table(
         ["data", "context", *heads],
         [
-            [*p, *(points(found[*p, *cell].value) if (*p, *cell) in found else "" for cell in wanted)]
+            [*p, *(points(gaps[*p, *cell].value) if (*p, *cell) in gaps else "" for cell in wanted)]
             for p in places
         ],
     )
@@ -236,10 +236,10 @@ def prediction_table(grid: Study) -> str:
 
 
 def prediction_words(grid: Study) -> str:
-    """How far predicted speedups are from measured ones, each over the prompts that it is of."""
+    """How far predicted speedups are from measured ones, each over its own prompts."""
     measured = {c.cell: c.speed.speedup.mean for c in grid.cells if c.speed}
     pairs = [(row.speedup.mean, measured.get(row.cell)) for row in grid.predicted]
-    off = [100 * (predicted / found - 1) for predicted, found in pairs if found]
+    off = [100 * (predicted / actual - 1) for predicted, actual in pairs if actual]
     return (
         f"Of the same {len(off)} cells, predicted speedups (over all prompts, against a predicted time of "
         f"autoregressive decoding) are {median(off):+.1f} % off the measured ones (over fewer prompts) in "
