@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from pipeline.errors import BadData
 from pipeline.observe import logs
 from pipeline.observe.events import ModelInTraining, Training, tell
 
@@ -17,11 +19,27 @@ log = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file; a torn last line, left by a kill, is ignored."""
+    """The rows of a metrics file; a torn last line, left by a kill, is ignored.
+
+    Raises:
+        BadData: if another line is no JSON object of numbers with an integer `step`.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [numbers_of(json.loads(line)) for line in lines[:-1]]
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"{path} is damaged ({error}): delete {path.parent} and run again") from None
+
+
+def numbers_of(row: Any) -> dict[str, float]:
+    """A row of a metrics file; raises ValueError for any other JSON."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("a line is no object with an integer `step`")
+    if wrong := [name for name, value in row.items() if type(value) not in (int, float)]:
+        raise ValueError(f"{wrong[0]} is no number")
+    return row
 
 
 @contextmanager

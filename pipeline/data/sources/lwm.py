@@ -78,7 +78,7 @@ def features(table: Table) -> Features:
 
         try:
             nested = "document" in read_schema(table.path).names
-        except ArrowException as error:
+        except (ArrowException, OSError) as error:
             raise BadData(f"{table.path} cannot be read as parquet: {error}") from error
     else:
         nested = True
