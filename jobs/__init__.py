@@ -7,11 +7,11 @@
     mlflow_address.py  where MLflow is, and what is wrong with an address
     tracking/   MLflow's mirror of a run
     registry/   versions of drafters in MLflow's registry, the champion, the gate before it
-    plan/       `budgetdraft plan`: what a config will take here
+    plan/       `budgetdraft plan`: the memory, disk and hours that a config will need on this machine
     commands/   what the other commands do: doctor, submit, artifacts, recommend, generate
 
-Importing this package sets the environment that those libraries read when they are imported; a value that
-the user has set stands. It also holds the one way in which SIGTERM ends a process.
+Importing this package sets environment variables that these libraries read on import; a value that the user
+has set stands. The package also defines how SIGTERM ends a process.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from types import FrameType
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray Train waits this long between looks at its workers; every report of a checkpoint pays for it.
+    # Ray Train's pause between two checks of its workers; it delays every report of a checkpoint.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints every line of a worker twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line of a worker twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning for every task that asks for no GPU
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
@@ -39,14 +39,14 @@ for _name, _value in ENVIRONMENT.items():
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. A kind of interrupt, so that whatever cleans up after Ctrl-C cleans up after this."""
+    """SIGTERM arrived. A KeyboardInterrupt, so that code that cleans up after Ctrl-C also cleans up here."""
 
 
 _received: set[int] = set()
 
 
 def raise_on_sigterm() -> None:
-    """Make SIGTERM raise `Terminated`. To be called again after `ray.init`, which takes the signal."""
+    """Make SIGTERM raise `Terminated`. Call it again after `ray.init`, which sets a handler of its own."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         _received.add(signum)
@@ -56,5 +56,5 @@ def raise_on_sigterm() -> None:
 
 
 def was_terminated() -> bool:
-    """Whether SIGTERM arrived. Ray turns what a signal raises during its calls into a plain interrupt."""
+    """Whether SIGTERM arrived. Ray turns a `Terminated` raised during its calls into a plain interrupt."""
     return signal.SIGTERM in _received

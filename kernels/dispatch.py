@@ -1,8 +1,8 @@
 """The one way to the kernels: `triton` or `torch`, chosen by config and device, logged once.
 
-A process makes its choice with `choose`, as `run.kernels` has it, before it loads a model. What decoding runs
-in a step are torch operators of their own: a compiled step contains them whole, and a captured CUDA graph
-replays them.
+A process makes its choice with `choose`, as `run.kernels` has it, before it loads a model. The kernels of a
+decoding step are registered as torch operators: a compiled step contains them whole, and a captured CUDA
+graph replays them.
 
 `torch` is not a degraded mode: on a CPU it is the only one, and for `verify_attention` it is
 `scaled_dot_product_attention` over the whole buffer with a mask, which the caller makes once for all layers.
@@ -33,7 +33,7 @@ _choice: Choice = "auto"
 
 
 def choose(choice: Choice) -> None:
-    """From now on in this process: `auto` is triton on CUDA and torch elsewhere."""
+    """Choose for this process, from now on: `auto` is triton on CUDA and torch elsewhere."""
     global _choice
     _choice = choice
 
@@ -131,7 +131,7 @@ def rejection_accept(
     return _rejection_accept(draft_BT, q_BTV, p_BT1V, uniforms_BT1, lengths_B)
 
 
-# ── operators: what a compiler sees of a Triton kernel is its shapes ──────────────────────────────────
+# ── operators: of a Triton kernel, a compiler sees only the shapes ───────────────────────────────────
 
 
 @torch.library.custom_op("budgetdraft::verify_attention", mutates_args=())

@@ -17,8 +17,9 @@ SCRATCH_BYTES = 256 * 2**20
 def tile_shape(T: int, V: int, H: int) -> tuple[int, int]:
     """Positions and vocabulary entries of a tile, such that all its temporaries fit in SCRATCH_BYTES.
 
-    Half is for up to four fp32 rows of width H a vocabulary entry, half for two such rows and up to three
-    values a vocabulary entry (∂z or logits, its type's copy, and that one's transposed cast) a position.
+    Half of the bytes is for up to four fp32 rows of width H per vocabulary entry. Half is for two such rows
+    per position and, per position and vocabulary entry, up to three values: ∂z or the logit, its copy in the
+    inputs' type, and the transposed cast of that copy.
     """
     tile_V = min(V, 16384, max(128, SCRATCH_BYTES // (32 * H) // 128 * 128))
     tile_T = min(T, max(16, SCRATCH_BYTES // (16 * H + 24 * tile_V) // 16 * 16))

@@ -1,7 +1,7 @@
-"""The one coordinate of a sweep: a cell, with its view and its place, and the order of their values.
+"""The coordinates of a sweep: a cell, with its view and its place, and the order of their values.
 
-Rows hold a `Cell`; whoever asks for part of it takes its `place` or its `view`. What is at its default is so
-in every sweep that does not name it, and in rows that were written before there was such a field.
+Rows hold a `Cell`; code that needs a part of it takes its `place` or its `view`. A field has its default in
+every sweep that does not name the field, and in rows that were written before the field existed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def budget_text(budget: Budget) -> str:
 
 
 class Place(NamedTuple):
-    """Where cells compare with one another: a data set at a context."""
+    """A data set at a context: cells are compared with one another within a place."""
 
     dataset: str
     context: str
@@ -62,7 +62,7 @@ class View:
         control: `other_prompt` has the kept entries of another document in their place, `no_prefix` has none.
         sinks: S of a window; None where the policy has no such choice.
         refresh: after how many rounds the entries are chosen again; None is never.
-        positions: where kept entries are taken to stand.
+        positions: which positions the kept entries are given.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
@@ -76,9 +76,9 @@ class View:
 
     @property
     def kept(self) -> View:
-        """The same entries under one name: every policy keeps all of "full", and nothing of 0.
+        """The view named by its entries alone: at "full" every policy keeps all of them, at 0 none.
 
-        Whose entries they are, a `control` says, so it is not in it.
+        `control` is left out: it says whose entries they are, not which.
         """
         if self.budget == "full":
             return FULL
@@ -100,11 +100,11 @@ class Cell:
     Args:
         drafter: a trained drafter by variant and training seed, or a baseline.
         gamma: γ, `num_draft_tokens`.
-        threshold: drafting stops behind a proposal of which the drafter is less sure; 0 always drafts γ.
+        threshold: drafting stops behind a proposal with less confidence than this; 0 always drafts γ tokens.
         temperature: 0 is greedy.
         seed: of sampling.
-        kind: what sort of model drafts; a baseline is its own. The drafter's name decides it, so it tells no
-            cells apart.
+        kind: what sort of model drafts; a baseline is a kind of its own. The drafter's name decides the kind,
+            so cells are not compared by it.
         rule: `exact` is lossless; `dropmatch` is not.
     """
 
@@ -122,7 +122,7 @@ class Cell:
     rule: AcceptanceRule = "exact"
 
     def vary(self, **changes: Any) -> Cell:
-        """The cell with other values, those of its view named as its own are."""
+        """A copy with other values; a field of the view is named like a field of the cell."""
         in_view = {name: changes.pop(name) for name in _VIEW & changes.keys()}
         changes.setdefault("view", self.view)
         return replace(self, **changes | {"view": replace(changes["view"], **in_view)})
@@ -144,4 +144,4 @@ class Cell:
         return self.view.control
 
 
-_VIEW = frozenset(one.name for one in fields(View))
+_VIEW = frozenset(part.name for part in fields(View))

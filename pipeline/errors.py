@@ -5,9 +5,34 @@ from __future__ import annotations
 import errno
 import re
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-# As libraries say it that lose the number: safetensors, torch, Ray's workers; sqlite.
-FULL_TEXTS = ("No space left on device", "database or disk is full", "Disk quota exceeded")
+# What can befall a storage while a run uses it: the errors' numbers, and how libraries say it that lose the
+# number (safetensors, torch, Ray's workers; sqlite); and what to do.
+DISK_TROUBLES = (
+    (
+        "a disk is full",
+        (errno.ENOSPC, errno.EDQUOT),
+        ("No space left on device", "database or disk is full", "Disk quota exceeded"),
+        "Free some space there (`budgetdraft artifacts` shows what nothing needs)",
+    ),
+    (
+        "a file system can only be read",
+        (errno.EROFS,),
+        ("Read-only file system", "attempt to write a readonly database"),
+        "Mount it for writing again, after a look at the machine's log",
+    ),
+    (
+        "a file system has no locks",
+        (errno.ENOLCK, errno.EOPNOTSUPP),
+        ("No locks available",),
+        "Mount it with locks, which keep two runs from doing the same work, or set another storage",
+    ),
+    (
+        "a disk does not answer as it should",
+        (errno.EIO, errno.ESTALE),
+        ("Input/output error", "disk I/O error", "Stale file handle"),
+        "Look at the disk, or at the mount",
+    ),
+)
 
 
 class BadData(ValueError):
@@ -22,15 +47,16 @@ class NotFinite(ArithmeticError):
     """Logits, a loss or a gradient are NaN or infinite. The text says whose, and where."""
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a disk is full."""
+def disk_trouble(error: BaseException | None) -> tuple[str, str] | None:
+    """What an error, or one that it came from, says of a disk, and what to do; None for other errors."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return True
-        if any(text in str(error) for text in FULL_TEXTS):
-            return True
+        for trouble, numbers, texts, advice in DISK_TROUBLES:
+            if isinstance(error, OSError) and error.errno in numbers:
+                return trouble, advice
+            if any(text in str(error) for text in texts):
+                return trouble, advice
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 class ConfigError(ValueError):

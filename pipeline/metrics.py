@@ -1,7 +1,7 @@
 """Every metric of decoding, defined once: rounds, counts, acceptance, τ, repetition. numpy only.
 
 Rates are pooled: the sum of the numerators over the sum of the denominators, never a mean of ratios, so a
-prompt weighs as much as the draft tokens it saw. How sure a rate is, `intervals.py` says.
+prompt weighs as much as the draft tokens it saw. Their confidence intervals are in `intervals.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Number = int | float
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One draft → verify → accept cycle, as it was decoded or as replay knows that it would be.
+    """One draft → verify → accept cycle, as it was decoded or as replay derives it.
 
-    `tokens` are the emitted ones: the accepted proposals, then the target's own. `proposed` is None where
-    replay cannot know how many proposals followed a wrong one.
+    `tokens` are the emitted tokens: the accepted proposals, then the target's own token. `proposed` is None
+    where replay cannot know how many proposals followed a wrong one.
     """
 
     tokens: tuple[int, ...]
@@ -39,17 +39,18 @@ def counted_proposals(drafted: int, allowed: int, emitted: int, ended: bool) -> 
         drafted: proposals that were drafted.
         allowed: tokens that the text may still get; proposals beyond them are not verified.
         emitted: tokens that the round gave.
-        ended: the last of them is EOS: what was proposed behind it counts neither as proposed nor accepted.
+        ended: whether the last of these is EOS. Proposals behind it count neither as proposed nor accepted.
     """
     return min(drafted, allowed, emitted) if ended else min(drafted, allowed)
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What rounds add up to. The token that the prefill gives is in none of them.
+    """Sums over rounds. The token that the prefill gives is not counted.
 
-    `reached[i]` rounds got as far as draft position i, which counts from 0, and `kept[i]` of them accepted
-    it. Estimates are not whole numbers; `num_proposed` is None where replay cannot know it.
+    `reached[i]` is the number of rounds that got as far as draft position i (from 0), `kept[i]` the number
+    of these that accepted it. Estimated counts are not whole numbers; `num_proposed` is None where replay
+    cannot know it.
     """
 
     num_tokens: int
@@ -63,30 +64,32 @@ class Counts:
     def of(rounds: Sequence[Round], gamma: int) -> Counts:
         """Add up rounds of at most `gamma` proposals each."""
         reached, kept = [0] * gamma, [0] * gamma
-        for one in rounds:
-            fewest = one.accepted + 1 if one.proposed is None else min(one.accepted + 1, one.proposed)
+        for round_ in rounds:
+            fewest = round_.accepted + 1
+            if round_.proposed is not None:
+                fewest = min(fewest, round_.proposed)
             for position in range(fewest):
                 reached[position] += 1
-                kept[position] += position < one.accepted
+                kept[position] += position < round_.accepted
         return Counts(
-            num_tokens=sum(one.emitted for one in rounds),
+            num_tokens=sum(round_.emitted for round_ in rounds),
             num_rounds=len(rounds),
-            num_proposed=sum_of_known(one.proposed for one in rounds),
-            num_accepted=sum(one.accepted for one in rounds),
+            num_proposed=sum_of_known(round_.proposed for round_ in rounds),
+            num_accepted=sum(round_.accepted for round_ in rounds),
             reached=tuple(reached),
             kept=tuple(kept),
         )
 
     @staticmethod
     def pooled(counts: Sequence[Counts]) -> Counts:
-        """The sum of several of one γ."""
-        positions = [(one.reached, one.kept) for one in counts]
+        """The sum of several counts, all of the same γ."""
+        positions = [(part.reached, part.kept) for part in counts]
         reached, kept = np.array(positions).sum(0).tolist() if positions else ((), ())
         return Counts(
-            num_tokens=sum(one.num_tokens for one in counts),
-            num_rounds=sum(one.num_rounds for one in counts),
-            num_proposed=sum_of_known(one.num_proposed for one in counts),
-            num_accepted=sum(one.num_accepted for one in counts),
+            num_tokens=sum(part.num_tokens for part in counts),
+            num_rounds=sum(part.num_rounds for part in counts),
+            num_proposed=sum_of_known(part.num_proposed for part in counts),
+            num_accepted=sum(part.num_accepted for part in counts),
             reached=tuple(reached),
             kept=tuple(kept),
         )
@@ -98,12 +101,12 @@ class Counts:
 
     @property
     def tau(self) -> float:
-        """τ, mean tokens per round: emitted tokens ÷ rounds, the target's own token of each included."""
+        """τ, mean tokens per round: emitted tokens ÷ rounds, with the target's own token of each round."""
         return self.num_tokens / self.num_rounds
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """Acceptance at each draft position that a round reached, among the rounds that did."""
+        """Acceptance at each draft position, among the rounds that reached it; up to the last one reached."""
         reached, kept = np.array(self.reached, dtype=np.float64), np.array(self.kept, dtype=np.float64)
         seen = int(np.count_nonzero(reached))
         assert np.all(reached[:seen] > 0), "a draft position was reached without the one before it"

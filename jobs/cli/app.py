@@ -89,7 +89,7 @@ StorageOption = Annotated[
 
 
 class _StageFormatter(logging.Formatter):
-    """`12:30:05 train  text` for our loggers, by file, the full name for others; warnings say so."""
+    """`12:30:05 train  text`: the file's name for our loggers, the full name for others; warnings say so."""
 
     def format(self, record: logging.LogRecord) -> str:
         package, *rooms = record.name.split(".")
@@ -109,6 +109,6 @@ def set_up_logging() -> None:
 
 def load(path: Path, overrides: list[str] | None, executor: str | None, storage: str | None) -> Config:
     short = {"run.executor": executor, "storage": storage}
-    # JSON text is YAML that stays text whatever is in it.
+    # As JSON, which YAML reads as the same text, whatever is in it.
     given = [f"{field}={json.dumps(value)}" for field, value in short.items() if value is not None]
     return load_config(path, [*(overrides or []), *given])

@@ -11,6 +11,7 @@ from jobs.cli.app import ConfigPath, ExecutorOption, Overrides, StorageOption, a
 from jobs.commands.doctor import check_name_clash
 from jobs.commands.doctor import doctor as run_doctor
 from pipeline.config.files import dump_config
+from pipeline.store.storage import storage_folder
 
 
 @app.command("artifacts", short_help="What a storage holds, and who uses it; removes what nothing needs.")
@@ -30,7 +31,7 @@ def list_artifacts(
     """List every artifact: state, size, age, who uses it; with --remove delete what nothing needs."""
     from jobs.commands.artifacts import artifacts
 
-    artifacts(storage, remove, dry_run, older_than_days, as_json)
+    artifacts(storage_folder(str(storage)), remove, dry_run, older_than_days, as_json)
 
 
 @app.command("status", short_help="What a run has done, does and failed at, and how long it will take.")
@@ -50,7 +51,7 @@ def show_run(
     """What a run has done, does and failed at, and how long it will take; exit code 3 if there is none."""
     from jobs.records.status import show_status
 
-    typer.echo(show_status(storage, run, as_json))
+    typer.echo(show_status(storage_folder(str(storage)), run, as_json))
 
 
 @app.command("config", short_help="Print the resolved config as YAML.")

@@ -29,7 +29,7 @@ def _add_stage(name: str, until: StageName, help_text: str) -> None:
 
 
 Command = Literal["run", "prepare", "teach", "train", "sweep", "report"]
-# Command → the stage up to which it runs, and its help; `pretrain` is no end of its own.
+# Command → the last stage that it runs, and its help; stage pretrain has no command.
 COMMANDS: dict[Command, tuple[StageName, str]] = {
     "run": (STAGES[-1], "Run all stages; what is complete is reused."),
     "prepare": ("prepare", "Read the data: packed sequences and evaluation prompts."),

@@ -92,7 +92,7 @@ def _read_prompt(file: Path | None) -> str:
     name = str(file) if file else "standard input"
     data = file.read_bytes() if file else sys.stdin.buffer.read()
     try:
-        prompt = data.decode("utf-8")
+        prompt = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadData(f"the prompt in {name} is not UTF-8 text: {error}") from None
     if not prompt.strip():

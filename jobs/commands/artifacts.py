@@ -1,9 +1,9 @@
 """What a storage folder holds, who uses it, and the removal of what nothing needs.
 
 An artifact is needed if a finished report is made from it, directly or through others: manifests name the
-fingerprints of their inputs. So is one that was worked on after the last report: its own may be to come.
-Where that cannot be told, because a run lives or a manifest that matters is missing or damaged, nothing that
-is complete is removed.
+fingerprints of their inputs. An artifact that was worked on after the last report is needed too: its report
+may be still to come. If a run is alive, or a manifest that matters is missing or damaged, it is uncertain
+what is needed, and no complete artifact is removed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.units import decimal_size
 
 NAME = re.compile(r"(?P<stage>.+)-(?P<fingerprint>[0-9a-f]{12})")
 COMPLETE, UNFINISHED, DAMAGED, IN_USE = "complete", "unfinished", "damaged", "in use"
-# Kept beside the artifacts; told, never removed.
+# Kept beside the artifacts; listed, never removed.
 BESIDE = (".ray_train", "mlartifacts", "mlflow.db", RECORDS)
 TRASH = ".trash-"
 DAY_S = 86_400
@@ -56,7 +56,7 @@ def list_artifacts(storage: Path) -> list[Stored]:
         BadData: if the folder is no storage.
     """
     if not storage.is_dir():
-        raise BadData(f"there is no folder {storage}")
+        raise BadData(f"there is no folder {storage}: name the folder that a config calls storage")
     folders = {
         path: match for path in storage.iterdir() if (match := NAME.fullmatch(path.name)) and _own(path)
     }
@@ -112,7 +112,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _held(artifact: Artifact) -> bool:
-    # A storage that was never written to since has no lock files, and need not be writable to be listed.
+    # Without a lock file no run holds it; taking the lock would make one, and the storage may be read-only.
     if not (artifact.path.parent / LOCKS / f"{artifact.path.name}.lock").exists():
         return False
     try:
@@ -136,8 +136,8 @@ def _measure(path: Path) -> tuple[int, float]:
 
 
 def _mark_needed(listed: list[Stored]) -> None:
-    """From every report down, and from what is younger than all of them, unfinished work too. A damaged
-    report is one that a rerun mends, so it counts."""
+    """Mark every report, everything younger than all reports, unfinished work too, and what these are made
+    from. A damaged report counts, since a rerun mends it."""
     by_fingerprint = {stored.fingerprint: stored for stored in listed}
     waiting = [stored for stored in listed if stored.stage == "report" and stored.state != UNFINISHED]
     last = min((stored.age_s for stored in waiting), default=float("inf"))
@@ -150,7 +150,7 @@ def _mark_needed(listed: list[Stored]) -> None:
 
 
 def unsure(storage: Path, listed: Sequence[Stored]) -> list[str]:
-    """Names of runs that live, and of artifacts that matter: what they use, no manifest tells yet."""
+    """Names of runs that are alive, and of artifacts whose inputs matter but are in no manifest yet."""
     records = storage / RECORDS
     runs = [record.name for record in sorted(records.iterdir()) if lives(record)] if records.is_dir() else []
     held = [
@@ -162,8 +162,8 @@ def unsure(storage: Path, listed: Sequence[Stored]) -> list[str]:
 
 
 def removable(listed: Sequence[Stored], older_than_days: float, sure: bool) -> list[Stored]:
-    """What nothing needs and no run works on, and that has not changed for so many days; where it is not sure
-    what is needed, only of the unfinished."""
+    """Artifacts that nothing needs, no run works on and nothing changed for `older_than_days`; complete ones
+    only if it is `sure` what is needed."""
     kept = (IN_USE,) if sure else (IN_USE, COMPLETE)
     return [
         stored
@@ -204,7 +204,7 @@ def artifacts(
     if dry_run and not remove_unneeded:
         raise ConfigError("--dry-run goes with --remove: without it nothing is removed anyway")
     listed = list_artifacts(storage)
-    beside = {
+    other_sizes = {
         path.name: _measure(path)[0]
         for path in sorted(storage.iterdir())
         if path.name in BESIDE or path.name.startswith(TRASH)
@@ -214,13 +214,13 @@ def artifacts(
     if remove_unneeded and not dry_run:
         going = remove(storage, going)
     verb = ("would remove" if dry_run else "removed") if remove_unneeded else None
-    listing = Listing(listed, beside, going, doubts, verb)
+    listing = Listing(listed, other_sizes, going, doubts, verb)
     print(json.dumps(listing.document(), indent=2) if as_json else "\n".join(listing.lines()))
 
 
 @dataclass
 class Listing:
-    """What the command says: artifacts, bytes of what lies beside them, what goes, and why not more."""
+    """The command's output: artifacts, bytes of what lies beside them, what goes, and why not more."""
 
     listed: list[Stored]
     beside: dict[str, int]

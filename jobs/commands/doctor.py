@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.models import PretrainedModel
+from jobs.commands.surroundings import Check, ray, storage, tracking
+from pipeline.config.models import PretrainedModel, Role
 from pipeline.config.schema import Config
-from pipeline.errors import BadData, ConfigError, hide_credentials
+from pipeline.errors import BadData, ConfigError
 
 DISTRIBUTION = "budgetdraft"
-LOW_SPACE_GB = 10.0
-NO_SPACE_GB = 1.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the table. `text` says what was found and, unless ok, what to do."""
-
-    status: Literal["ok", "warn", "fail"]
-    name: str
-    text: str
 
 
 def check_name_clash() -> None:
@@ -57,16 +44,16 @@ def _checks(config: Config | None) -> Iterator[Check]:
     yield clash
     yield from _devices(config)
     if config is None:
-        yield Check("ok", "config", "none given: storage, tracking, data and models are not checked")
+        yield Check("ok", "config", "none given: storage, tracking, Ray, data and models are not checked")
         return
-    yield from _storage(config)
-    yield _tracking(config)
-    if clash.status == "ok":  # reading data imports transformers
+    yield from storage(config)
+    yield tracking(config)
+    yield ray(config)
+    if clash.status == "ok":  # these import transformers
         yield from _sources(config)
-    for role, model in (("target", config.target), ("drafter", config.drafter)):
-        if isinstance(model, PretrainedModel):
-            yield _model(role, model)
-    yield _deepspeed(config)
+        for role in config.models:
+            yield from _model(config, role)
+        yield _deepspeed(config)
     yield _compiler(config)
 
 
@@ -125,40 +112,6 @@ def _devices(config: Config | None) -> Iterator[Check]:
         yield Check("fail" if needed else "ok", "cuda", text)
 
 
-def _storage(config: Config) -> Iterator[Check]:
-    from pipeline.store.files import write_text
-
-    folder = Path(config.storage).expanduser()
-    probe = folder / f".doctor-{os.getpid()}"
-    try:
-        write_text(probe, "written, synced and renamed\n")
-        probe.unlink()
-    except OSError as error:
-        yield Check("fail", "storage", f"{folder.resolve()} cannot be written: {error}; set storage=PATH")
-        return
-    yield Check("ok", "storage", f"{folder.resolve()} can be written")
-    free = shutil.disk_usage(folder).free / 1e9
-    status: Literal["ok", "warn", "fail"] = "ok" if free >= LOW_SPACE_GB else "warn"
-    hint = "" if status == "ok" else "; labels and checkpoints may need more: free some, or set storage=PATH"
-    yield Check("fail" if free < NO_SPACE_GB else status, "free space", f"{free:.1f} GB{hint}")
-    joins = config.run.executor == "ray" and config.run.ray_address not in (None, "local")
-    if joins and not folder.is_absolute():
-        yield Check("warn", "storage", "is relative: on a cluster give an absolute path that all nodes share")
-
-
-def _tracking(config: Config) -> Check:
-    if not config.tracking.enabled:
-        return Check("ok", "tracking", "off (tracking.enabled: false)")
-    from jobs.mlflow_address import tracking_problem, tracking_uri
-
-    uri = tracking_uri(config)
-    problem = tracking_problem(uri)
-    shown = hide_credentials(uri)
-    if problem:
-        return Check("fail", "tracking", f"{shown}: {problem}; or set tracking.enabled=false")
-    return Check("ok", "tracking", shown)
-
-
 def _sources(config: Config) -> Iterator[Check]:
     from pipeline.data.sources.registry import make_readers
 
@@ -166,11 +119,11 @@ def _sources(config: Config) -> Iterator[Check]:
         from jobs.stages.prepare import prepared_elsewhere
 
         try:
-            found = prepared_elsewhere(config, Path(config.data.prepared))
+            artifact = prepared_elsewhere(config, Path(config.data.prepared))
         except BadData as error:
             yield Check("fail", "data", str(error))
         else:
-            yield Check("ok", "data", f"{found.path}, prepared elsewhere")
+            yield Check("ok", "data", f"{artifact.path}, prepared elsewhere")
         return
     try:
         readers = make_readers(config.data, config.seed)
@@ -190,13 +143,26 @@ def _sources(config: Config) -> Iterator[Check]:
             yield Check("ok", f"data {name}", f"{path or 'local files'}, {len(shards)} shards")
 
 
-def _model(role: str, model: PretrainedModel) -> Check:
+def _model(config: Config, role: Role) -> Iterator[Check]:
+    """Whether a model is there and can be run; a model to be trained has a line only where it cannot."""
+    from pipeline.models.check import check_role
+
+    model = config.models[role]
+    place = _place(role, model) if isinstance(model, PretrainedModel) else None
+    if place is None or place.status != "fail":
+        try:
+            check_role(config, role)
+        except BadData as error:
+            place = Check("fail", role, str(error))
+    if place:
+        yield place
+
+
+def _place(role: Role, model: PretrainedModel) -> Check:
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
             return Check("fail", role, f"{folder} has no config.json: it is not a Hugging Face model folder")
-        if not any(folder.glob("*.safetensors")):
-            return Check("fail", role, f"{folder} has no .safetensors: run `budgetdraft convert` on it first")
         return Check("ok", role, str(folder))
     if not model.may_be_on_hub:
         return Check("fail", role, f"{role}.path = {model.path}: there is no such folder")
@@ -209,14 +175,14 @@ def _compiler(config: Config) -> Check:
         return Check("ok", "compiler", "not needed (decode.compile: none)")
     from pipeline.decode.runner import cpp_compiler
 
-    found = cpp_compiler()
-    if found is None:
+    compiler = cpp_compiler()
+    if compiler is None:
         return Check("fail", "compiler", "inductor needs a C++ compiler: install g++, or decode.compile=none")
-    return Check("ok", "compiler", f"{found}, for decode.compile: {config.decode.compile}")
+    return Check("ok", "compiler", f"{compiler}, for decode.compile: {config.decode.compile}")
 
 
 def _hub(name: str, repository: str, kind: Literal["dataset", "model"]) -> Check:
-    """Whether the hub has it for who is logged in here, or whether something of it was downloaded before."""
+    """Whether the user here can reach a repository on the hub, or has downloaded something of it before."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -237,20 +203,19 @@ def _hub(name: str, repository: str, kind: Literal["dataset", "model"]) -> Check
                 "warn", name, f"{repository}: not public or misspelt; `hf auth login` helps if gated"
             )
         return Check("fail", name, f"{constants.ENDPOINT} answers {code}; try again later, or {advice}")
-    except (HTTPError, OSError) as error:  # the first is of the client that the library uses
+    except (HTTPError, OSError) as error:  # HTTPError is of the HTTP client that the library uses
         return Check("fail", name, f"{constants.ENDPOINT} is out of reach ({error}); {advice}")
     return Check("ok", name, f"{repository}, on the hub")
 
 
 def _deepspeed(config: Config) -> Check:
-    file = Path(config.train.deepspeed)
     if config.run.executor == "inline":
         return Check("ok", "deepspeed", "not used by --executor inline")
+    from jobs.executors.ray_train import read_settings
+
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return Check("fail", "deepspeed", f"train.deepspeed = {file} cannot be read: {error}")
-    if not isinstance(settings, dict):
-        return Check("fail", "deepspeed", f"train.deepspeed = {file} must hold a JSON object")
+        settings = read_settings(config.train.deepspeed)
+    except BadData as error:
+        return Check("fail", "deepspeed", str(error))
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    return Check("ok", "deepspeed", f"{file}, ZeRO stage {stage}")
+    return Check("ok", "deepspeed", f"{config.train.deepspeed}, ZeRO stage {stage}")

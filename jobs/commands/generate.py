@@ -53,7 +53,7 @@ def generate(
     bench, chance = reading.bench, Chance(temperature, seed)
 
     # Streamed first, which also warms up; the timed runs print nothing. A token may hold part of a
-    # character: what the whole text has gained is printed, but for an unfinished character at its end.
+    # character, so the whole text is decoded, and its new end printed without an unfinished character.
     shown, text = 0, ""
     for (written,) in reading.stream(chance):
         text = pair.tokenizer.decode(written, skip_special_tokens=True)

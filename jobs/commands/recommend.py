@@ -46,7 +46,11 @@ def advise(
     sizes = {model.name: model for model in summary.models}
     cells = read_rows(folder / CELLS, CellRow)
     ranked = choices(cells, read_rows(folder / RUN_OFF, CellRow), read_rows(folder / AGAIN, CellRow))
-    here = {p: found for p, found in ranked.items() if p.context == context and dataset in (None, p.dataset)}
+    here = {
+        place: ranking
+        for place, ranking in ranked.items()
+        if place.context == context and dataset in (None, place.dataset)
+    }
     if not here:
         raise BadData(f"{folder} has no measured speed at {context}{why_none(cells, context, dataset)}")
     needs = Needs(
@@ -72,7 +76,7 @@ def advise(
     yield "Memory is that of weights and KV: working memory (activations, logits) is not in it."
     if concurrency > 1:
         yield f"It is that of {concurrency} texts at once."
-    together = max(choice.prompts_together for found in here.values() for choice in found)
+    together = max(choice.prompts_together for ranking in here.values() for choice in ranking)
     if together > 1:
         yield f"Speeds were taken of up to {together} prompts decoded together."
     elif concurrency > 1:
@@ -99,7 +103,7 @@ def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str
 
 
 def summary_of(folder: Path) -> Summary:
-    """Raises BadData if the folder is not a report, or one that is cut off or of another version."""
+    """A report folder's summary. Raises BadData if the report is missing, cut off or of another version."""
     missing = [name for name in (SUMMARY, CELLS, RUN_OFF, AGAIN) if not (folder / name).exists()]
     if missing:
         raise BadData(f"{folder} holds no {missing[0]}: name a report folder, such as runs/report-…")
@@ -107,8 +111,8 @@ def summary_of(folder: Path) -> Summary:
 
 
 def context_name(summary: Summary, tokens: int) -> str:
-    """The context of the results that stands for so many prompt tokens: the shortest that is not more than a
-    tenth below.
+    """The context of the results that stands for `tokens` prompt tokens: the shortest one that is at most a
+    tenth shorter.
 
     Raises:
         BadData: if there is none.

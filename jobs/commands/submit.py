@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import http.client
 import json
 import logging
 import os
 import shlex
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +30,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
-# Beside what .gitignore, .rayignore and Ray itself leave out.
+# In addition to what .gitignore, .rayignore and Ray itself leave out.
 EXCLUDES = ("/.git/", "/.venv/", "/runs/")
 POLL_S = 0.5
-STARTING = "No available agent"  # what the server of a head answers whose own agent is not up yet
+STARTING = "No available agent"  # answer of a head's server while its agent is not up yet
 STARTING_S = 60.0
+ANSWER_S = 20.0
 GIGABYTE = 10**9
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, and what its own process asks for: CPUs, and GB (10^9 bytes) of memory.
+    """What a job runs, and what its own process asks for: CPUs, and GB (10^9 bytes) of memory.
 
     `arguments` are overrides and options as given. `stop_wait_s` are the seconds between SIGTERM and SIGKILL
     when the job is stopped, for a last checkpoint.
@@ -52,7 +55,7 @@ class Job:
     stop_wait_s: int = 120
 
     def entry_point(self, folder: Path) -> str:
-        """The job's shell command, from arguments that no shell changes.
+        """The job's shell command, quoted so that no shell changes its arguments.
 
         Args:
             folder: the working directory that travels with the job; the config must lie in it.
@@ -104,6 +107,7 @@ def connect(address: str) -> JobSubmissionClient:
         raise ConfigError(
             f"--address {address}: the dashboard's address is asked for, as http://127.0.0.1:8265"
         )
+    check_answer(address)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -127,6 +131,18 @@ def connect(address: str) -> JobSubmissionClient:
         ) from None
 
 
+def check_answer(address: str) -> None:
+    """Raise ConfigError where an address is silent. Ray's client judges every answer, and waits for ever."""
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_S).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            raise ConfigError(
+                f"{address} says nothing for {ANSWER_S:g} s: start a head, or set --address or {ADDRESS} to "
+                "the address of its dashboard, as http://127.0.0.1:8265"
+            ) from None
+
+
 def check_room(job: Job, address: str) -> None:
     """Raises ConfigError where no node could ever hold the job's own process, which would wait in vain."""
     wanted = {"CPU": job.cpus or 0, "memory": (job.memory_gb or 0) * GIGABYTE}
@@ -135,7 +151,7 @@ def check_room(job: Job, address: str) -> None:
     from ray.util.state import list_nodes
 
     nodes = [node.resources_total for node in list_nodes(address=address) if node.state == "ALIVE"]
-    # Of a head that has just started none may be known yet.
+    # A head that has just started may not know any node yet.
     if nodes and not any(
         all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes
     ):
@@ -147,7 +163,7 @@ def check_room(job: Job, address: str) -> None:
 
 
 def send(client: JobSubmissionClient, job: Job, entrypoint: str, folder: Path, name: str) -> str:
-    """Upload the working directory and start the job; returns its id. A head that still starts is waited for.
+    """Upload the working directory and start the job; returns its id. Waits for a head that still starts.
 
     Raises:
         ConfigError: if the cluster refuses it.
@@ -191,15 +207,15 @@ def send(client: JobSubmissionClient, job: Job, entrypoint: str, folder: Path, n
 def follow(client: JobSubmissionClient, job_id: str) -> int:
     """Print the job's logs on stdout until it ends; returns its exit code, or 1 where it ended without one.
 
-    Ctrl-C and SIGTERM end the following, not the job: 130 and 143.
+    Ctrl-C and SIGTERM stop the following, not the job, and give 130 and 143.
 
     Raises:
-        Incomplete: if the cluster is lost from sight.
+        Incomplete: if the cluster no longer answers.
     """
     try:
         asyncio.run(_print_logs(client, job_id))
         info = client.get_job_info(job_id)
-        while not info.status.is_terminal():  # the logs end a moment before
+        while not info.status.is_terminal():  # the logs end a moment before the job does
             time.sleep(POLL_S)
             info = client.get_job_info(job_id)
     except KeyboardInterrupt:

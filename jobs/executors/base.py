@@ -1,4 +1,4 @@
-"""What a stage may ask of whoever runs its work: this process (`inline.py`) or Ray (`ray_executor.py`).
+"""What a stage may ask of an executor, which is this process (`inline.py`) or Ray (`ray_executor.py`).
 
 There are three verbs: `map` (stateless tasks), `map_actors` (workers that keep models loaded between items)
 and `train` (a group of data-parallel training workers). Only metadata travels through them; tensors stay in
@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pipeline.config.run import Work
+from pipeline.config.run import Run, Work
+from pipeline.observe import logs
 from pipeline.train.job import Training, TrainJob
 
 Item = TypeVar("Item")
@@ -32,7 +33,7 @@ class Batch(Generic[Item, Result]):
 
 
 class Executor(ABC):
-    """Runs the work of stages. `calls` counts what was asked: a cached stage asks nothing."""
+    """Runs the work of stages. `calls` counts requests for work: a cached stage makes none."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -59,9 +60,9 @@ class Executor(ABC):
         """Like `map`, over `num_actors` workers that each call `factory` once and keep what it returns.
 
         Args:
-            work: says what a worker asks of the cluster, by `run.resources`.
-            on_lost: what an item gives that killed its worker every time it was tried; takes the item and
-                why. Without it that is `Incomplete`, once all others are done.
+            work: the kind of work; `run.resources` says what a worker of this kind asks of the cluster.
+            on_lost: gives the result of an item that killed its worker every time it was tried, from the item
+                and the reason. Without it `Incomplete` is raised for such items, once all others are done.
         """
         self.calls += 1
         return self.run(Batch(items, description, factory, num_actors, work, on_lost))
@@ -73,12 +74,21 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
-        """Work on what `map` or `map_actors` was asked for."""
+        """Work on a batch of `map` or `map_actors`."""
 
     @abstractmethod
     def launch(self, function: Training, job: TrainJob) -> None:
-        """Train what `train` was asked for."""
+        """Run a training job of `train`."""
 
     def close(self) -> None:
         """Stop what was started."""
         return None
+
+
+def stalled(description: str, run: Run, items: Sequence[Any] = ()) -> str:
+    """What is said of work in which nothing ends any more."""
+    names = f", waiting for {', '.join(logs.name_of(item) for item in items[:4])}" if items else ""
+    return (
+        f"{description}: nothing has ended for {run.stall_minutes:g} minutes{names}: a worker may hang, or "
+        "each item takes longer than run.stall_minutes, which then must be raised. The same command resumes"
+    )

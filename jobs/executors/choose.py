@@ -21,7 +21,7 @@ def make_executor(config: Config) -> Executor:
 
 
 class NoExecutor(Executor):
-    """For reading what is complete: whoever asks it for work is told to run the pipeline first."""
+    """For reading complete stages: a request for work raises BadData that says to run the pipeline first."""
 
     def run(self, batch: Batch[Item, Result]) -> Iterator[tuple[Item, Result]]:
         refuse(batch.description)

@@ -21,11 +21,11 @@ from pipeline.train.loop import Schedule
 
 
 class DeepSpeedEngine:
-    """The training loop's `Engine` over DeepSpeed's; the settings file has ZeRO stage and offload."""
+    """The training loop's `Engine` over DeepSpeed's; the settings file sets ZeRO stage and offload."""
 
     def __init__(self, engine: Any, device: torch.device, hosts: dist.ProcessGroup) -> None:
         self.engine, self.device = engine, device
-        self.hosts = hosts  # the same workers, for numbers that need not wait for a GPU
+        self.hosts = hosts  # a group of the same workers, for numbers that need not wait for a GPU
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.stage: int = engine.zero_optimization_stage()
 
@@ -34,7 +34,7 @@ class DeepSpeedEngine:
         return self.engine
 
     def autocast(self) -> AbstractContextManager[object]:
-        # DeepSpeed enters its own for a whole forward pass; this one is for losses and parts of a model.
+        # DeepSpeed has its own autocast for a whole forward pass; this is for losses and parts of a model.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.engine.torch_autocast_enabled())
 
     def backward(self, loss: Tensor) -> None:
@@ -55,7 +55,7 @@ class DeepSpeedEngine:
             self.engine.step()
             return norm
         self.engine.step()
-        # ZeRO leaves an update out where the gradient is not finite, and keeps the norm of the step before.
+        # If the gradient is not finite, ZeRO skips the update and still has the norm of the step before.
         return math.inf if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
 
     def mean(self, value: Tensor) -> Tensor:
@@ -66,14 +66,14 @@ class DeepSpeedEngine:
     def share(self, number: int) -> int:
         if self.world_size == 1:
             return number
-        told = torch.tensor([number])
-        dist.broadcast(told, 0, group=self.hosts)
-        return int(told)
+        shared = torch.tensor([number])
+        dist.broadcast(shared, 0, group=self.hosts)
+        return int(shared)
 
     def gather(self, number: int) -> list[int]:
-        told = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(told, torch.tensor([number]), group=self.hosts)
-        return [int(each) for each in told]
+        numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(numbers, torch.tensor([number]), group=self.hosts)
+        return [int(gathered) for gathered in numbers]
 
     def part(self, part: Part) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
                 weight.data.copy_(value)
 
     def make_moments(self, updates: int) -> None:
-        """What the first step of a fresh ZeRO optimizer makes: moments of this rank's flat share."""
+        """Make moments of this rank's flat share, as the first step of a fresh ZeRO optimizer would."""
         zero = self.engine.optimizer
         shares = (
             zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
@@ -120,7 +120,7 @@ class DeepSpeedEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def set_master(self, weight: Any, value: Tensor, moment: Part | None = None) -> None:
-        """This rank's share of a parameter's fp32 copy, or of a moment, from the whole."""
+        """Set this rank's share of a parameter's fp32 copy, or of a moment, from the whole tensor."""
         from deepspeed import utils
 
         if self.stage < 3:
@@ -129,20 +129,20 @@ class DeepSpeedEngine:
             else:
                 utils.safe_set_full_optimizer_state(weight, value, moment)
             return
-        # ZeRO-3 pads a parameter that its ranks do not divide; `safe_set_full_…` forgets that.
+        # ZeRO-3 pads a parameter whose size the ranks do not divide; `safe_set_full_…` does not.
         size = weight.ds_tensor.numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
-        own = padded.narrow(0, size * self.rank, size)
+        shard = padded.narrow(0, size * self.rank, size)
         if moment is None:
-            utils.safe_set_local_fp32_param(weight, own)
+            utils.safe_set_local_fp32_param(weight, shard)
         else:
-            utils.safe_set_local_optimizer_state(weight, own, moment)
+            utils.safe_set_local_optimizer_state(weight, shard, moment)
 
 
 def deepspeed_engine(
     config: Config, settings: dict[str, Any]
 ) -> Callable[[PreTrainedModel, Schedule], DeepSpeedEngine]:
-    """What makes an engine in each worker of an initialised process group."""
+    """The function that makes an engine, for one worker of an initialised process group."""
     import deepspeed
 
     device = pick_device(config.run.device)
@@ -151,7 +151,7 @@ def deepspeed_engine(
     if device.type == "cpu":
         # Compiling the shared-memory operator takes a minute and hangs on a stale lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls what torch has renamed; its users can do nothing about that.
+    # DeepSpeed calls functions that torch has renamed; its users can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
     hosts = dist.new_group(backend="gloo")

@@ -13,7 +13,7 @@ from pipeline.config.run import Run, Work
 from pipeline.errors import BadData
 from pipeline.store.provenance import provenance
 
-# In the environment of a submitted job: what its own process holds, by Ray's names, as JSON.
+# Environment variable of a submitted job: resources that its own process holds, by Ray's names, as JSON.
 HELD = "BUDGETDRAFT_HELD_BY_ENTRYPOINT"
 ANSWER_S = 60.0  # a machine that has not said by then what is installed on it counts as broken
 
@@ -30,12 +30,12 @@ def request(run: Run, work: Work) -> dict[str, Any]:
 
 
 def machines(ray: ModuleType) -> list[dict[str, float]]:
-    """What every machine that is alive has, without what this job's own process holds of it."""
+    """The resources of every machine that is alive, less those that this job's own process holds."""
     held = json.loads(os.environ.get(HELD, "{}"))
-    own = ray.get_runtime_context().get_node_id() if held else None
+    driver_node = ray.get_runtime_context().get_node_id() if held else None
     return [
         {
-            name: amount - (held.get(name, 0) if node["NodeID"] == own else 0)
+            name: amount - (held.get(name, 0) if node["NodeID"] == driver_node else 0)
             for name, amount in node["Resources"].items()
         }
         for node in ray.nodes()

@@ -1,7 +1,7 @@
 """Ray tasks and actors; their pools are in `ray_pool.py`, training in `ray_train.py`.
 
 Retries are counted here rather than left to Ray: a worker that dies (killed, out of memory, its node gone)
-gives its item back, which is tried `MAX_ATTEMPTS` times in all, on a new worker where there is room for one.
+gives its item back. An item is tried `MAX_ATTEMPTS` times in all, on a new worker if there is room for one.
 An exception that the work itself raises is not tried again.
 """
 
@@ -18,7 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from jobs import raise_on_sigterm
-from jobs.executors.base import Batch, Executor, Item, Result
+from jobs.executors.base import Batch, Executor, Item, Result, stalled
+from jobs.executors.ray_address import LOCAL, address_of, start_ray
 from jobs.executors.ray_cluster import check_nodes, count_fitting, request
 from jobs.executors.ray_pool import Pool, Tasks, Worker
 from jobs.executors.ray_train import train_on_ray
@@ -37,12 +38,12 @@ MAX_LOSSES = 9  # workers that may die before the first item is done; more is no
 LOOK_S = 5.0  # how often a stage looks around while nothing happens
 # How many tasks wait in Ray for each that can run. More would cost the driver memory and time to watch.
 WAITING_PER_SLOT = 3
-# How long a stage waits for a machine to come back when none of the cluster is left that could do its work.
+# How long a stage waits for a machine to come back when the cluster has none left that could do its work.
 ROOM_WAIT_S = 60.0
 
 
 class RayExecutor(Executor):
-    """Ray tasks, actors, and Ray Train workers with DeepSpeed. Ray starts with the first thing to do."""
+    """Ray tasks, actors, and Ray Train workers with DeepSpeed. Ray starts with the first request for work."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -51,14 +52,10 @@ class RayExecutor(Executor):
 
     @cached_property
     def ray(self) -> ModuleType:
-        import ray
-
-        address = self.config.run.ray_address
-        if address is None and "RAY_JOB_ID" not in os.environ and "RAY_ADDRESS" not in os.environ:
-            address = "local"
-        threads = str(max(1, int(self.config.run.cpus_per_task)))
-        ray.init(
-            address=address,
+        run = self.config.run
+        threads = str(max(1, int(run.cpus_per_task)))
+        ray = start_ray(
+            run,
             logging_level=logging.WARNING,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **record_folder()}},
         )
@@ -66,7 +63,7 @@ class RayExecutor(Executor):
         from jobs.executors.ray_metrics import RayMetrics
 
         self.contexts.enter_context(listening(RayMetrics()))
-        if address != "local":
+        if address_of(run) != LOCAL:
             check_nodes(ray)
         return ray
 
@@ -102,7 +99,7 @@ class RayExecutor(Executor):
         items, description = batch.items, batch.description
         ray = self.ray
         errors = ray.exceptions
-        # Not those of a broken environment or a full object store: these would meet every item.
+        # Without the errors of a broken environment or a full object store, which would meet every item.
         lost = (
             errors.WorkerCrashedError,
             errors.RayActorError,
@@ -114,6 +111,7 @@ class RayExecutor(Executor):
         busy: dict[Any, tuple[Any, Item, int]] = {}
         given_up: list[str] = []
         succeeded, losses, since = 0, 0, time.monotonic()
+        ended = since  # the last time that an item came back
         with progress(len(items), description) as bar:
             while queue or busy:
                 while queue and (worker := pool.take(len(queue))) is not None:
@@ -125,6 +123,9 @@ class RayExecutor(Executor):
                 waiting = [*busy, *pool.starting]
                 done, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_S) if waiting else ([], [])
                 if not done:
+                    if time.monotonic() - ended > 60 * self.config.run.stall_minutes:
+                        items_left = [item for _, item, _ in busy.values()]
+                        raise Incomplete(stalled(description, self.config.run, items_left))
                     since = self._wait_for_room(pool, since, description, len(queue) + len(busy))
                     continue
                 since = time.monotonic()
@@ -132,6 +133,7 @@ class RayExecutor(Executor):
                     pool.started(done[0])
                     continue
                 worker, item, attempt = busy.pop(done[0])
+                ended = since
                 name = logs.name_of(item)
                 try:
                     result = ray.get(done[0])
@@ -171,7 +173,7 @@ class RayExecutor(Executor):
             )
 
     def _wait_for_room(self, pool: Tasks | Pool, since: float, description: str, left: int) -> float:
-        """Called while nothing happens; returns since when there has been no machine for the work.
+        """Pause while nothing happens; returns the time since which no machine could do the work.
 
         Raises:
             Incomplete: if that has lasted too long. Machines that are busy may take as long as they like.

@@ -13,7 +13,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in what a job runs
 
 
 def in_ray_job() -> bool:
-    """Whether this process is what a Ray job runs."""
+    """Whether a Ray job runs this process."""
     return JOB_CONFIG in os.environ
 
 

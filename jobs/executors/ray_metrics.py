@@ -1,7 +1,7 @@
 """A run's counts as Ray metrics: each machine of the cluster serves them to Prometheus with Ray's own.
 
 The driver turns what it hears of its stages into metrics, so that they outlive the workers. They have few
-tags: a sweep of 10,000 cells is not 10,000 series.
+tags: a sweep of 10,000 cells must not become 10,000 series.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RayMetrics:
             ("drafter", "dataset"),
         )
         self.speed = Gauge(f"{PREFIX}_tokens_per_s", "tokens/s of training, of timed decoding", ("stage",))
-        self.shown: dict[tuple[str, Gauge, tuple[tuple[str, str], ...]], float] = {}  # by stage too
+        self.shown: dict[tuple[str, Gauge, tuple[tuple[str, str], ...]], float] = {}  # also by stage
         self.counts: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
     def __call__(self, stage: str, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""What does items on Ray: a task that is called again and again, or a pool of actors."""
+"""The workers for items on Ray: a task that is called again and again, or a pool of actors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Tasks:
 
 
 class Pool:
-    """At most `most` actors. An item is handed to an actor that runs already: one for which the cluster has
-    no room, because others use it, would keep its item while the rest of the pool is idle."""
+    """At most `most` actors. Items go only to actors that run already: an actor that waits for room in the
+    cluster would keep its item while the rest of the pool is idle."""
 
     def __init__(
         self, ray: ModuleType, make: Callable[[], Any], most: int, fitting: Callable[[], int]
@@ -52,7 +52,7 @@ class Pool:
         self.alive: dict[Any, Any] = {}  # method → actor
 
     def take(self, wanted: int) -> Any:
-        """An idle actor's method, or None; then as many more are started as there are items and room."""
+        """An idle actor's method; else None, after starting as many actors as there are items and room."""
         if self.idle:
             return self.idle.pop()
         missing = min(self.most - len(self.alive), wanted) - len(self.starting)
@@ -64,14 +64,14 @@ class Pool:
         return None
 
     def started(self, reference: Any) -> None:
-        """An actor runs, or has died before; then another is started when one is asked for."""
+        """An actor that was started now runs, or has died; `take` then starts another when it is called."""
         actor = self.starting.pop(reference)
         try:
             self.ray.get(reference)
         except self.ray.exceptions.RayActorError as error:
             log.warning("a worker died while it started: %s", str(error).strip().splitlines()[0])
             return
-        call = actor.call  # asked for again, it is another object
+        call = actor.call  # a key: each access to `actor.call` makes another object
         self.alive[call] = actor
         self.idle.append(call)
 
@@ -82,7 +82,7 @@ class Pool:
         self.ray.kill(self.alive.pop(worker))
 
     def release(self, everyone: bool = False) -> None:
-        """Let go of actors that have nothing to do: others may wait for their room."""
+        """Kill actors that have nothing to do, or `everyone`: others may wait for their room."""
         for actor in self.starting.values():
             self.ray.kill(actor)
         self.starting = {}
@@ -92,10 +92,10 @@ class Pool:
 
 
 class Worker:
-    """A Ray actor around what the factory makes.
+    """A Ray actor around the function that the factory makes.
 
-    It is made in the first call, not with the actor: an actor that cannot be made is reported as dead, and
-    the factory's own exception is lost.
+    The function is made in the first call, not with the actor: an actor that cannot be made is reported as
+    dead, and the factory's own exception is lost.
     """
 
     def __init__(self, factory: Callable[[], Callable[[Any], Any]]) -> None:

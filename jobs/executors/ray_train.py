@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import time
 import uuid
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -12,15 +12,19 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from pipeline.errors import BadData, NotFinite
+from jobs.executors.base import stalled
+from pipeline.errors import BadData, Incomplete, NotFinite, disk_trouble
 from pipeline.store.files import write_json
+from pipeline.store.layout import METRICS
 from pipeline.train.job import Training, TrainJob, is_first_worker
 from pipeline.train.stopping import Stopped
 
-COMPLAINT = ".error-{}.json"  # what a training worker leaves for the driver of the launch
-STOP = ".stop-{}"  # what the driver leaves for the workers
-STOP_WAIT_S = 60  # that they have to write a checkpoint
+COMPLAINT = ".error-{}.json"  # file in which a training worker reports an error to the driver
+STOP = ".stop-{}"  # file with which the driver asks the workers to stop
+LOOK_S = 5.0  # how often a wait for training looks for new rows
+STOP_WAIT_S = 60  # time that the workers then have to write a checkpoint
 ERRORS: dict[str, type[Exception]] = {"BadData": BadData, "NotFinite": NotFinite}
+DEVICES = ("none", "cpu", "nvme")  # that DeepSpeed offloads to
 MAX_RETRIES = 2  # of the training group, after a worker died
 
 log = logging.getLogger(__name__)
@@ -49,8 +53,8 @@ def train_on_ray(function: Training, job: TrainJob) -> None:
             resources_per_worker={name: amount for name, amount in wanted.items() if amount},
         ),
         run_config=RunConfig(
-            # Ray Train resumes by name from its storage; our checkpoints lie in the artifact itself, so
-            # its own folder holds nothing but its bookkeeping.
+            # Ray Train resumes by name from its storage; our checkpoints lie in the artifact itself, so Ray
+            # Train's folder holds nothing but its bookkeeping.
             name=first.name,
             storage_path=str(first.parent.resolve() / ".ray_train"),
             failure_config=FailureConfig(max_failures=MAX_RETRIES),
@@ -59,10 +63,10 @@ def train_on_ray(function: Training, job: TrainJob) -> None:
     )
     complaint, stop = complaint_of(job), stop_of(job)
     try:
-        fit_or_stop(trainer, stop)
+        fit_or_stop(trainer, stop, job)
         if complaint.exists():
-            told = json.loads(complaint.read_text(encoding="utf-8"))
-            raise ERRORS[told["type"]](told["text"])
+            reported = json.loads(complaint.read_text(encoding="utf-8"))
+            raise ERRORS[reported["type"]](reported["text"])
     finally:
         complaint.unlink(missing_ok=True)
         stop.unlink(missing_ok=True)
@@ -76,14 +80,15 @@ def stop_of(job: TrainJob) -> Path:
     return next(iter(job.outputs.values())) / STOP.format(job.launch)
 
 
-def fit_or_stop(trainer: Any, stop: Path) -> None:
-    """Wait for training; an interrupt first asks the workers for a checkpoint, then goes on.
+def fit_or_stop(trainer: Any, stop: Path, job: TrainJob) -> None:
+    """Wait for training; on an interrupt, ask the workers for a checkpoint first, then raise it again.
 
     Ray Train runs in a thread of its own: in the main thread it would take Ctrl-C for itself, and Ray makes
     a plain KeyboardInterrupt of whatever a signal raises in there.
 
     Raises:
-        OSError: if a worker's disk is full.
+        OSError: if a worker's disk is full, or ails otherwise.
+        Incomplete: if no row of a metrics file was written for `run.stall_minutes`.
     """
     from ray.train import TrainingFailedError
 
@@ -98,7 +103,13 @@ def fit_or_stop(trainer: Any, stop: Path) -> None:
             done.set_result(None)
 
     Thread(target=fit, daemon=True, name="ray-train").start()
+    rows, since = 0, time.monotonic()
     try:
+        while not wait([done], LOOK_S).done:
+            if (grown := metrics_bytes(job)) != rows:
+                rows, since = grown, time.monotonic()
+            if time.monotonic() - since > 60 * job.config.run.stall_minutes:
+                raise Incomplete(stalled(f"train {', '.join(job.outputs)}", job.config.run))
         done.result()
     except KeyboardInterrupt:
         stop.parent.mkdir(parents=True, exist_ok=True)
@@ -106,19 +117,25 @@ def fit_or_stop(trainer: Any, stop: Path) -> None:
         wait([done], STOP_WAIT_S)
         raise
     except TrainingFailedError as error:
-        full = full_disk(error)
-        if full is None:
+        trouble = disk_error(error)
+        if trouble is None:
             raise
-        raise full from error
+        raise trouble from error
 
 
-def full_disk(error: Exception) -> OSError | None:
-    """The full disk behind a failed launch, in one of its workers or in Ray Train's own files."""
+def metrics_bytes(job: TrainJob) -> int:
+    """Sizes of the metrics files that are written, in all."""
+    files = [folder / METRICS for folder in job.outputs.values()]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """What ails the disk behind a failed launch, in one of its workers or in Ray Train's own files."""
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
-        told = getattr(failure, "_base_exc", failure)  # Ray Train's wrapping of it
-        if isinstance(told, OSError) and told.errno in (errno.ENOSPC, errno.EDQUOT):
-            return told
+        cause = getattr(failure, "_base_exc", failure)  # Ray Train may have wrapped it
+        if isinstance(cause, OSError) and disk_trouble(cause):
+            return cause
     return None
 
 
@@ -126,9 +143,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     """One Ray Train worker: the training job over a DeepSpeed engine.
 
     Ray Train starts the group again after any exception. That helps after a lost machine, not after bad data
-    or a diverged loss: those are written down for the driver, which raises them. Where one rank alone meets
-    them, it ends the group, whose other ranks would wait for it; the group that is started again leaves at
-    once.
+    or a diverged loss: these errors are written down for the driver, which raises them. If only one rank may
+    have met the error, it also ends the group, whose other ranks would wait for it; the group that Ray Train
+    then starts again finds the error and leaves at once.
     """
     from jobs.executors.deepspeed_engine import deepspeed_engine
 
@@ -141,7 +158,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         function(job, deepspeed_engine(job.config, job.deepspeed), stop.exists)
     except Stopped as stopped:
         log.info("%s", stopped)
-    except NotFinite as error:  # found in losses that are averaged over all ranks: all are here
+    except NotFinite as error:  # losses are averaged over all ranks, so that every rank gets here
         if is_first_worker():
             complain(complaint, error)
     except BadData as error:
@@ -158,13 +175,38 @@ def read_settings(path: str) -> dict[str, Any]:
     """A DeepSpeed settings file.
 
     Raises:
-        BadData: if it is missing, not JSON, or sets the precision, which results depend on.
+        BadData: if it is missing, no JSON object, has ZeRO settings of other types than DeepSpeed takes, or
+            sets the precision, which results depend on. The text names the file and the field.
     """
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadData(f"train.deepspeed: cannot read {path!r}: {error}") from error
+    if not isinstance(settings, dict):
+        raise BadData(f"train.deepspeed: {path!r} must hold a JSON object")
     for field in ("fp16", "bf16", "amp"):
         if field in settings:
             raise BadData(f"{path}: {field!r} is not for this file; precision is train.dtype in the config")
+    zero = settings.get("zero_optimization", {})
+    _check(path, "zero_optimization", zero, isinstance(zero, dict), 'an object, such as {"stage": 1}')
+    offload = zero.get("offload_optimizer", {})
+    _check(path, "zero_optimization.offload_optimizer", offload, isinstance(offload, dict), "an object")
+    device = offload.get("device", "none")
+    _check(path, "zero_optimization.offload_optimizer.device", device, device in DEVICES, f"one of {DEVICES}")
+    stage = zero.get("stage", 0)
+    _check(path, "zero_optimization.stage", stage, type(stage) is int and 0 <= stage <= 3, "0, 1, 2 or 3")
+    for name in ("reduce_bucket_size", "stage3_max_live_parameters"):
+        size = zero.get(name, 1)
+        _check(
+            path,
+            f"zero_optimization.{name}",
+            size,
+            type(size) in (int, float) and 1 <= size <= 1e15,
+            "a number",
+        )
     return settings
+
+
+def _check(path: str, field: str, value: Any, fits: bool, expected: str) -> None:
+    if not fits:
+        raise BadData(f"train.deepspeed: {path}: {field} is {json.dumps(value)[:60]}; it must be {expected}")

@@ -1,1 +1,1 @@
-"""`budgetdraft plan`: what a config will take here."""
+"""`budgetdraft plan`: the memory, disk and hours that a config will need on this machine."""

@@ -1,4 +1,4 @@
-"""What a run comes to: tokens, prompts, rows, and the bytes that it writes."""
+"""The amounts of a run: tokens, prompts, rows, and the bytes that it writes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.plan.sweep_counts import SweepCounts
 from pipeline.store.artifacts import Artifact
 
 GB = 1e9
-# Of a trained model's fp32 weights: itself, and with two moments in its newest checkpoints, which stay until
-# all models of the stage are trained.
+# Copies on disk of a trained model's fp32 weights: the model itself, and two checkpoints of weights and two
+# moments each, which stay until all models of the stage are trained.
 TRAINED_COPIES = 1 + 3 * 2
 MODEL_HOW = "estimate: 4 B a parameter, 12 B in each of two checkpoints while it trains"
-ROW_BYTES = 1000  # of a row of the sweep
+ROW_BYTES = 1000  # one row of the sweep
 
 
 class Amount(NamedTuple):
@@ -58,11 +58,12 @@ def amounts(config: Config, facts: Facts, counts: SweepCounts, disk: Sequence[On
 def on_disk(
     config: Config, shapes: Mapping[Role, Shape], facts: Facts, counts: SweepCounts
 ) -> Iterator[OnDisk]:
-    """Labels, headers aside; models and, of those that are trained, the checkpoints that stay meanwhile; and
-    the sweep's rows, of which all are taken to be left.
+    """Labels without their headers, models, checkpoints of the models that are trained, and the sweep's rows.
+
+    All of the sweep's rows count as not written yet.
     """
     folders: dict[str, Artifact] = {}
-    if facts.prepared is not None:  # before that nothing is known of what later stages write
+    if facts.prepared is not None:  # else the folders of later stages are not known yet
         scratch, _ = scratch_models(config, facts.prepared)
         labels, _ = taught(config, facts.prepared, scratch)
         trained, _ = drafters(config, labels, scratch)
@@ -79,15 +80,17 @@ def on_disk(
     yield written("labels", {"labels": label_bytes(config, facts.labelled, facts.vocab)}, facts.how)
     for role, spec in config.scratch.items():
         yield written(f"scratch {role}", {f"scratch {role}": model(role, spec.pretrain.steps)}, MODEL_HOW)
-    variants = config.train.drafters
-    sizes = {f"drafter {one.name}": model("drafter", config.train.steps_of(one)) for one in variants}
+    sizes = {
+        f"drafter {variant.name}": model("drafter", config.train.steps_of(variant))
+        for variant in config.train.drafters
+    }
     yield written("drafters", sizes, MODEL_HOW)
     rows = counts.replayed + counts.measured + counts.rechecked
     yield written("rows", {"rows": ROW_BYTES * rows}, f"estimate: {ROW_BYTES} B a row")
 
 
 def left(size: int, folder: Artifact | None) -> int:
-    """Of so many bytes, those that a stage has not written yet."""
+    """How many of `size` bytes a stage has not written to its folder yet."""
     if folder is None or not folder.path.exists():
         return size
     there = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
@@ -95,7 +98,7 @@ def left(size: int, folder: Artifact | None) -> int:
 
 
 def disk_problems(config: Config, files: Sequence[OnDisk]) -> Iterator[str]:
-    """A line where what is still to be written does not fit in the storage folder."""
+    """One line if the bytes that are still to be written do not fit in the storage folder."""
     folder = Path(config.storage)
     while not folder.exists():
         folder = folder.parent

@@ -1,7 +1,7 @@
-"""What `budgetdraft plan` goes by: shapes of the models, and what the data hold.
+"""The facts that `budgetdraft plan` starts from: shapes of the models, and counts of the data.
 
-With a finished stage prepare its counts are exact; before, training sequences are estimated from the sizes of
-local files, and test prompts from those of local documents.
+Once stage prepare is complete, the counts are exact. Before, training sequences are estimated from the sizes
+of local files, and test prompts from the sizes of local documents.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import label_tasks
@@ -24,9 +23,11 @@ from pipeline.config.schema import Config
 from pipeline.data.documents import Reader
 from pipeline.data.prepare import plan_prompts
 from pipeline.data.sources.registry import make_readers
-from pipeline.data.tokenizer import read_tokenizer
+from pipeline.data.tokenizer import check_tokenizers, in_a_folder, read_tokenizer
 from pipeline.errors import BadData
-from pipeline.models.load import ModelRef, own_positions
+from pipeline.models.check import check_role
+from pipeline.models.hub import config_folder
+from pipeline.models.load import ModelRef, model_ref, own_positions, read_config
 from pipeline.plan.shapes import Shape, scratch_shape, shape_of_model
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
@@ -38,10 +39,10 @@ Readers = dict[str, Reader[Any]]
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the data: from the manifest of stage prepare, or estimated.
+    """Counts of the data: exact, from the manifest of stage prepare, or estimated.
 
-    `how` says which, as `prompts_how` does for the prompts. `prepared` is the stage's folder where it is
-    complete.
+    `how` says which, and `prompts_how` says it for the prompts. `prepared` is the stage's folder if the stage
+    is complete.
     """
 
     sequences: int
@@ -57,11 +58,15 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
     """The shapes of target and drafter, and the facts of the data.
 
     Raises:
-        BadData: if a local source or a model's config is missing.
+        BadData: if a local source or a model's config is missing, a model cannot be run on the config's
+            texts, or models in folders do not fit together.
     """
-    for role, spec in config.models.items():
+    for role, spec in config.models.items():  # reported before the data are read
         if isinstance(spec, PretrainedModel):
-            config_folder(spec, role)  # a model that is not there is said before the data are looked at
+            config_path(spec, role)
+        check_role(config, role, weights=False)
+    if all(isinstance(spec, ScratchModel) or in_a_folder(spec) for spec in config.models.values()):
+        check_tokenizers(config)  # `facts_of` asks too, but goes on where a source is on the hub
     facts = facts_of(config, shape_of(config, "target", config.data.tokenizer.vocab_size).vocab)
     return shapes_of(config, facts.vocab), facts
 
@@ -74,46 +79,41 @@ def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
 
 
 def shape_of(config: Config, role: Role, vocab: int) -> Shape:
-    """A model's shape; `vocab` is the tokenizer's, which a scratch model takes for its own."""
+    """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
     spec = config.models[role]
     if isinstance(spec, ScratchModel):
         shape = scratch_shape(spec, vocab)
     else:
-        folder, trusted = config_folder(spec, role), spec.trust_remote_code
-        try:
-            given = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-            with torch.device("meta"):
-                shape = shape_of_model(AutoModelForCausalLM.from_config(given, trust_remote_code=trusted))
-        except (OSError, ValueError, AttributeError) as error:
-            raise BadData(f"{role}.path = {spec.path}: its config.json cannot be used: {error}") from error
+        given = read_config(model_ref(spec, None, role), config_path(spec, role))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(given, trust_remote_code=spec.trust_remote_code)
+        shape = shape_of_model(model)
     return replace(shape, itemsize=getattr(torch, spec.dtype).itemsize)
 
 
-def config_folder(spec: PretrainedModel, role: Role) -> Path:
-    """Where a model's config.json is, without asking the hub.
+def config_path(spec: PretrainedModel, role: Role) -> Path:
+    """The folder of a model's config.json, without asking the hub.
 
     Raises:
         BadData: if it is not on this machine.
     """
-    file: object = Path(spec.path) / "config.json"
-    if not Path(spec.path).is_dir():
-        if not spec.may_be_on_hub:
-            raise BadData(f"{role}.path = {spec.path}: there is no such folder")
-        file = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
-    if not isinstance(file, str | Path) or not Path(file).exists():
+    folder = config_folder(spec.path, spec.revision)
+    if folder is None and not Path(spec.path).is_dir() and not spec.may_be_on_hub:
+        raise BadData(f"{role}.path = {spec.path}: there is no such folder")
+    if folder is None:
         raise BadData(
             f"{role}.path = {spec.path}: its config.json is not on this machine. Download it "
             f"(`hf download {spec.path} config.json`) or name a local folder in {role}.path"
         )
-    return Path(file).parent
+    return folder
 
 
 def beyond_positions(config: Config) -> list[str]:
-    """Of each model that has to read more positions than it is built for, the fields that ask for them.
+    """One line for each model that has to read more positions than it is built for, with the fields at fault.
 
-    Models of which the config scales RoPE are left out: that is for such contexts.
+    Models with `rope_scaling` in the config are left out: it is meant for such contexts.
     """
-    data, found = config.data, []
+    data, notes = config.data, []
     asked = {"data.sequence_tokens": data.sequence_tokens} | {
         f"data.contexts.{name}.tokens + data.max_new_tokens": tokens + data.max_new_tokens
         for name, tokens in data.context_tokens.items()
@@ -122,22 +122,23 @@ def beyond_positions(config: Config) -> list[str]:
         if isinstance(spec, ScratchModel):
             reach = spec.max_positions
         else:
-            folder = str(config_folder(spec, role))
-            reach = own_positions(ModelRef(folder, trust_remote_code=spec.trust_remote_code))
+            folder, trusted = str(config_path(spec, role)), spec.trust_remote_code
+            given = spec.trained_positions
+            reach = own_positions(ModelRef(folder, trust_remote_code=trusted, trained_positions=given))
         beyond = [f"{field} ({tokens:,})" for field, tokens in asked.items() if tokens > reach]
         if beyond and not spec.rope_scaling:
-            found.append(
+            notes.append(
                 f"{role} is built for {reach:,} positions, and {', '.join(beyond)} ask for more: lower them, "
                 f"or set {role}.rope_scaling"
             )
-    return found
+    return notes
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def facts_of(config: Config, vocab: int) -> Facts:
-    """Exact counts of a complete stage prepare; else estimates for a vocabulary of so many entries.
+    """Exact counts of a complete stage prepare; else estimates for a vocabulary of `vocab` entries.
 
     Raises:
         BadData: if a local source or tokenizer is missing, unless another source is on the hub.
@@ -170,7 +171,7 @@ def bytes_per_token(vocab: int) -> float:
 
 
 def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[int, str]:
-    """Training sequences by the sizes of the local source files, and what that rests on."""
+    """Training sequences, from the sizes of the local source files, and what the number is based on."""
     data, train, per_token = config.data, config.train, bytes_per_token(vocab)
     training = [reader for reader in readers.values() if "train" in reader.source.use]
     for name in (reader.source.name for reader in training if reader.on_hub):
@@ -183,7 +184,9 @@ def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[in
 
 
 def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict[Place, int], str]:
-    """Test prompts of every place, and what that rests on: local sources are read until there are enough.
+    """Test prompts of every place, and what the numbers are based on.
+
+    Local sources are read until they give enough prompts.
 
     Raises:
         BadData: if a local file is missing.
@@ -199,4 +202,5 @@ def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict
         for context, count in (at_most if reader.on_hub else reader.estimate_prompts(per_token)).items()
     }
     how = {True: "at most: data.prompts", False: f"estimate: test documents at {per_token:.2f} bytes a token"}
-    return prompts, "; on the hub ".join(how[where] for where in sorted({one.on_hub for one in tested}))
+    kinds = sorted({reader.on_hub for reader in tested})
+    return prompts, "; on the hub ".join(how[on_hub] for on_hub in kinds)

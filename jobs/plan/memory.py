@@ -25,7 +25,7 @@ from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.plan.teach_memory import teach_memory
 from pipeline.plan.train_memory import pretrain_memory, train_memory
 
-# Resident bytes of imports that a plan does without, measured on Linux with the pinned versions.
+# Resident bytes of imports that stages need and a plan does not, measured on Linux with the pinned versions.
 MLFLOW_BYTES, RAY_BYTES = 100_000_000, 70_000_000
 CUDA_BYTES = 600_000_000  # context and cuBLAS workspaces of one process
 SMALL = ScratchModel.model_validate(
@@ -46,9 +46,9 @@ FIELDS = {
 
 
 def device_of(config: Config) -> Device:
-    """The device of `run.device`, and what a process takes before its work: imports and a first small step.
+    """The device of `run.device`, and what a process holds before its work: imports and a first small step.
 
-    Without the GPU that the config names, its costs are those of a GPU all the same.
+    If the config names a GPU and there is none here, the costs are those of a GPU all the same.
     """
     if config.run.device == "cuda" or pick_device(config.run.device).type == "cuda":
         return Device("cuda", CUDA_BYTES)
@@ -66,7 +66,7 @@ def device_memory(kind: str) -> int | None:
 
 
 def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: Device) -> list[Memory]:
-    """The peak of every stage that does something; of training, that of the largest variant."""
+    """The peak of every stage that has work to do; for training, the peak of the largest variant."""
     train, sweep, sharding = config.train, config.sweep, Sharding()
     if config.run.executor == "ray":
         sharding = sharding_of(read_settings(train.deepspeed), train.num_workers)
@@ -93,7 +93,7 @@ def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: D
 
 
 def at_once(config: Config, device: Device, workers: int, work: Work) -> int:
-    """On a CPU the workers of a stage share the machine, on GPUs by what they ask for."""
+    """Workers of a stage on one device: on a CPU all of them, on a GPU as many as their shares allow."""
     share = config.run.needs(work).gpus or 0.0
     if config.run.executor == "inline":
         return 1
@@ -106,7 +106,7 @@ def memory_problems(
     config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: Device, limit: int | None
 ) -> Iterator[str]:
     """One line for each stage that needs more than `limit`, with the first field whose change helps."""
-    for place, peak in enumerate(memory(config, shapes, facts, device)):
+    for index, peak in enumerate(memory(config, shapes, facts, device)):
         if limit is None or peak.total <= limit:
             continue
         fields = next(fields for stage, fields in FIELDS.items() if peak.stage.startswith(stage))
@@ -114,7 +114,7 @@ def memory_problems(
             f"set {field}={value}, with which it takes {after / 1e9:.1f} GB"
             for field in fields
             for value, changed in lowered(config, field)
-            if (after := memory(changed, shapes, facts, device)[place].total) <= limit
+            if (after := memory(changed, shapes, facts, device)[index].total) <= limit
         )
         none = f"none of {', '.join(fields)} alone makes it fit; a smaller model or more memory would"
         yield (

@@ -30,8 +30,8 @@ def plan(
     """Print what every stage takes.
 
     Every timed run counts as autoregressive decoding of a text of full length: too much where speculation
-    pays or texts end early, too little where it does not pay. Timing single steps is not in it. Where no step
-    time is known, measuring is left out of the hours.
+    pays or texts end early, too little where it does not pay. Timing of single steps is not counted. If no
+    step time is known, the hours do not include measuring.
 
     Args:
         memory_gb: memory of the device in 10^9 bytes; default: that of `run.device` here.
@@ -44,7 +44,8 @@ def plan(
             names the field.
     """
     config = settled(config)
-    device = device_of(config)  # first: reading documents leaves memory held that no stage has
+    # Measured first: once documents are read, this process holds memory that no stage would hold.
+    device = device_of(config)
     shapes, facts = known(config)
     limit = int(memory_gb * GB) if memory_gb else device_memory(device.kind)
     counts = count_sweep(config, facts.prompts)

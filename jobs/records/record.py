@@ -1,7 +1,7 @@
 """The record of a pipeline run, `<storage>/run-records/<name>-<UTC time>-<4 hex>/`, which `status` reads.
 
 `status.json` says what is done and running, `*.jsonl` are the logs, and `alive.lock` is held by the driver
-while it lives. A record that cannot be written, on a full disk, ends nothing.
+while it lives. If the record cannot be written, as on a full disk, the run goes on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkRecord(BaseModel):
-    """What a stage does at the moment: items, or steps of training. `initial` were done when it began."""
+    """The present work of a stage, in items or training steps. `initial` of them were done when it began."""
 
     description: str
     began: datetime
@@ -66,7 +66,7 @@ class StageRecord(BaseModel):
 
 
 class RunStatus(BaseModel):
-    """One run. `until` is its last stage, `name` that of its config, `ended` says how in one line."""
+    """One run. `until` is its last stage, `name` its config's name, `ended` one line on how it ended."""
 
     name: str
     until: str
@@ -81,7 +81,7 @@ class RunStatus(BaseModel):
 
 
 class RunRecord:
-    """Keeps the record of this process's run, as a context: how it is left is how the run ended."""
+    """A context that keeps the record of this process's run; how the body is left is how the run ended."""
 
     def __init__(self, config: Config, until: str) -> None:
         now = datetime.now(UTC)
@@ -98,7 +98,7 @@ class RunRecord:
             state="running",
             stages=[StageRecord(name=name) for name in STAGES[: STAGES.index(until) + 1]],
         )
-        self.training: StageRecord | None = None  # the stage whose steps of training are told
+        self.training: StageRecord | None = None  # the stage whose training steps are counted
         self.mutex = threading.RLock()  # events come from the pipeline, the rest from the refreshing thread
         self.over = threading.Event()
         self.written = ""
@@ -138,7 +138,7 @@ class RunRecord:
     @contextmanager
     def stage(self, name: str) -> Iterator[StageRecord]:
         """A stage runs in the body, which may set `cached`."""
-        stage = next(one for one in self.status.stages if one.name == name)
+        stage = next(stage for stage in self.status.stages if stage.name == name)
         stage.state, stage.started = "running", datetime.now(UTC)
         self.write()
         try:
@@ -159,10 +159,10 @@ class RunRecord:
                 stage.work = None
 
     def heard(self, name: str, event: events.Event) -> None:
-        """Listens to the stages. A stage that trains counts the steps in its files, on every executor, and no
-        bar."""
+        """Note an event of stage `name`. A stage that trains is counted by the steps in its metrics files, on
+        every executor; its progress bars are ignored."""
         with self.mutex:
-            stage = next(one for one in self.status.stages if one.name == name)
+            stage = next(stage for stage in self.status.stages if stage.name == name)
             if isinstance(event, events.Opened):
                 if str(event.folder) not in stage.folders:
                     stage.folders.append(str(event.folder))
@@ -247,12 +247,12 @@ def steps_of(config: Config, stage: str, model: str) -> int:
         spec = config.target if model == "target" else config.drafter
         assert isinstance(spec, ScratchModel)
         return spec.pretrain.steps
-    variant = next(one for one in config.train.drafters if one.name == model)
+    variant = next(variant for variant in config.train.drafters if variant.name == model)
     return config.train.steps_of(variant)
 
 
 def prune(records: Path) -> None:
-    """Keep the newest records; those of runs that live stay too."""
+    """Keep the newest records and those of runs that are alive; remove the others."""
     old = sorted(records.iterdir(), key=lambda folder: folder.name.rsplit("-", 2)[-2:])[:-KEPT]
     for folder in old:
         if not lives(folder):
@@ -260,7 +260,7 @@ def prune(records: Path) -> None:
 
 
 def lives(folder: Path) -> bool:
-    """Whether a driver holds this record. A lock that another user's run made cannot be tried: it counts."""
+    """Whether a driver holds this record. A lock of another user's run cannot be tried and counts as held."""
     if not (folder / ALIVE).exists():
         return False
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,7 +38,8 @@ def show_status(storage: Path, run: str | None, as_json: bool) -> str:
 
 def find(storage: Path, run: str | None) -> tuple[Path, RunStatus]:
     """The newest record that `run` can mean."""
-    if run is not None and (file := Path(run) / STATUS if Path(run).is_dir() else Path(run)).is_file():
+    # With `os.path`, to which a name that no file can have is no file.
+    if run is not None and os.path.isfile(file := Path(run) / STATUS if os.path.isdir(run) else Path(run)):
         return file.parent, read(file)
     records = read_records(storage / RECORDS)
     if not records:
@@ -45,9 +47,9 @@ def find(storage: Path, run: str | None) -> tuple[Path, RunStatus]:
     if run is None:
         return records[-1]
     for fits in (
-        [one for one in records if one[0].name == run],
-        [one for one in records if one[1].name == run],
-        [one for one in records if one[0].name.startswith(run)],
+        [record for record in records if record[0].name == run],
+        [record for record in records if record[1].name == run],
+        [record for record in records if record[0].name.startswith(run)],
     ):
         if fits:
             return fits[-1]
@@ -57,8 +59,8 @@ def find(storage: Path, run: str | None) -> tuple[Path, RunStatus]:
 
 def read_records(records: Path) -> list[tuple[Path, RunStatus]]:
     """All records of a storage, the newest last."""
-    found = [(file.parent, read(file)) for file in records.glob(f"*/{STATUS}")]
-    return sorted(found, key=lambda record: record[1].started)
+    runs = [(file.parent, read(file)) for file in records.glob(f"*/{STATUS}")]
+    return sorted(runs, key=lambda record: record[1].started)
 
 
 def read(file: Path) -> RunStatus:
@@ -70,22 +72,22 @@ def read(file: Path) -> RunStatus:
 
 @dataclass(frozen=True)
 class View:
-    """A record beside what else is known at this moment."""
+    """The record of a run, with what else is known at this moment."""
 
     folder: Path
     status: RunStatus
-    died: bool  # it says that it runs, and nobody holds its lock
+    died: bool  # the record says that the run is running, but no process holds its lock
     now: datetime
     earlier: Sequence[RunStatus]  # of the same config, the newest last
 
     @staticmethod
     def of(folder: Path, status: RunStatus) -> View:
         died = status.state == "running" and not lives(folder)
-        if died:  # or it ended since its status was read
+        if died:  # unless it ended after its status was read: so read it again
             status = read(folder / STATUS)
             died = status.state == "running"
-        others = [one for path, one in read_records(folder.parent) if path != folder]
-        same = [one for one in others if one.config_fingerprint == status.config_fingerprint]
+        others = [other for path, other in read_records(folder.parent) if path != folder]
+        same = [other for other in others if other.config_fingerprint == status.config_fingerprint]
         return View(folder, status, died, datetime.now(UTC), same)
 
     @property
@@ -93,7 +95,7 @@ class View:
         return "died" if self.died else self.status.state
 
     def seconds_left(self, stage: StageRecord) -> float | None:
-        """Of the present work, at its rate so far; None where nothing of it is done yet."""
+        """Time left for a stage's present work at its rate so far; None if none of it is done yet."""
         work = stage.work
         if self.state != "running" or work is None or work.done <= work.initial:
             return None
@@ -101,11 +103,11 @@ class View:
         return elapsed / (work.done - work.initial) * max(0, work.total - work.done)
 
     def seconds_before(self, stage: StageRecord) -> float | None:
-        """What a stage took in the newest earlier run of this config that did not find it done."""
+        """How long a stage took in the newest earlier run of this config in which it was not cached."""
         for status in reversed(self.earlier):
-            for one in status.stages:
-                if one.name == stage.name and one.state == "done" and not one.cached:
-                    return one.seconds
+            for earlier in status.stages:
+                if earlier.name == stage.name and earlier.state == "done" and not earlier.cached:
+                    return earlier.seconds
         return None
 
     @property
@@ -122,7 +124,7 @@ class View:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """The record, and beside it what `lines` adds. Seconds."""
+        """The record, and what `lines` adds to it. Times are in seconds."""
         left = {stage.name: self.seconds_left(stage) for stage in self.status.stages}
         return {
             "record": str(self.folder),

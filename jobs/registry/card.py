@@ -20,13 +20,13 @@ HIDDEN = "other_prompt"
 
 
 class Accepted(NamedTuple):
-    """A cell with its real prefix, and the same with another document's KV where that was evaluated."""
+    """A cell with its real prefix, and the same cell with another document's KV if that was evaluated."""
 
     real: CellRow
     other: CellRow | None
 
 
-def accepted(found: Results) -> list[Accepted]:
+def accepted(results: Results) -> list[Accepted]:
     """The drafter's acceptance in every place, policy and budget, at the γ that its report leads with.
 
     Replayed or estimated where there is such a cell, else measured; at the first seed of sampling.
@@ -34,11 +34,11 @@ def accepted(found: Results) -> list[Accepted]:
     Raises:
         BadData: if the report's files are damaged.
     """
-    sound_files(found.report, CELLS)
-    gamma = manifest(found.report)["inputs"]["axes"]["gamma"]
+    sound_files(results.report, CELLS)
+    gamma = manifest(results.report)["inputs"]["axes"]["gamma"]
     rows = [
-        row for row in read_rows(found.report.path / CELLS, CellRow)
-        if row.cell.drafter == found.name and row.cell.gamma == gamma and row.acceptance is not None
+        row for row in read_rows(results.report.path / CELLS, CellRow)
+        if row.cell.drafter == results.name and row.cell.gamma == gamma and row.acceptance is not None
         and not row.cell.threshold
     ]  # fmt: skip
     seeds = {
@@ -77,32 +77,32 @@ def leading(cells: Sequence[Accepted], policy: str) -> list[CellRow]:
     return [row for row in rows if row.cell.policy == (policy if policy in policies else min(policies))]
 
 
-def tags(found: Results, evidence: Evidence, cells: Sequence[Accepted]) -> dict[str, str]:
+def tags(results: Results, evidence: Evidence, cells: Sequence[Accepted]) -> dict[str, str]:
     """Tags of a version; `acceptance.DATASET.CONTEXT.BUDGET` are shares."""
-    known = manifest(found.drafter)
+    known = manifest(results.drafter)
     rows = leading(cells, known["inputs"]["variant"]["policy"])
-    told = {
-        "drafter": found.name,
+    version_tags = {
+        "drafter": results.name,
         "config": evidence.config,
         "budgets": ", ".join(map(str, evidence.budgets)) or "untrained",
         "target": evidence.target,
         "prompts": evidence.prompts,
-        "data": found.prepare.fingerprint,
+        "data": results.prepare.fingerprint,
         "hardware": evidence.hardware or "nothing was timed",
-        "git_commit": commit(found),
+        "git_commit": commit(results),
     }
     if rows:
-        told["acceptance_at"] = f"{rows[0].cell.policy}, γ = {rows[0].cell.gamma}, {chance(rows[0])}"
-    return told | {
+        version_tags["acceptance_at"] = f"{rows[0].cell.policy}, γ = {rows[0].cell.gamma}, {chance(rows[0])}"
+    return version_tags | {
         f"acceptance.{row.cell.dataset}.{row.cell.context}.{row.cell.budget}": f"{row.acceptance.mean:.4f}"
         for row in rows
         if row.acceptance
     }
 
 
-def commit(found: Results) -> str:
-    """Of the code that trained the drafter, marked if it was changed."""
-    code = manifest(found.drafter)["provenance"]
+def commit(results: Results) -> str:
+    """The commit of the code that trained the drafter, marked if the code had uncommitted changes."""
+    code = manifest(results.drafter)["provenance"]
     return f"{code['git_sha'] or 'unknown'}{'+dirty' if code['git_dirty'] else ''}"
 
 
@@ -131,13 +131,13 @@ def acceptance_table(cells: Sequence[Accepted]) -> str:
     return table(head, rows)
 
 
-def model_card(found: Results, evidence: Evidence, cells: Sequence[Accepted]) -> str:
-    """The card that training wrote, with what was found since: Markdown behind YAML front matter.
+def model_card(results: Results, evidence: Evidence, cells: Sequence[Accepted]) -> str:
+    """The card that training wrote, with the results of evaluation: Markdown behind YAML front matter.
 
     Raises:
         BadData: if the drafter's files are damaged.
     """
-    sound_files(found.drafter, "model/README.md")
+    sound_files(results.drafter, "model/README.md")
     looping = max((cell.real.num_looping / cell.real.num_prompts for cell in cells), default=0.0)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("jobs.registry", "."),
@@ -145,20 +145,20 @@ def model_card(found: Results, evidence: Evidence, cells: Sequence[Accepted]) ->
         keep_trailing_newline=True,
     ).get_template("card.md.j2")
     return template.render(
-        trained=(found.drafter.path / MODEL / "README.md").read_text(encoding="utf-8").rstrip(),
-        gamma=manifest(found.report)["inputs"]["axes"]["gamma"],
-        contexts=", ".join(f"{name} = {tokens} tokens" for name, tokens in found.summary.contexts.items()),
-        max_new_tokens=found.summary.max_new_tokens,
+        trained=(results.drafter.path / MODEL / "README.md").read_text(encoding="utf-8").rstrip(),
+        gamma=manifest(results.report)["inputs"]["axes"]["gamma"],
+        contexts=", ".join(f"{name} = {tokens} tokens" for name, tokens in results.summary.contexts.items()),
+        max_new_tokens=results.summary.max_new_tokens,
         acceptance=acceptance_table(cells),
-        policy=manifest(found.drafter)["inputs"]["variant"]["policy"],
+        policy=manifest(results.drafter)["inputs"]["variant"]["policy"],
         budget=next((budget for budget in evidence.budgets if budget not in (0, "full")), '"full"'),
         looping=f"{100 * looping:.0f}",
         positions=outside_text([cell.real for cell in cells if not cell.real.in_trained_range]),
-        commit=commit(found),
+        commit=commit(results),
         evidence=evidence,
-        drafter=found.drafter.fingerprint,
-        report=found.report.fingerprint,
-        prepare=found.prepare.fingerprint,
+        drafter=results.drafter.fingerprint,
+        report=results.report.fingerprint,
+        prepare=results.prepare.fingerprint,
         hardware=evidence.hardware or "nothing was timed",
     )
 
@@ -171,7 +171,7 @@ def outside_text(outside: Sequence[CellRow]) -> str:
 
 
 def shortened(card: str, most: int) -> str:
-    """A card's body in at most so many characters, cut at a line."""
+    """A card's body in at most `most` characters, cut at a line."""
     body = card[card.index(TITLE) :]
     if len(body) <= most:
         return body

@@ -1,8 +1,8 @@
 """The champion of a registered model: which version it is, which were before, and how that changes.
 
-MLflow's alias says which it is. A tag of the model lists those that led to it, the present one last, and is
-written so that the alias is right where the two differ: `promote` moves the alias first, `rollback` shortens
-the list first. What is cut off between the two then reads as done, or as not begun.
+MLflow's alias says which version it is. A tag of the model lists the champions that led to it, the present
+one last. Where the two differ, the alias is right: `promote` moves the alias first, `rollback` shortens the
+list first. So a promotion that is cut off in between counts as done, and a rollback as not begun.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def champion_of(uri: str, model: str | None = None) -> Version | None:
 
 
 def champions(client: MlflowClient, model: str) -> tuple[int | None, list[int]]:
-    """The present champion, and all in order, it as the last. Raises BadData if there is no such model."""
+    """The present champion, and all champions in order, it last. Raises BadData if there is no such model."""
     champion = aliases_of(client, model).get(CHAMPION)
-    decision = client.get_registered_model(model).tags.get(CHAMPIONS, "")
-    known = [int(number) for number in decision.split(",") if number]
+    listed = client.get_registered_model(model).tags.get(CHAMPIONS, "")
+    known = [int(number) for number in listed.split(",") if number]
     # A promotion was cut off before it wrote the list, or a person has moved the alias in MLflow's pages.
     if champion is not None and known[-1:] != [champion]:
         known.append(champion)
@@ -50,7 +50,7 @@ def champions(client: MlflowClient, model: str) -> tuple[int | None, list[int]]:
 
 
 def present_champion(client: MlflowClient, model: str) -> tuple[int | None, list[int]]:
-    """As `champions`; also raises BadData where the champion was lost, or the next one would go unopposed."""
+    """As `champions`; raises BadData if the champion was lost: else any candidate would pass unopposed."""
     champion, known = champions(client, model)
     if champion is None and known:
         raise BadData(
@@ -61,7 +61,7 @@ def present_champion(client: MlflowClient, model: str) -> tuple[int | None, list
 
 
 def promote(version: Version, gate: Path, again: bool = False) -> int | None:
-    """Make a version the champion; returns the number of the champion before, its own if it was that already.
+    """Make a version the champion; returns the previous champion's number, its own if it was champion.
 
     Args:
         gate: the gate's `gate.json`, which must say that this version passes against the present champion,
@@ -76,7 +76,7 @@ def promote(version: Version, gate: Path, again: bool = False) -> int | None:
         decision = json.loads(gate.read_text(encoding="utf-8"))
         verdict, asked = decision["verdict"], decision["gate"]
         model, candidate = decision["model"], decision["candidate"]["version"]
-        # Without a champion there is no baseline; results that no registry holds are one without a version.
+        # Without a champion the baseline is None; results outside the registry have no version.
         baseline = (
             None if decision["baseline"] is None else decision["baseline"]["version"] or "of no registry"
         )
@@ -84,7 +84,7 @@ def promote(version: Version, gate: Path, again: bool = False) -> int | None:
             f"{verdict} against {baseline or NOBODY}; margins: acceptance {asked['margins']['acceptance']}, "
             f"speed {asked['margins']['speed']}; error rate {asked['error_rate']}"
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise BadData(f"{gate} is no gate.json of `budgetdraft gate` ({error!r})") from None
     if verdict != "pass":
         raise BadData(f"{gate} says {verdict!r}: only what passes the gate is promoted")
@@ -94,7 +94,7 @@ def promote(version: Version, gate: Path, again: bool = False) -> int | None:
     with registry(version.uri) as client:
         champion, known = present_champion(client, version.model)
         if champion == version.number:
-            # What a promotion that was cut off has left undone.
+            # Do what a promotion that was cut off has left undone.
             write_champions(client, version.model, known)
             client.delete_model_version_tag(version.model, number, ROLLED_BACK)
             return champion
@@ -125,7 +125,7 @@ def rollback(uri: str, model: str | None = None, to: int | None = None) -> tuple
 
     Raises:
         BadData: if there is none before it.
-        Incomplete: if MLflow is out of reach; the text has the command that goes no further than this one.
+        Incomplete: if MLflow is out of reach; the text has the command that completes this rollback.
     """
     with registry(uri) as client:
         model = model or only_model(client)
@@ -135,7 +135,7 @@ def rollback(uri: str, model: str | None = None, to: int | None = None) -> tuple
         left = {int(version.version) for version in client.search_model_versions(f"name = '{model}'")}
         at = next(
             (
-                place for place, number in reversed(list(enumerate(known)))
+                index for index, number in reversed(list(enumerate(known)))
                 if number in left and number != champion and to in (None, number)
             ),
             None,
@@ -166,7 +166,7 @@ def write_champions(client: MlflowClient, model: str, known: Sequence[int]) -> N
 
 
 def move_champion(client: MlflowClient, model: str, expected: int | None, number: int) -> None:
-    """Set the alias. MLflow cannot compare and set, so the look at who has it comes right before."""
+    """Set the alias. MLflow cannot compare and set, so its present version is checked right before."""
     champion = aliases_of(client, model).get(CHAMPION)
     if champion != expected:
         raise Incomplete(

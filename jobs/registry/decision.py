@@ -21,8 +21,8 @@ SAID: dict[Verdict, str] = {
 
 
 class Side(Row):
-    """Who was compared. `version` is the number in the registry; of finished results None, or the champion's
-    where they were promoted against as its own."""
+    """One side of a comparison. `version` is its number in the registry. For finished results it is None, or
+    the champion's number if they stand for the champion."""
 
     reference: str
     version: int | None
@@ -33,7 +33,8 @@ class Side(Row):
 
 
 class Decision(Row):
-    """`gate.json`. `model` is the registered one, None for finished results; `baseline` None: no champion."""
+    """`gate.json`. `model` is the registered one, None for finished results. `baseline` is None if there was
+    no champion."""
 
     verdict: Verdict
     reasons: list[str]
@@ -69,7 +70,7 @@ def side_line(decision: Decision, name: str, side: Side) -> tuple[str, ...]:
 
 
 def cell_table(decision: Decision) -> str:
-    """A line a cell, with its interval drawn: the figure, where no image can be shown."""
+    """One line for each cell, with its interval drawn as text: the figure, where no image can be shown."""
     chance = f"{100 * decision.gate.error_rate:g} %"
     known = [(cell.low, cell.high, cell.floor, cell.difference) for cell in decision.cells]
     at = [100 * value for values in known for value in values if value is not None]
@@ -129,5 +130,5 @@ def points(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.1f}"
 
 
-def with_interval(found: Interval | None) -> str:
-    return f"{points(found.mean)} [{points(found.low)}, {points(found.high)}]" if found else ""
+def with_interval(interval: Interval | None) -> str:
+    return f"{points(interval.mean)} [{points(interval.low)}, {points(interval.high)}]" if interval else ""

@@ -49,8 +49,8 @@ def decide(
 
     Args:
         candidate, baseline: a report folder or its summary.json, RESULTS or RESULTS:DRAFTER; else what
-            `versions.resolve` takes. A baseline `champion` that nobody ever was lets any candidate pass.
-            One that is the candidate itself is not compared with it.
+            `versions.resolve` takes. If the baseline is `champion` and there never was one, any candidate
+            passes. A baseline that is the candidate itself is not compared.
         promote: takes results as the baseline only if their drafter is the present champion, evaluated anew.
         again: promote also what somebody rolled back from.
 
@@ -61,29 +61,30 @@ def decide(
     """
     if promote and is_results(candidate):
         raise ConfigError("--promote is for drafters in the registry: name the candidate by version or run")
-    own = find(candidate, config, tracking_uri)
-    other = find_baseline(baseline, own, config, tracking_uri, promote)
-    if other is None:
+    candidate_found = find(candidate, config, tracking_uri)
+    baseline_found = find_baseline(baseline, candidate_found, config, tracking_uri, promote)
+    version = candidate_found.version
+    if baseline_found is None:
         said: Comparison = Comparison("pass", ["There is no champion yet: nothing was compared."], [])
-    elif own.version and other.version and own.version.number == other.version.number:
-        one = "champion" if baseline == versions.CHAMPION else "baseline"
-        said = Comparison("pass", [f"The candidate is the {one} itself: nothing was compared."], [])
+    elif version and baseline_found.version and version.number == baseline_found.version.number:
+        role = "champion" if baseline == versions.CHAMPION else "baseline"
+        said = Comparison("pass", [f"The candidate is the {role} itself: nothing was compared."], [])
     else:
-        said = compare(own.evidence, other.evidence, config)
+        said = compare(candidate_found.evidence, baseline_found.evidence, config)
     decision = Decision(
         verdict=said.verdict,
         reasons=said.reasons,
-        model=own.version.model if own.version else None,
-        candidate=own.side,
-        baseline=other.side if other else None,
-        target=own.evidence.target,
-        prompts=own.evidence.prompts,
+        model=version.model if version else None,
+        candidate=candidate_found.side,
+        baseline=baseline_found.side if baseline_found else None,
+        target=candidate_found.evidence.target,
+        prompts=candidate_found.evidence.prompts,
         gate=config,
         cells=said.cells,
     )
     write(decision, output)
-    if promote and decision.verdict == "pass" and own.version:
-        registry_champion.promote(own.version, output / JSON, again)
+    if promote and decision.verdict == "pass" and version:
+        registry_champion.promote(version, output / JSON, again)
     return decision
 
 
@@ -111,8 +112,8 @@ def find_baseline(
 
 def check_same_drafter(reference: str, champion: versions.Version | None) -> None:
     """Raises BadData if the results' drafter has other weights than the champion."""
-    own = weights_of(open_results(*split_results(reference)).drafter)
-    if champion is None or own != versions.weights_of(champion):
+    weights = weights_of(open_results(*split_results(reference)).drafter)
+    if champion is None or weights != versions.weights_of(champion):
         raise BadData(
             f"--promote takes {reference} as the baseline only if its drafter is the champion, evaluated "
             f"anew: its weights are not those of {champion or 'a champion, for there is none'}"
@@ -120,7 +121,7 @@ def check_same_drafter(reference: str, champion: versions.Version | None) -> Non
 
 
 def is_results(reference: str) -> bool:
-    """Whether it names a folder or file, and not something in the registry, whatever lies in this folder."""
+    """Whether a reference names a folder or file rather than something in the registry, by its text alone."""
     return "/" in reference or reference.startswith(("report-", "summary.json"))
 
 

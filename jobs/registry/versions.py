@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from jobs.executors.ray_job import RAY_JOB
-from jobs.mlflow_address import tracking_problem
+from jobs.mlflow_address import sqlite_file, tracking_problem
 from pipeline.errors import BadData, Incomplete, hide_credentials
 from pipeline.gate.evidence import Evidence, load_evidence
 from pipeline.store.files import file_sha256
@@ -55,7 +55,7 @@ def registry(uri: str) -> Iterator[MlflowClient]:
         Incomplete: if it is out of reach or refuses what the body asks.
     """
     problem = tracking_problem(uri)
-    if problem is None and uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if problem is None and (file := sqlite_file(uri)) and not file.exists():
         problem = "there is no such file; name the store with --tracking-uri"
     if problem:
         raise Incomplete(f"MLflow at {hide_credentials(uri)}: {problem}")
@@ -64,7 +64,7 @@ def registry(uri: str) -> Iterator[MlflowClient]:
 
     try:
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except (MlflowException, OSError) as error:  # its stores of artifacts raise what requests does
+    except (MlflowException, OSError) as error:  # its stores of artifacts raise errors of requests
         raise Incomplete(hide_credentials(f"MLflow at {uri}: {error}")) from None
 
 
@@ -112,12 +112,12 @@ def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        names = ", ".join(sorted(one.name for one in client.search_registered_models()))
+        names = ", ".join(sorted(entry.name for entry in client.search_registered_models()))
         raise BadData(f"the registry has no model {model!r}; it has {names or 'none'}") from None
 
 
 def number_by_run(client: MlflowClient, model: str, reference: str) -> int | None:
-    """What the pipeline's run of this id, or of the Ray job of this id, has registered; None if nothing."""
+    """The version that the pipeline's run or Ray job with this id has registered; None if there is none."""
     if not re.fullmatch(r"[\w.-]+", reference):
         return None
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -128,12 +128,12 @@ def number_by_run(client: MlflowClient, model: str, reference: str) -> int | Non
     return None
 
 
-def to_version(uri: str, found: ModelVersion) -> Version:
-    return Version(uri, found.name, int(found.version), found.run_id, found.tags)
+def to_version(uri: str, version: ModelVersion) -> Version:
+    return Version(uri, version.name, int(version.version), version.run_id, version.tags)
 
 
 def evidence_of(version: Version) -> Evidence:
-    """By which a version is judged. Errors as of `fetch`."""
+    """The evidence by which the gate judges a version. Raises as `fetch` does."""
     with TemporaryDirectory() as temporary:
         return load_evidence(fetch(version, EVIDENCE, Path(temporary)))
 
@@ -161,27 +161,27 @@ def fetch(version: Version, part: str, into: Path) -> Path:
     """Download `hf_model` or `evidence` of a version, and compare every file with its checksum.
 
     Raises:
-        BadData: if a file is missing or damaged, or none of the version's.
+        BadData: if a file is missing or damaged, or does not belong to the version.
         Incomplete: if MLflow is out of reach.
     """
     known = {name: digest for name, digest in checksums(version).items() if name.startswith(f"{part}/")}
     with registry(version.uri) as client:
         client.download_artifacts(version.run_id, part, str(into))
-    found = {str(file.relative_to(into)): file for file in (into / part).rglob("*") if file.is_file()}
-    found.pop(f"{EVIDENCE}/{CHECKSUMS}", None)
-    if strange := sorted(found.keys() - known.keys()):
+    files = {str(file.relative_to(into)): file for file in (into / part).rglob("*") if file.is_file()}
+    files.pop(f"{EVIDENCE}/{CHECKSUMS}", None)
+    if strange := sorted(files.keys() - known.keys()):
         raise BadData(
             f"{version}: MLflow holds {', '.join(strange)}, which was not registered with it: delete it "
             "there, or register the drafter anew"
         )
     for name, digest in known.items():
-        if name not in found or file_sha256(found[name]) != digest:
+        if name not in files or file_sha256(files[name]) != digest:
             raise BadData(f"{version}: {name} is damaged or missing in MLflow; register the drafter anew")
     return into / part
 
 
 def checksums(version: Version) -> dict[str, str]:
-    """The version's files → SHA-256. Errors as of `fetch`."""
+    """The version's files → SHA-256. Raises as `fetch` does."""
     with TemporaryDirectory() as temporary, registry(version.uri) as client:
         file = Path(client.download_artifacts(version.run_id, f"{EVIDENCE}/{CHECKSUMS}", temporary))
         if file_sha256(file) != version.tags.get("checksums"):
@@ -190,6 +190,6 @@ def checksums(version: Version) -> dict[str, str]:
 
 
 def weights_of(version: Version) -> dict[str, str]:
-    """The version's files of weights → SHA-256. Errors as of `fetch`."""
+    """The version's files of weights → SHA-256. Raises as `fetch` does."""
     known = {Path(name): digest for name, digest in checksums(version).items()}
     return {file.name: digest for file, digest in known.items() if file.suffix == ".safetensors"}

@@ -28,14 +28,16 @@ from jobs.tracking.store import Run
 from jobs.tracking.tracker import Tracker
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
-from pipeline.errors import BadData, ConfigError, Incomplete, is_full_disk
-from pipeline.models.load import ModelRef
+from pipeline.errors import BadData, ConfigError, Incomplete, disk_trouble
+from pipeline.models.check import check_models
+from pipeline.models.load import ModelRef, model_ref, must_be_unchanged
 from pipeline.observe.training import follow
 from pipeline.results.summary import Stage, Summary
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
 from pipeline.store.layout import CELLS, FIGURES, METRICS, PAGE, SUMMARY, TOKENIZER, StageName
 from pipeline.store.rows import CellRow
+from pipeline.store.storage import make_storage, storage_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +45,21 @@ DRAFTERS = "drafters"  # folder of the trained models among MLflow's artifacts o
 
 
 class Stages:
-    """Runs stages one after another: recorded, tracked, the time, and whether it was cached, for each."""
+    """Runs stages one after another, each recorded, tracked and timed; `done` says which were cached."""
 
-    def __init__(self, executor: Executor, tracker: Tracker, record: RunRecord) -> None:
+    def __init__(self, config: Config, executor: Executor, tracker: Tracker, record: RunRecord) -> None:
         self.executor, self.tracker, self.record = executor, tracker, record
+        # As they are now: a stage that saw other weights than the stage before would mix two targets.
+        given = {role: spec for role, spec in config.models.items() if spec.kind == "pretrained"}
+        self.models = [model_ref(spec, None, role) for role, spec in given.items()]
         self.done: list[Stage] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
-        """Times the body; yields the stage's tracking run. Without a call to the executor, the
-        body has only found what was there."""
+        """Run a stage in the body; yields the stage's tracking run. A stage whose body never calls the
+        executor was cached."""
+        for model in self.models:
+            must_be_unchanged(model, Path(model.path))
         began, calls = time.perf_counter(), self.executor.calls
         with self.record.stage(name) as recorded:
             with self.tracker.stage_run(name) as run:
@@ -64,7 +71,7 @@ class Stages:
 
     @contextmanager
     def follow(self, run: Run, files: Mapping[str, Path], upload_to: str | None = None) -> Iterator[None]:
-        """Models are trained in the body: what their metrics files hold goes to MLflow, record and Ray."""
+        """While the body trains models, send rows of their metrics files to MLflow, the record and Ray."""
         with self.tracker.follow(run, files, upload_to), follow(files):
             yield
 
@@ -74,39 +81,61 @@ def run_pipeline(config: Config, until: StageName = "report") -> Path:
 
     Raises:
         BadData: if an input cannot be used.
+        ConfigError: if the storage, MLflow or Ray cannot be used.
         Incomplete: if cells of the sweep failed, or MLflow did not take all; the report is made all the same.
     """
     config = settled(config)
-    with RunRecord(config, until) as record:
+    check_models(config)
+    make_storage(config.storage)
+    with RunRecord(config, until) as record, storage_troubles(config.storage):
         tracker = Tracker.start(config, record.folder)
         try:
             with tracker, closing(make_executor(config)) as executor:
-                made = run_stages(config, until, Stages(executor, tracker, record))
+                made = run_stages(config, until, Stages(config, executor, tracker, record))
             if config.registry and until == "report":
                 register(config, made, tracker.run.known())
             return made
-        except Exception as error:
-            if not is_full_disk(error):
-                raise
-            raise Incomplete(
-                f"a disk is full; the storage {config.storage} has "
-                f"{shutil.disk_usage(config.storage).free / 1e6:.1f} MB left. Free some space there "
-                f"(`budgetdraft artifacts` shows what nothing needs); the same command resumes ({error})"
-            ) from error
         finally:
             for line in tracker.links():
                 log.info(line)
 
 
+@contextmanager
+def storage_troubles(storage: str) -> Iterator[None]:
+    """Turn what befalls a storage in the body into an error for people.
+
+    Raises:
+        Incomplete: if its disk is full, or ails otherwise.
+        BadData: if a file or folder belongs to somebody else.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if found := disk_trouble(error):
+            trouble, advice = found
+            raise Incomplete(
+                f"{trouble}; the storage {storage} has {shutil.disk_usage(storage).free / 1e6:.1f} MB left. "
+                f"{advice}; the same command resumes ({error})"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise BadData(
+                f"{error}: who shares the storage {storage} must be able to read and write what is in it; "
+                "mend the permissions, or set another storage"
+            ) from error
+        raise
+
+
 def settled(config: Config) -> Config:
-    """The config with what workers cannot find out for themselves.
+    """The config, with the values filled in that workers cannot find out for themselves.
 
     Folders are made absolute, since workers have working directories of their own. On Ray, `device: auto`
     follows from the GPUs that are asked for: a worker sees all GPUs of its machine, asked for or not.
 
     Raises:
-        ConfigError: in a Ray job, if storage or a model lies in the job's own copy of the code; if some kinds
-            of work ask for GPUs and others for none.
+        ConfigError: if there can be no folder `storage`; in a Ray job, if storage or a model lies in the
+            job's own copy of the code; if some kinds of work ask for GPUs and others for none.
     """
     if in_ray_job() and config.run.executor == "ray":
         check_storage(config.storage)
@@ -118,7 +147,7 @@ def settled(config: Config) -> Config:
                     "when it ends: give an absolute path that all nodes share, or a hub id"
                 )
     data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
-    changes: dict[str, Any] = {"data": data, "storage": str(Path(config.storage).expanduser().resolve())}
+    changes: dict[str, Any] = {"data": data, "storage": str(storage_folder(config.storage))}
     if config.run.executor == "ray" and config.run.device == "auto":
         needs = [config.run.needs(work) for work in get_args(Work) if work != "prepare"]
         device = "cuda" if any(need.gpus for need in needs) else "cpu"
@@ -141,7 +170,7 @@ def run_stages(config: Config, until: StageName, stages: Stages) -> Path:
         return partial(stages.follow, run, upload_to=upload_to)
 
     def mirror(run: Run, models: dict[str, Artifact], upload_to: str | None = None) -> None:
-        """What `watch` was not there for, or an earlier run did not get through to MLflow."""
+        """Log models that `watch` did not see trained, or that an earlier run did not get into MLflow."""
         tracker.log_models(run, {name: made.path / METRICS for name, made in models.items()}, upload_to)
 
     with stages.stage("prepare"):
@@ -171,7 +200,7 @@ def run_stages(config: Config, until: StageName, stages: Stages) -> Path:
             config,
             ReportInputs(prepared, taught, swept, tuple(stages.done), (*scratch.values(), *trained.values())),
         )
-        # By the report: a sweep that is tried again after failures keeps its fingerprint and gains rows.
+        # By the report's fingerprint: a sweep that is tried again keeps its own, and gains rows.
         tracker.log_sweep(sweep_run, reported.fingerprint, read_rows(reported.path / CELLS, CellRow))
         tracker.log_files(run, [reported.path / name for name in (PAGE, SUMMARY, CELLS)])
         tracker.log_folder(run, reported.path / FIGURES, "figures")
@@ -191,7 +220,7 @@ def check_complete(failures: int, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished pipeline has for those who want to decode."""
+    """The tokenizer and the models of a finished pipeline, for decoding."""
 
     tokenizer: Path
     target: ModelRef

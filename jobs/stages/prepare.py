@@ -1,6 +1,6 @@
 """Stage prepare: documents in; packed training sequences, evaluation prompts and the tokenizer out.
 
-Wiring alone: what is computed is in `pipeline/data`.
+Only the wiring is here; the computations are in `pipeline/data`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def prepare(config: Config, executor: Executor) -> Artifact:
 
 
 class Sources(NamedTuple):
-    """What there is to read, and the folder that it goes to, whether it is there or not."""
+    """The data to read, and the artifact to make of them, which need not exist yet."""
 
     readers: dict[str, Reader[Any]]
     shards: list[Shard]
@@ -71,8 +71,8 @@ def open_prepare(config: Config) -> Sources:
     shards = [shard for reader in readers.values() for shard in reader.shards()]
     files = local_files(readers, shards)
     if in_ray_job():
-        check_shared([file for own in files.values() for file in own])
-    inputs = stage_inputs(config, files)
+        check_shared([file for source_files in files.values() for file in source_files])
+    inputs = stage_inputs(config, readers, files)
     return Sources(readers, shards, files, inputs, open_artifact(Path(config.storage), "prepare", inputs))
 
 
@@ -80,7 +80,8 @@ def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
     """The finished stage prepare of `data.prepared`, under the fingerprint that it was made with.
 
     Raises:
-        BadData: if it is not finished, damaged, or of other settings; names the fields.
+        BadData: if it is not finished, is damaged, has other settings, or is of an earlier program that read
+            the sources otherwise; the text names the fields or sources.
     """
     name = f"data.prepared = {folder}"
     artifact = Artifact(folder.expanduser().resolve(), "prepare", "")
@@ -100,18 +101,26 @@ def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
         raise BadData(
             f"{name} was made with other settings of {', '.join(differ)}: prepare it with this config"
         )
+    read = made.get("readers", {})
+    readers = make_readers(config.data, config.seed)
+    if older := [source for source, reader in readers.items() if read.get(source, 1) < reader.version([])]:
+        raise BadData(
+            f"{name} is of an earlier version of this program, which read the sources {', '.join(older)} "
+            "otherwise: prepare it anew"
+        )
     tell(Opened(artifact.path))
     return replace(artifact, fingerprint=manifest["fingerprint"])
 
 
 def check_shared(files: list[Path]) -> None:
-    """Raise BadData where a job reads data out of its own copy of the code: each job has another."""
-    own = Path.cwd().resolve()
+    """Raise BadData if a job reads data from its copy of the code: the next job has another copy."""
+    working_folder = Path.cwd().resolve()
     for file in files:
-        if file.resolve().is_relative_to(own):
+        if file.resolve().is_relative_to(working_folder):
             raise BadData(
-                f"{file.resolve().relative_to(own)} lies in the working directory that is sent with a Ray "
-                "job: give data on an absolute path that all nodes share, with data.root or in the sources"
+                f"{file.resolve().relative_to(working_folder)} lies in the working directory that is sent "
+                "with a Ray job: give data on an absolute path that all nodes share, with data.root or in "
+                "the sources"
             )
 
 

@@ -57,8 +57,8 @@ from pipeline.sweep import predict
 
 log = logging.getLogger(__name__)
 
-# Raised where analysis.json or cells.jsonl get other fields, or these another meaning: reports of older
-# code are then drawn anew.
+# To be raised when fields of analysis.json or cells.jsonl change, or what they mean: reports of older code
+# are then drawn anew.
 ANALYSIS_FORMAT = 3
 
 
@@ -83,12 +83,12 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
     failed = read_all(inputs.sweep.path / FAILED, FailedCell)
     artifact, cached = _analyse(config, inputs, failed)
     analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
-    own = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
+    this_stage = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
     memory = training_memory(inputs.trained)
     run = {
         "config": config.name,
         "prepared": os.path.relpath(inputs.prepare.path, artifact.path),
-        "stages": (*inputs.stages, own),
+        "stages": (*inputs.stages, this_stage),
         "training_memory": memory,
     }
     summary = analysis.model_copy(update=run)
@@ -166,7 +166,7 @@ def _draw(
 
 
 def training_memory(trained: Sequence[Artifact]) -> tuple[RankMemory, ...]:
-    """What the manifests of trained models know; models that were exported as they came have none."""
+    """Peak memory from the manifests of trained models; models that were exported untrained have none."""
     counts = {artifact.stage: artifact.manifest["counts"] for artifact in trained}
     return tuple(
         RankMemory(model=name, ranks=ranks)
@@ -176,7 +176,7 @@ def training_memory(trained: Sequence[Artifact]) -> tuple[RankMemory, ...]:
 
 
 def read_predictions(config: Config, sweep: Path) -> Predictions:
-    """What a sweep that predicts has left; nothing where it does not, or has not come that far."""
+    """Predictions and their measurements in a sweep's folder; empty if there are none, or none yet."""
     predicted, sizes = sweep / PREDICTED, sweep / SIZES
     axes, samples = Axes.of(config), config.report.bootstrap_samples
     rechecked = [read_all(sweep / folder, PromptRow) for folder in layout.MEASURED_AGAIN]

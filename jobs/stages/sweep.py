@@ -11,6 +11,7 @@ from jobs.executors.base import Executor
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import drafter_ref, model_identity, target_ref
 from pipeline.config.schema import Config
+from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import FAILED, MODEL
@@ -30,17 +31,19 @@ def sweep(
 ) -> tuple[Artifact, int]:
     """Evaluate every drafter; returns the artifact and the number of failures.
 
-    Replay comes first. Where the config predicts, single steps are timed then, all cells' speeds predicted,
-    and besides the cells that the config names the best and the extremes of each data set and context are
-    measured; last, the fastest few of each place are measured twice more, greedily and with more repeats.
-    With failures the artifact stays incomplete, and the next run tries them again.
+    Replay comes first. If the config asks for predictions, single steps are timed next, and the speeds of all
+    cells are predicted. Then the cells that the config names are measured and, with predictions, the best and
+    the extremes of each place. Last, the fastest few of each place are measured twice more, greedily and with
+    more repeats. With failures the artifact stays incomplete, and the next run tries them again.
     """
     sources = draft_sources(config)
     inputs = {
         "teach": teach.fingerprint,
         "sample": sample.fingerprint if sample else None,
         "target": model_identity(config.target, scratch.get("target")),
-        "drafters": {one.name: trained[one.name].fingerprint for one in sources if one.role == "drafter"},
+        "drafters": {
+            source.name: trained[source.name].fingerprint for source in sources if source.role == "drafter"
+        },
         "drafter_dtype": config.drafter.dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
@@ -71,7 +74,7 @@ def sweep(
 def located(
     config: Config, scratch: dict[str, Artifact], trained: dict[str, Artifact], source: Drafter
 ) -> Drafter:
-    """A draft source with its model, and the positions that this was trained on."""
+    """A draft source with its model, and the positions that the model was trained on."""
     if source.role is None:
         return replace(source, trained_positions=2**31)
     if source.role == "target":
@@ -84,7 +87,13 @@ def located(
 def ref(config: Config, trained: Artifact) -> ModelRef:
     """A trained drafter; its folder holds its rope parameters already."""
     trust = config.drafter.kind == "pretrained" and config.drafter.trust_remote_code
-    return ModelRef(str(trained.path / MODEL), dtype=config.drafter.dtype, trust_remote_code=trust)
+    return ModelRef(
+        str(trained.path / MODEL),
+        dtype=config.drafter.dtype,
+        trust_remote_code=trust,
+        role="drafter",
+        reach=longest_text(config),
+    )
 
 
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
@@ -92,7 +101,7 @@ def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     variant = next(v for v in config.train.drafters if v.name == name)
     if config.drafter.kind == "scratch":
         pretrain = config.drafter.pretrain
-        own = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
+        pretrained = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
-        own = own_positions(drafter_ref(config, scratch))
-    return max(own, config.data.sequence_tokens if config.train.steps_of(variant) else 0)
+        pretrained = own_positions(drafter_ref(config, scratch))
+    return max(pretrained, config.data.sequence_tokens if config.train.steps_of(variant) else 0)

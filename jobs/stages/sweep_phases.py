@@ -68,7 +68,7 @@ PROMPTS_PER_TASK = 8
 
 
 class Phases:
-    """The phases of one sweep, each of them a list of tasks; what is done is not done again."""
+    """The phases of one sweep, each of them a list of tasks; tasks that are done are not run again."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class Phases:
             self.replay()
         if self.sweep.predicts and not self.failures:
             self.calibrate()
-        # What predictions point at is decided once, so only from whole rows; and what would be measured
-        # before they point would be measured again.
+        # Predictions pick cells to measure once, so they need all rows; cells that are measured before the
+        # picks are made would be measured again.
         if self.sweep.predicts and self.failures:
             log.warning(
                 "sweep: speeds are predicted and measured when every prompt is replayed and the steps of "
@@ -109,22 +109,22 @@ class Phases:
             self.recheck()
 
     def run(self, tasks: Sequence[SweepTask], what: str, work: Work = "measure", actors: int = 1) -> None:
-        """Timings are taken by one worker at a time, so that they do not disturb each other.
+        """Run a phase's tasks. Timings have one worker at a time, so that they do not disturb each other.
 
-        What an earlier run has left is counted here: an evaluator would load all models to read a file.
+        Results of an earlier run are counted here: an evaluator would load all models to read a file.
         """
-        found = {task.output: done for task in tasks if (done := earlier(task))}
-        missing = [task for task in tasks if task.output not in found]
+        finished = {task.output: done for task in tasks if (done := earlier(task))}
+        missing = [task for task in tasks if task.output not in finished]
         results: Iterable[tuple[SweepTask, Evaluated]] = ()
         if missing:
             results = self.executor.map_actors(self.factory, missing, what, actors, work, self.give_up)
-        # What was found comes last: Ray's metrics hear nothing before Ray runs.
-        for done in chain((result for _, result in results), found.values()):
+        # Results of an earlier run come last: Ray's metrics hear nothing before Ray runs.
+        for done in chain((result for _, result in results), finished.values()):
             self.rows, self.failures = self.rows + done.rows, self.failures + done.failed
             tell(done)
 
     def give_up(self, task: SweepTask, why: str) -> Evaluated:
-        """A task that killed its worker each time is a failure of all its prompts; the others go on."""
+        """A task that killed its worker each time is a failure of all its prompts; the other tasks go on."""
         if isinstance(task, CalibrateTask):
             log.error("sweep: no steps were timed at %s: %s", task.context, why)
             return Evaluated(failed=1)
@@ -134,8 +134,8 @@ class Phases:
         write_rows(
             failures_of(task),
             [
-                make_failure(mode, all_cells(self.sweep, one, prompt), prompt, error)
-                for one in self.drafters
+                make_failure(mode, all_cells(self.sweep, drafter, prompt), prompt, error)
+                for drafter in self.drafters
                 for prompt in prompts
             ],
         )
@@ -179,7 +179,7 @@ class Phases:
             write_rows(self.folder / PICKS, [PickedCell(cell=cell) for cell in picks])
 
     def measure(self) -> None:
-        """What the config names, what predictions point at, and the plane that scores them."""
+        """Measure cells that the config names or predictions pick, and the plane that scores predictions."""
         picked = self.folder / PICKS
         extra = [row.cell for row in read_rows(picked, PickedCell)] if picked.exists() else []
         picks = {}
@@ -192,25 +192,25 @@ class Phases:
         self.run(self.measure_tasks(picks, "measure", ROWS, repeats, at), "measure")
 
     def recheck(self) -> None:
-        """Measure the fastest cells of each place twice more, since they were found fastest by luck too.
+        """Measure the fastest cells of each place twice more, since luck had a part in their being fastest.
 
-        The run-off picks one; what its speed is, only the repeats behind it can say.
+        The run-off picks one of them; only the repeats after the run-off can say what its speed is.
         """
         config = self.config
         rows = [row for row in self.done_rows() if row.mode == "measure"]
         cells = cell_rows(rows, Axes.of(config), config.report.bootstrap_samples, config.seed)
-        found = choices(cells, run_off=[], again=[])
+        ranked = choices(cells, run_off=[], again=[])
         picks = {}
         for file, place in self.places():
-            fastest = found.get(place, [])[:FASTEST_MEASURED]
+            fastest = ranked.get(place, [])[:FASTEST_MEASURED]
             picks[file] = tuple(choice.cell for choice in fastest)
         repeats = REPEATS_AGAIN * self.sweep.measure.repeats
         for what in MEASURED_AGAIN:
-            # Greedily, at which the fastest were found.
+            # Greedily, as the fastest were found.
             self.run(self.measure_tasks(picks, what, what, repeats, (0.0,)), what)
 
     def places(self) -> list[tuple[Path, Place]]:
-        """Prompts files with the data set and context that they are of."""
+        """Every file of prompts, with its place."""
         firsts = [(file, read_rows(file, Prompt)[0]) for file in self.files]
         return [(file, Place(prompt.dataset, prompt.context)) for file, prompt in firsts]
 
@@ -222,10 +222,10 @@ class Phases:
         repeats: int,
         temperatures: tuple[float, ...],
     ) -> list[MeasureTask]:
-        """The first prompts of every file, those decoded together a task.
+        """Tasks for the first prompts of every file; prompts that are decoded together share a task.
 
-        A file of rows is named by what is measured and how, and those of other picks, which an earlier run
-        has left, are removed.
+        A file of rows is named by what is measured and how. Files of other picks, which an earlier run has
+        left, are removed.
         """
         tasks, places = [], dict(self.places())
         for file, here in picks.items():
@@ -233,8 +233,8 @@ class Phases:
             prompts = len(read_rows(file, Prompt)) if here else 0
             for first, last in batches(self.sweep.measure, prompts):
                 output = self.output(f"{what}-{picked}", file, first, folder)
-                beside = self.beside(places[file], output)
-                tasks.append(MeasureTask(file, here, repeats, temperatures, first, last, output, beside))
+                steps = self.steps_beside(places[file], output)
+                tasks.append(MeasureTask(file, here, repeats, temperatures, first, last, output, steps))
         wanted = {task.output.name for task in tasks}
         for kind in (folder, STEPS_BESIDE, FAILED):
             for old in (self.folder / kind).glob(f"{what}-*.jsonl"):
@@ -242,11 +242,11 @@ class Phases:
                     old.unlink()
         return tasks
 
-    def beside(self, place: Place, output: Path) -> CalibrateTask | None:
-        """Where `output` is of the plane, single steps of its context, to be timed around what it holds.
+    def steps_beside(self, place: Place, output: Path) -> CalibrateTask | None:
+        """If `output` is of the plane, a task that times single steps of its context before and after it.
 
-        Predictions are of seconds, and so is their score: a machine that others share may be a third slower
-        some minutes after single steps were first timed.
+        Predictions are scored in seconds, and a machine that others share may be a third slower some minutes
+        after single steps were first timed.
         """
         if output.parent.name != ROWS or not has_plane(self.sweep, place):
             return None
@@ -257,7 +257,7 @@ class Phases:
         return self.folder / folder / f"{what}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
 
     def done_rows(self) -> Iterator[PromptRow]:
-        """File by file: the replayed rows of a large grid are gigabytes."""
+        """All rows, file by file: the replayed rows of a large grid are gigabytes."""
         for file in sorted((self.folder / ROWS).glob("*.jsonl")):
             yield from read_rows(file, PromptRow)
 
@@ -266,7 +266,7 @@ class Phases:
 
 
 def warn_of_large_budgets(config: Config) -> None:
-    """Where nothing is left out, a budget's rows are those of the full cache."""
+    """Warn of budgets that keep a whole context: their rows are those of the full cache."""
     for context in config.data.contexts:
         large = [b for b in config.sweep.budgets if b != "full" and b >= context.tokens]
         if large:

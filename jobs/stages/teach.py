@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def taught(
     config: Config, prepare: Artifact, scratch: dict[str, Artifact]
 ) -> tuple[Artifact, dict[str, Any]]:
-    """The folder of the labels, whether it is there or not, and what they depend on."""
+    """The folder of the labels, which need not exist yet, and the inputs that they depend on."""
     labels = config.labels.model_dump(mode="json", exclude={"num_workers"})
     inputs = {
         "prepare": prepare.fingerprint,
@@ -86,7 +86,7 @@ def sample(
 ) -> Artifact | None:
     """The target's sampled continuations of the test prompts; None where the sweep is greedy alone.
 
-    Apart from the labels, so that other temperatures do not train anew.
+    They are an artifact apart from the labels, so that other temperatures do not train drafters anew.
     """
     chances = sampled_chances(config)
     if not chances:
@@ -107,7 +107,7 @@ def sample(
             make_teacher, config, target_ref(config, scratch), prepare.path / TOKENIZER, artifact.path
         )
         done = executor.map_actors(factory, tasks, "sample", config.labels.num_workers, "teach")
-        written = sum(one.continuations for _, one in done)
+        written = sum(result.continuations for _, result in done)
         artifact.finish(inputs, {"continuations": written}, time.perf_counter() - began)
     return artifact
 
@@ -124,7 +124,7 @@ def make_teacher(config: Config, target: object, tokenizer: Path, output: Path) 
 def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueTask]:
     """One task per shard of at most `labels.sequences_per_shard` sequences.
 
-    Of more than `labels.max_sequences`, every file gives its share, so that all documents' kinds stay.
+    Beyond `labels.max_sequences`, every file gives the same share, so that every kind of document stays.
     """
     files = sorted((prepare.path / SEQUENCES).glob("*.npy"))
     counts = [len(np.load(file, mmap_mode="r")) for file in files]
@@ -140,7 +140,7 @@ def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueT
 
 
 def label_bytes(config: Config, sequences: int, vocab: int) -> int:
-    """What the label files will take, headers aside, with a vocabulary of so many entries."""
+    """Bytes of the label files, without their headers, for a vocabulary of `vocab` entries."""
     size = np.dtype(smallest_uint(vocab)).itemsize
     per_token = 2 * size + min(config.labels.top_k, vocab) * (size + 2)
     return sequences * config.data.sequence_tokens * per_token

@@ -15,13 +15,15 @@ from jobs.executors.base import Executor
 from pipeline.config.models import AnyModel, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
+from pipeline.models.hub import model_files
+from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, model_ref
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import CHECKPOINTS
 from pipeline.train.job import TrainJob, run_job
 
-# What mirrors the growing metrics files of a launch while it runs.
+# Makes the context that mirrors the growing metrics files of a launch while it runs.
 Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]
 
 
@@ -32,7 +34,7 @@ def unwatched(files: Mapping[str, Path]) -> AbstractContextManager[None]:
 def scratch_models(
     config: Config, prepare: Artifact
 ) -> tuple[dict[str, Artifact], dict[str, dict[str, Any]]]:
-    """The folders of the scratch models, whether they are there or not, and what each depends on."""
+    """The folders of the scratch models, which need not exist yet, and the inputs that each depends on."""
     inputs: dict[str, dict[str, Any]] = {
         name: {
             "prepare": prepare.fingerprint,
@@ -61,7 +63,7 @@ def pretrain(
 def drafters(
     config: Config, teach: Artifact, scratch: dict[str, Artifact]
 ) -> tuple[dict[str, Artifact], dict[str, dict[str, Any]]]:
-    """The folders of the drafters, whether they are there or not, and what each depends on."""
+    """The folders of the drafters, which need not exist yet, and the inputs that each depends on."""
     common = config.train.model_dump(
         mode="json", exclude={"variants", "num_workers", "deepspeed", "checkpoint_every"}
     )
@@ -98,23 +100,21 @@ def train(
 def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     """The drafter that training starts from."""
     start = scratch.get("drafter")
-    return model_ref(config.drafter, start.path / MODEL if start else None)
+    return model_ref(config.drafter, start.path / MODEL if start else None, "drafter", longest_text(config))
 
 
 def target_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     start = scratch.get("target")
-    return model_ref(config.target, start.path / MODEL if start else None)
+    return model_ref(config.target, start.path / MODEL if start else None, "target", longest_text(config))
 
 
 def model_identity(spec: AnyModel, scratch: Artifact | None) -> Any:
-    """What a fingerprint knows a model by: the artifact that made it, or its config and, of a local folder,
-    its files by size and time of change."""
+    """How a fingerprint identifies a model: by the artifact that made it; else by its config and, for a local
+    folder, by the sizes and times of change of its files."""
     if scratch:
         return scratch.fingerprint
     assert isinstance(spec, PretrainedModel)
-    files = [file for file in Path(spec.path).glob("*") if file.suffix in (".json", ".safetensors")]
-    stats = {file.name: file.stat() for file in sorted(files)}
-    return {"model": spec, "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}}
+    return {"model": spec, "files": {name: list(stat) for name, stat in model_files(Path(spec.path)).items()}}
 
 
 def run_missing(
@@ -154,13 +154,13 @@ def launch(
         if not (artifact.path / MODEL).exists():
             raise Incomplete(f"training ended without a model in {artifact.path}; its checkpoints are kept")
     for name, artifact in missing.items():
-        # Whoever wants more steps has another fingerprint: nothing will go on from here.
+        # A config with more steps has another fingerprint, so nothing resumes from these checkpoints.
         shutil.rmtree(artifact.path / CHECKPOINTS, ignore_errors=True)
         artifact.finish(inputs[name], peak_memory(artifact.path), seconds)
 
 
 def peak_memory(folder: Path) -> dict[str, Any]:
-    """What a trained model's manifest says of memory; nothing of a model that was not trained."""
+    """The entry about memory in a trained model's manifest; empty for a model that was not trained."""
     file = folder / MEMORY
     if not file.exists():
         return {}

@@ -1,4 +1,4 @@
-"""The curves of training in MLflow: a run for each model, its weights below the stage where asked for."""
+"""The curves of training in MLflow: a run for each model; its weights go to the stage's run if asked for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pipeline.observe.training import read_metrics
 
 
 class Curves:
-    """One model: its metrics file, and what of it is on the way to MLflow.
+    """One model: its metrics file, and the steps of it that were queued for MLflow.
 
-    A step goes once, however often the file is rewritten. A model that was mirrored whole before, by the name
-    of its artifact folder, is left alone. The run is FINISHED when all of it is there, weights included.
+    A step is queued once, however often the file is rewritten. A model is known by the name of its artifact
+    folder; one that was mirrored whole before is left alone. The run is FINISHED when all of it is there,
+    weights included.
     """
 
     def __init__(self, put: Put, stage_run: Run, name: str, file: Path) -> None:
@@ -36,8 +37,8 @@ class Curves:
         self.logged |= {row["step"] for row in new}
 
     def finish(self, status: str, upload_to: str | None) -> None:
-        """Queue what is left: of the file, then the weights of a model that is FINISHED as artifacts of the
-        stage's run below `upload_to`/name, then the end of the run."""
+        """Queue what is left: the rest of the file; if the model is FINISHED, its weights as artifacts of the
+        stage's run below `upload_to`/name; the end of the run."""
         self.log(read_metrics(self.file))
         if upload_to and status == "FINISHED":
             self._begun()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
-from jobs.mlflow_address import is_server, tracking_problem, tracking_uri
+from jobs.mlflow_address import is_server, tracking_problem, tracking_uri, where_given
 from jobs.records.record import lives
 from jobs.tracking.writer import Refused
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, disk_trouble
 from pipeline.store.artifacts import LOCKS
 from pipeline.store.files import write_text
 from pipeline.store.provenance import provenance
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 OPENING_S = 300  # the tables of a new database take seconds; much longer means that something hangs
-OTHERS_S = 10.0  # for another process that mirrors the same piece; afterwards it is tried again
+WITHOUT = "to run without, set tracking.enabled=false"
+OTHERS_S = 10.0  # wait for another process that mirrors the same piece; then the write is tried again
 
 
 def open_store(config: Config, run: Run) -> Store:
@@ -39,22 +40,28 @@ def open_store(config: Config, run: Run) -> Store:
     try:
         locks.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if disk_trouble(error):
+            raise
         raise ConfigError(f"storage = {config.storage}: {locks} cannot be made: {error}") from None
-    given, file = f"tracking.uri = {uri}", locks / "mlflow.lock"
+    given, file = where_given(config), locks / "mlflow.lock"
     try:
         # Two processes that open a new database at once break it for good.
         with FileLock(file, timeout=OPENING_S):
             if problem := tracking_problem(uri):
-                raise ConfigError(f"{given}: {problem}; to run without, set tracking.enabled=false")
+                raise ConfigError(f"{given}: {problem}; {WITHOUT}")
             from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
 
             try:
                 client = MlflowClient(tracking_uri=uri)
                 store = Store(client, uri, _experiment(client, config, uri), locks)
                 store.make(run)
-            except MlflowException as error:
-                raise ConfigError(f"{given}: {error.message}") from None
+            except ConfigError:
+                raise
+            except Exception as error:  # stores raise whatever their databases' libraries raise
+                if disk_trouble(error):
+                    raise
+                first = (str(error).strip().splitlines() or [""])[0]
+                raise ConfigError(f"{given}: {type(error).__name__}: {first}; {WITHOUT}") from error
             return store
     except Timeout:
         raise ConfigError(
@@ -66,8 +73,8 @@ def _experiment(client: MlflowClient, config: Config, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     name = config.tracking.experiment
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         # A server has its own place for artifacts.
         place = None if is_server(uri) else (Path(config.storage).resolve() / "mlartifacts").as_uri()
         try:
@@ -75,13 +82,13 @@ def _experiment(client: MlflowClient, config: Config, uri: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # made from another storage just now
-    if found.lifecycle_stage == "deleted":
+            experiment = client.get_experiment_by_name(name)  # made from another storage just now
+    if experiment.lifecycle_stage == "deleted":
         raise ConfigError(
             f"tracking.experiment = {name}: it was deleted in MLflow; restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}` or choose another name"
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` or choose another name"
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def now_ms() -> int:
@@ -96,7 +103,7 @@ class Run:
     tags: Mapping[str, str]
     parent: Run | None = None
     began_ms: int = field(default_factory=now_ms)
-    # Finds the run again whose making was asked for and not answered.
+    # Finds a run again if MLflow was asked to make it and did not answer.
     write_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     asked: bool = False
     id: str = ""  # known once it is made
@@ -128,13 +135,13 @@ class Store:
         tags = {**run.tags, "git_commit": commit, "write_id": run.write_id, "storage_id": self.storage}
         if run.parent:
             tags["mlflow.parentRunId"] = run.parent.known()
-        found = next(self.search(f"tags.write_id = '{run.write_id}'"), None) if run.asked else None
+        made = next(self.search(f"tags.write_id = '{run.write_id}'"), None) if run.asked else None
         run.asked = True
-        if found is None:
-            found = self.client.create_run(
+        if made is None:
+            made = self.client.create_run(
                 self.experiment_id, start_time=run.began_ms, tags=tags, run_name=run.name
             )
-        run.id = found.info.run_id
+        run.id = made.info.run_id
 
     def log(
         self,
@@ -144,11 +151,11 @@ class Store:
         at_ms: int = 0,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Parameters, points and tags of a run; the client makes of them as few requests as MLflow allows.
+        """Parameters, points and tags of a run; the client sends them in as few requests as MLflow allows.
 
         Args:
             points: name, value, step.
-            at_ms: the time of the points, Unix milliseconds; the same when this is repeated, or they double.
+            at_ms: the time of the points, Unix milliseconds; a repeat with another time would double them.
         """
         from mlflow.entities import Metric, Param, RunTag
 
@@ -180,29 +187,29 @@ class Store:
         """Keep other processes from mirroring a piece of this storage until it is released.
 
         Returns:
-            Its finished runs, of those that `query` finds. What a killed process of this storage has left
-            unfinished is deleted.
+            The finished runs among those that `query` finds. Runs that a killed process of this storage has
+            left unfinished are deleted.
 
         Raises:
             Timeout: if another process mirrors it at present.
         """
-        # Taken in the writer's thread; where that gives up, freed in another.
+        # Taken in the writer's thread; freed in another thread if the writer gives up.
         file = self.locks / f"mlflow-{piece}.lock"
         lock = self.claimed.setdefault(piece, FileLock(file, timeout=OTHERS_S, thread_local=False))
         if not lock.is_locked:
             lock.acquire()
-        found = list(self.search(query))
-        for run in found:
+        runs = list(self.search(query))
+        for run in runs:
             if run.info.status == "RUNNING" and run.data.tags.get("storage_id") == self.storage:
                 self.client.delete_run(run.info.run_id)
-        return [run for run in found if run.info.status == "FINISHED"]
+        return [run for run in runs if run.info.status == "FINISHED"]
 
     def release(self, piece: str) -> None:
         if piece in self.claimed:
             self.claimed.pop(piece).release()
 
     def end_killed(self, records: Path) -> None:
-        """Give the pipeline runs of this storage whose driver was killed, and their stages, an end.
+        """End the pipeline runs of this storage whose driver was killed, and the runs of their stages.
 
         Args:
             records: folder of the storage's run records, which say whether a driver lives.
@@ -213,8 +220,8 @@ class Store:
             if record is None or lives(records / record):
                 continue
             below = self.search(f"{running} and tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-            for one in [*below, run]:
-                self.client.set_terminated(one.info.run_id, "KILLED")
+            for killed in [*below, run]:
+                self.client.set_terminated(killed.info.run_id, "KILLED")
 
 
 class Put(Protocol):

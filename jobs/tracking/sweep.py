@@ -31,7 +31,7 @@ class Sweep:
         return any(map(is_measured, self.cells.values()))
 
     def find(self, store: Store) -> None:
-        """Let no other process write the same points, and look which are there."""
+        """Keep other processes from writing the same points, and look which are there."""
         runs = store.claim(self.sweep_id, self.query)
         self.present = {run.data.tags["cell_key"]: run.info.run_id for run in runs}
 
@@ -48,7 +48,7 @@ class Sweep:
         self.present[key] = run.id
 
     def best(self, most: int) -> list[str]:
-        """Ids of the runs of the fastest points, or where none was measured of those accepted most."""
+        """Run ids of the fastest points or, if none was measured, of those with the highest acceptance."""
         present = self.present or {}
         ranked = sorted(
             (key for key in self.cells if key in present), key=lambda key: -point_value(self.cells[key])

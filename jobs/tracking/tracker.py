@@ -1,4 +1,4 @@
-"""Mirrors a run into MLflow. Files are the truth; nothing is ever read back from here to compute with.
+"""Mirrors a run into MLflow. The files are what counts: no computation reads anything back from MLflow.
 
 Only the driver process writes: one pipeline run, below it a run per stage, below those a run per trained
 model (its curves) and one per sweep point with γ as the step axis. All writes but the first go through one
@@ -41,7 +41,7 @@ MOST_COMPARED = 93  # runs in one compare link; the page is known to stay usable
 class Tracker:
     """One pipeline run in MLflow, as a context: FINISHED, FAILED or KILLED follows from how it is left.
 
-    Methods queue what they are told and return at once. Leaving the context waits for what is queued. Without
+    Methods queue writes and return at once. Leaving the context waits for what is queued. Without
     a store (`tracking.enabled: false`) whatever would be queued is dropped.
     """
 
@@ -126,7 +126,7 @@ class Tracker:
     def follow(
         self, stage_run: Run, files: Mapping[str, Path], upload_to: str | None = None
     ) -> Iterator[None]:
-        """Mirror metrics files as curves: while the body runs as they are told of, what is left when it ends.
+        """Mirror metrics files as curves: new rows while the body runs, what is left when it ends.
 
         Args:
             files: model name → its `metrics.jsonl`, which need not exist yet. Each gets a run of its name
@@ -156,8 +156,8 @@ class Tracker:
         """One run per sweep point, acceptance and speed against γ as the step. Safe to repeat.
 
         Args:
-            sweep_id: the report's fingerprint, as a sweep that is tried again keeps its own; points that it
-                already has in MLflow are not written again.
+            sweep_id: the report's fingerprint, since a sweep that is tried again keeps its own fingerprint.
+                Points that are already in MLflow under this id are not written again.
         """
         self.sweep = sweep = Sweep(sweep_id, rows, stage_run)
         self.put("the points of the sweep", sweep.find, repeatable=True)
@@ -196,7 +196,7 @@ class Tracker:
 
 @contextmanager
 def _ending(end: Callable[[str], None]) -> Iterator[None]:
-    """Call `end` with the MLflow status that the way the body was left calls for."""
+    """Call `end` with the MLflow status that follows from how the body was left."""
     with ExitStack() as stack:
         stack.push(lambda kind, error, trace: end(_status(kind)))
         yield

@@ -1,6 +1,6 @@
 """Hands writes to MLflow one after another in a thread of its own, and tries each again until it is taken.
 
-Writes are made to be repeated: an answer that was lost on its way says nothing about what the server did.
+Writes are made to be repeated: if an answer is lost on its way, the server may or may not have written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 SILENT_S = 2.0  # a wait at the end that is shorter than this is not worth a line
-# Answers that say nothing about the write: a login that lapsed, a server that is slow or has too much to do.
+# HTTP codes that say nothing about the write: a login that lapsed, a server that is slow or overloaded.
 PASSING = (401, 403, 408, 429)
 
 
@@ -64,7 +64,7 @@ class Writer:
             self._waiting = deque(write for write in self._waiting if not write.repeatable)
 
     def finish(self, quiet_s: float, most_s: float = math.inf) -> int:
-        """Wait for the writes that are left, with a bar; how many were given up in the end.
+        """Wait for the writes that are left, with a bar; returns how many were given up in the end.
 
         Args:
             quiet_s: seconds without any write taken, counted from now, after which to give up.

@@ -24,7 +24,8 @@ class TextSource(Source):
     kind: Literal["text"]
     files: tuple[str, ...] = Field(
         min_length=1,
-        description='paths or globs; "stdlib" is the sources of the running Python\'s standard library',
+        description='paths or globs; of JSON lines and parquet the field "text" of each row is a document; '
+        '"stdlib" is the sources of the running Python\'s standard library',
     )
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of documents")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="share of documents")
@@ -86,11 +87,13 @@ class LwmSource(Source):
 
 
 class PromptsSource(Source):
-    """The user's own prompts: JSONL with `prompt` or `messages`, or one text file a prompt. Test only."""
+    """The user's own prompts: rows with `prompt` or `messages`, or one text file a prompt. Test only."""
 
     kind: Literal["prompts"]
     use: tuple[Literal["test"], ...] = ("test",)
-    files: tuple[str, ...] = Field(min_length=1, description="paths or globs of .jsonl or text files")
+    files: tuple[str, ...] = Field(
+        min_length=1, description="paths or globs of .jsonl, .jsonl.gz, .json (a list) or text files"
+    )
     chat_template: bool = Field(False, description="wrap each prompt in the tokenizer's chat template")
 
 

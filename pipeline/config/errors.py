@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.config.group import Group
+from pipeline.config.group import CheckedBy, Group
 
 # Where each value was written, by its path of keys and list indexes.
 Origins = dict[tuple[str | int, ...], str]
 MOST_PROBLEMS = 6
+NO_FIELD = ("extra_forbidden", "invalid_key")  # what a field is named that there is not: a word, a number
 
 
 def show(value: object) -> str:
@@ -36,8 +37,9 @@ def explain(
         if details["type"] == "too_short" and len(items) >= details["ctx"]["min_length"]:
             continue  # only because its items have errors, which are told themselves
         if details["type"] == "misplaced_switch":
-            field = details["ctx"]["field"]
-            details["loc"], details["input"] = (*details["loc"], field), items[field]
+            details["loc"] = (*details["loc"], *details["ctx"]["at"])
+            for key in details["ctx"]["at"]:
+                details["input"] = details["input"][key]
         place = _locate(details["loc"], values, schema)
         # A value that fits no member of a union has one error a member: the first one tells all.
         problems.setdefault(place.shown, _tell(details, place, origins, file))
@@ -56,8 +58,8 @@ class _Place:
     annotation: Any
     metadata: list[Any]
     description: str | None
-    group: type[BaseModel]  # the group that holds the field
-    kinds: list[type[BaseModel]]  # what this group may be instead, where a `kind` chooses
+    group: type[Group]  # the group that holds the field
+    kinds: list[type[Group]]  # what this group may be instead, where its `tag` chooses
     schema: type[Group]  # of the whole file
 
 
@@ -70,7 +72,7 @@ def _tell(details: ErrorDetails, place: _Place, origins: Origins, file: str) -> 
     if kind == "missing":
         head, keys = f"{place.shown} is missing", keys[:-1]
         notes.append(f"needed: {_describe(place.annotation, place.metadata)}")
-    elif kind == "extra_forbidden":
+    elif kind in NO_FIELD:
         head = f"{place.shown} is no field"
         notes.append(_suggest(str(place.keys[-1]), place))
     elif kind == "value_error":
@@ -82,14 +84,15 @@ def _tell(details: ErrorDetails, place: _Place, origins: Origins, file: str) -> 
         else:
             notes.append(reason)
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        head = f"{place.shown}.kind" + (f" = {show(given['kind'])}" if "kind" in given else " is missing")
+        tag = _members(place.annotation)[0].tag
+        head = f"{place.shown}.{tag}" + (f" = {show(given[tag])}" if tag in given else " is missing")
         notes.append(f"allowed: {_describe(place.annotation, [])}")
-        keys = (*keys, "kind")
+        keys = (*keys, tag)
     else:
         if kind == "misplaced_switch":
             notes.append("YAML reads yes, no, on and off as true and false")
         notes.append(f"allowed: {_describe(place.annotation, place.metadata)}")
-    if place.description and kind != "extra_forbidden":
+    if place.description and kind not in NO_FIELD:
         notes.append(f"meaning: {place.description}")
     while keys and keys not in origins:
         keys = keys[:-1]
@@ -103,6 +106,8 @@ def _plain(annotation: Any) -> tuple[Any, list[Any]]:
     if get_origin(annotation) is Annotated:
         annotation, *extras = get_args(annotation)
         for extra in extras:
+            if isinstance(extra, CheckedBy):
+                return _plain(extra.annotation)
             metadata += extra.metadata if isinstance(extra, FieldInfo) else [extra]
     if get_origin(annotation) in (Union, types.UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
@@ -118,11 +123,11 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _is_group(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return isinstance(annotation, type) and issubclass(annotation, Group)
 
 
-def _kind(group: type[BaseModel]) -> str:
-    return str(get_args(group.model_fields["kind"].annotation)[0])
+def _kind(group: type[Group]) -> str:
+    return str(get_args(group.model_fields[group.tag].annotation)[0])
 
 
 def _locate(loc: tuple[str | int, ...], values: Any, schema: type[Group]) -> _Place:
@@ -149,7 +154,7 @@ def _locate(loc: tuple[str | int, ...], values: Any, schema: type[Group]) -> _Pl
                 place.metadata, place.description = [*field.metadata, *metadata], field.description
             else:
                 place.annotation, place.metadata, place.description = Any, [], None
-        elif origin is tuple:
+        elif origin in (tuple, list):
             place.annotation, place.metadata = _plain(get_args(annotation)[0])
         elif origin is dict:
             place.annotation, place.metadata = get_args(annotation)[0 if about_key else 1], []
@@ -177,12 +182,12 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     if all(_is_group(member) for member in members):
         if len(members) == 1:
             return f"a group with {', '.join(members[0].model_fields)}"
-        return "kind: " + ", ".join(_kind(member) for member in members)
+        return f"{members[0].tag}: " + ", ".join(_kind(member) for member in members)
     if len(members) > 1:
         text = " or ".join(_describe(member, []) for member in members)
     elif get_origin(annotation) is Literal:
         text = ", ".join(str(value) for value in get_args(annotation))
-    elif get_origin(annotation) is tuple:
+    elif get_origin(annotation) in (tuple, list):
         least = f" of at least {bounds.pop('min_length')}" if "min_length" in bounds else ""
         text = f"a list{least}, each item {_describe(get_args(annotation)[0], [])}"
     elif get_origin(annotation) is dict:
@@ -204,11 +209,12 @@ def _suggest(name: str, place: _Place) -> str:
     own = list(place.group.model_fields)
     others = [_kind(other) for other in place.kinds if name in other.model_fields]
     if others:
-        return f"it belongs to kind {' and '.join(others)}, and this is kind {_kind(place.group)}"
+        tag = place.group.tag
+        return f"it belongs to {tag} {' and '.join(others)}, and this is {tag} {_kind(place.group)}"
     elsewhere: dict[str, list[str]] = {}
     for path in _all_fields(place.schema, ""):
         elsewhere.setdefault(path.rpartition(".")[2], []).append(path)
-    near = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, own, n=1, cutoff=0.7 if name in elsewhere else 0.6)
     if near:
         return f"did you mean {near[0]}?"
     there = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.6)
@@ -219,7 +225,7 @@ def _suggest(name: str, place: _Place) -> str:
     return f"the fields of {place.shown.rpartition('.')[0] or 'a config'} are {', '.join(own)}"
 
 
-def _all_fields(group: type[BaseModel], prefix: str) -> Iterator[str]:
+def _all_fields(group: type[Group], prefix: str) -> Iterator[str]:
     """Dotted paths of all fields, `<name>` standing for items of lists; each path once."""
     seen = set()
     for name, field in group.model_fields.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,30 +19,10 @@ from pydantic import ValidationError
 from pipeline.config.errors import Origins, explain, show
 from pipeline.config.group import Group
 from pipeline.config.schema import Config
+from pipeline.config.yaml_text import MOST_LEVELS, read_yaml
 from pipeline.errors import ConfigError, hide_credentials
 
 Schema = TypeVar("Schema", bound=Group)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with two traps removed: a repeated key is an error, and 1e-5 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            line = key_node.start_mark.line + 1
-            if key_node.value in lines:
-                text = f"{key_node.value!r} stands on line {lines[key_node.value]} and again on line {line}"
-                raise yaml.constructor.ConstructorError(None, None, text)
-            lines[key_node.value] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -106,8 +86,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
+        node, values = read_yaml(text, str(path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -158,35 +137,38 @@ def apply_override(override: str, values: dict[str, Any], origins: Origins) -> N
     """Set one `dotted.path=value` in `values`, making groups on the way."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
+    told = override if len(override) <= 200 else override[:199] + "…"
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} has not the form group.field=value, as train.steps=10 has")
+        raise ConfigError(f"override {told!r} has not the form group.field=value, as train.steps=10 has")
+    if len(keys) > MOST_LEVELS:
+        raise ConfigError(f"override {told!r}: its name has more than {MOST_LEVELS} parts")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        _, value = read_yaml(text, "the value")
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"override {told!r}: the value is not valid YAML: {error}") from None
     node: Any = values
     at: tuple[str | int, ...] = ()
     for depth, key in enumerate(keys):
         where = ".".join(keys[:depth])
         name: Any
         if isinstance(node, list):
-            name = _list_index(node, key, where, override)
+            name = _list_index(node, key, where, told)
         elif isinstance(node, dict):
             # Keys of budgets are integers in YAML and text in a dotted path.
             name = next((known for known in node if str(known) == key), key)
         else:
-            raise ConfigError(f"override {override!r}: {where} is {show(node)}, which has no field {key!r}")
+            raise ConfigError(f"override {told!r}: {where} is {show(node)}, which has no field {key!r}")
         at = (*at, name)
         last = depth == len(keys) - 1
         if last or (isinstance(node, dict) and node.get(name) is None):
             node[name] = value if last else {}
             for old in [place for place in origins if place[: len(at)] == at]:
                 del origins[old]
-            origins[at] = f"override {override}"
+            origins[at] = f"override {told}"
         node = node[name]
 
 
-def _list_index(items: list[Any], key: str, where: str, override: str) -> int:
+def _list_index(items: list[Any], key: str, where: str, told: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if key in names:
         return names.index(key)
@@ -194,4 +176,4 @@ def _list_index(items: list[Any], key: str, where: str, override: str) -> int:
         return int(key)
     known = ", ".join(str(name) for name in names if name is not None)
     known = f" (names: {known})" if known else ""
-    raise ConfigError(f"override {override!r}: {where} has {len(items)} items{known}, and none is {key!r}")
+    raise ConfigError(f"override {told!r}: {where} has {len(items)} items{known}, and none is {key!r}")

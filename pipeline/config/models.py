@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.group import Group
+from pipeline.config.rope import RopeScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-def check_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Names its rule as transformers does now: under the older name, `type`, it would be ignored silently."""
-    if parameters.get("rope_type") not in ROPE_TYPES:
-        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}")
-    return parameters
-
-
-RopeScaling = Annotated[dict[str, Any], AfterValidator(check_rope)]
 
 
 class Pretrain(Group):
@@ -64,7 +53,17 @@ class ScratchModel(Group):
             raise ValueError("heads must divide hidden, and kv_heads must divide heads")
         if (self.hidden // self.heads) % 2:
             raise ValueError("hidden / heads must be even: rotary embeddings turn pairs")
+        self.check_rope("rope_scaling", self.rope_scaling)
         return self
+
+    def check_rope(self, field: str, parameters: RopeScaling | None) -> None:
+        """Raises ValueError where rope parameters, those of a field, do not fit the shape of this model."""
+        pairs = self.hidden // self.heads // 2
+        for name, value in (parameters or {}).items():
+            if name == "partial_rotary_factor" and value != 1:
+                raise ValueError(f"{field}.{name} is {value:g}, but a scratch model is a Llama: leave it out")
+            if name in ("short_factor", "long_factor") and len(value) != pairs:
+                raise ValueError(f"{field}.{name} has {len(value)} items: hidden / heads / 2 is {pairs}")
 
 
 class PretrainedModel(Group):

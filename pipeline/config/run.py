@@ -55,6 +55,13 @@ class Run(Group):
         default={}, description="by kind of work, where it asks for something else than that"
     )
 
+    stall_minutes: float = Field(
+        120,
+        gt=0,
+        description="a stage on Ray in which nothing has ended for so long is given up, as a worker may "
+        "hang; the same command resumes",
+    )
+
     def needs(self, work: Work) -> Resources:
         """What one worker asks for, every default filled in but that of the memory."""
         given = self.resources.get(work, Resources())

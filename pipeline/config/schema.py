@@ -75,6 +75,9 @@ class Config(Group):
                     f"{name}.pretrain.sequence_tokens ({piece}) is more than data.sequence_tokens "
                     f"({self.data.sequence_tokens})"
                 )
+        if isinstance(self.drafter, ScratchModel):
+            for v in self.train.variants:
+                self.drafter.check_rope(f"train.variants.{v.name}.rope_scaling", v.rope_scaling)
         contexts = {context.name for context in self.data.contexts}
         tested = {source.name for source in self.data.sources if "test" in source.use}
         if set(self.sweep.max_gammas) - contexts:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.axes import Baseline, check_budget
 from pipeline.config.group import Group
-from pipeline.config.models import RopeScaling
+from pipeline.config.rope import RopeScaling
 from pipeline.config.sweep import Policy
 
 LossKind = Literal["cross_entropy", "kl", "total_variation"]

@@ -8,6 +8,7 @@ last and marks it as done.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.config.data import Context, Data, Source, Split
 from pipeline.data.reading import COMPRESSED, EXPANSION, BadRow, Table, looks_local
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
 
 SourceT = TypeVar("SourceT", bound=Source)
 MIN_CHARS = 16
+BYTE_ORDER_MARK = "\ufeff"
 OFFENDERS = 5
 # Documents that are left out, by the file that they are in: ids are unique within a file.
 Dropped = Mapping[str, Set[str]]
 
 
 class Document(Row):
-    """One text. A templated prompt is `before + text + after`; `messages` is a chat that replaces them."""
+    """One text. A templated prompt is `before + text + after`; `messages` is a chat that replaces them.
+
+    `messages` and `tools` are as chat templates take them. `where` is the file and line of a user's row.
+    """
 
     document_id: str
     source: str
@@ -45,7 +50,14 @@ class Document(Row):
     after: str = ""
     answers: list[str] = Field(default_factory=list)
     max_new_tokens: int | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    where: str = ""
+
+    @field_validator("text")
+    @classmethod
+    def _without_byte_order_mark(cls, text: str) -> str:
+        return text.lstrip(BYTE_ORDER_MARK)
 
 
 class DocumentNote(Row):
@@ -194,17 +206,27 @@ class Reader(ABC, Generic[SourceT]):
         """Local files beside the shards' that the result depends on."""
         return []
 
+    def version(self, files: Iterable[Path]) -> int:
+        """Raised when these files are read into other documents or prompts than before."""
+        return 1
+
 
 def distinct(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[Document]:
-    """Without copies: the same text is no second document, unless another question is asked about it."""
+    """Without copies, and each text under one id: several questions about one text are about one document.
+
+    What is counted by document (intervals, controls, prompts a document) goes by the id.
+    """
     seen: set[str] = set()
+    ids: dict[str, str] = {}
     for document in documents:
-        key = digest("\0".join((document.before, document.text, document.after)))
+        chat = json.dumps([document.messages, document.tools])
+        key = digest("\0".join((document.before, document.text, document.after, chat)))
         if key in seen:
             skipped["copy of an earlier document"] += 1
         else:
             seen.add(key)
-            yield document
+            first = ids.setdefault(digest(document.text), document.document_id)
+            yield document.model_copy(update={"document_id": first})
 
 
 def digest(text: str) -> str:

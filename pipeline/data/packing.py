@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.documents import Part, read_parts
-from pipeline.data.tokenizer import encode, read_tokenizer
+from pipeline.data.tokenizer import beginning, encode, read_tokenizer
 from pipeline.store.files import write_array, write_json, write_text
 from pipeline.store.layout import DOCUMENTS, PIECES, SEQUENCES, TOKENIZER
 from pipeline.store.rows import Row
@@ -51,7 +51,7 @@ def encode_part(folder: Path, sequence_tokens: int, item: tuple[Part, Set[str]])
         return EncodedPart.model_validate_json(result_file.read_text(encoding="utf-8"))
     tokenizer = read_tokenizer(folder / TOKENIZER)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head = beginning(tokenizer)
     length = sequence_tokens - len(head)
     arrays = [np.empty((0, sequence_tokens), dtype)]
     documents: list[str] = []

@@ -19,6 +19,7 @@ from pipeline.store.layout import DOCUMENTS, PROMPTS, TOKENIZER
 from pipeline.store.rows import Row
 
 LISTED_FILES = 20
+READING = 2  # raised when pretrained tokenizers are made to read the same prompts into other tokens
 log = logging.getLogger(__name__)
 
 
@@ -54,13 +55,18 @@ def local_files(readers: dict[str, Reader[Any]], shards: list[Shard]) -> dict[st
     return files
 
 
-def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]:
+def stage_inputs(
+    config: Config, readers: dict[str, Reader[Any]], files: dict[str, list[Path]]
+) -> dict[str, Any]:
     """All that the prepared data depends on; local files by size and time of change."""
     stats = {str(file): file.stat() for source_files in files.values() for file in source_files}
     inputs: dict[str, Any] = {
         **settings(config),
         "files": fingerprint({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}),
     }
+    versions = {name: reader.version(files[name]) for name, reader in readers.items()}
+    if later := {name: version for name, version in versions.items() if version > 1}:
+        inputs["readers"] = later
     if config.data.tokenizer.kind == "target":
         assert isinstance(config.target, PretrainedModel)
         folder = Path(config.target.path).expanduser()
@@ -68,6 +74,7 @@ def stage_inputs(config: Config, files: dict[str, list[Path]]) -> dict[str, Any]
             sorted(folder.glob("*token*")) + sorted(folder.glob("*.jinja")) if folder.is_dir() else []
         )
         inputs["tokenizer"] = {
+            "version": READING,
             "path": config.target.path,
             "revision": config.target.revision,
             "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source_files},

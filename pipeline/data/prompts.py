@@ -2,8 +2,8 @@
 
 Three ways to reach a length: a piece of a document (`continuation_prompts`), a templated prompt whose text is
 cut while its instruction and question stay whole (`template_prompts`), and a haystack with needles
-(`needle_prompts`). Every prompt starts with BOS where the tokenizer has one, and BOS counts. Documents take
-turns, so that neighbouring prompts come from different documents as long as there are any.
+(`needle_prompts`). Every prompt starts with BOS where the tokenizer begins texts with one, and BOS counts.
+Documents take turns, so that neighbouring prompts come from different documents as long as there are any.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import random
 import string
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, zip_longest
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from pipeline.data.documents import Document, Request
-from pipeline.data.tokenizer import encode, encode_with_offsets
+from pipeline.data.tokenizer import beginning, encode, encode_with_offsets
 from pipeline.errors import BadData
 from pipeline.store.rows import Prompt
 
 Cut = Literal["text end", "middle", "end"]
+Piece = TypeVar("Piece")
+TOO_SHORT = "document shorter than the context"  # why a document gives no prompt
 CITIES = (
     "Accra", "Bergen", "Cusco", "Dakar", "Edinburgh", "Florence", "Granada", "Hanoi", "Istanbul", "Jaipur",
     "Kyoto", "Lisbon", "Montreal", "Nairobi", "Oslo", "Prague", "Quito", "Riga", "Santiago", "Tbilisi",
@@ -38,20 +40,26 @@ def places(num_tokens: int, piece: int, most: int) -> list[int]:
     return [(2 * k + 1) * num_tokens // (2 * count) - piece // 2 for k in range(count)]
 
 
+def find_places(num_tokens: int, piece: int, request: Request) -> list[int]:
+    """Places of pieces in a document; one without any is counted."""
+    found = places(num_tokens, piece, request.per_document)
+    if not found:
+        request.skipped[TOO_SHORT] += 1
+    return found
+
+
 def take_turns(
-    documents: Iterable[Document], request: Request, pieces: Callable[[Document], list[np.ndarray]]
-) -> Iterator[tuple[Document, np.ndarray]]:
+    documents: Iterable[Document], request: Request, pieces: Callable[[Document], list[Piece]]
+) -> Iterator[tuple[Document, Piece]]:
     """First pieces of all documents, then second pieces, … at most `request.count`."""
-    kept: list[list[tuple[Document, np.ndarray]]] = []
+    kept: dict[str, list[tuple[Document, Piece]]] = {}
     for document in documents:
         if len(kept) == request.count:
             break  # as many first pieces as are wanted: the rest of the split need not be read
-        found = pieces(document)
-        if found:
-            kept.append([(document.model_copy(update={"text": ""}), piece) for piece in found])
-        else:
-            request.skipped["document shorter than the context"] += 1
-    turns = (item for item in chain.from_iterable(zip_longest(*kept)) if item is not None)
+        if found := pieces(document):
+            without_text = document.model_copy(update={"text": ""})
+            kept.setdefault(document.document_id, []).extend((without_text, piece) for piece in found)
+    turns = (item for item in chain.from_iterable(zip_longest(*kept.values())) if item is not None)
     for _, item in zip(range(request.count), turns, strict=False):
         yield item
 
@@ -63,7 +71,7 @@ def continuation_prompts(documents: Iterable[Document], request: Request) -> lis
 
     def pieces(document: Document) -> list[np.ndarray]:
         tokens = np.asarray(encode(request.tokenizer, document.text), dtype=np.int32)
-        return [tokens[p : p + piece] for p in places(len(tokens), piece, request.per_document)]
+        return [tokens[p : p + piece] for p in find_places(len(tokens), piece, request)]
 
     chosen = take_turns(documents, request, pieces)
     return [make_prompt(request, i, d, [*head, *tokens.tolist()]) for i, (d, tokens) in enumerate(chosen)]
@@ -111,7 +119,7 @@ def cut_template(document: Document, request: Request, cut: Cut) -> list[int] | 
     tokens, starts, ends = encode_with_offsets(request.tokenizer, full)
     room = request.context.tokens - len(head)
     if len(tokens) < room:
-        request.skipped["document shorter than the context"] += 1
+        request.skipped[TOO_SHORT] += 1
         return None
     if cut == "end":
         return head + tokens[:room]
@@ -127,14 +135,14 @@ def cut_template(document: Document, request: Request, cut: Cut) -> list[int] | 
 
 
 def template_prompts(documents: Iterable[Document], request: Request, cut: Cut) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    for document in documents:
-        if len(prompts) == request.count:
-            break
+    """A prompt of each document; of several questions about one text the second waits for all other texts."""
+
+    def pieces(document: Document) -> list[list[int]]:
         tokens = cut_template(document, request, cut)
-        if tokens is not None:
-            prompts.append(make_prompt(request, len(prompts), document, tokens))
-    return prompts
+        return [] if tokens is None else [tokens]
+
+    chosen = take_turns(documents, request, pieces)
+    return [make_prompt(request, i, document, tokens) for i, (document, tokens) in enumerate(chosen)]
 
 
 # ── needles ───────────────────────────────────────────────────────────────────────────────────────
@@ -157,7 +165,7 @@ def needle_prompts(
         tokens, _, ends = encode_with_offsets(request.tokenizer, document.text)
         closes = [document.text[end - 1 : end] in (".", "!", "?") for end in ends]
         both = np.asarray([tokens, closes], dtype=np.int32)
-        return [both[:, p : p + wanted] for p in places(len(tokens), wanted, request.per_document)]
+        return [both[:, p : p + wanted] for p in find_places(len(tokens), wanted, request)]
 
     prompts: list[Prompt] = []
     haystacks = list(take_turns(documents, request, pieces))
@@ -208,9 +216,8 @@ def insert(hay: np.ndarray, inserts: list[list[int]], depths: list[float]) -> li
 
 
 def bos(request: Request) -> list[int]:
-    """[BOS], or nothing for a tokenizer without one."""
-    token = request.tokenizer.bos_token_id
-    return [] if token is None else [token]
+    """[BOS], or nothing for a tokenizer that begins texts without one."""
+    return beginning(request.tokenizer)
 
 
 def make_prompt(

@@ -9,6 +9,8 @@ otherwise end in the same ConnectionError.
 
 from __future__ import annotations
 
+import codecs
+import glob
 import gzip
 import json
 import zipfile
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     from datasets import Features, IterableDataset
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+# Files that hold fields or are packed: never one text.
+STRUCTURED = {
+    ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".pkl",
+    ".pt", ".safetensors", ".db", ".sqlite", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".pdf",
+    ".docx", ".xlsx", ".epub",
+}  # fmt: skip
 COMPRESSED, EXPANSION = {".gz", ".parquet", ".zip"}, 2.5  # text in files of these kinds, to its size there
 RowT = TypeVar("RowT", bound=BaseModel)
 
@@ -66,13 +74,18 @@ class Table:
 def looks_local(path: str, root: Path) -> bool:
     """Whether `path` means a file or folder rather than a hub id such as `emozilla/pg19`."""
     expanded = root / Path(path).expanduser()
-    first = root / Path(path).parts[0]
+    first = root.joinpath(*Path(path).parts[:1])  # "." has no parts
     return expanded.exists() or path.startswith((".", "~", "/")) or path.count("/") != 1 or first.exists()
 
 
 def local_path(path: str, root: Path) -> Path:
     """`path`, relative to the data root unless absolute."""
     return (root / Path(path).expanduser()).absolute()
+
+
+def short_name(place: str | Path, root: Path) -> str:
+    """A file, or a file and line, as documents are called: below the data root where it lies there."""
+    return str(place).removeprefix(f"{root.absolute()}/")
 
 
 def split_files(folder: Path, split: str, what: str) -> list[Path]:
@@ -130,25 +143,17 @@ def unreachable(path: str, what: str, error: Exception) -> BadData:
 
 def table_rows(table: Table, features: Features | None, what: str) -> Iterator[RawRow | BadRow]:
     """All rows of a table, in order. Of parquet and the hub, the columns of `features` alone are read."""
-    if table.hub_split is not None:
+    if table.hub_split is None and Path(table.path).is_dir():
+        yield BadRow(table.path, 0, "a directory")
+    elif table.hub_split is not None:
         assert features is not None
         dataset = _stream(table.path, table.hub_split, features, what)
         if table.hub_shards > 1:
             dataset = dataset.shard(num_shards=table.hub_shards, index=table.hub_shard)
         yield from _dataset_rows(dataset, f"{table.path}/{table.hub_split}[{table.hub_shard}]")
     elif table.path.endswith(".parquet"):
-        from datasets import load_dataset
-
         assert features is not None
-        dataset = load_dataset(
-            "parquet",
-            data_files=table.path,
-            split="train",
-            streaming=True,
-            features=features,
-            columns=list(features),
-        )
-        yield from _dataset_rows(dataset, table.path)
+        yield from _parquet_rows(table.path, features)
     elif table.member is not None:
         with zipfile.ZipFile(table.path) as archive, archive.open(table.member) as file:
             yield from json_lines(file, f"{table.path}:{table.member}")
@@ -173,13 +178,15 @@ def json_lines(file: IO[bytes] | gzip.GzipFile, name: str) -> Iterator[RawRow | 
             return
         if line is None:
             return
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
             values = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield BadRow(where, index, "bad UTF-8", str(error))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield BadRow(where, index, "not JSON", str(error))
         else:
             if isinstance(values, dict):
@@ -196,8 +203,9 @@ def checked(raw: RawRow, row_type: type[RowT]) -> RowT | BadRow:
     except ValidationError as error:
         first = error.errors()[0]
         reason = "missing field" if first["type"] == "missing" else "wrong type"
+        words = first["msg"].removeprefix("Value error, ")
         field = ".".join(str(part) for part in first["loc"])
-        return BadRow(raw.where, raw.index, reason, f"{field}: {first['msg']}")
+        return BadRow(raw.where, raw.index, reason, f"{field}: {words}" if field else words)
 
 
 def text_problem(text: str, min_chars: int) -> tuple[str, str] | None:
@@ -229,6 +237,25 @@ def _stream(path: str, split: str, features: Features, what: str) -> IterableDat
         OfflineModeIsEnabled,
     ) as error:
         raise unreachable(path, what, error) from error
+
+
+def _parquet_rows(path: str, features: Features) -> Iterator[RawRow]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(
+            "parquet",
+            data_files=glob.escape(path),
+            split="train",
+            streaming=True,
+            features=features,
+            columns=list(features),
+        )
+        yield from _dataset_rows(dataset, path)
+    except BadData:
+        raise
+    except Exception as error:  # whatever the libraries raise for what is in the file
+        raise BadData(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
 
 
 def _dataset_rows(dataset: IterableDataset, name: str) -> Iterator[RawRow]:

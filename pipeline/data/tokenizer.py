@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config.models import PretrainedModel
+from pipeline.config.models import AnyModel, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.data.documents import Dropped, Part, read_parts
 from pipeline.errors import BadData
@@ -22,6 +22,24 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # Characters that a new BPE is trained on: merges of a few thousand entries settle long before that.
 SAMPLE_CHARS = 20_000_000
 SAMPLE_FILES = 256
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself begins texts with: BOS, two tokens, or nothing. Many have a BOS unused."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return whole[: next(at for at in range(len(whole) + 1) if whole[at : at + len(bare)] == bare)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a prompt that a user gives, for the sweep, `generate` and serving alike.
+
+    Special tokens in it are meant, as in a chat that was rendered before; BOS is put before it once, and no
+    EOS behind it.
+    """
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    head = beginning(tokenizer)
+    return tokens if tokens[: len(head)] == head else head + tokens
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -49,7 +67,10 @@ def encode_with_offsets(
 
 
 def check_tokenizers(config: Config) -> None:
-    """Raises BadData unless the config's target and drafter can share one tokenizer."""
+    """Raises BadData unless the config's target and drafter can share one tokenizer.
+
+    Models in local folders must have logits for all of it; those of the hub are asked when they are loaded.
+    """
     if config.data.tokenizer.kind == "bpe":
         for role, model in (("target", config.target), ("drafter", config.drafter)):
             if isinstance(model, PretrainedModel):
@@ -57,10 +78,20 @@ def check_tokenizers(config: Config) -> None:
                     f"data.tokenizer.kind is bpe, but the {role} {model.path!r} is pretrained and "
                     "has its own: set data.tokenizer.kind: target, or make both models scratch"
                 )
-    elif isinstance(config.target, PretrainedModel) and isinstance(config.drafter, PretrainedModel):
+    elif isinstance(config.target, PretrainedModel):
+        from pipeline.models.load import model_ref, shared_tokens
+
         target = pretrained_tokenizer(config.target, "target")
-        drafter = pretrained_tokenizer(config.drafter, "drafter")
-        must_match(target, drafter, config.target.path, config.drafter.path)
+        if isinstance(config.drafter, PretrainedModel):
+            drafter = pretrained_tokenizer(config.drafter, "drafter")
+            must_match(target, drafter, config.target.path, config.drafter.path)
+        here = [(spec, role) for role, spec in config.models.items() if in_a_folder(spec)]
+        shared_tokens(target, *(model_ref(spec, None, role) for spec, role in here))
+
+
+def in_a_folder(model: AnyModel) -> bool:
+    """Whether a model is pretrained, and its config in a local folder."""
+    return isinstance(model, PretrainedModel) and (Path(model.path) / "config.json").is_file()
 
 
 def save_target_tokenizer(config: Config, path: Path) -> None:
@@ -121,17 +152,16 @@ def must_match(
 ) -> None:
     """Raises BadData unless both map the same tokens to the same ids.
 
-    Not compared: embedding sizes, which a model may pad, and the pad token, which never enters a prompt.
+    Not compared: embedding sizes, which a model may pad, the pad token, which never enters a prompt, and the
+    tokens that begin and end texts, which are the target's.
     """
-    pads = {target.pad_token, drafter.pad_token}
+    from pipeline.models.load import padding
+
+    pads = {padding(target), padding(drafter)}
     ours, theirs = target.get_vocab(), drafter.get_vocab()
     names = (ours.keys() | theirs.keys()) - pads
     different = sorted(name for name in names if ours.get(name) != theirs.get(name))
     problems = [f"{t!r} is {ours.get(t, 'absent')} and {theirs.get(t, 'absent')}" for t in different[:3]]
-    for special in ("bos_token_id", "eos_token_id"):
-        mine, other = getattr(target, special), getattr(drafter, special)
-        if mine != other:
-            problems.append(f"{special} is {mine} and {other}")
     if problems:
         raise BadData(
             f"the tokenizers of target {target_path!r} and drafter {drafter_path!r} differ "

@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timed:
-    """One timed run; `tokens` of each prompt begin with the prefill's.
+    """One timed run; `tokens` of each prompt begin with the one that the prefill gives.
 
-    Peak memory is the process's on a CPU.
+    On a CPU, peak memory is that of the process.
     """
 
     tokens: list[list[int]]
@@ -41,7 +41,7 @@ class Timed:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """The time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -52,8 +52,8 @@ def timed_prefill(
 ) -> tuple[list[PrefixView], Tensor, float]:
     """One prefill for all views of a prompt, the logits [1, V] after it, and its seconds.
 
-    With `rehearse` it is done twice and the second timed: the first of a length may compile kernels, and
-    finds memory and caches cold, as decoding does not.
+    With `rehearse` it is done twice and the second is timed: the first prefill of a length may compile
+    kernels, and finds memory and caches cold, which decoding does not.
     """
     device = model.geometry.device
     tokens_1S = torch.tensor([prompt.tokens], device=device)
@@ -68,10 +68,10 @@ def timed_prefill(
 class Bench:
     """The target, prefilled with a few prompts, which are decoded together again and again.
 
-    `own` are sparse views of the target itself, for self-speculation: one prefill gives them beside its whole
-    cache, and `own_prefill_s` is what they add to it. `new_tokens`, by default the prompts' own limit, sizes
-    the caches: runs that stop earlier can have the shapes of those that do not. `rehearse` is for prefills
-    whose seconds are to be compared.
+    `self_views` are sparse views of the target itself, for self-speculation: one prefill gives them beside
+    its whole cache, and `self_prefill_s` is the time that they add to it. `new_tokens`, by default the limit
+    of the prompts, sizes the caches, so that shorter runs can have the shapes of longer ones. `rehearse` is
+    for prefills whose seconds are to be compared.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Bench:
         target: DecodeModel,
         prompts: Sequence[Prompt],
         most_drafts: int,
-        own: Sequence[View] = (),
+        self_views: Sequence[View] = (),
         new_tokens: int | None = None,
         rehearse: bool = False,
     ) -> None:
@@ -96,27 +96,27 @@ class Bench:
         self.logits: list[Tensor] = []
         self.prefill_s: list[float] = []
         self.kv_bytes: list[int] = []
-        self.own: list[dict[View, PrefixView]] = []
-        self.own_prefill_s: list[float] = []
+        self.self_kept: list[dict[View, PrefixView]] = []
+        self.self_prefill_s: list[float] = []
         for row, prompt in enumerate(self.prompts):
             (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL], rehearse)
-            if own:
-                (_, *sparse), _, both_s = timed_prefill(target, prompt, [FULL, *own], rehearse)
-                self.own.append(dict(zip(own, sparse, strict=True)))
-                self.own_prefill_s.append(max(both_s - seconds, 0.0))
-            self.target.cache.load_row(row, view)  # a copy: the view goes with the next one
+            if self_views:
+                (_, *sparse), _, both_s = timed_prefill(target, prompt, [FULL, *self_views], rehearse)
+                self.self_kept.append(dict(zip(self_views, sparse, strict=True)))
+                self.self_prefill_s.append(max(both_s - seconds, 0.0))
+            self.target.cache.load_row(row, view)  # a copy: the view is freed after the next prefill
             self.logits.append(logits_1V)
             self.prefill_s.append(seconds)
             self.kv_bytes.append(view.num_bytes)
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What runs of other prompts have to share with these to be warm already."""
+        """Prompts of an equal shape need no warm-up runs of their own."""
         first, cache = self.prompts[0], self.target.cache
         return (first.dataset, first.context, cache.rows, cache.capacity, cache.room)
 
     def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Runner:
-        """A drafter behind one view of each prompt; a later call for an equal shape takes its cache over."""
+        """A drafter behind one view of each prompt; a later call for an equal shape reuses its cache."""
         capacity = capacity_of(views[0].view, max(view.kept for view in views))
         runner = self.runners.get("drafter", model, len(views), capacity, self.room)
         for row, view in enumerate(views):
@@ -144,10 +144,10 @@ class Bench:
             return list(speculate(self.target, source, firsts, gamma, self.limit, eos, sampler))
 
         firsts, steps, seconds, peak = self.timed(run, chance)
-        rounds = [[one for one in column if one is not None] for column in zip(*steps, strict=True)]
+        rounds = [[round_ for round_ in column if round_ is not None] for column in zip(*steps, strict=True)]
         rounds = rounds or [[] for _ in firsts]
         tokens = [
-            [first, *(token for one in row for token in one.tokens)]
+            [first, *(token for round_ in row for token in round_.tokens)]
             for first, row in zip(firsts, rounds, strict=True)
         ]
         return Timed(tokens, rounds, seconds, peak)
@@ -155,9 +155,9 @@ class Bench:
     def timed(
         self, run: Callable[[list[int], Sampler], list[T]], chance: Chance
     ) -> tuple[list[int], list[T], float, int]:
-        """First tokens, what a run gives, its seconds and its peak memory.
+        """First tokens, the steps of a run, its seconds and its peak memory.
 
-        A run in which something had to be compiled is not timed, but done again.
+        A run in which something had to be compiled does not count, and is done again.
         """
         while True:
             compiled = self.runners.compile_s

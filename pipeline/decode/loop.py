@@ -41,16 +41,16 @@ def autoregressive(
     Raises:
         NotFinite: if a logit is NaN or infinite.
     """
-    for told in _walk(target, target.advance, firsts, limit, eos, sampler):
-        yield [None if row is None else row[0] for row in told]
+    for reports in _walk(target, target.advance, firsts, limit, eos, sampler):
+        yield [None if report is None else report[0] for report in reports]
 
 
 def autoregressive_noted(
     target: Runner, firsts: Sequence[int], limit: int, eos: frozenset[int], sampler: Sampler
 ) -> Iterator[list[Noted | None]]:
-    """As `autoregressive`, with how the target stood to each token; it costs a pass over the logits."""
-    for told in _walk(target, target.advance_noted, firsts, limit, eos, sampler):
-        yield [None if row is None else Noted(int(row[0]), row[2], row[3]) for row in told]
+    """As `autoregressive`, with each token's logit gap and log-probability: another pass over the logits."""
+    for reports in _walk(target, target.advance_noted, firsts, limit, eos, sampler):
+        yield [None if report is None else Noted(int(report[0]), report[2], report[3]) for report in reports]
 
 
 @torch.no_grad()
@@ -62,20 +62,22 @@ def _walk(
     eos: frozenset[int],
     sampler: Sampler,
 ) -> Iterator[list[list[Any] | None]]:
-    """The autoregressive loop: what a step tells of each row, token and finiteness first."""
+    """The autoregressive loop: each step's report on every row, which begins with token and finiteness."""
     target.cache.check_room(limit)
     token_B1, step_B = start(target, firsts)
     open_rows = [limit > 1 and first not in eos for first in firsts]
     count = 1
     while any(open_rows):
-        token_B1, step_B, told_BR = advance(sampler.rule, token_B1, step_B, sampler.uniforms(1))
+        token_B1, step_B, report_BR = advance(sampler.rule, token_B1, step_B, sampler.uniforms(1))
         count += 1
-        told = [one if is_open else None for one, is_open in zip(told_BR.tolist(), open_rows, strict=True)]
-        for row, one in enumerate(told):
-            if one is not None and not one[1]:
+        reports = [
+            report if is_open else None for report, is_open in zip(report_BR.tolist(), open_rows, strict=True)
+        ]
+        for row, report in enumerate(reports):
+            if report is not None and not report[1]:
                 raise NotFinite(f"{target.model.name}: logits not finite at continuation token {count - 1}")
-            open_rows[row] = one is not None and count < limit and one[0] not in eos
-        yield told
+            open_rows[row] = report is not None and count < limit and report[0] not in eos
+        yield reports
 
 
 @torch.no_grad()
@@ -90,8 +92,8 @@ def speculate(
 ) -> Iterator[list[Round | None]]:
     """Yield rounds until each row has `limit` tokens, its first included, or has emitted EOS.
 
-    Each round gives one `Round` of every row; None for a row that has ended. Rows accept on their own. Greedy
-    rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's.
+    Each round gives one `Round` of every row; None for a row that has ended. Rows accept independently.
+    Greedy rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's.
 
     Args:
         gamma: most proposals of a round; a source may have fewer.
@@ -115,7 +117,7 @@ def speculate(
         if uniforms_BT1 is not None:  # a row's numbers are the same however many the round proposes
             count = offer.tokens_BT.shape[1]
             uniforms_BT1 = torch.cat([uniforms_BT1[:, :count], uniforms_BT1[:, -1:]], 1)
-        told_BR, pair_B2, step_B = target.verify(
+        report_BR, pair_B2, step_B = target.verify(
             sampler.rule,
             pair_B2,
             offer.tokens_BT,
@@ -128,9 +130,9 @@ def speculate(
         # The drafter has never read its last proposal, nor what came after it; reading one token twice is
         # cheaper than asking which rows accepted everything.
         unread = pair_B2
-        told = told_BR.tolist()  # the round's one transfer
+        reports = report_BR.tolist()  # the round's one transfer
         rounds: list[Round | None] = []
-        for row, (accepted, target_finite, drafter_finite, *tokens) in enumerate(told):
+        for row, (accepted, target_finite, drafter_finite, *tokens) in enumerate(reports):
             if not open_rows[row]:
                 rounds.append(None)
                 continue

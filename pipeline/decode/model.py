@@ -1,10 +1,10 @@
 """A model as decoding runs it: functions over its weights, without modules, over static caches.
 
 `LeanModel` covers the Llama family (Llama, Mistral, Qwen2, Qwen3): projections that read the same input are
-one matrix product, norms are one operation, and what a step does is a dozen calls a layer. That is what makes
-plain eager decoding of small models fast, and leaves the compiler nothing to trip over. The weights are the
-module's own memory, so that the module goes on working beside it. `ModuleModel` runs any other architecture
-through its transformers modules.
+one matrix product, norms are one operation, and a step is a dozen calls a layer. This makes plain eager
+decoding of small models fast, and leaves the compiler nothing to trip over. The weights share the memory of
+the transformers module, which goes on working beside it. `ModuleModel` runs any other architecture through
+its transformers modules.
 
 Prefill goes layer by layer, in chunks of `prefill_chunk` tokens within a layer: beside the views that are
 kept and the hidden states of one layer, it holds one layer's KV and a chunk's activations.
@@ -31,6 +31,7 @@ from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView
+from pipeline.models.head import own_logits
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Their rotation is a function of the position alone; others depend on how long the text has become.
@@ -69,7 +70,9 @@ def decode_model(model: PreTrainedModel, prefill_chunk: int = 2048) -> DecodeMod
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     default = ["full_attention"] if getattr(config, "sliding_window", None) is None else ["sliding"]
     whole = set(getattr(config, "layer_types", None) or default) == {"full_attention"}
-    if config.model_type in FAMILY and rotation in FIXED_ROTATIONS and whole:
+    # Code that comes with a model may call itself one of the family and do something else.
+    native = type(model).__module__.startswith("transformers.")
+    if native and config.model_type in FAMILY and rotation in FIXED_ROTATIONS and whole:
         return LeanModel(model, prefill_chunk)
     return ModuleModel(model)
 
@@ -83,9 +86,9 @@ class Linear(NamedTuple):
 
 
 def fuse(*linears: nn.Linear) -> Linear:
-    """Layers of one input as one; their parameters become parts of it, so that memory holds them once.
+    """Layers that read the same input, as one layer; their parameters become parts of its memory.
 
-    Layers that were fused before are found side by side in memory and taken as they are.
+    Layers that were fused before lie side by side in memory and are taken as they are.
     """
     if len(linears) == 1:
         (linear,) = linears
@@ -229,7 +232,7 @@ class LeanModel:
                 last = slice(max(0, start - SNAP_WINDOW), start)
                 observed = projected(layer, last)[0] if view.view.policy == "snapkv" else keys[:, :, :0]
                 view.cut(keys, values, observed.unflatten(1, (H, -1)))
-            # Of the last layer only the last position is asked for.
+            # Of the last layer only the last position is needed.
             for span in chunks if layer is not self.layers[-1] else [slice(S - 1, S)]:
                 query = projected(layer, span)[0]
                 seen = keys[:, :, : span.stop], values[:, :, : span.stop]
@@ -283,7 +286,7 @@ class ModuleModel:
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)[..., : self.num_tokens]
+        return own_logits(self.model, hidden)[..., : self.num_tokens]
 
     def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
         return read_prefix(self.model, tokens_BS, cuts)

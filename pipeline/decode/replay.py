@@ -30,7 +30,7 @@ from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round, counted_proposals
 
 
-# Not inference mode: training validates with this, and weights that ZeRO-3 gathers meanwhile live on.
+# Not inference mode: training validates with this, and goes on with the weights that ZeRO-3 gathers here.
 @torch.no_grad()
 def view_logits(drafter: PreTrainedModel, views: Sequence[PrefixView], continuation: Sequence[int]) -> Tensor:
     """Logits [R, Q, V] of the drafter behind each view, for every token of a continuation but the first.
@@ -51,7 +51,7 @@ def view_logits(drafter: PreTrainedModel, views: Sequence[PrefixView], continuat
 
 
 def finite_views(logits_RQV: Tensor) -> list[bool]:
-    """Whether all logits behind a view are finite; where they are not, nothing of it means anything."""
+    """[R] whether all logits behind a view are finite; where they are not, the view has no results."""
     return torch.isfinite(logits_RQV).flatten(1).all(1).tolist()
 
 
@@ -89,13 +89,13 @@ def rounds(
     ends_with_eos: bool,
     stops: Sequence[bool] | None = None,
 ) -> list[Round]:
-    """The rounds of a continuation as decoding has them.
+    """The rounds of a continuation, as decoding would have them.
 
     Args:
         match: whether the drafter would propose each token after the first, [M - 1] of [M].
         limit: most tokens of a continuation, the first included; a round proposes at most what is left.
         ends_with_eos: the continuation ended by itself, so proposals behind its end do not count.
-        stops: whether drafting stops behind the proposal for each token, where it stops early. How many
+        stops: where drafting may stop early, whether it stops behind the proposal for each token. How many
             proposals follow a wrong one is then unknown: `proposed` is None.
     """
     result: list[Round] = []
@@ -122,7 +122,7 @@ def rounds(
 def source_rounds(
     source: DraftSource, continuation: Sequence[int], gamma: int, limit: int, ends_with_eos: bool
 ) -> list[Round]:
-    """As `rounds`, of any source of one row: greedy decoding with the stored continuation as the target.
+    """As `rounds`, for any source with one row: greedy decoding with the stored continuation as the target.
 
     For sources whose proposals depend on where a round begins, such as prompt lookup.
     """
@@ -147,10 +147,10 @@ def source_rounds(
 
 
 def expect(chances_RQ: np.ndarray, gamma: int, limit: int, ends_with_eos: bool) -> list[Counts]:
-    """What the rounds of a sampled continuation are expected to add up to, behind each of R views.
+    """The expected counts of the rounds of a sampled continuation, behind each of R views.
 
-    `starts[:, s]` is the probability that a round begins at token s; a round passes it on to the tokens
-    behind its refusal, or behind its bonus token.
+    `starts[:, s]` is the probability that a round begins at token s; a round passes it on to the tokens where
+    the next round may begin: behind its first rejected proposal, or behind its bonus token.
     """
     R, total = chances_RQ.shape
     starts = np.zeros((R, total + gamma + 2))

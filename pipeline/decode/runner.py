@@ -113,7 +113,7 @@ class Captured:
 
 
 class Runner:
-    """One model, its static cache, and how their steps run. Target and drafter are one each.
+    """One model, its static cache, and how their steps run. Target and drafter have a runner each.
 
     Attributes:
         compile_s: seconds that the first calls of each shape took, compilation and capture included.
@@ -138,7 +138,7 @@ class Runner:
         self.ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def advance(self, rule: Rule, *arguments: Tensor | None) -> Any:
-        """See `advance`, as for the other steps."""
+        """See `steps.advance`; the other methods run the steps of their names."""
         return self.run(advance, rule, arguments)
 
     def advance_noted(self, rule: Rule, *arguments: Tensor | None) -> Any:
@@ -154,7 +154,7 @@ class Runner:
         return self.run(verify, rule, arguments)
 
     def draft(self, rule: Rule, count: int, *arguments: Tensor | None) -> Any:
-        """See `draft`."""
+        """See `steps.draft`."""
         if self.compile == "cudagraphs":
             inner = partial(compiled(propose), self.model, self.cache, rule)
             return self.run(partial(draft, inner, count), rule, arguments, ("draft", count))
@@ -167,7 +167,7 @@ class Runner:
         arguments: Sequence[Tensor | None],
         graph: tuple[Any, ...] = (),
     ) -> Any:
-        """Run a step; `graph` names one that is a graph of compiled steps already."""
+        """Run a step; `graph` is the key of a step that is made of compiled steps already."""
         if self.compile == "none":
             return step(self.model, self.cache, rule, *arguments)
         key = (graph or step, rule, *(None if tensor is None else tensor.shape for tensor in arguments))

@@ -24,14 +24,14 @@ class Rule:
     """How tokens are chosen and proposals accepted: by the arg-max at temperature 0, else by sampling."""
 
     temperature: float = 0.0
-    never: tuple[int, ...] = ()  # tokens that are not chosen
+    never: tuple[int, ...] = ()  # tokens that are never chosen
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
     def allowed(self, logits: Tensor) -> Tensor:
-        """The logits without those of tokens that are not chosen."""
+        """The logits, with those of the tokens in `never` at -inf."""
         if not self.never:
             return logits
         return logits.index_fill(-1, torch.tensor(self.never, device=logits.device), -torch.inf)

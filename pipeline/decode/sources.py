@@ -1,10 +1,10 @@
 """Draft sources: where the proposals of a round come from. Another source is another small class.
 
-`speculate` asks a source for the proposals of one round, and tells it what the last round ended with: the
-tokens that it has not read yet, the first being continuation token `step_B`. Everything before them was
-accepted, everything it proposed beyond them was not. These are two tokens at most, so that a source has to
-have read all that it proposed but the last. What it has read it keeps by position, so that a rejected token
-is overwritten, never taken back.
+`speculate` asks a source for the proposals of one round, and passes it the tokens of the text that it has not
+read yet; the first of them is continuation token `step_B`. Proposals before them were accepted, proposals
+beyond them were rejected. There are at most two such tokens, so a source must have read all of its proposals
+but the last. A source stores what it has read by position: a rejected token is overwritten later, and there
+is no roll-back.
 
 Shape legend: B rows, one a prompt; Q tokens not read yet; T proposals of a round; S tokens held; V
 vocabulary.
@@ -26,7 +26,7 @@ LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
 
 
 class Proposals(NamedTuple):
-    """One round's: tokens [B, T], their best logits [B, T] (not finite where a model failed), when sampling
+    """Of one round: tokens [B, T], their best logits [B, T] (not finite where a model failed), when sampling
     the probabilities [B, T, V] that they were drawn from, and how many of each row count (None: all T)."""
 
     tokens_BT: Tensor
@@ -59,8 +59,8 @@ class ModelDrafts:
 
     Args:
         threshold: stop drafting behind a proposal that the model gives less probability than this. The
-            proposal itself is still verified: dropping it would favour the likely ones. Above 0 the host asks
-            after every proposal.
+            proposal itself is still verified: dropping it would favour the likely ones. Above 0 the host
+            waits for the device after every proposal.
     """
 
     def __init__(self, runner: Runner, threshold: float = 0.0) -> None:
@@ -86,7 +86,7 @@ class ModelDrafts:
         uniforms_TB: Tensor | None,
         open_rows: Sequence[bool],
     ) -> Proposals:
-        """Draft until every row has come to a proposal of less confidence than the threshold, or to γ."""
+        """Draft until every row has a proposal with less confidence than the threshold, or γ proposals."""
         tokens: list[Tensor] = []
         bests: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -112,11 +112,11 @@ class ModelDrafts:
 
 
 class LookupDrafts:
-    """Prompt lookup: propose what followed the last tokens where they stood before, in prompt or text.
+    """Prompt lookup: propose what followed an earlier occurrence of the last tokens, in prompt or text.
 
-    The longest match of at most `LONGEST_MATCH` tokens counts, among equals the latest. Where the text since
-    then is shorter than γ, as in a loop, it is taken to go on repeating. It costs no model; where nothing
-    matches, a row proposes nothing.
+    The longest match of at most `LONGEST_MATCH` tokens counts, among equals the latest. Where fewer than γ
+    tokens have followed it, as in a loop, they are repeated. No model is needed; a row without a match
+    proposes nothing.
     """
 
     name = "prompt_lookup"
@@ -152,12 +152,12 @@ class LookupDrafts:
         best_B1 = (matched_BS * len(self.place_S) + self.place_S).argmax(1, keepdim=True)
         found_B1 = matched_BS.gather(1, best_B1) > 0
         best_B1 = best_B1.where(found_B1, 0)
-        found = found_B1.squeeze(1).tolist()
-        lengths = [gamma * (match and is_open) for match, is_open in zip(found, open_rows, strict=True)]
+        matches = found_B1.squeeze(1).tolist()
+        lengths = [gamma * (match and is_open) for match, is_open in zip(matches, open_rows, strict=True)]
         count = max(lengths) or 1
         since_B1 = end_B1 - 1 - best_B1
         tokens_BT = self.held_BS.gather(1, best_B1 + 1 + self.place_S[:count] % since_B1)
-        # Those that are accepted are part of the text from now on; what follows them is overwritten.
+        # Accepted proposals are part of the text from now on; the others are overwritten.
         self.held_BS.scatter_(1, end_B1 + self.place_S[:count], tokens_BT)
         sure_BTV = None if sampler.rule.greedy else F.one_hot(tokens_BT, self.num_tokens).float()
         return Proposals(tokens_BT, torch.zeros_like(tokens_BT, dtype=torch.float), sure_BTV, lengths)

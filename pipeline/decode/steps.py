@@ -58,9 +58,9 @@ def advance(
     step_B: Tensor,
     uniform_B1: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One autoregressive step: the next token [B, 1], its number [B], and what the host is told [B, 2].
+    """One autoregressive step: the next token [B, 1], its number [B], and the report to the host [B, 2].
 
-    The host is told the token, and 1 if the logits were finite.
+    The report is the token, and 1 if the logits were finite.
     """
     uniform_B = None if uniform_B1 is None else uniform_B1[:, 0]
     token_B1, step_B, best_B, _, _ = propose(model, cache, rule, token_B1, step_B, uniform_B)
@@ -75,15 +75,15 @@ def advance_noted(
     step_B: Tensor,
     uniform_B1: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `advance`; the host is told two numbers more [B, 4], what `note` says of the token."""
+    """As `advance`; the report [B, 4] also has the two numbers that `note` gives for the token."""
     logits_BV = model.logits(model.hidden(token_B1, step_B, cache)[:, -1])
     token_B, best_B, _ = rule.choose(logits_BV, None if uniform_B1 is None else uniform_B1[:, 0])
-    told = [token_B, best_B.isfinite(), *note(rule, logits_BV, token_B)]
-    return token_B.unsqueeze(1), step_B + 1, torch.stack([values.double() for values in told], 1)
+    report = [token_B, best_B.isfinite(), *note(rule, logits_BV, token_B)]
+    return token_B.unsqueeze(1), step_B + 1, torch.stack([values.double() for values in report], 1)
 
 
 def note(rule: Rule, logits_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
-    """How the target stood to the tokens that it chose.
+    """How clear the target's choice of each token was.
 
     Returns:
         The top-1 minus the top-2 logit [B], and the log-probability [B] of each token; 0 when greedy.
@@ -112,20 +112,20 @@ def verify(
     """Score the last of two tokens and T proposals in one pass, and accept.
 
     Returns:
-        What the host is told [B, T + 4]: the number accepted, 1 if the target's logits were finite, 1 if the
+        The report to the host [B, T + 4]: the number accepted, 1 if the target's logits were finite, 1 if the
         drafter's were, and the proposals with the target's token behind the accepted ones. Then what the next
         round begins with: the last two tokens [B, 2], and the number of the last [B].
     """
     tokens_BT1 = torch.cat([pair_B2[:, 1:], draft_BT], 1)
     logits_BT1V = model.logits(model.hidden(tokens_BT1, step_B, cache))
     accepted_B, next_B = rule.accept(draft_BT, q_BTV, logits_BT1V, uniforms_BT1, lengths_B, cache.backend)
-    # -1, which says that nothing could be drawn, is no token; the logits tell the host of it.
+    # -1 means that nothing could be drawn and is no token; the host sees it by the logits' finiteness.
     accepted_B1, next_B1 = accepted_B.unsqueeze(1), next_B.clamp_min(0).unsqueeze(1)
     finite_B = [values.isfinite().all(1, keepdim=True).long() for values in (logits_BT1V.amax(-1), best_BT)]
     emitted_BT1 = torch.cat([draft_BT, next_B1], 1).scatter(1, accepted_B1, next_B1)
-    told = torch.cat([accepted_B1, *finite_B, emitted_BT1], 1)
+    report = torch.cat([accepted_B1, *finite_B, emitted_BT1], 1)
     pair_B2 = torch.cat([tokens_BT1.gather(1, accepted_B1), next_B1], 1)
-    return told, pair_B2, step_B + accepted_B + 1
+    return report, pair_B2, step_B + accepted_B + 1
 
 
 def draft(

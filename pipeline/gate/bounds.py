@@ -1,7 +1,7 @@
 """Is a candidate worse than a baseline, no worse, or is that not known yet? The statistics; numpy only.
 
-Of each cell two pooled ratios are compared, candidate minus baseline, over the same units (documents). The
-difference is held against the least that is tolerated, its floor. Three outcomes:
+In each cell two pooled ratios are compared, candidate minus baseline, over the same units (documents). The
+difference is compared with the least that is tolerated, its floor. Three outcomes:
 
 - *fail*: the upper bound lies below the floor. One such cell fails the candidate, so the bounds of all cells
   hold at once: their width is a quantile of the largest deviation over all cells of a resample (max-T), in
@@ -11,7 +11,7 @@ difference is held against the least that is tolerated, its floor. Three outcome
   of them, so each bound holds alone and no correction is due (an intersection-union test).
 - *open*: neither.
 
-Deviations are counted without their sign, either way. Differences of acceptance are skewed, since a few
+Both bounds use deviations without their sign. Differences of acceptance are skewed, since a few
 looping texts that one drafter follows and the other does not weigh as much as many others, and one-sided
 quantiles of a skewed sample are too small on one of the sides.
 
@@ -36,7 +36,7 @@ POWER = 0.8  # the least chance of a verdict with as many documents as `units_ne
 
 
 class Bounds(NamedTuple):
-    """[K] each. The bounds lie `alone` and `together` errors from the difference: below it, and above it."""
+    """[K] each. `low` lies `alone` errors below the difference, `high` lies `together` errors above it."""
 
     difference: Floats
     error: Floats
@@ -63,7 +63,7 @@ def bounds(strata: Sequence[Floats], *, samples: int, seed: int, error_rate: flo
         error_rate: of the lower bound of any one cell, and of all upper bounds together.
 
     Raises:
-        ValueError: if there is no cell, or one whose ratio has nothing below.
+        ValueError: if there is no cell, or one with a ratio whose denominator is 0.
     """
     if not strata or not all(sums.ndim == 4 and sums.shape[1:] == (sums.shape[1], 2, 2) for sums in strata):
         raise ValueError("every stratum must be [U, K, 2, 2], and there must be one")
@@ -91,39 +91,41 @@ def bounds(strata: Sequence[Floats], *, samples: int, seed: int, error_rate: flo
     )
 
 
-def outcomes(found: Bounds, floor_K: NDArray[np.float64]) -> list[Outcome]:
-    """What each cell says, where `floor_K` are the least differences that are tolerated."""
+def outcomes(cell_bounds: Bounds, floor_K: NDArray[np.float64]) -> list[Outcome]:
+    """The outcome of each cell, where `floor_K` are the least differences that are tolerated."""
     return [
         "fail" if high < floor else "pass" if low > floor else "open"
-        for low, high, floor in zip(found.low, found.high, floor_K, strict=True)
+        for low, high, floor in zip(cell_bounds.low, cell_bounds.high, floor_K, strict=True)
     ]
 
 
 def verdict(cells: Sequence[Outcome]) -> Verdict:
-    """What all cells say together. No cell, no evidence."""
+    """The verdict of all cells together. No cell, no evidence."""
     if "fail" in cells:
         return "fail"
     return "pass" if cells and all(cell == "pass" for cell in cells) else "not_enough_evidence"
 
 
-def units_needed(found: Bounds, cell: int, difference: float, floor: float, units: int) -> int | None:
-    """How many units a verdict takes that hangs on this cell, if so large is its true difference.
+def units_needed(cell_bounds: Bounds, cell: int, difference: float, floor: float, units: int) -> int | None:
+    """How many units a verdict takes that depends on this cell, if its true difference is `difference`.
 
     Below the floor the cell alone fails the candidate, with a chance of 80 %. Above it all K cells have to
     pass, for which each must miss with a chance of at most 20 % ÷ K. An error shrinks with the root of the
     number of units: n · ((width + z) · error ÷ |difference − floor|)². None where the difference is the
-    floor: then no number does.
+    floor: then no number is enough.
     """
     gap = difference - floor
     if gap == 0:
         return None
-    width, misses = (found.alone[cell], len(found.error)) if gap > 0 else (found.together[cell], 1)
-    errors = (float(width) + NormalDist().inv_cdf(1 - (1 - POWER) / misses)) * float(found.error[cell])
+    width, misses = cell_bounds.together[cell], 1
+    if gap > 0:
+        width, misses = cell_bounds.alone[cell], len(cell_bounds.error)
+    errors = (float(width) + NormalDist().inv_cdf(1 - (1 - POWER) / misses)) * float(cell_bounds.error[cell])
     return max(math.ceil(units * (errors / gap) ** 2), units + 1)
 
 
 def _difference(sums: Floats) -> Floats:
-    """[…, K] the candidate's ratio minus the baseline's from […, K, S, R]; NaN where nothing is below."""
+    """[…, K] the candidate's ratio minus the baseline's from […, K, S, R]; NaN where a denominator is 0."""
     above, below = sums[..., 0], sums[..., 1]
     ratios = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
     return ratios[..., 0] - ratios[..., 1]

@@ -22,9 +22,9 @@ from pipeline.store.layout import MODEL, SUMMARY
 from pipeline.store.rows import Prompt, PromptRow, Row
 
 EVIDENCE, EVIDENCE_ROWS = "evidence.json", "rows.jsonl.gz"
-# It names files and versions of the library that wrote it; what tokens a text gives stands in the others.
+# It names files and library versions; which tokens a text gives is decided by the other tokenizer files.
 NOT_CONTENT = "tokenizer_config.json"
-# Of config.json: what says where, by what and in what precision it was saved, beside names that begin with _.
+# Keys of config.json about how the model was saved, not about the model; keys that begin with _ are too.
 NOT_THE_MODEL = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
@@ -33,9 +33,9 @@ class Evidence(Row):
 
     `target` is a fingerprint of the target's weights, config, precision and tokenizer, `prompts` one of the
     test prompts' tokens: two drafters are comparable prompt by prompt where both are equal, whatever data
-    they were trained on. `hardware` says what measured rows were timed on; it is "" where nothing was, and
-    names the sweep where that did not note it. `config` is the name of the config of the run that made the
-    report, `budgets` those that the drafter saw in training, none if it was not trained.
+    they were trained on. `hardware` says what measured rows were timed on; it is "" where nothing was timed,
+    and names the sweep where the sweep did not note it. `config` is the name of the config of the run that
+    made the report, `budgets` those that the drafter saw in training, none if it was not trained.
     """
 
     drafter: str
@@ -127,17 +127,19 @@ def evidence_of_results(results: Results) -> Evidence:
 
 
 def target_fingerprint(results: Results) -> str:
-    """Of the target's weights, by content, and what else decides its texts: config, precision, tokenizer."""
+    """A fingerprint of all that decides the target's texts: weights, config, precision, tokenizer."""
     known = manifest(results.sweep)["inputs"]["target"]
     if isinstance(known, str):
         scratch = beside(results.report, "pretrain-target", known)
         spec = manifest(scratch)["inputs"]["model"]
         folder, weights = scratch.path / MODEL, weights_of(scratch)
     else:
-        from pipeline.models.load import model_folder, model_ref  # imports torch
+        from pipeline.models.hub import model_folder
+        from pipeline.models.load import model_ref  # imports torch
 
         spec = known["model"]
-        folder = model_folder(model_ref(PretrainedModel.model_validate(spec), None))
+        # It was checked when it was run, perhaps by a version that asked for less.
+        folder = model_folder(model_ref(PretrainedModel.model_construct(**spec), None))
         for name, (size, changed) in known["files"].items():
             file = folder / name
             if not file.exists() or [file.stat().st_size, file.stat().st_mtime_ns] != [size, changed]:
@@ -146,7 +148,10 @@ def target_fingerprint(results: Results) -> str:
     tokenizer = sound_files(results.prepare, "tokenizer/")
     tokenizer = {name: digest for name, digest in tokenizer.items() if Path(name).name != NOT_CONTENT}
     settings = {"dtype": spec["dtype"], "rope_scaling": spec["rope_scaling"]}
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"{folder / 'config.json'} is not JSON ({error}): run the pipeline again") from None
     model = {key: saved[key] for key in saved.keys() - NOT_THE_MODEL if not key.startswith("_")}
     return fingerprint({"weights": weights, "model": model, "tokenizer": tokenizer, **settings})
 
@@ -158,7 +163,7 @@ def weights_of(model: Artifact) -> dict[str, str]:
 
 
 def prompts_fingerprint(prepare: Artifact) -> str:
-    """Of the test prompts: their names, documents, tokens and how long their continuations may be."""
+    """A fingerprint of the test prompts: names, documents, tokens and limits of their continuations."""
     names = [name for name in sound_files(prepare, "prompts/test-") if name.endswith(".jsonl")]
     prompts = [prompt for name in sorted(names) for prompt in read_rows(prepare.path / name, Prompt)]
     fields = {"prompt_id", "document_id", "dataset", "context", "tokens", "max_new_tokens"}
@@ -166,7 +171,7 @@ def prompts_fingerprint(prepare: Artifact) -> str:
 
 
 def trained_budgets(inputs: dict[str, Any]) -> list[int | Literal["full"]]:
-    """From what a drafter's manifest says went in."""
+    """The budgets that a drafter saw in training, from the inputs in its manifest."""
     variant, train = inputs["variant"], inputs["train"]
     steps = train["steps"] if variant["steps"] is None else variant["steps"]
     if not steps:
@@ -186,7 +191,7 @@ def beside(artifact: Artifact, stage: str, digest: str) -> Artifact:
 
 def prepared(report: Artifact, summary: Summary, digest: str) -> Artifact:
     """The prepared data, which may lie outside of the storage."""
-    # Reports of earlier versions do not say where, and theirs lies beside them.
+    # Reports of earlier versions do not say where it is; theirs lies beside them.
     folder = report.path / (summary.prepared or f"../prepare-{digest}")
     artifact = Artifact(folder.resolve(), "prepare", digest)
     if manifest(artifact)["fingerprint"] != digest:
@@ -203,7 +208,7 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
 
 
 def sound_files(artifact: Artifact, beginning: str) -> dict[str, str]:
-    """The files of an artifact whose names begin so → SHA-256.
+    """The files of an artifact whose names start with `beginning` → SHA-256.
 
     Raises:
         BadData: if one of them is not as its manifest has it.
@@ -240,5 +245,5 @@ def load_evidence(folder: Path) -> Evidence:
             rows = [PromptRow.model_validate_json(line) for line in file]
         facts = json.loads((folder / EVIDENCE).read_text(encoding="utf-8"))
         return Evidence.model_validate({**facts, "rows": rows})
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
         raise BadData(f"{folder} holds no whole evidence of this version: {error}") from None

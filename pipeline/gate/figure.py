@@ -42,15 +42,20 @@ def draw(cells: Sequence[GatedCell], title: str, file: Path) -> None:
 
 
 def forest(panel: Panel, metric: Metric, cells: Sequence[GatedCell]) -> None:
-    """One line a cell, from the top, without a line where documents are too few; below it what is beside."""
+    """A row for each cell, from the top: its difference, with bounds unless documents are too few.
+
+    Hollow markers just below show the differences under the control and without looping prompts.
+    """
     for row, cell in enumerate(cells):
         colour = COLOURS[cell.outcome]
         if cell.low is not None and cell.high is not None:
             panel.plot([100 * cell.low, 100 * cell.high], [row, row], color=colour, lw=2.5, zorder=2)
         panel.plot(100 * cell.difference, row, "o", color=colour, ms=7, zorder=4)
-        for beside, marker in ((cell.other_prompt, "D"), (cell.not_looping, "^")):
-            if beside is not None:
-                panel.plot(100 * beside.mean, row + 0.27, marker, color="#000000", mfc="none", ms=6, zorder=3)
+        for interval, marker in ((cell.other_prompt, "D"), (cell.not_looping, "^")):
+            if interval is not None:
+                panel.plot(
+                    100 * interval.mean, row + 0.27, marker, color="#000000", mfc="none", ms=6, zorder=3
+                )
     panel.axvline(0, color="#b0b0b0", lw=1, zorder=1)
     panel.axvline(100 * cells[0].floor, color="#000000", ls="--", lw=1.2, zorder=1)
     panel.set_yticks(range(len(cells)), [cell.name for cell in cells], fontsize=8)

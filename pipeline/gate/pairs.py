@@ -24,7 +24,7 @@ from pipeline.results.speed import decoded
 from pipeline.store.rows import PromptRow, Timing
 
 Metric = Literal["acceptance", "speed"]
-Ratio = tuple[Sequence[Number], Sequence[Number]]  # what stands above and below, per prompt
+Ratio = tuple[Sequence[Number], Sequence[Number]]  # numerators and denominators, per prompt
 SIDES = CANDIDATE, BASELINE = "candidate", "baseline"
 
 
@@ -32,9 +32,9 @@ SIDES = CANDIDATE, BASELINE = "candidate", "baseline"
 class Paired:
     """A cell of both sides over the same N prompts, or batches of prompts that were decoded together.
 
-    `rows` [N] are the candidate's (of a batch the first), `units` [N] the names of what each is resampled
-    with. The ratios pool to acceptance rates, or to mean logarithms of decode speedups; `floor` is the least
-    difference on that scale.
+    `rows` [N] are the candidate's (of a batch the first), `units` [N] the name of the unit that each is
+    resampled with. The ratios pool to acceptance rates, or to mean logarithms of decode speedups; `floor` is
+    the least difference that is tolerated on that scale.
     """
 
     key: Cell
@@ -59,17 +59,17 @@ class Paired:
 def check_comparable(candidate: Evidence, baseline: Evidence) -> None:
     """Raise BadData where the two were evaluated behind different targets, or on different prompts."""
     for field, what in (("target", "another target or tokenizer"), ("prompts", "other prompts")):
-        own, other = getattr(candidate, field), getattr(baseline, field)
-        if own != other:
+        candidate_value, baseline_value = getattr(candidate, field), getattr(baseline, field)
+        if candidate_value != baseline_value:
             raise BadData(
                 f"the candidate {candidate.drafter} ({candidate.config}) was evaluated with {what} than the "
-                f"baseline {baseline.drafter} ({baseline.config}), by fingerprint {own} and {other}: "
-                "evaluate both alike"
+                f"baseline {baseline.drafter} ({baseline.config}), by fingerprint {candidate_value} and "
+                f"{baseline_value}: evaluate both alike"
             )
 
 
 def both_sides(candidate: Evidence, baseline: Evidence) -> Cells:
-    """The rows of both that tell of acceptance, controls included, by cell and prompt."""
+    """The rows of both sides that have an acceptance, controls included, by cell and prompt."""
     return {
         by_side(key, side): rows
         for side, evidence in zip(SIDES, (candidate, baseline), strict=True)
@@ -112,18 +112,18 @@ def common_keys(cells: Cells, config: GateConfig) -> list[Cell]:
                 raise BadData(
                     f"nothing was evaluated at {name} {value:g}, which the gate compares: only {there}"
                 )
-    own, other = (
+    candidate_keys, baseline_keys = (
         {key.vary(drafter=CANDIDATE) for key in cells if key.drafter == side and compared(key, config)}
         for side in SIDES
     )
-    if differing := own ^ other:
+    if differing := candidate_keys ^ baseline_keys:
         first = min(differing, key=order)
-        side = BASELINE if first in own else CANDIDATE
+        side = BASELINE if first in candidate_keys else CANDIDATE
         raise BadData(
             f"the {side} was not evaluated in {place(first)} ({len(differing)} cells differ): evaluate both "
             "in the same cells"
         )
-    return sorted(own, key=order)
+    return sorted(candidate_keys, key=order)
 
 
 def speed_pairs(candidate: Evidence, baseline: Evidence, config: GateConfig) -> tuple[list[Paired], str]:
@@ -136,7 +136,7 @@ def speed_pairs(candidate: Evidence, baseline: Evidence, config: GateConfig) -> 
             f"the candidate's speed was measured on {candidate.hardware}, the baseline's on "
             f"{baseline.hardware}: measure both on the same hardware"
         )
-    own, other = (
+    candidate_speeds, baseline_speeds = (
         {by_side(key, CANDIDATE): speedups(rows) for key, rows in group(evidence.rows, "measure").items()
          if compared(key, config)}
         for evidence in (candidate, baseline)
@@ -144,10 +144,11 @@ def speed_pairs(candidate: Evidence, baseline: Evidence, config: GateConfig) -> 
     assert config.margins.speed is not None
     floor = math.log1p(-config.margins.speed)
     pairs = []
-    for key in sorted(own.keys() & other.keys(), key=order):
-        batches = sorted(own[key].keys() & other[key].keys())
-        rows = [own[key][batch][0] for batch in batches]
-        logs = [[math.log(side[key][batch][1]) for batch in batches] for side in (own, other)]
+    for key in sorted(candidate_speeds.keys() & baseline_speeds.keys(), key=order):
+        sides = candidate_speeds[key], baseline_speeds[key]
+        batches = sorted(sides[0].keys() & sides[1].keys())
+        rows = [sides[0][batch][0] for batch in batches]
+        logs = [[math.log(side[batch][1]) for batch in batches] for side in sides]
         if batches:
             ratios = [(values, [1] * len(batches)) for values in logs]
             prompts = sum(map(len, batches))
@@ -159,23 +160,24 @@ def speed_pairs(candidate: Evidence, baseline: Evidence, config: GateConfig) -> 
 
 
 def speedups(rows: PromptRows) -> dict[tuple[str, ...], tuple[PromptRow, float]]:
-    """The prompts decoded together → the first row, and their decode speedup over AR beside them."""
+    """Ids of prompts that were decoded together → their first row, and their decode speedup over AR."""
     batches: dict[str, list[tuple[PromptRow, Timing]]] = defaultdict(list)
     for row in rows.values():
         if row.timing is not None:
             batches[row.batch].append((row, row.timing))
-    found = {}
+    speedup_by_prompts = {}
     for batch in batches.values():
         ours = sum(decoded(row) for row, _ in batch) / sum(median(timing.decode_s) for _, timing in batch)
         plain = sum(timing.ar_num_tokens for _, timing in batch) / sum(
             median(timing.ar_decode_s) for _, timing in batch
         )
-        found[tuple(sorted(row.prompt_id for row, _ in batch))] = batch[0][0], ours / plain
-    return found
+        prompts = tuple(sorted(row.prompt_id for row, _ in batch))
+        speedup_by_prompts[prompts] = batch[0][0], ours / plain
+    return speedup_by_prompts
 
 
 def sums(pairs: Sequence[Paired]) -> Floats:
-    """[U units, K cells, S sides, R above and below] what each unit's prompts sum to in each cell."""
+    """[U units, K cells, S sides, R numerator and denominator] sums over each unit's prompts in each cell."""
     names = sorted({unit for pair in pairs for unit in pair.units})
     number = {unit: index for index, unit in enumerate(names)}
     sums_UKSR = np.zeros((len(number), len(pairs), 2, 2))
@@ -188,7 +190,7 @@ def sums(pairs: Sequence[Paired]) -> Floats:
 
 
 def by_side(key: Cell, side: str) -> Cell:
-    """With the side in place of the drafter: both may have one name. Greedily the seed decides nothing."""
+    """A cell with the side as its drafter, as both drafters may have one name; seed 0 if it is greedy."""
     return key.vary(drafter=side, seed=key.seed if key.temperature else 0)
 
 

@@ -40,10 +40,10 @@ class GatedCell(OfCell):
     autoregressive decoding (geometric means over prompts). `difference` is candidate − baseline; of speed,
     candidate ÷ baseline − 1. `floor` is the least that is tolerated. `low` is a lower bound that holds alone,
     `high` an upper bound that holds together with those of all cells; None over too few documents.
-    `documents_needed` would decide, as far as it hangs on an open cell, if its true difference is the
-    observed one, `documents_if_equal` if there is none; None where no number does. `not_looping` is the
-    difference without looping prompts, `other_prompt` that of the control, with 95 % intervals; None of
-    speed, and where there are no such rows.
+    `documents_needed` is how many documents would decide an open cell if its true difference is the observed
+    one, `documents_if_equal` how many if there is no difference; None where no number would. `not_looping`
+    is the difference without looping prompts, `other_prompt` that of the control, with 95 % intervals; None
+    of speed, and where there are no such rows.
     """
 
     name: str
@@ -66,7 +66,7 @@ class GatedCell(OfCell):
     @model_validator(mode="before")
     @classmethod
     def _of_candidate(cls, data: Any) -> Any:
-        """The candidate's cell, as which of the two it is was not said in earlier formats."""
+        """Rows of earlier formats do not name the drafter: theirs is the candidate's cell."""
         if isinstance(data, dict) and not data.keys() & {"cell", "drafter"}:
             return old_rows.as_today({"drafter": CANDIDATE, **data})
         return data
@@ -95,21 +95,21 @@ def compare(candidate: Evidence, baseline: Evidence, config: GateConfig) -> Comp
         linked = clock_units(row for side in (candidate, baseline) for row in side.rows if row.timing)
         pairs = [replace(p, units=[linked.get(unit, unit) for unit in p.units]) for p in pairs + timed]
     pairs.sort(key=lambda pair: pair.key.dataset)
-    found = bounds(
+    cell_bounds = bounds(
         [sums(list(stratum)) for _, stratum in groupby(pairs, key=lambda pair: pair.key.dataset)],
         samples=config.bootstrap_samples,
         seed=config.seed,
         error_rate=config.error_rate,
     )
-    judged = outcomes(found, np.array([pair.floor for pair in pairs]))
-    told = [
-        gated_cell(pair, cells, config, found, number, outcome)
+    judged = outcomes(cell_bounds, np.array([pair.floor for pair in pairs]))
+    gated = [
+        gated_cell(pair, cells, config, cell_bounds, number, outcome)
         for number, (pair, outcome) in enumerate(zip(pairs, judged, strict=True))
     ]
-    said = verdict([cell.outcome for cell in told])
+    said = verdict([cell.outcome for cell in gated])
     if obstacle and said == "pass":
         said = "not_enough_evidence"
-    return Comparison(said, reasons(told, said, obstacle, config), told)
+    return Comparison(said, reasons(gated, said, obstacle, config), gated)
 
 
 def gated_cell(
@@ -203,7 +203,7 @@ def enough_prompts(opened: list[GatedCell]) -> list[str]:
 
 
 def many(needed: int, cell: GatedCell) -> str:
-    """So many documents, with as many prompts each as the cell has now."""
+    """A number of documents in words, with as many prompts each as the cell has now."""
     prompts = -(-needed * cell.num_prompts // cell.num_documents)
     if prompts > 1_000_000:
         return "over a million prompts"

@@ -6,6 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What an architecture's attention may be given beside queries, keys and values, and views have not.
+BEYOND_A_PRODUCT = {
+    "softcap": "a cap on attention scores (softcap)",
+    "s_aux": "attention sinks (s_aux)",
+    "position_bias": "biases by position (position_bias)",
+    "head_mask": "a mask of heads (head_mask)",
+    "attention_bias": "biases on attention scores (attention_bias)",
+}
+
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Plain causal self-attention of a whole sequence, [B, H·G, S, D]."""

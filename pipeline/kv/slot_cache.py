@@ -2,8 +2,8 @@
 
 Nothing in it grows or moves: continuation token t of row b sits in slot `kept_B[b] + t` and at position
 `prefix_B[b] + t`. A forward pass is told where its tokens begin, writes their KV there and sees the slots up
-to its own. So rolling back is to begin earlier next time, rows may hold prefixes of different lengths and be
-at different places, and every shape is known before the first token: steps can be compiled and captured once.
+to its own. To roll back, the next pass begins earlier. Rows may hold prefixes of different lengths and be at
+different places, and every shape is known before the first token: steps can be compiled and captured once.
 
 Shape legend: B rows, H key/value heads, G query heads per key/value head, S slots, Q new tokens, D head
 width, R room for the continuation.
@@ -68,7 +68,7 @@ class SlotCache:
         self.backend = dispatch.backend(geometry.device)
         shape = (rows, geometry.kv_heads, self.capacity + room, geometry.width)
         device = geometry.device
-        # Zeros: what a mask hides still meets a weight of 0, which NaN would survive.
+        # Zeros, as hidden slots are still multiplied by a weight of 0, and 0 · NaN is NaN.
         self.keys = [torch.zeros(shape, dtype=geometry.dtype, device=device) for _ in range(geometry.layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.kept_B = torch.zeros(rows, dtype=torch.long, device=device)
@@ -82,13 +82,13 @@ class SlotCache:
             self.turns = rotation(self.step_R.repeat(rows, 1))
 
     def load(self, views: Sequence[PrefixView]) -> None:
-        """Begin anew behind these views, one a row."""
+        """Restart behind these views, one for each row."""
         assert len(views) == self.rows
         for row, view in enumerate(views):
             self.load_row(row, view)
 
     def load_row(self, row: int, view: PrefixView, number: int = 0) -> None:
-        """Begin a row anew behind a view of one prefix, of several the one of this number.
+        """Restart a row behind a view; where the view is of several prefixes, behind the one of this number.
 
         Raises:
             ValueError: if the view keeps more than the buffers hold.

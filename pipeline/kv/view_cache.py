@@ -23,11 +23,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.axes import View
-from pipeline.kv.attention import causal_attention, suffix_attention, suffix_mask
+from pipeline.kv.attention import BEYOND_A_PRODUCT, causal_attention, suffix_attention, suffix_mask
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.views import PrefixView
 
 ATTENTION = "budgetdraft"
+WHOLE = "sees_whole_texts"  # attribute of attention modules whose window no text reaches
 
 
 class PrefixReader(Cache):
@@ -166,18 +167,18 @@ def attend(
     scaling: float,
     view_cache: PrefixReader | ViewCache | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: over a view cache, or causal where there is none."""
-    if sliding_window is not None or softcap is not None or attention_mask is not None:
-        raise ValueError(
-            "models with sliding-window attention, logit soft-capping or padding masks are not supported"
-        )
+    windowed = sliding_window is not None and not getattr(module, WHOLE, False)
+    others = [words for name, words in BEYOND_A_PRODUCT.items() if kwargs.get(name) is not None]
+    if windowed or others or attention_mask is not None:
+        others += ["a sliding window"] * windowed + ["a padding mask"] * (attention_mask is not None)
+        raise ValueError(f"attention with {', '.join(others)} is not supported")
     if view_cache is None:
-        # A cache of transformers' own, as under `generate`, has more keys than there are queries.
-        own = causal_attention if query.shape[2] == key.shape[2] else suffix_attention
-        output = own(query, key, value, scaling)
+        # With a cache of transformers, as under `generate`, there are more keys than queries.
+        attention = causal_attention if query.shape[2] == key.shape[2] else suffix_attention
+        output = attention(query, key, value, scaling)
     else:
         output = view_cache.attend(module.layer_idx, query, key, value, scaling)  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None
@@ -236,7 +237,7 @@ def read_continuation(
 
 
 def read_hidden(model: PreTrainedModel, cache: ViewCache, tokens_RQ: Tensor, positions_RQ: Tensor) -> Tensor:
-    """The final hidden states [R, Q, C] that `read_continuation` makes its logits of."""
+    """The final hidden states [R, Q, C] from which `read_continuation` makes its logits."""
     output = model.base_model(
         input_ids=tokens_RQ,
         position_ids=positions_RQ,

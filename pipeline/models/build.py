@@ -21,10 +21,10 @@ def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
     return model.eval()
 
 
-def build_scratch(spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A randomly initialised Llama of the given shape; the same seed gives the same weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def scratch_config(spec: ScratchModel, vocab_size: int, **tokens: int | None) -> LlamaConfig:
+    """A Llama of the given shape; `tokens` are its special ones, as transformers names them."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=spec.hidden,
         intermediate_size=spec.intermediate,
         num_hidden_layers=spec.layers,
@@ -32,10 +32,19 @@ def build_scratch(spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, seed: 
         num_key_value_heads=spec.kv_heads,
         max_position_embeddings=spec.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta, **(spec.rope_scaling or {})},
+        tie_word_embeddings=True,
+        **tokens,
+    )
+
+
+def build_scratch(spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A randomly initialised Llama of the given shape; the same seed gives the same weights."""
+    config = scratch_config(
+        spec,
+        len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from pipeline.errors import BadData
+from pipeline.models.support import short
+from pipeline.models.weights import INDEX, must_be_whole
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# Endings of what older checkpoints hold beside weights, and models make themselves: masks and rotations.
+BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", ".position_ids")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -28,32 +32,72 @@ def convert_bin(source: Path, output: Path) -> None:
         raise BadData(f"{output} exists; name a new folder")
     state: dict[str, Tensor] = {}
     for file in pickled_files(source):
-        try:
-            state |= torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise BadData(f"{file} is not a whole checkpoint of tensors: {error}") from error
+        state |= read_pickled(file)
+    name = f"the checkpoint {str(source)!r}"
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise BadData(f"{source}: its config.json cannot be used: {str(error).splitlines()[0]}") from error
-    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except Exception as error:  # whatever the code of a config raises for what is in the file
+        raise BadData(f"{name}: its config.json cannot be used: {short(error)}") from error
+    weights = [tensor for key, tensor in state.items() if not key.endswith(BUFFERS)]
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise BadData(f"{source}: the checkpoint does not fit its config: {error}") from error
-    model.tie_weights()
-    lost = [key for key in missing if key not in model.all_tied_weights_keys]
-    unknown = [key for key in unexpected if not key.endswith("rotary_emb.inv_freq")]
-    if lost or unknown:
-        raise BadData(f"{source}: the checkpoint does not fit its config; missing {lost}, unknown {unknown}")
+        # Also brings the names of older releases, and experts in single tensors, to those of today.
+        model, told = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=next(tensor.dtype for tensor in weights if tensor.is_floating_point()),
+            ignore_mismatched_sizes=True,  # they are told, and refused below
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise BadData(f"{name} does not fit its config: {short(error)}") from error
+    if other := sorted(told["mismatched_keys"]):
+        key, found, wanted = other[0]
+        raise BadData(
+            f"{name} does not fit its config: {len(other)} weights have other sizes, such as {key}, which is "
+            f"{list(found)} and should be {list(wanted)}"
+        )
+    must_be_whole(model, told["missing_keys"], name)
+    unknown = sorted(key for key in told["unexpected_keys"] if not key.endswith(BUFFERS))
+    if unknown:
+        raise BadData(
+            f"{name} does not fit its config: {len(unknown)} weights are unknown, such as {unknown[:4]}"
+        )
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    for file in source.iterdir():
-        wanted = file.suffix in {".json", ".jinja", ".model", ".txt"} and file.name != PICKLED[1]
-        if wanted and not (temporary / file.name).exists():
-            shutil.copyfile(file, temporary / file.name)
-    temporary.rename(output)
+    try:
+        model.save_pretrained(temporary, safe_serialization=True)
+        for file in source.iterdir():
+            made = file.name in ("config.json", INDEX, PICKLED[1])
+            if file.suffix in {".json", ".jinja", ".model", ".txt"} and not made:
+                shutil.copyfile(file, temporary / file.name)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file by name; some programs put them one level deeper."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling raises for what is in the file
+        raise BadData(
+            f"{file} is not a whole checkpoint of tensors: {reason_of(error)}; copy it again, or name one "
+            "that holds tensors alone"
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise BadData(f"{file} is not a checkpoint of named tensors")
+    return content
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a pickle. torch's own text goes on to advise running the code that it holds."""
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return reason.split("\n")[0].split(". Please")[0][:200] or type(error).__name__
 
 
 def pickled_files(folder: Path) -> list[Path]:
@@ -65,7 +109,11 @@ def pickled_files(folder: Path) -> list[Path]:
         )
     single, index = folder / PICKLED[0], folder / PICKLED[1]
     if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        except (ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+            raise BadData(f"{index} is no index of a checkpoint ({error!r}): copy the folder again") from None
     else:
         files = [single]
     absent = [file.name for file in files if not file.exists()]

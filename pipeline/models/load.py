@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import WeakFileLock, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import BadData
-from pipeline.kv.view_cache import ATTENTION
+from pipeline.kv.view_cache import ATTENTION, WHOLE
 from pipeline.models.build import prepare_model
+from pipeline.models.hub import model_files, model_folder
+from pipeline.models.limits import rotations
+from pipeline.models.support import problem_of, problem_of_loaded, short
+from pipeline.models.weights import check_weights, must_be_whole
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from pipeline.config.models import PretrainedModel, ScratchModel
 
 # A bar for every shard of every load would drown our own progress.
 disable_progress_bar()
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-# Of a repository on the hub: what loads a model from safetensors, not its other formats or parts.
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-HUB_OTHERS = ("*/*.json", "*/*.safetensors", "consolidated*")
 
 
 def pick_device(device: str) -> torch.device:
@@ -49,7 +45,9 @@ class ModelRef:
     """Where a model comes from and how it is to be loaded; small enough to travel to workers.
 
     `rope_scaling` replaces the model's rope parameters (YaRN, linear, …, as transformers names them).
-    `trained_positions` is set where the model's own config does not tell.
+    `trained_positions` is set where the model's own config does not tell. `role` is for messages. `reach` is
+    the length in tokens of the longest text that it will see; a model whose attention or rotation depends on
+    it is refused where it is not known. `files` are those that the results are to be of (`hub.model_files`).
     """
 
     path: str
@@ -58,12 +56,20 @@ class ModelRef:
     trust_remote_code: bool = False
     rope_scaling: dict[str, Any] | None = None
     trained_positions: int | None = None
+    role: str = "model"
+    reach: int | None = None
+    files: dict[str, tuple[int, int]] | None = None
 
 
-def model_ref(spec: PretrainedModel | ScratchModel, scratch_folder: Path | None) -> ModelRef:
+def model_ref(
+    spec: PretrainedModel | ScratchModel,
+    scratch_folder: Path | None,
+    role: str = "model",
+    reach: int | None = None,
+) -> ModelRef:
     """The reference of a config's model; a scratch model lives where stage pretrain put it."""
     if spec.kind == "scratch":
-        return ModelRef(path=str(scratch_folder), dtype=spec.dtype)
+        return ModelRef(path=str(scratch_folder), dtype=spec.dtype, role=role, reach=reach)
     return ModelRef(
         spec.path,
         spec.dtype,
@@ -71,6 +77,9 @@ def model_ref(spec: PretrainedModel | ScratchModel, scratch_folder: Path | None)
         spec.trust_remote_code,
         spec.rope_scaling,
         spec.trained_positions,
+        role,
+        reach,
+        model_files(Path(spec.path)) or None,
     )
 
 
@@ -85,93 +94,132 @@ def load_model(
         dtype: overrides the reference's.
 
     Raises:
-        BadData: if the model has fewer logits than the tokenizer has tokens, or only pickled weights.
+        BadData: if the checkpoint cannot be read whole, is of a kind that cannot be run here (see
+            `models.support`), lacks weights, or has fewer logits than the tokenizer has tokens.
     """
     path, folder = ref.path, model_folder(ref)
-    if not any((folder / name).exists() for name in WEIGHTS):
-        local = os.path.isdir(path)
-        download = "" if local else f"run `hf download {path} --local-dir FOLDER`, then "
-        raise BadData(
-            f"{path} holds no {WEIGHTS[0]}; {download}convert a .bin checkpoint once with "
-            f"`budgetdraft convert {path if local else 'FOLDER'} OUTPUT` and name OUTPUT in the config"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=ref.trust_remote_code)
-    except OSError as error:
-        raise BadData(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
-    if ref.rope_scaling is not None:
-        config.rope_parameters = {**(config.rope_parameters or {}), **ref.rope_scaling}
+    config = check_model(ref, folder)
+    check_weights(ref, folder, config)
     if config.vocab_size < num_tokens:
         raise BadData(
-            f"{path} has {config.vocab_size} logits, but the tokenizer has {num_tokens} tokens: "
-            "target and drafter must share one tokenizer"
+            f"the {ref.role} {path!r} has {config.vocab_size} logits, but the tokenizer has {num_tokens} "
+            "tokens: target and drafter must share one tokenizer"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, told = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype or ref.dtype),
             attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=ref.trust_remote_code,
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise BadData(f"cannot load the weights of {path!r}: {str(error).splitlines()[0]}") from error
-    return prepare_model(model, num_tokens).to(device)
+    except Exception as error:  # whatever a loader raises for what is in the files
+        raise BadData(f"cannot load the weights of the {ref.role} {path!r}: {short(error)}") from error
+    must_be_whole(model, told["missing_keys"], f"the {ref.role} {path!r}")
+    must_be_unchanged(ref, folder)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, WHOLE, True)  # by `problem_of`, no text reaches a window
+    model = prepare_model(model, num_tokens).to(device)
+    if problem := problem_of_loaded(model):
+        raise BadData(f"cannot run the {ref.role} {path!r}: {problem}")
+    return model
 
 
-def model_folder(ref: ModelRef) -> Path:
-    """The folder of a model: the local one that it names, or its snapshot in the hub's cache.
+def shared_tokens(tokenizer: PreTrainedTokenizerBase, *refs: ModelRef) -> int:
+    """How many first tokens of a tokenizer all of these models have logits for.
 
-    Of all processes that ask for it at once, on one machine or on several that share the cache (HF_HOME),
-    one downloads and the others wait for its files. With HF_HUB_OFFLINE only the cache is looked at.
+    The pad token may lie behind them, as it never enters a text: many were added to a tokenizer alone.
 
     Raises:
-        BadData: if there is no such folder, and the hub or the cache has no such model.
+        BadData: if a token that may enter a text has no logit; names it.
     """
-    if os.path.isdir(ref.path):
-        return Path(ref.path)
-    wanted = [*HUB_FILES, *(["*.py"] if ref.trust_remote_code else [])]
-    try:
-        validate_repo_id(ref.path)
-        with download_lock(ref.path):
-            snapshot = snapshot_download(
-                ref.path, revision=ref.revision, allow_patterns=wanted, ignore_patterns=list(HUB_OTHERS)
+    least, pad = len(tokenizer), padding(tokenizer)
+    for ref in refs:
+        least = min(least, size := read_config(ref).get_text_config(decoder=True).vocab_size)
+        beyond = {token: at for token, at in tokenizer.get_vocab().items() if at >= size and token != pad}
+        if beyond:
+            names = ", ".join(sorted(beyond, key=beyond.__getitem__)[:4])
+            raise BadData(
+                f"the {ref.role} {ref.path!r} has {size} logits, and none for {len(beyond)} of the "
+                f"tokenizer's tokens, such as {names}: target and drafter must share one tokenizer, and a "
+                "model must have embeddings for all of it"
             )
-    except (OSError, HFValidationError) as error:
-        raise BadData(
-            f"cannot load the model {ref.path!r}: there is no such folder, and of the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    return Path(snapshot)
+    return least
 
 
-def download_lock(hub_id: str) -> AbstractContextManager[Any]:
-    """Held by whoever downloads a model: the hub's own locks are by file, and do not keep others from asking.
+def padding(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The pad token of a tokenizer, unless it is another special token as well, and so may enter a text."""
+    others = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    return None if tokenizer.pad_token in others else tokenizer.pad_token
 
-    Nothing is written offline: the cache may be one that this user can only read.
+
+def check_model(ref: ModelRef, folder: Path | None = None) -> PretrainedConfig:
+    """A model's config, if models of it can be run here.
+
+    Args:
+        folder: of its config.json, where it is known already.
+
+    Raises:
+        BadData: if not; names the role, the path, what it is and what to do.
     """
-    if constants.HF_HUB_OFFLINE:
-        return nullcontext()
-    locks = Path(constants.HF_HUB_CACHE) / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return WeakFileLock(locks / f"budgetdraft--{hub_id.replace('/', '--')}.lock")
+    config = read_config(ref, folder)
+    if problem := problem_of(config, ref.reach, ref.trust_remote_code):
+        raise BadData(f"cannot run the {ref.role} {ref.path!r}: {problem}")
+    return config
+
+
+def read_config(ref: ModelRef, folder: Path | None = None) -> PretrainedConfig:
+    """A model's config, with the reference's rope parameters; `folder` as of `check_model`.
+
+    Raises:
+        BadData: if it cannot be had or read, or has no use for rope parameters; names the role and the path.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder or model_folder(ref), trust_remote_code=ref.trust_remote_code
+        )
+    except BadData:
+        raise
+    except Exception as error:  # whatever the code of a config raises for what is in the file
+        raise BadData(f"cannot read the config of the {ref.role} {ref.path!r}: {short(error)}") from error
+    if ref.rope_scaling is not None:
+        own: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+        if rotations(config) != [own]:
+            kinds = "no rotary positions" if not own else "a rotation for each type of layer"
+            raise BadData(
+                f"the {ref.role} {ref.path!r} is a {config.model_type} and has {kinds}, so that rope_scaling "
+                "cannot act: leave it out"
+            )
+        config.rope_parameters = {**own, **ref.rope_scaling}
+    return config
+
+
+def must_be_unchanged(ref: ModelRef, folder: Path) -> None:
+    """Raises BadData where a model's files are not those that the run began with."""
+    if ref.files is None or (now := model_files(folder)) == ref.files:
+        return
+    names = sorted(name for name in now.keys() | ref.files.keys() if now.get(name) != ref.files.get(name))
+    raise BadData(
+        f"the {ref.role} {ref.path!r} was changed while this run used it ({', '.join(names[:4])}): nothing "
+        "was computed with the new files; run the same command again when they stay as they are"
+    )
 
 
 def own_positions(ref: ModelRef) -> int:
-    """Positions that a pretrained model was trained on, by the config's word or else the model's."""
+    """Positions that a pretrained model was trained on, by the config's word or else the model's.
+
+    Raises:
+        BadData: if neither says so.
+    """
     if ref.trained_positions is not None:
         return ref.trained_positions
-    config = AutoConfig.from_pretrained(
-        ref.path, revision=ref.revision, trust_remote_code=ref.trust_remote_code
-    )
-    return int(config.max_position_embeddings)
-
-
-def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a continuation."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos = model.config.eos_token_id if eos is None else eos
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    positions = getattr(read_config(ref), "max_position_embeddings", None)
+    if positions is None:
+        raise BadData(
+            f"the {ref.role} {ref.path!r} does not say for how many positions it was trained: set "
+            "trained_positions beside its path"
+        )
+    return int(positions)

@@ -1,6 +1,6 @@
 """What a run tells about itself while it works, and who listens: its record, MLflow's curves, Ray's metrics.
 
-Whoever works calls `tell`. Nobody listens outside a run, and a listener never answers.
+Code that works calls `tell`. Outside a run nobody listens, and a listener returns nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Began:
 
 @dataclass(frozen=True)
 class Items:
-    """So many more items are done, failed for good, or are tried once more."""
+    """How many more items are done, failed for good, or are tried once more."""
 
     done: int = 0
     failed: int = 0
@@ -56,7 +56,7 @@ class Training:
 
     @property
     def current(self) -> ModelInTraining | None:
-        """The one that is trained at present; None when all are."""
+        """The model that is trained at present; None when all are trained."""
         return next((model for model in self.models if not model.done), None)
 
 
@@ -92,7 +92,7 @@ _listeners: list[Listener] = []
 
 
 def tell(event: Event) -> None:
-    """Hand an event to all listeners; what is no stage's, as tracking in its own thread, is not told."""
+    """Hand an event to all listeners; outside a stage, as for tracking in its own thread, it is dropped."""
     stage = logs.here().stage
     if stage is not None:
         for listener in _listeners:

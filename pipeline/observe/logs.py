@@ -53,7 +53,7 @@ def at(work: WorkItem) -> Iterator[None]:
 
 
 class JsonLines(logging.Handler):
-    """Appends to one file. A process opens it for itself, so that lines of several do not mix."""
+    """Appends to one file. Every process has its own file, so that lines of several do not mix."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _attach(path: Path) -> JsonLines:
 
 
 def process_log() -> JsonLines | None:
-    """The log of this process; None outside a run. That of a worker is opened when it is first asked for."""
+    """The log of this process; None outside a run. A worker's log is opened on first use."""
     global _log
     folder = os.environ.get(RECORD)
     if _log is None and folder:
@@ -124,7 +124,7 @@ def process_log() -> JsonLines | None:
 
 @contextmanager
 def item(work: WorkItem) -> Iterator[None]:
-    """Log that an item is begun, and done or failed; lines that the body logs carry its work."""
+    """Log that an item is begun, and done or failed; lines that the body logs name the item too."""
     log = process_log()
     with at(work):
         if log is None:
@@ -142,7 +142,7 @@ def item(work: WorkItem) -> Iterator[None]:
 
 
 def times_begun(stage: str, name: str) -> int:
-    """How often an item was begun in this run so far, by any process: where nobody else counts attempts."""
+    """How often any process has begun an item in this run so far; used where nobody counts attempts."""
     folder = os.environ.get(RECORD)
     count = 0
     for file in Path(folder).glob("*.jsonl") if folder else ():
@@ -158,12 +158,12 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
 
 
 def name_of(item: object) -> str:
-    """What tells an item from others of its work: the file that it makes or reads; of several, the first."""
+    """The name of an item among others: the file that it makes or reads; of several, the first."""
     for part in item if isinstance(item, tuple) else (item,):
         for attribute in ("output", "key", "name", "file"):
             value = getattr(part, attribute, None)

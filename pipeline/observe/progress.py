@@ -27,7 +27,7 @@ class _Lines:
 
 
 class Progress(Bar):
-    """A bar, and what goes wrong beside it."""
+    """A bar that also tells of items that were lost or given up."""
 
     def update(self, n: float | None = 1) -> bool | None:
         tell(Items(done=int(n or 0)))

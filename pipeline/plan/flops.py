@@ -31,7 +31,7 @@ class StageFlops(NamedTuple):
 def work(
     config: Config, shapes: Mapping[Role, Shape], labelled: int, prompts: Mapping[Place, int]
 ) -> Iterator[StageFlops]:
-    """All arithmetic up to replay, validation aside; of what is measured, `prefills` has the reading.
+    """All arithmetic up to replay, without validation; `prefills` has the reading of measured prompts.
 
     Args:
         labelled: sequences that the target labels.
@@ -75,23 +75,23 @@ def work(
 
 
 def prefills(config: Config, shapes: Mapping[Role, Shape], prompts: Mapping[Place, int]) -> list[StageFlops]:
-    """The timed prompts: read by the target, by each drafter, and once more by a target that drafts; each
-    time twice, as the second is timed.
+    """Reading the timed prompts: by the target, by each drafter, and once more by a target that drafts. Each
+    reading is done twice, as only the second is timed.
 
-    Where the fastest cells are measured again, by the target each time, and by as many of the largest
-    sources as there can be cells.
+    Where the fastest cells are measured again, the target reads the prompts each time, and so do the largest
+    sources, as many as there can be cells.
     """
     done: list[StageFlops] = []
     target: Role = "target"
     for place, count in prompts.items():
         tokens, timed = config.data.context_tokens[place.context], min(count, config.sweep.measure.prompts)
-        each = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
+        flops = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
         names = {cell.drafter for cell in most_timed(config, place)}
         roles = [source.role for source in draft_sources(config) if source.name in names]
-        readers = sorted((role for role in roles if role), key=lambda role: -each[role])
+        readers = sorted((role for role in roles if role), key=lambda role: -flops[role])
         again = len(MEASURED_AGAIN) * measures_again(config.sweep)
         reading = [target, *readers, *again * [target, *readers[:FASTEST_MEASURED]]]
-        done += [StageFlops(MEASURING, role, False, 2 * each[role]) for role in reading]
+        done += [StageFlops(MEASURING, role, False, 2 * flops[role]) for role in reading]
     return done
 
 

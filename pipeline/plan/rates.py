@@ -56,9 +56,9 @@ def can_be_timed(config: Config, device: str) -> dict[Role, ScratchModel]:
 
 
 def threads_of(config: Config, device: str, work: Work) -> int:
-    """Threads of a process that works on a CPU; what is timed on one of them is taken to share out evenly."""
-    own = config.run.needs(work).threads if config.run.executor == "ray" else torch.get_num_threads()
-    return own if device == "cpu" else 1
+    """Threads of a process on a CPU, among which the work that is timed on one is taken to divide evenly."""
+    threads = config.run.needs(work).threads if config.run.executor == "ray" else torch.get_num_threads()
+    return threads if device == "cpu" else 1
 
 
 def timed_step(
@@ -109,7 +109,7 @@ def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> t
 def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, threads: int) -> float:
     """Seconds of decoding one token behind a prefix of so many, uncompiled, the best step.
 
-    With so many threads: so small a step is not shared out evenly.
+    Timed with `threads` threads, as so small a step does not divide evenly among them.
     """
     model = decode_model(untrained(spec, vocab).to(device, getattr(torch, spec.dtype)))
     runner = Runner(model, 1, slots_for(prefix), TIMED_STEPS, "none")

@@ -1,8 +1,8 @@
 """Shapes of models, memory of a process, devices and sharding: what the formulas share. Nothing is loaded.
 
-Sizes are in bytes, and memory is that of one process at its peak. Prefixes are taken to be as long as they
-can be, and views as many. The sums are no upper bounds all the same: what allocators and libraries hold
-beside the tensors is counted only as far as the constants below say, so that a process may take more.
+Sizes are in bytes, and memory is that of one process at its peak. Prefixes are taken to be as long, and views
+as many, as they can be. Still the sums are no upper bounds: what allocators and libraries hold beside the
+tensors is counted only as far as the constants below say, so that a process may take more.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parame
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only model, as far as its costs go. `itemsize` is of an entry where it runs without training;
-    training is in fp32."""
+    """The sizes of a decoder-only model on which its costs depend. `itemsize` is that of a number where the
+    model runs without training; training is in fp32."""
 
     parameters: int
     layers: int
@@ -68,7 +68,7 @@ class Shape:
         return device.held(alive, prefix * max(self.hidden, 2 * self.kv) * self.itemsize)
 
     def forward_flops(self, tokens: float, attended: float) -> float:
-        """2 a parameter for every token, and 4 a query channel for every pair of tokens that meet."""
+        """2 a parameter for every token, and 4 a query channel for every token that a token attends to."""
         return tokens * (2 * self.parameters + 4 * self.layers * self.query * attended)
 
 
@@ -111,7 +111,7 @@ class Device:
     base_bytes: int
 
     def held(self, alive: float, largest: float) -> int:
-        """What the allocator holds for tensors that come and go, of which the largest has so many bytes."""
+        """What the allocator holds for tensors that come and go; the largest of them has `largest` bytes."""
         loose = self.kind == "cpu" and largest < HEAP_LIMIT
         return int(alive * (HEAP_FACTOR if loose else 1.0))
 

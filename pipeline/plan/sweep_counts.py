@@ -39,11 +39,11 @@ class SweepCounts(NamedTuple):
 
 
 def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
-    """Rows are one a prompt, cell and text.
+    """Rows are one for each prompt, cell and text.
 
-    At most: a prompt whose continuation ends at once has none, and none has `other_prompt` where there is no
-    other document. Where speed is predicted, as many cells are measured beside the named ones as predictions
-    can point at; those are among the replayed ones.
+    The counts are the most there can be: a prompt whose continuation ends at once has no rows, and without
+    another document there are none of `other_prompt`. Where speed is predicted, the most cells that
+    predictions can point at are measured beside the named ones; they are among the replayed cells.
 
     Args:
         prompts: of the test split.
@@ -76,10 +76,10 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
 
 
 def most_timed(config: Config, place: Place) -> set[Cell]:
-    """The named cells of a place and, where speed is predicted, as many more as predictions can point at.
+    """The named cells of a place and, where speed is predicted, the most that predictions can point at.
 
-    `worth_measuring` is asked what it takes of made-up predictions: once for every plane, as if one of its
-    cells were the fastest, and next to it those that add most.
+    `worth_measuring` picks from made-up predictions, once for every plane: a cell of the plane is the
+    fastest, and next come the cells that add most.
     """
     sources = {source.name: source for source in draft_sources(config)}
     named, most = set(picks_at(config.sweep, list(sources.values()), place)), set[Cell]()
@@ -88,13 +88,13 @@ def most_timed(config: Config, place: Place) -> set[Cell]:
     cells = [cell for cell in swept if not cell.control and not cell.threshold]
     trained = [cell for cell in cells if not sources[cell.drafter].baseline] if config.sweep.predicts else []
     for plane in dict.fromkeys(map(plane_of, trained)):
-        own = [cell for cell in trained if plane_of(cell) == plane]
-        taken = {*named, *corners(own)}
+        plane_cells = [cell for cell in trained if plane_of(cell) == plane]
+        taken = {*named, *corners(plane_cells)}
         free = [cell for cell in cells if cell not in taken]
-        fastest = [*(cell for cell in own if cell not in taken), own[0]][0]
-        # One of each source that is not timed yet, before a second one of any.
+        fastest = [*(cell for cell in plane_cells if cell not in taken), plane_cells[0]][0]
+        # One cell of each source that is not timed yet, before a second cell of any source.
         others = {cell.drafter: cell for cell in reversed(free) if cell.drafter not in {plane[0], *timed}}
         order = dict.fromkeys([fastest, *others.values(), *free, *cells])
         added = set(worth_measuring(list(order), names)) - named
-        most = max(most, added, key=lambda found: (len(found), len({cell.drafter for cell in found} - timed)))
+        most = max(most, added, key=lambda more: (len(more), len({cell.drafter for cell in more} - timed)))
     return named | most

@@ -1,8 +1,8 @@
 """Peak memory of replaying and measuring, by formula.
 
 Prompts are taken to be as long as the longest context, and the timed views to be all that predictions may
-point at. It is no upper bound all the same: what libraries hold beside the tensors is not in it, and a
-process that measured on a CPU took an eighth more.
+point at. Still the sum is no upper bound: what libraries hold beside the tensors is not in it, and a process
+that measured on a CPU took an eighth more.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def kept(views: Iterable[View], prefix: int) -> int:
 def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
     """All draft sources are loaded; the one that takes most replays a prompt behind all its views at once.
 
-    Views are held of two prompts, and those of one once more in the cache. The continuation's logits are
-    copied when they are put in order; sampled texts and thresholds then need probabilities in fp32.
+    The views of two prompts are held, and those of one prompt once more in the cache. The continuation's
+    logits are copied when they are put in order; sampled texts and thresholds then need probabilities in
+    fp32.
     """
     sweep, prefix = config.sweep, max(config.data.context_tokens.values())
     sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
@@ -63,9 +64,9 @@ def measure_memory(
 ) -> Memory:
     """All models are loaded, with a static cache for every timed budget of each; calibrating has no more.
 
-    Beside the caches are the views that they are loaded from: the target's full view of the prompt that is
-    read, and of the one before it; where it speculates for itself, all its sparse ones, and a full one again
-    that they are read with; those of the drafter whose turn it is.
+    Beside the caches are the views that they are loaded from: the target's full views of the prompt that is
+    read and of the prompt before it; for self-speculation all the target's sparse views, and one more full
+    view that is read with them; and the views of the drafter that is measured at the time.
     """
     sweep, prefix, sources = config.sweep, max(config.data.context_tokens.values()), draft_sources(config)
     room = config.data.max_new_tokens + max(sweep.gammas)
@@ -75,10 +76,12 @@ def measure_memory(
     for source in sources:
         if source.role is None:
             continue
-        # Predictions may point at any.
+        # Predictions may point at any view.
         views = {view.kept for view in views_of(sweep, source) if sweep.predicts and not view.control}
         views |= {pick.view.kept for pick in named if pick.drafter == source.name}
-        cached[source.role] += sum(each + room for each in {capacity_of(view, prefix) for view in views})
+        cached[source.role] += sum(
+            capacity + room for capacity in {capacity_of(view, prefix) for view in views}
+        )
         held[source.role] = max(held[source.role], kept(views, prefix))
     together = min(sweep.measure.prompts_together, sweep.measure.prompts)
     target, chunk = shapes["target"], config.decode.prefill_chunk

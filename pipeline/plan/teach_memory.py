@@ -29,7 +29,7 @@ def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> 
         writing.append((batch, length - count, count))
     for rows, prefix, count in writing:
         cache = shape.kv_bytes(rows * (prefix + count))
-        beside = max(cache, rows * prefix * shape.reading_bytes())
-        alive = shape.kv_bytes(rows * prefix) + beside
+        larger = max(cache, rows * prefix * shape.reading_bytes())
+        alive = shape.kv_bytes(rows * prefix) + larger
         peaks.append(Memory("teach", *start, kv=device.held(alive, rows * prefix * shape.kv * size)))
     return max(peaks, key=lambda peak: peak.each)

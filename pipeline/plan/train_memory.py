@@ -37,8 +37,8 @@ def training_step(shape: Shape, tokens: int, bfloat16: bool, device: Device) -> 
     mlp = shape.layers * 4 * wide // (2 if bfloat16 else 1)
     rest = shape.layers * tokens * shape.training_bytes(bfloat16) - mlp
     activations = device.held(mlp + 2 * wide, wide) + device.held(rest + 2 * narrow, narrow)
-    one = FP32 * tokens * shape.vocab
-    return activations, device.held(LOSS_COPIES * one + (one // 2 if bfloat16 else 0), one)
+    logits = FP32 * tokens * shape.vocab
+    return activations, device.held(LOSS_COPIES * logits + (logits // 2 if bfloat16 else 0), logits)
 
 
 def train_memory(
@@ -48,7 +48,8 @@ def train_memory(
 
     A window starts as late as it can, and the budgets drawn are the largest. The full view of a prefix is
     the prefill's own KV; other views are copies; the cache copies each once more, and backward makes the
-    gradients of one layer of it twice. No heap's share on these: windows that all start so late are rare.
+    gradients of one layer of it twice. HEAP_FACTOR is not applied to these: windows that all start so late
+    are rare.
 
     Args:
         steps: of all variants that one process trains, one after another.

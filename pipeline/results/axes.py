@@ -1,4 +1,4 @@
-"""What names a cell of the report, in which order cells come, and which of them the report leads with."""
+"""The report's axes: the order of cells, and the points of the sweep that the report leads with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Axes:
     smallest_budget: int | None  # above 0; None where only the full cache is swept
     trained_without_prefix: tuple[str, ...]  # drafters that saw B = 0 in training
     max_new_tokens: int
-    least_documents: int  # over fewer, the report gives figures but no verdicts
+    least_documents: int  # with fewer, the report gives figures but no verdicts
 
     @staticmethod
     def of(config: Config) -> Axes:
@@ -53,7 +53,7 @@ class Axes:
         )  # fmt: skip
 
     def drafter_order(self, name: str) -> int:
-        """Where the config lists a drafter, or a family's first one."""
+        """The index of a drafter in the config's list, or of a family's first drafter."""
         return next(i for i, drafter in enumerate(self.drafters) if name in (drafter, family(drafter)))
 
     def too_few(self, documents: int) -> str:

@@ -1,8 +1,8 @@
 """Paired differences of acceptance: drafter against drafter, and the real prefix against a control.
 
 Both sides are the same prompts, so what makes a prompt easy or hard cancels. A variant that was trained with
-several seeds is a family of drafters (`multi_view~42`, `multi_view~43`). Of two families the drafters of one
-seed are compared with each other, and all seeds together.
+several seeds is a family of drafters (`multi_view~42`, `multi_view~43`). Two families are compared seed by
+seed, and over all seeds together.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipeline.results.pool import accepted_of_proposed, documents
 from pipeline.results.summary import ControlGap, FamilyGain, Gain
 from pipeline.store.rows import PromptRow
 
-# What a gain is given over: all prompts, without looping prompts, and under the control `other_prompt`. What
-# is left of a gain when the context is another document's cannot come from using the context.
+# Every gain is given over all prompts, without looping prompts, and under the control `other_prompt`. A gain
+# that remains when the context is another document's cannot come from using the context.
 OVER: tuple[tuple[str | None, Literal["all", "not_looping"]], ...] = (
     (None, "all"),
     (None, "not_looping"),
@@ -39,22 +39,22 @@ class Resampling:
 def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
     """Every later drafter minus every earlier one, at the smallest budget and at the full cache.
 
-    Of two families, drafters of one training seed are compared; where they have no seed in common (such as a
-    variant that was trained once), the first of each.
+    Two families are compared by their drafters of the same training seed; where they have no seed in common
+    (such as a variant that was trained once), by the first drafter of each.
     """
     families, kinds = _families(cells, axes), _kinds(cells)
     pairs: list[tuple[str, str]] = []
     for earlier, later in combinations(families.values(), 2):
         common = [(earlier[seed], later[seed]) for seed in earlier if seed in later]
         pairs += common or [(next(iter(earlier.values())), next(iter(later.values())))]
-    found = []
+    estimates = []
     for place, (baseline, drafter), budget, (control, prompts) in product(
         _places(cells), pairs, _budgets(axes), OVER
     ):
         key = place.vary(drafter=drafter, kind=kinds[drafter], budget=budget, control=control)
         paired = paired_rows(cells, [key, key.vary(drafter=baseline)], prompts == "not_looping")
         if paired:
-            found.append(
+            estimates.append(
                 Gain(
                     cell=key,
                     value=pooled_difference(paired, resampling),
@@ -64,7 +64,7 @@ def gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Gain]:
                     lost=lost(cells, [key], [key.vary(drafter=baseline)], resampling),
                 )
             )
-    return sorted(found, key=lambda gain: _gain_order(gain, axes))
+    return sorted(estimates, key=lambda gain: _gain_order(gain, axes))
 
 
 def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[FamilyGain]:
@@ -73,7 +73,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
     Over the prompts that the drafters of all these seeds hold on both sides.
     """
     families, kinds = _families(cells, axes), _kinds(cells)
-    found = []
+    estimates = []
     for place, (baseline, variant), budget, (control, prompts) in product(
         _places(cells), combinations(families, 2), _budgets(axes), OVER
     ):
@@ -98,7 +98,7 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
             clusters=documents(shared[0]),
         )
         by_seed = [pooled_difference(pair, resampling).mean for pair in zip(*sides, strict=True)]
-        found.append(
+        estimates.append(
             FamilyGain(
                 cell=key,
                 value=difference,
@@ -110,13 +110,13 @@ def family_gains(cells: Cells, axes: Axes, resampling: Resampling) -> list[Famil
                 by_seed=by_seed,
             )
         )
-    return sorted(found, key=lambda gain: _gain_order(gain, axes))
+    return sorted(estimates, key=lambda gain: _gain_order(gain, axes))
 
 
 def lost(
     cells: Cells, first: Sequence[Cell], second: Sequence[Cell], resampling: Resampling
 ) -> intervals.Interval | None:
-    """What a gain under a control has lost against that with the real prefix, as in `Gain`.
+    """The gain with the real prefix minus the gain under a control, as in `Gain`; None of a real prefix.
 
     Args:
         first, second: the cells of both sides by training seed, all of one control.
@@ -141,7 +141,7 @@ def lost(
 
 def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[ControlGap]:
     """Real prefix minus control, for every control cell. `no_prefix` is set against the smallest budget."""
-    found = []
+    gaps = []
     for key in cells:
         if key.control is None:
             continue
@@ -150,7 +150,7 @@ def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[Contr
             continue
         paired = paired_rows(cells, [key.vary(control=None, budget=budget), key], False)
         if paired:
-            found.append(
+            gaps.append(
                 ControlGap(
                     cell=key,
                     value=pooled_difference(paired, resampling),
@@ -158,11 +158,11 @@ def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[Contr
                     real_budget=budget,
                 )
             )
-    return sorted(found, key=lambda gap: axes.order(gap.cell))
+    return sorted(gaps, key=lambda gap: axes.order(gap.cell))
 
 
 def _families(cells: Cells, axes: Axes) -> dict[str, dict[str, str]]:
-    """Variant → its training seeds, "" where it was trained once → the drafter, as the config lists them."""
+    """Variant → training seed ("" where it was trained once) → drafter, in the config's order."""
     swept = {key.drafter for key in cells}
     families: dict[str, dict[str, str]] = defaultdict(dict)
     for drafter in axes.drafters:
@@ -190,7 +190,7 @@ def _gain_order(gain: Gain, axes: Axes) -> tuple[float | str, ...]:
 
 
 def paired_rows(cells: Cells, keys: Sequence[Cell], without_looping: bool) -> list[list[PromptRow]]:
-    """Each cell's rows of the prompts that all of them hold and propose something in, in one order.
+    """Each cell's rows of the prompts in which all of the cells propose something, in the same order.
 
     Empty where there is no such prompt.
     """

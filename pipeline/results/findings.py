@@ -71,12 +71,12 @@ def summarise(
 
 
 def _of_single_seeds(summary: Summary) -> list[Gain]:
-    """Gains that no finding over training seeds speaks for, which gives the figure of every seed."""
-    told = {(place_text(gain.cell), gain.cell.drafter, gain.baseline) for gain in summary.families}
+    """Gains that no family's gain covers: a family's finding already gives the figure of every seed."""
+    covered = {(place_text(gain.cell), gain.cell.drafter, gain.baseline) for gain in summary.families}
     return [
         gain
         for gain in summary.headline
-        if (place_text(gain.cell), family(gain.cell.drafter), family(gain.baseline)) not in told
+        if (place_text(gain.cell), family(gain.cell.drafter), family(gain.baseline)) not in covered
     ]
 
 
@@ -101,21 +101,21 @@ def verdict(estimate: Gain, axes: Axes) -> str:
 
 
 def gain_findings(gains: Sequence[Gain], axes: Axes) -> list[str]:
-    """One text a pair of drafters or families and place: both budgets, without looping, under the control."""
+    """One text for each pair of drafters or families in a place: both budgets, and all that `OVER` lists."""
     grouped: dict[tuple[str, str, str], list[Gain]] = defaultdict(list)
     for gain in gains:
         if gain.cell.gamma == axes.gamma:
             grouped[place_text(gain.cell), gain.cell.drafter, gain.baseline].append(gain)
     texts = []
-    for (place, drafter, baseline), found in grouped.items():
-        real = [gain for gain in found if gain.cell.control is None and gain.prompts == "all"]
+    for (place, drafter, baseline), pair_gains in grouped.items():
+        real = [gain for gain in pair_gains if gain.cell.control is None and gain.prompts == "all"]
         parts = [
             f"{points(gain.value)} at {budget_text(gain.cell.budget)}{verdict(gain, axes)}" for gain in real
         ]
         text = f"{place}, γ = {axes.gamma}: {drafter} against {baseline} accepts " + ", ".join(parts)
-        text += f", over {max(gain.num_prompts for gain in found)} prompts"
-        text += f" of {max(gain.num_documents for gain in found)} documents{_seeds_text(real)}."
-        small = [gain for gain in found if gain.cell.budget != "full"]
+        text += f", over {max(gain.num_prompts for gain in pair_gains)} prompts"
+        text += f" of {max(gain.num_documents for gain in pair_gains)} documents{_seeds_text(real)}."
+        small = [gain for gain in pair_gains if gain.cell.budget != "full"]
         for gain in small:
             if gain.prompts == "not_looping":
                 text += f" Without looping prompts ({gain.num_prompts} left): {points(gain.value)}."
@@ -143,7 +143,7 @@ def _seeds_text(gains: Sequence[Gain]) -> str:
 
 
 def _explained(real: Gain, control: Gain, axes: Axes) -> str:
-    """How much of a shown gain is there without the context; over 100 % where it is larger then."""
+    """The share of a shown gain that is there without the context; over 100 % where the gain grows."""
     if few := axes.too_few(min(real.num_documents, control.num_documents)):
         return f": {few}."
     if real.value.low <= 0:
@@ -245,7 +245,7 @@ def recommendation_findings(summary: Summary) -> list[str]:
 
 
 def by_beside(score: PredictionScore | None) -> str:
-    """The end of a sentence: the formula's own error, without what the machine did in between."""
+    """The end of a sentence: the formula's own error, apart from changes of the machine's speed."""
     if score is None:
         return "."
     return (
@@ -254,11 +254,11 @@ def by_beside(score: PredictionScore | None) -> str:
     )
 
 
-def untimed_findings(found: Mapping[str, Sequence[str]]) -> list[str]:
+def untimed_findings(drafters_by_context: Mapping[str, Sequence[str]]) -> list[str]:
     return [
         f"{context}: no speed is predicted for {', '.join(drafters)}, whose steps could not be timed; the "
         "sweep's log says why."
-        for context, drafters in found.items()
+        for context, drafters in drafters_by_context.items()
     ]
 
 

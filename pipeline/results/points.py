@@ -1,4 +1,4 @@
-"""What a tracker of experiments shows of results: the points of a sweep as curves over γ, and the advice."""
+"""Results for an experiment tracker: the points of a sweep as curves over γ, and the recommendations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ AXES = ("drafter", "dataset", "context", "policy", "budget", "control", "thresho
 
 
 def axes(cell: Cell) -> dict[str, object]:
-    """What tells a sweep point from the others; γ is not among them, it is the step of the metrics.
+    """The settings that identify a sweep point. γ is not one of them: it is the step of the metrics.
 
-    What a cell has at its usual value beside `AXES` is left out.
+    Settings other than `AXES` are left out where they have their usual value.
     """
     usual: dict[str, object] = {axis: getattr(cell, axis) for axis in AXES}
     usual["control"] = cell.control or "none"
@@ -33,7 +33,7 @@ def point_key(cell: Cell) -> str:
 
 
 def point_name(cell: Cell) -> str:
-    """Short: what is at its usual value is left out."""
+    """A short name: settings at their usual value are left out."""
     parts = [cell.drafter, cell.policy, f"b{cell.budget}", cell.context, cell.dataset]
     if cell.control:
         parts.append(cell.control)
@@ -78,7 +78,7 @@ def bounds(name: str, interval: Interval | None) -> dict[str, float]:
 
 
 def point_metrics(cells: Sequence[CellRow]) -> list[Point]:
-    """(name, value, γ) of one sweep point. Replayed acceptance goes before measured: it has more prompts."""
+    """(name, value, γ) of one sweep point. Replayed acceptance replaces measured: it has more prompts."""
     points: dict[tuple[str, int], float] = {}
     for row in sorted(cells, key=lambda row: MODES.index(row.mode)):
         points |= {(name, row.cell.gamma): value for name, value in row_metrics(row).items()}

@@ -19,7 +19,7 @@ from pipeline.results.speed import speed_of
 from pipeline.results.summary import Estimate, Lossless, ReplayCheck
 from pipeline.store.rows import CellRow, Mode, PromptRow, Timing
 
-# Later ones are preferred where a cell was told of in several ways: they cover more prompts.
+# Where a cell has rows of several modes, the later modes are preferred: they cover more prompts.
 MODES: tuple[Mode, ...] = ("measure", "estimate", "replay")
 
 
@@ -46,15 +46,15 @@ def group(rows: Iterable[PromptRow], mode: Mode) -> Cells:
 def replayed_or_measured(rows: Sequence[PromptRow]) -> Cells:
     """Rows by cell and prompt: replayed or estimated where there are any (they are more), else measured.
 
-    Without the cells that stop drafting early: what they propose depends on the drafter's confidence, so that
-    their acceptance compares with nothing.
+    Cells that stop drafting early are left out: what they propose depends on the drafter's confidence, so
+    that their acceptance cannot be compared.
     """
     cells = group(rows, "measure") | group(rows, "estimate") | group(rows, "replay")
     return {cell: prompts for cell, prompts in cells.items() if not cell.threshold}
 
 
 def accepted_of_proposed(rows: Sequence[PromptRow]) -> tuple[list[Number], list[Number]]:
-    """Of rows that know what they proposed."""
+    """Accepted and proposed tokens of each row; all rows must know what they proposed."""
     proposed = [row.counts.num_proposed for row in rows if row.counts.num_proposed is not None]
     assert len(proposed) == len(rows), "replay does not know what was proposed where drafting stops early"
     return [row.counts.num_accepted for row in rows], proposed
@@ -170,7 +170,7 @@ def near_tie(timing: Timing) -> bool:
 
 
 def replay_check(prompt_rows: Sequence[PromptRow], again: Iterable[Sequence[PromptRow]] = ()) -> ReplayCheck:
-    """Counts of replay against those of every decoding of a prompt.
+    """Compare the counts of replay with those of every decoding of the same prompt.
 
     Args:
         again: rows of the cells that were measured again, each time by itself.

@@ -1,11 +1,11 @@
 """Which drafter, policy, budget and γ to deploy in one place, or not to speculate there; for greedy decoding.
 
 Only cells that were measured over enough documents are recommended; predictions say what to measure. The
-fastest of many is fast by luck too, so the fastest few are measured twice more, with more repeats: a run-off
-says in which order they come, and what counts is the speed of fresh repeats behind it: its interval has to
-lie above the speed of autoregressive decoding. The repeats are of the same prompts: they take away the luck
-of the clock, not that of the prompts. Only where no cell that is allowed was measured again do first
-measurements count, and the advice says so.
+fastest of many cells is partly lucky, so the fastest few are measured twice more, with more repeats. The
+first time, the run-off, decides their order. The second time, the fresh repeats, decides whether a cell is
+shown to be faster than autoregressive decoding: its interval has to lie above 1. The repeats use the same
+prompts: they remove the luck of the clock, not that of the prompts. First measurements count only where no
+allowed cell was measured again, and the advice says so.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pipeline.units import gigabytes
 class Choice(OfCell):
     """A measured cell: decode speedup over autoregressive decoding with its 95 % interval.
 
-    `run_off` is the speedup when it was measured a second time, as one of the fastest; `again` is that on the
-    fresh repeats behind the run-off, which decide nothing but whether it is shown to be faster than AR;
-    `end_to_end` has the prefills in it, and is of the fresh repeats where there are any, as `num_documents`
-    is. `acceptance` is the replay's, over all prompts, or what was measured where replay cannot know it:
-    `acceptance_mode` says which. `prompts_together` were decoded at once. `num_inexact` prompts are not what
-    autoregressive decoding gives.
+    `run_off` is the speedup of the second measurement, which only the fastest cells get; `again` is that of
+    the fresh repeats behind the run-off, which decide only whether the cell is shown to be faster than AR.
+    `end_to_end` includes the prefills; it and `num_documents` are of the fresh repeats where there are any.
+    `acceptance` is the replay's, over all prompts, or the measured one where replay cannot know it:
+    `acceptance_mode` says which. `prompts_together` is how many prompts were decoded at once. The texts of
+    `num_inexact` prompts differ from those of autoregressive decoding.
     """
 
     speedup: Interval
@@ -46,7 +46,7 @@ class Choice(OfCell):
 
     @property
     def order(self) -> tuple[bool, float]:
-        """Sorts the fastest first: those of the run-off by it alone, as a fast first run put them there."""
+        """Sorts the fastest first. Cells of the run-off go by it alone: a fast first run put them there."""
         if self.run_off is None:
             return True, -self.speedup.mean
         return False, -self.run_off
@@ -58,7 +58,7 @@ class Choice(OfCell):
 
 
 class Recommendation(Row):
-    """What to deploy in a place and the next best, or None, why not, and the best that was refused.
+    """What to deploy in a place, and the next best; or None, why not, and the best cell that was refused.
 
     `best_again` is the best speedup on fresh repeats among all cells that were measured again.
     """
@@ -82,7 +82,7 @@ def settings_text(cell: Cell) -> str:
 
 
 def models_of(cell: Cell) -> tuple[str, ...]:
-    """The models that a cell holds in memory by the names of their sizes, the one that drafts last."""
+    """The models that a cell holds in memory, by their names in `Sizes`; the drafting model comes last."""
     return ("target",) if cell.drafter in BASELINES else ("target", cell.drafter)
 
 
@@ -100,9 +100,9 @@ def size_of(name: str, sizes: Sizes) -> ModelSize:
 class Needs:
     """What a deployment allows: memory for `concurrency` texts, a least acceptance.
 
-    A text is a prompt of `prompt_tokens` and up to `new_tokens` more. Memory is that of weights and KV; the
-    working memory of computing, activations and logits, is not in it. All methods that take sizes raise
-    BadData where one that they need is not known.
+    A text is a prompt of `prompt_tokens` and up to `new_tokens` more. Memory is that of weights and KV,
+    without activations and logits. All methods that take sizes raise BadData where a size that they need is
+    not known.
     """
 
     prompt_tokens: int
@@ -145,7 +145,7 @@ class Needs:
         return ""
 
     def too_low(self, out: Sequence[Choice]) -> str:
-        """The highest acceptance of choices that are out for it, in words; "" where there are none."""
+        """The highest acceptance of the choices that are out for acceptance, in words; "" where none are."""
         known = [(choice.acceptance, choice) for choice in out if choice.acceptance is not None]
         if self.min_acceptance is None or not known:
             return ""
@@ -156,7 +156,7 @@ class Needs:
         )
 
     def shortage(self, out: Sequence[Choice], sizes: Sizes) -> str:
-        """What the choices that are out for memory would need, in words; "" where there are none."""
+        """What the choices that are out for memory would need, in words; "" where none are."""
         if self.memory_bytes is None or not out:
             return ""
         alone = self.ar_bytes(sizes)
@@ -180,18 +180,18 @@ def choices(
             else:
                 replayed[row.cell] = row
     raced, fresh = ({row.cell: row for row in rows if row.speed} for rows in (run_off, again))
-    found: dict[Place, list[Choice]] = defaultdict(list)
+    choices_by_place: dict[Place, list[Choice]] = defaultdict(list)
     for cell, (run, speed) in measured.items():
         race, second, replay = raced.get(cell), fresh.get(cell), replayed.get(cell)
-        # Of a cell that stops early replay does not know what was proposed, and so no acceptance.
+        # For a cell that stops early, replay does not know what was proposed, nor therefore the acceptance.
         accepted = replay if replay and replay.acceptance is not None else run
         latest = (second and second.speed) or speed
-        found[cell.place].append(
+        choices_by_place[cell.place].append(
             Choice(
                 cell=cell,
                 speedup=speed.speedup,
                 prompts_together=run.prompts_together,
-                # With prompts failed it is not compared: those that are left may be the easy ones.
+                # Not compared where prompts failed in it: those that are left may be the easy ones.
                 run_off=race.speed.speedup.mean
                 if race and race.speed and race.num_prompts == run.num_prompts
                 else None,
@@ -204,13 +204,13 @@ def choices(
                 drafter_kv_bytes=run.drafter_kv_bytes,
             )
         )
-    return {place: sorted(here, key=lambda choice: choice.order) for place, here in found.items()}
+    return {place: sorted(here, key=lambda choice: choice.order) for place, here in choices_by_place.items()}
 
 
 def inexact(*runs: CellRow | None) -> int:
     """The most prompts of one run of a greedy cell that differ from autoregressive decoding."""
-    told = [(run.num_prompts, run.exact_prompts) for run in runs if run is not None]
-    return max((prompts - exact for prompts, exact in told if exact is not None), default=0)
+    counts = [(run.num_prompts, run.exact_prompts) for run in runs if run is not None]
+    return max((prompts - exact for prompts, exact in counts if exact is not None), default=0)
 
 
 def recommend(
@@ -241,8 +241,8 @@ def recommend(
             best_again=max(fresh, default=None),
         )
 
-    def best_of(found: Iterable[Choice]) -> Choice | None:
-        return max(found, key=lambda choice: choice.expected.mean, default=None)
+    def best_of(candidates: Iterable[Choice]) -> Choice | None:
+        return max(candidates, key=lambda choice: choice.expected.mean, default=None)
 
     if not here:
         return say("do not speculate here: no cell was measured")
@@ -270,13 +270,13 @@ def recommend(
             None,
             best_of(left),
         )
-    # Where the fastest were measured again, only fresh repeats show anything: the others' first measurements
-    # are no less lucky than those were.
+    # Where the fastest were measured again, only fresh repeats show anything: the first measurements of the
+    # other cells may be as lucky as theirs were.
     raced = [choice for choice in left if choice.run_off is not None or choice.again is not None]
     judged = [choice for choice in enough if choice.again is not None] if raced else enough
     if not judged:
         return say(f"no fresh repeats of the fastest cells{allowed} (they failed): run the stage sweep again")
-    # In the order given: the best of the fresh repeats would be picked for its luck again.
+    # In the given order: picking the best of the fresh repeats would pick for luck again.
     shown = [choice for choice in judged if choice.expected.low > 1]
     if not shown:
         best = max(judged, key=lambda choice: choice.expected.mean)

@@ -33,9 +33,10 @@ class Predictions:
 
 
 def scores(rows: Sequence[PromptRow], predictions: Predictions, axes: Axes) -> list[PredictionScore]:
-    """Of the plane, whose cells nobody picked, and apart from it of each place's other measured cells.
+    """Scores of the plane, whose cells were not picked for speed, and of each place's other measured cells.
 
-    The plane is scored twice: by the steps timed beside it, and by the earlier ones, as all else.
+    The plane is scored twice: by the steps that were timed beside it, and by the earlier steps, as all other
+    cells are.
     """
     plane = predictions.plane
     by_earlier_steps = errors(rows, predictions.times) if predictions.times else {}
@@ -71,7 +72,7 @@ def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Ax
 
 def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, list[str]]:
     """Context → the drafters that were replayed there and have no predicted speed: no step was timed."""
-    if not predictions.sizes:  # which every sweep that predicts leaves
+    if not predictions.sizes:  # every sweep that predicts writes them
         return {}
     known = {(row.cell.drafter, row.cell.context) for row in predictions.predicted}
     exact = [

@@ -1,7 +1,7 @@
 """Decode speed from the measured rows: a cell against autoregressive (AR) decoding, and AR alone.
 
-Intervals resample documents. Prompts that were decoded together share one clock, so where a batch spans
-documents these are one unit, and so are all documents that batches link.
+Intervals resample documents. Prompts that were decoded together share one clock, so the documents of a batch
+are one unit, and so are all documents that a chain of batches links.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.store.rows import PromptRow, Speed, Timing
 
 
 def clock_units(rows: Iterable[PromptRow]) -> dict[str, str]:
-    """document_id → the name of its unit: the least document of those that batches link with it."""
+    """document_id → the name of its unit: the first, in order of ids, of the documents linked with it."""
     batches: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         batches[row.batch].add(row.document_id)
@@ -58,7 +58,7 @@ class Batch:
 
 
 def batches_of(cell: Cell, rows: Sequence[PromptRow]) -> list[Batch]:
-    """The rows of a measured cell by what shared a clock.
+    """The rows of a measured cell, grouped by the clock that they share.
 
     Raises:
         BadData: naming a prompt whose times do not fit those of the others.
@@ -105,12 +105,12 @@ def speed_of(cell: Cell, rows: Sequence[PromptRow], samples: int, seed: int) -> 
 
 
 def decoded(row: PromptRow) -> int:
-    """Tokens behind the first, those after a divergence included: they took their time too."""
+    """Tokens behind the first one, those after a divergence included: they took time too."""
     return row.counts.num_tokens + row.num_left_out
 
 
 def with_prefills(times: Iterable[tuple[list[float], float | None]]) -> list[list[float]] | None:
-    """Every repeat with the seconds of its prefill, run once for all; None where one was not timed."""
+    """Seconds of every repeat with the prefill, which ran once for all repeats; None if one was not timed."""
     whole = []
     for seconds_R, prefill_s in times:
         if prefill_s is None:

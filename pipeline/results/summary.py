@@ -31,7 +31,7 @@ class Gain(Estimate):
     """Acceptance of the cell's drafter minus that of `baseline` in the same cell, over the same prompts.
 
     Under a control `lost` is the gain with the real prefix minus this one, with its interval, over the
-    prompts that all four cells hold: what of the gain needs the real prefix.
+    prompts that all four cells hold: the part of the gain that needs the real prefix.
     """
 
     baseline: str
@@ -84,8 +84,8 @@ class ArSpeed(Row):
 class Lossless(Row):
     """Greedy prompts of measured cells, and those that equal AR token for token in all of them.
 
-    `explained` of the others part only where the target's two best logits are closer than its logits' noise.
-    What they emit from there on, `left_out_tokens` over all cells, counts towards no acceptance.
+    Of the others, `explained` depart from AR only where the target's two best logits are closer than its
+    logits' noise. The tokens from there on, `left_out_tokens` over all cells, count towards no acceptance.
     """
 
     prompts: int
@@ -97,7 +97,7 @@ class Lossless(Row):
 class ReplayCheck(Row):
     """Greedy prompts of cells that were both replayed and decoded, and those with equal counts.
 
-    Equal are rounds, accepted tokens at every draft position, and proposals where replay knows them.
+    Compared are rounds, accepted tokens at every draft position, and proposals where replay knows them.
     """
 
     rows: int
@@ -107,12 +107,12 @@ class ReplayCheck(Row):
 class PredictionScore(Row):
     """How far predicted decode times are from measured ones, cell by cell: |predicted ÷ measured − 1|.
 
-    Both are counted in autoregressive steps that were timed beside them, so that a machine that got slower
-    since does not count; `median_error_s` compares plain seconds, and `pace` says how much slower.
-    `bias` is the median with its sign, below 0 where predictions are too fast. `what` is "plane", the
-    cells that are measured to score predictions, by single steps that were timed between their prompts;
-    "plane by earlier steps", the same by the steps that all speeds were predicted from; or "other cells",
-    by these too, many of which were picked so.
+    Both are counted in autoregressive steps that were timed beside them, so that it does not matter if the
+    machine got slower in between; `median_error_s` compares plain seconds, and `pace` says how much slower
+    the machine got. `bias` is the median with its sign, below 0 where predictions are too fast. `what` is
+    "plane": the cells that are measured to score predictions, by single steps that were timed between their
+    prompts; "plane by earlier steps": the same cells, by the steps that all speeds were predicted from; or
+    "other cells": by these earlier steps too, many of the cells having been picked for their predictions.
     """
 
     what: str
@@ -142,7 +142,7 @@ class RankMemory(Row):
 
 
 class Check(Row):
-    """Something that was to be reached: its value, the target in words, and whether it was met."""
+    """A goal: the value that was reached, the target in words, and whether it was met."""
 
     row: str
     value: float | None
@@ -183,10 +183,10 @@ class Summary(Row):
     @field_validator("prediction", mode="before")
     @classmethod
     def _of_today(cls, scores: Any) -> Any:
-        """Without scores of before there was a pace: their errors are of another clock than today's."""
+        """Drop scores that were written before there was a pace: their errors compare other clocks."""
         if not isinstance(scores, list):
             return scores
-        return [one for one in scores if not (isinstance(one, dict) and "pace" not in one)]
+        return [score for score in scores if not (isinstance(score, dict) and "pace" not in score)]
 
 
 def read_summary(file: Path) -> Summary:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.axes import View, check_budget
+from pipeline.data.tokenizer import encode_prompt
 from pipeline.decode.bench import Bench, timed_prefill
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel, decode_model
@@ -21,7 +22,10 @@ from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
 from pipeline.kv.views import view_of
-from pipeline.models.load import ModelRef, load_model, model_folder, pick_device, stop_tokens
+from pipeline.models.generation import stop_tokens, warn_of_settings
+from pipeline.models.hub import model_folder
+from pipeline.models.limits import Limit, limits_of_loaded
+from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
 from pipeline.store.rows import Prompt
 
 
@@ -48,13 +52,17 @@ class Reading:
 
 @dataclass
 class Pair:
-    """A target and a drafter, the tokenizer that they share, and the caches that they decode with."""
+    """A target and a drafter, the tokenizer that they share, and the caches that they decode with.
+
+    `limits` say, by role, how long a text either model can read.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     target: DecodeModel
     drafter: DecodeModel
     eos: frozenset[int]
     runners: Runners = field(repr=False)
+    limits: Mapping[str, Sequence[Limit]] = field(default_factory=dict, repr=False)
 
     def continue_prompts(
         self,
@@ -79,7 +87,7 @@ class Pair:
             seed: of sampling.
 
         Raises:
-            BadData: if there is no prompt, or an empty one.
+            BadData: if there is no prompt, an empty one, or one that is too long for either model.
             ValueError: for a policy or budget that does not exist.
         """
         check_budget(budget)
@@ -93,21 +101,44 @@ class Pair:
         """Let both models read the prompts, the drafter behind a view of each.
 
         Raises:
-            BadData: if there is no prompt, or an empty one.
+            BadData: if there is no prompt, an empty one, or one that is too long for either model.
         """
         if not prompts:
             raise BadData("there is no prompt to continue")
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
+        self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
         bench = Bench(self.runners, self.target, asked, gamma)
         views = [timed_prefill(self.drafter, prompt, [view])[0][0] for prompt in asked]
         source = ModelDrafts(bench.drafter(self.drafter, views), threshold)
         return Reading(bench, source, gamma, self.eos)
 
+    def check_length(self, prompt_tokens: int, max_new_tokens: int, gamma: int) -> None:
+        """Raise BadData where a model reads texts of this length otherwise than it should, or not at all.
+
+        Drafting looks up to γ positions beyond the end of a text.
+        """
+        needed = prompt_tokens + max_new_tokens + gamma
+        for role, limits in self.limits.items():
+            for limit in limits:
+                if limit.tokens < needed:
+                    raise BadData(
+                        f"the {role} {limit.reason}, and a prompt of {prompt_tokens:,} tokens, "
+                        f"max_new_tokens ({max_new_tokens:,}) and γ ({gamma}) ask for {needed:,}: lower one"
+                    )
+
     def prompt(self, number: int, text: str, max_new_tokens: int) -> Prompt:
-        """A prompt as the sweep has them."""
-        tokens = self.tokenizer(text)["input_ids"]
+        """A prompt as the sweep has them.
+
+        Raises:
+            BadData: if it is empty, or holds a pad token for which the models have no embedding.
+        """
+        tokens = encode_prompt(self.tokenizer, text) if text else []
         if not tokens:
             raise BadData("the prompt is empty")
+        if max(tokens) >= self.target.num_tokens:
+            raise BadData(
+                f"the prompt holds {self.tokenizer.pad_token!r}, which the models have no embedding for"
+            )
         return Prompt(
             prompt_id=str(number),
             document_id=str(number),
@@ -126,6 +157,7 @@ def load_pair(
     device: str = "auto",
     compile: Compile = "none",
     prefill_chunk: int = 2048,
+    max_tokens: int | None = None,
 ) -> Pair:
     """Load a target and a drafter.
 
@@ -136,19 +168,27 @@ def load_pair(
         device: "auto" is the GPU where there is one.
         compile: "inductor", or "cudagraphs" on a GPU; a shape is compiled when it first comes up.
         prefill_chunk: tokens of a prefix that are computed at once.
+        max_tokens: the most tokens of a prompt, its continuation and γ together. Only a model that depends
+            on it has to be told: one with sliding windows, or with rope_type dynamic or longrope.
 
     Raises:
-        BadData: if there is no model or tokenizer in a folder, or the target has another vocabulary.
+        BadData: if there is no model or tokenizer in a folder, the target has another vocabulary, or a model
+            cannot be run, or not on such long texts.
         ValueError: if a GPU is asked for and there is none.
     """
     target, drafter = (
-        given if isinstance(given, ModelRef) else ModelRef(str(given)) for given in (target, drafter)
+        replace(ref, role=role, reach=max_tokens or ref.reach)
+        for role, given in (("target", target), ("drafter", drafter))
+        for ref in [given if isinstance(given, ModelRef) else ModelRef(str(given))]
     )
     folder = Path(tokenizer) if tokenizer else model_folder(drafter)
     try:
         shared = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise BadData(f"{folder} holds no tokenizer: name the folder of one as `tokenizer`") from error
-    models = [load_model(ref, len(shared), pick_device(device)) for ref in (target, drafter)]
-    large, small = (decode_model(model, prefill_chunk) for model in models)
-    return Pair(shared, large, small, stop_tokens(models[0]), Runners(compile))
+    num_tokens = shared_tokens(shared, target, drafter)
+    models = {ref.role: load_model(ref, num_tokens, pick_device(device)) for ref in (target, drafter)}
+    warn_of_settings(models["target"])
+    limits = {role: limits_of_loaded(model) for role, model in models.items()}
+    large, small = (decode_model(model, prefill_chunk) for model in models.values())
+    return Pair(shared, large, small, stop_tokens(models["target"]), Runners(compile), limits)

@@ -60,11 +60,14 @@ class Artifact:
         """
         file = self.path / MANIFEST
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            manifest = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{self.path} is not complete: run the stage {self.stage!r} first") from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged ({error}): delete it and run the stage again") from None
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{file} is damaged (no JSON object): delete it and run the stage again")
+        return manifest
 
     @property
     def lock(self) -> FileLock:
@@ -81,7 +84,7 @@ class Artifact:
         compared with the manifest; damaged ones are removed, so that the work goes on where they are missing.
 
         Args:
-            whole: its files are one piece of work: where one is damaged, all go.
+            whole: its files are one piece of work: if one is damaged, all are removed.
         """
         if self.complete and not self.damaged():
             yield False
@@ -99,12 +102,12 @@ class Artifact:
             lock.release()
 
     def damaged(self) -> list[str]:
-        """Names of files that are missing or not as the manifest has them, itself included."""
+        """Names of files, the manifest included, that are missing or not as the manifest has them."""
         try:
             manifest = self.manifest
         except ValueError:
             return [MANIFEST]
-        own = [] if manifest.get("checksum") == checksum(manifest) else [MANIFEST]
+        bad_manifest = [] if manifest.get("checksum") == checksum(manifest) else [MANIFEST]
         files = manifest.get("files")
         if not isinstance(files, dict):
             return [MANIFEST]
@@ -119,10 +122,11 @@ class Artifact:
         root = self.path.resolve()
         names = [name for name in files if (self.path / name).resolve().is_relative_to(root)]
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-            return own + [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+            differ = pool.map(differs, names)
+            return bad_manifest + [name for name, bad in zip(names, differ, strict=True) if bad]
 
     def clear_damage(self, whole: bool) -> None:
-        """Remove what is damaged, and the manifest with it; nothing where all is well or unfinished."""
+        """Remove damaged files, and the manifest with them; a folder that is whole or unfinished is kept."""
         bad = self.damaged() if self.complete else []
         for name in bad:
             log.error("%s is damaged or missing; it is made again", self.path / name)
@@ -134,7 +138,7 @@ class Artifact:
             if file.parent.name in WHOLE:
                 shutil.rmtree(file.parent, ignore_errors=True)
                 continue
-            # Files of one piece share what stands before the first dot, and are made together; summaries say
+            # Files of one piece are made together and share their name up to the first dot; summaries say
             # which pieces of their folder are done.
             for part in [
                 *file.parent.glob(f"{glob.escape(file.name.split('.')[0])}.*"),
@@ -153,8 +157,8 @@ class Artifact:
     ) -> None:
         """Write the manifest: what went in, what came out, checksums of every file, provenance.
 
-        `peak_memory_bytes` is the most that this process has held so far: of the stage itself where it ran
-        inline and alone.
+        `peak_memory_bytes` is the most that this process has held so far, which is the stage's own peak only
+        where it ran inline and alone.
 
         Args:
             leave_out: files that later runs write anew.
@@ -185,13 +189,13 @@ def seal(folder: Path, manifest: dict[str, Any], leave_out: Collection[str] = ()
 
 
 def checksum(manifest: dict[str, Any]) -> str:
-    """Of a manifest, as it reads from its file, without its own `checksum`."""
-    told = json.loads(json.dumps({name: value for name, value in manifest.items() if name != "checksum"}))
-    return fingerprint(told)
+    """The checksum of a manifest as it reads from its file, without the field `checksum`."""
+    content = json.loads(json.dumps({name: value for name, value in manifest.items() if name != "checksum"}))
+    return fingerprint(content)
 
 
 def open_artifact(storage: Path, stage: str, inputs: dict[str, Any]) -> Artifact:
-    """The artifact folder of a stage with these inputs; what is written first makes it.
+    """The artifact folder of a stage with these inputs; it is created by the first write.
 
     `inputs` holds all that the result depends on: config groups and fingerprints of earlier artifacts.
     """

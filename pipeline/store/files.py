@@ -91,8 +91,8 @@ def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
                     f"{path}, line {number}: no {row_type.__name__} of this version,{field} {first['msg']}: "
                     "delete its folder and run its stage again"
                 ) from None
-            # Pydantic gives each row a set of the fields it was given, most of what a row weighs; in one file
-            # they are nearly always the same.
+            # Pydantic keeps in each row the set of the fields it was given, most of a row's memory. In one
+            # file these sets are nearly always equal, and rows share one.
             if rows and row.model_fields_set == rows[-1].model_fields_set:
                 object.__setattr__(row, "__pydantic_fields_set__", rows[-1].model_fields_set)
             rows.append(row)

@@ -25,7 +25,7 @@ LABELS, CONTINUATIONS = "labels", "continuations"
 SIZES = "models.jsonl"
 ROWS, FAILED, STEPS, STEPS_BESIDE = "rows", "failed", "steps", "steps_beside"
 PREDICTED, PICKS = "predicted.jsonl", "picks.jsonl"
-# A run-off picks one of the fastest cells, and the fresh repeats behind it say how fast that is.
+# A run-off picks one of the fastest cells, and the fresh repeats behind it say how fast this cell is.
 MEASURED_AGAIN = ("run_off", "rechecked")
 
 # report

@@ -1,8 +1,8 @@
 """Rows of earlier formats, read as today's: results, reports and registered evidence stay readable.
 
 They had the fields of a cell, its counts, its timing and its intervals side by side: an interval called
-`speedup` was `speedup`, `speedup_low` and `speedup_high`. What a row of today nests is made of them; all else
-is left as it is, so that what is missing or wrong is told by the row that reads it.
+`speedup` was `speedup`, `speedup_low` and `speedup_high`. The nested fields of today's rows are made of them;
+all else is left as it is, so that the row's own validation reports what is missing or wrong.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SPEED = ("worst_prompt_speedup", "tokens_per_s", "ar_tokens_per_s", "num_clocked
 BOUNDED = ("acceptance", "speedup", "end_to_end", "again")  # with their bounds beside them
 TRIPLES = ("lost", "not_looping", "other_prompt")  # in one list with their bounds
 PARTS = ("mean", "low", "high")
-BASELINES = ("self_speculation", "prompt_lookup")  # those that there were; each is a kind of its own
+BASELINES = ("self_speculation", "prompt_lookup")  # of these formats; each is a kind of its own
 
 
 def as_today(data: Any) -> Any:
-    """`data` as a row of today; what is one already, or no row of any format, as it is."""
+    """`data` as a row of today; unchanged if it is one already, or no row of any format."""
     if not isinstance(data, dict) or "cell" in data or not data.keys() & {"drafter", "policy", "gamma"}:
         return data
     row = dict(data)
@@ -39,7 +39,7 @@ def as_today(data: Any) -> Any:
         bounds = {"low": f"{name}_low", "high": f"{name}_high"}
         if row.keys() & bounds.values():
             parts = {"mean": name} | bounds
-            row[name] = known({part: row.pop(own) for part, own in parts.items() if own in row})
+            row[name] = known({part: row.pop(field) for part, field in parts.items() if field in row})
     for name in TRIPLES:
         if isinstance(row.get(name), list) and len(row[name]) == len(PARTS):
             row[name] = dict(zip(PARTS, row[name], strict=True))
@@ -55,7 +55,7 @@ def as_today(data: Any) -> Any:
 
 
 def take(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Move the named values that there are out of a row."""
+    """Move the named values out of a row, as far as it has them."""
     return {name: row.pop(name) for name in names if name in row}
 
 

@@ -20,7 +20,7 @@ class Row(BaseModel):
 
 
 class OfCell(Row):
-    """A row that tells of one cell. Rows of earlier formats are read as well."""
+    """A row about one cell. Rows of earlier formats are read as well."""
 
     cell: Cell
 
@@ -73,7 +73,8 @@ class Timing(Row):
     """What was timed of one prompt of a measured cell, one time per repeat.
 
     `ar_decode_s` are the autoregressive runs that were interleaved with `decode_s`. `prefill_s` is the
-    target's prefill and one of the drafter for all measured views; it and `ar_prefill_s` are in no other.
+    target's prefill and one of the drafter for all measured views; no other time includes it or
+    `ar_prefill_s`.
     `prompts_together` were decoded at once, and `together_with` is the id of their first; their time is
     divided evenly among their rows. `compile_s` is what compiling for a cell took, outside its times: 0
     where its shapes were compiled already. `peak_memory_bytes` is that of the device while the cell decodes,
@@ -105,8 +106,8 @@ class Timing(Row):
 class PromptRow(OfCell):
     """One prompt of one cell; measured ones have a `timing`.
 
-    An `estimate` has expected counts. Of a greedy row that is not exact the rounds from the first token that
-    differs are left out of all counts; `num_left_out` is their tokens.
+    An `estimate` has expected counts. Where a greedy row is not exact, the rounds from the first token that
+    differs are left out of all counts; `num_left_out` is the number of their tokens.
     """
 
     mode: Mode
@@ -127,12 +128,12 @@ class PromptRow(OfCell):
 
 
 class StepTimes(Row):
-    """What decoding's steps take at one context, on prompts of random tokens that are in no data set.
+    """How long the steps of decoding take at one context, on random tokens that are in no data set.
 
     Seconds, medians over interleaved runs: `draft_s` of one proposal of this source behind this budget,
-    `verify_s` by γ of verifying γ + 1 tokens, `round_s` of what a round takes beside both, `ar_s` of one
-    autoregressive token, all in. `kind` is "drafter", whichever variant, or the baseline. Prompt lookup looks
-    once a round, however many tokens it proposes, and its `draft_s` is of that.
+    `verify_s` by γ of verifying γ + 1 tokens, `round_s` of the rest of a round, `ar_s` of one autoregressive
+    token with all that it takes. `kind` is "drafter" for every variant, or the baseline. Prompt lookup looks
+    once a round, however many tokens it proposes, and its `draft_s` is the time of that.
     """
 
     context: str
@@ -174,7 +175,7 @@ class Speed(Row):
     """Decode speed of a measured cell against autoregressive decoding of the same prompts.
 
     `num_clocked` is how many units the intervals resample: documents, those whose prompts were decoded
-    together counting as one. `end_to_end` has the prefills in it; None where one was not timed.
+    together counting as one. `end_to_end` includes the prefills; None where a prefill was not timed.
     """
 
     speedup: Interval

@@ -24,7 +24,8 @@ from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
-from pipeline.models.load import ModelRef, load_model, stop_tokens
+from pipeline.models.generation import stop_tokens
+from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.layout import FAILED, SIZES
@@ -60,8 +61,8 @@ class CalibrateTask:
 class MeasureTask:
     """Prompts [first, last) of one file, the cells to measure, how often and at which temperatures.
 
-    With `beside`, single steps of a trained drafter are timed before and behind it, in the same call: what is
-    measured again has its steps timed again.
+    With `beside`, single steps of a trained drafter are timed before and after the prompts, in the same call:
+    whenever cells are measured again, these steps are timed again too.
     """
 
     prompts: Path
@@ -85,9 +86,9 @@ def failures_of(task: ReplayTask | MeasureTask) -> Path:
 
 @dataclass
 class Contender:
-    """A draft source with its model twice over the same memory: its modules, which replay, and what decodes.
+    """A draft source with two forms of its model over the same memory: `model` replays, `fast` decodes.
 
-    A source without a model has neither.
+    Both are None for a source without a model.
     """
 
     drafter: Drafter
@@ -109,17 +110,19 @@ class Evaluator:
         self.config, self.sweep, self.device, self.target_ref = config, config.sweep, device, target
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         dispatch.choose(config.run.kernels)
+        refs = [drafter.ref for drafter in drafters if drafter.ref is not None]
+        self.num_tokens = shared_tokens(self.tokenizer, target, *refs)
         self.contenders = [self.contender(drafter) for drafter in drafters]
         self.runners = Runners(config.decode.compile)
         self.warm: set[tuple[object, ...]] = set()
 
     def load(self, ref: ModelRef) -> tuple[PreTrainedModel, DecodeModel]:
-        model = load_model(ref, len(self.tokenizer), self.device)
+        model = load_model(ref, self.num_tokens, self.device)
         return model, decode_model(model, self.config.decode.prefill_chunk)
 
     @cached_property
     def target(self) -> tuple[PreTrainedModel, DecodeModel]:
-        """Loaded where it is needed: replay of trained drafters does without."""
+        """Loaded on first use: replay of trained drafters does not need it."""
         return self.load(self.target_ref)
 
     def contender(self, drafter: Drafter) -> Contender:
@@ -172,7 +175,7 @@ class Evaluator:
                         continue
                     for text in texts[at]:
                         yield from lookup_rows(
-                            self.sweep, contender.drafter, prompts[at], text, len(self.tokenizer)
+                            self.sweep, contender.drafter, prompts[at], text, self.num_tokens
                         )
                 except CELL_ERRORS as error:
                     cell = all_cells(self.sweep, contender.drafter, prompts[at])
@@ -238,7 +241,7 @@ class Evaluator:
         return len(times)
 
     def step_times(self, task: CalibrateTask, sources: Iterable[Contender]) -> list[StepTimes]:
-        """Steps of these draft sources at a context; none of one that fails, as the log says."""
+        """Step times of these draft sources at a context; a source that fails is logged and left out."""
         target, new_tokens = self.target[1], self.config.data.max_new_tokens
         prompt = random_prompt(task.context, task.prompt_tokens, target.num_tokens, new_tokens)
         times: list[StepTimes] = []
@@ -255,7 +258,7 @@ class Evaluator:
         return times
 
     def sizes(self) -> list[ModelSize]:
-        """The target's, and every drafter's that has a model of its own."""
+        """Sizes of the target, and of every drafter that has a model of its own."""
         models = {"target": self.target}
         models |= {
             contender.drafter.name: (contender.model, contender.fast)
@@ -280,14 +283,14 @@ def earlier(task: SweepTask) -> Evaluated | None:
         return None
     if isinstance(task, CalibrateTask):
         return Evaluated(rows=len(read_rows(task.output, StepTimes)))
-    beside = task.beside if isinstance(task, MeasureTask) else None
-    if failures_of(task).exists() or (beside and not beside.output.exists()):
+    calibration = task.beside if isinstance(task, MeasureTask) else None
+    if failures_of(task).exists() or (calibration and not calibration.output.exists()):
         return None
     return evaluated(read_rows(task.output, PromptRow))
 
 
 def evaluated(rows: Sequence[PromptRow], failed: int = 0, retried: int = 0) -> Evaluated:
-    """The counts of a task. Rows whose proposals replay cannot know tell nothing of acceptance."""
+    """The counts of a task. Rows whose proposals replay cannot know count towards no acceptance."""
     accepted: dict[tuple[str, str], tuple[float, float]] = {}
     for row in rows:
         if row.cell.control is None and row.counts.num_proposed is not None:

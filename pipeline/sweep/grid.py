@@ -45,19 +45,19 @@ def chosen(value: object, selection: Sequence[object]) -> bool:
 
 
 def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
-    """As `chosen`; naming a variant takes the drafters of all its seeds."""
+    """As `chosen`; the name of a variant selects the drafters of all its seeds."""
     return chosen(name, selection) or family(name) in selection
 
 
 def draft_sources(config: Config) -> list[Drafter]:
-    """What a sweep evaluates, before it is known where the models are: trained drafters, then baselines."""
+    """The draft sources of a sweep, not yet with their models: trained drafters, then baselines."""
     names = [drafter.name for drafter in config.train.drafters]
     trained = [Drafter(name, None, 0) for name in names if chosen_drafter(name, config.sweep.drafters)]
     return trained + [Drafter(name, None, 0, name) for name in config.sweep.baselines]
 
 
 def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
-    """The views of a drafter, then its controls; a baseline has none of the latter."""
+    """The views of a drafter, then its controls; a baseline has no controls."""
     if drafter.baseline == "self_speculation":
         sparse = [budget for budget in sweep.budgets if budget != "full" and budget > 0]
         return [View(policy, budget) for policy in SELF_POLICIES for budget in sparse]
@@ -100,5 +100,5 @@ def texts(sweep: Sweep, temperatures: Iterable[float]) -> list[Chance]:
 
 
 def can_replay(cell: Cell, chance: Chance) -> bool:
-    """Whether replay tells the acceptance of a cell on such a text: a threshold is for greedy text only."""
+    """Whether replay gives the acceptance of a cell on such a text: with a threshold, on greedy text only."""
     return not (cell.threshold and chance.temperature)

@@ -1,4 +1,4 @@
-"""The rows that tell of a cell on a prompt: counts, or an error."""
+"""The row of a cell on a prompt: its counts, or its error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeline.metrics import Counts, repetition_rate
 from pipeline.store.rows import FailedCell, Mode, Prompt, PromptRow, Timing
 from pipeline.sweep.grid import Drafter
 
-# What a cell may end in without ending the others: logits that are not finite, no memory.
+# Errors that end one cell and not the others: logits that are not finite, no memory.
 CELL_ERRORS = (ArithmeticError, RuntimeError, MemoryError)
-ALL_VIEWS = View("all", "full")  # of a failure that ended them all
+ALL_VIEWS = View("all", "full")  # of a failure that ended all views
 
 
 def at_chance(cell: Cell, chance: Chance) -> Cell:
-    """The cell as it is sampled; cells are made as greedy ones."""
+    """The cell at a temperature and seed; cells are made as greedy ones."""
     return replace(cell, temperature=chance.temperature, seed=chance.seed)
 
 
@@ -53,7 +53,7 @@ def make_row(
 
 
 def all_cells(sweep: Sweep, drafter: Drafter, prompt: Prompt, view: View = ALL_VIEWS) -> Cell:
-    """What stands for all cells behind a view, by default for those behind any: γ is 0."""
+    """A stand-in, with γ = 0, for all cells behind a view; by default for those behind every view."""
     return Cell(
         drafter=drafter.name,
         dataset=prompt.dataset,
@@ -66,7 +66,7 @@ def all_cells(sweep: Sweep, drafter: Drafter, prompt: Prompt, view: View = ALL_V
 
 
 def make_failure(mode: Mode, cell: Cell, prompt: Prompt, error: Exception) -> FailedCell:
-    """What became of a cell, or of `all_cells`, on a prompt.
+    """The row of a cell, or of `all_cells`, that failed on a prompt.
 
     Raises:
         AcceleratorError: if that is the error. It leaves the process without its GPU, and every cell after it

@@ -22,9 +22,9 @@ from pipeline.sweep.make_rows import CELL_ERRORS, at_chance, make_failure, make_
 
 
 class Views:
-    """What a draft source holds of each prompt of a bench, view by view.
+    """What a draft source keeps of each prompt of a bench, view by view.
 
-    `prefill_s` is what reading the prompts took beside the target's own prefill: 0 where there is no model.
+    `prefill_s` is the time of reading each prompt, beside the target's prefill: 0 where there is no model.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Views:
             if model is None:
                 break
             if drafter.baseline == "self_speculation":
-                found = [bench.own[row][view] for view in self.kept]
-                self.prefill_s[row] = bench.own_prefill_s[row]
+                prefix_views = [bench.self_kept[row][view] for view in self.kept]
+                self.prefill_s[row] = bench.self_prefill_s[row]
             else:
                 wanted = [view.kept for view in self.kept]
-                found, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
-            for kept, view in zip(self.kept.values(), found, strict=True):
+                prefix_views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
+            for kept, view in zip(self.kept.values(), prefix_views, strict=True):
                 kept.append(view)
 
     def source(self, view: View, threshold: float = 0.0) -> DraftSource:
@@ -55,7 +55,7 @@ class Views:
         return ModelDrafts(bench.drafter(self.model, self.kept[view]), threshold)
 
     def kv_bytes(self, view: View) -> list[int]:
-        """Of each prompt; a source without a model has none."""
+        """The bytes kept of each prompt; 0 for a source without a model."""
         return [kept.num_bytes for kept in self.kept[view]] or [0] * len(self.bench.prompts)
 
 
@@ -186,9 +186,9 @@ def before_divergence(rounds: Sequence[Round], expected: Sequence[int]) -> list[
     """
     same: list[Round] = []
     at = 1
-    for one in rounds:
-        if list(one.tokens) != list(expected[at : at + len(one.tokens)]):
+    for round_ in rounds:
+        if list(round_.tokens) != list(expected[at : at + len(round_.tokens)]):
             break
-        same.append(one)
-        at += len(one.tokens)
+        same.append(round_)
+        at += len(round_.tokens)
     return same

@@ -1,4 +1,4 @@
-"""Which cells of a sweep are timed: by config, by prediction, on a plane, once more."""
+"""Which cells of a sweep are timed: by config, by prediction, on a plane, and which are timed again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measures_again(sweep: Sweep) -> bool:
 
 
 def batches(measure: Measure, prompts: int) -> list[tuple[int, int]]:
-    """The first and last of the prompts that are timed together, of so many of a data set and context."""
+    """Ranges [first, last) of prompts that are timed together, out of the prompts of a place."""
     count, size = min(prompts, measure.prompts), measure.prompts_together
     return [(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -66,13 +66,13 @@ BEST_PREDICTED = 3  # cells of a data set and context that are measured for bein
 
 FASTEST_MEASURED = 3  # of those that are measured again
 
-# Each with so many times the repeats of the first measurement: these cells lie close together, and a clock
-# that others disturb would order them by luck.
+# How many times the repeats of the first measurement they get: these cells lie close together, and on a
+# machine that others use few repeats would order them by luck.
 REPEATS_AGAIN = 4
 
 
 def by_place(rows: Iterable[PredictedRow]) -> dict[Place, list[PredictedRow]]:
-    """Fastest first."""
+    """The rows of each place, the fastest first."""
     places: dict[Place, list[PredictedRow]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: -row.speedup.mean):
         places[row.cell.place].append(row)
@@ -84,8 +84,8 @@ def worth_measuring(here: Sequence[Cell], drafters: Sequence[str]) -> list[Cell]
 
     Args:
         here: cells of one place, the fastest by prediction first.
-        drafters: those that may be deployed; of a variant with several training seeds the first alone, so
-            that luck of the seed is not picked.
+        drafters: those that may be deployed; of a variant with several training seeds only the first, so
+            that a lucky seed is not picked.
     """
     trained = [cell for cell in here if cell.drafter in drafters and cell.drafter not in BASELINES]
     picked = list(trained[:BEST_PREDICTED])
@@ -97,7 +97,7 @@ def worth_measuring(here: Sequence[Cell], drafters: Sequence[str]) -> list[Cell]
 
 
 def plane_of(cell: Cell) -> tuple[str, str]:
-    """The drafter and policy of which it is one of the budgets and γ."""
+    """The plane of a cell by its drafter and policy; its points are all budgets and γ of these."""
     return cell.drafter, cell.policy
 
 
@@ -110,7 +110,7 @@ def corners(plane: Sequence[Cell]) -> list[Cell]:
 
 
 def first_seeds(drafters: Sequence[str]) -> list[str]:
-    """Of every variant the drafter of its first training seed."""
+    """The drafter of the first training seed of every variant."""
     return list({family(drafter): drafter for drafter in reversed(drafters)}.values())
 
 
@@ -124,7 +124,7 @@ def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[Drafter]) -> list
     plane = sweep.measure.plane
     if plane is None or not has_plane(sweep, place):
         return []
-    drafter = next(one for one in drafters if chosen_drafter(one.name, [plane.drafter]))
+    drafter = next(drafter for drafter in drafters if chosen_drafter(drafter.name, [plane.drafter]))
     return [
         cell
         for budget in sweep.budgets

@@ -1,6 +1,6 @@
 """Predicted speed of every cell, and how far predictions are from what was measured.
 
-A round drafts γ tokens, verifies γ + 1 and does the rest; how many rounds a text takes, replay knows exactly:
+A round drafts γ tokens, verifies γ + 1 and does the rest; replay knows exactly how many rounds a text takes:
 
     decode seconds of a prompt = rounds · (γ · draft(B) + verify(γ + 1, context) + rest)
 
@@ -29,7 +29,7 @@ class StepModel:
         self.times = {
             (t.context, t.kind, t.policy if t.kind in BASELINES else "", t.budget): t for t in times
         }
-        # What verifying takes depends on the target alone: of all sources that always propose γ tokens.
+        # Verifying depends on the target alone: the median over all sources that always propose γ tokens.
         self.verify_s: dict[str, dict[int, float]] = {}
         for context in {t.context for t in times}:
             here = [t.verify_s for t in times if t.context == context and t.kind not in MODEL_FREE]
@@ -62,10 +62,10 @@ class StepModel:
 
 
 def mean_step_times(times: Iterable[StepTimes]) -> list[StepTimes]:
-    """Of each view the means over all times that its steps were timed.
+    """For each view, the means over all timings of its steps.
 
-    Each timing is of medians already. Over several the mean is what the sum of what was measured between
-    them goes with, where a machine is at times slower.
+    Each timing consists of medians already. Several are averaged, since what was measured between them is
+    summed up too, with the times when the machine was slower.
     """
     views: dict[tuple[object, ...], list[StepTimes]] = defaultdict(list)
     for timed in times:
@@ -121,10 +121,10 @@ def predict(
 class Error(NamedTuple):
     """predicted ÷ measured − 1 of a cell's decode time, over the prompts that were measured.
 
-    `relative` counts both times in autoregressive steps: the predicted one in steps that were timed with the
-    others, the measured one in those that ran beside it. `seconds` compares plain seconds, so that it
-    includes how much slower or faster the machine was than when single steps were timed: `pace`, measured ÷
-    timed steps.
+    `relative` counts both times in autoregressive steps: the predicted time in the steps that were timed with
+    the other single steps, the measured time in the steps that ran beside it. `seconds` compares plain
+    seconds, so that it includes how much slower or faster the machine was than when single steps were timed.
+    `pace` is that factor: the seconds of measured autoregressive steps ÷ those of timed ones.
     """
 
     relative: float
@@ -149,7 +149,7 @@ class Score(NamedTuple):
 
 
 def errors(rows: Sequence[PromptRow], times: Sequence[StepTimes]) -> dict[Cell, Error]:
-    """Of every cell that was predicted and measured."""
+    """The error of every cell that was predicted and measured."""
     step_model = StepModel(times)
     replayed = {(row.cell, row.prompt_id): row for row in rows if row.mode == "replay"}
     pairs: dict[Cell, list[tuple[float, float, float, float]]] = defaultdict(list)

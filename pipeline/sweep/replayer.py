@@ -32,7 +32,7 @@ REMEMBERED = 2  # prompts of which a drafter's views are held
 
 @dataclass
 class PromptReplay:
-    """A drafter with a model, twice over the same memory, and its views of the prompts of one file."""
+    """A drafter with a model, and its views of the prompts of one file."""
 
     sweep: Sweep
     drafter: Drafter
@@ -41,10 +41,10 @@ class PromptReplay:
 
     def rows(self, prompt: Prompt, continuations: Sequence[Continuation]) -> Iterator[PromptRow | FailedCell]:
         """All cells of a prompt; one prefill of the drafter serves all its continuations."""
-        continuations = [one for one in continuations if len(one.tokens) > 1]
+        continuations = [continuation for continuation in continuations if len(continuation.tokens) > 1]
         if not continuations:
             return  # the prefill's token ended the text: there is nothing to draft
-        views, own = views_of(self.sweep, self.drafter), self.views.of(prompt)
+        views, of_prompt = views_of(self.sweep, self.drafter), self.views.of(prompt)
         partner = None
         if any(view.control == "other_prompt" for view in views):
             partner = self.views.partner(prompt)
@@ -54,8 +54,8 @@ class PromptReplay:
                     prompt.prompt_id,
                 )
                 views = [view for view in views if view.control != "other_prompt"]
-        other = own if partner is None else self.views.of(partner)
-        kept = [(other if view.control == "other_prompt" else own)[view.kept] for view in views]
+        of_partner = of_prompt if partner is None else self.views.of(partner)
+        kept = [(of_partner if view.control == "other_prompt" else of_prompt)[view.kept] for view in views]
         for continuation in continuations:
             yield from self.continuation_rows(prompt, continuation, views, kept)
 
@@ -67,19 +67,19 @@ class PromptReplay:
         finite = replay.finite_views(logits_RQV)
         place = Place(prompt.dataset, prompt.context)
         behind = [cells_behind(self.sweep, self.drafter, place, view) for view in views]
-        # Each is one γ and threshold behind every view.
+        # A column holds the cells of one γ and threshold behind every view.
         columns = [cells for cells in zip(*behind, strict=True) if can_replay(cells[0], chance)]
         lengths = [(cells[0].gamma, cells[0].threshold) for cells in columns]
         counts = self.counts(logits_RQV, prompt, continuation, lengths)
         for cells, counted in zip(columns, counts, strict=True):
-            for cell, view, good, own in zip(cells, kept, finite, counted, strict=True):
+            for cell, view, good, cell_counts in zip(cells, kept, finite, counted, strict=True):
                 if good:
                     yield make_row(
                         mode,
                         at_chance(cell, chance),
                         self.drafter,
                         prompt,
-                        own,
+                        cell_counts,
                         continuation.tokens,
                         view.num_bytes,
                         self.sweep.looping_rate,
@@ -118,8 +118,8 @@ def lookup_rows(
 ) -> Iterator[PromptRow]:
     """A source without a model replayed on one continuation.
 
-    Its proposals are certain, so that the rounds of a sampled text are known as those of a greedy one: a
-    proposal is accepted exactly where the text has it.
+    Its proposals are certain, so the rounds of a sampled text are known exactly, as those of a greedy one: a
+    proposal is accepted where the text has it, and nowhere else.
     """
     if len(continuation.tokens) < 2:
         return
@@ -141,7 +141,7 @@ def lookup_rows(
 
 
 def telling(continuation: Continuation, sweep: Sweep) -> tuple[Mode, Chance]:
-    """What rows of a continuation are, and their temperature and seed."""
+    """The mode of a continuation's rows, and their temperature and seed."""
     if continuation.temperature > 0:
         return "estimate", Chance(continuation.temperature, continuation.seed)
     return "replay", Chance(0.0, sweep.seeds[0])
@@ -169,9 +169,14 @@ class PromptViews:
         return self.recent[key]
 
     def partner(self, prompt: Prompt) -> Prompt | None:
-        """The next prompt of the file from another document that is as long or longer, cut to this length."""
+        """The next prompt of the file from another document that is as long or longer, cut to this length.
+
+        One that begins with this prompt is passed over: what is left of it is the same text.
+        """
         at = next(i for i, other in enumerate(self.prompts) if other.prompt_id == prompt.prompt_id)
+        length = len(prompt.tokens)
         for other in [*self.prompts[at + 1 :], *self.prompts[:at]]:
-            if other.document_id != prompt.document_id and len(other.tokens) >= len(prompt.tokens):
-                return other.model_copy(update={"tokens": other.tokens[: len(prompt.tokens)]})
+            tokens = other.tokens[:length]
+            if other.document_id != prompt.document_id and len(tokens) == length and tokens != prompt.tokens:
+                return other.model_copy(update={"tokens": tokens})
         return None

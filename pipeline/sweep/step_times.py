@@ -27,14 +27,14 @@ from pipeline.store.rows import Prompt, StepTimes
 from pipeline.sweep.grid import Drafter, views_of
 from pipeline.sweep.measurer import Views
 
-MOST_GAMMAS = 4  # of the sweep's, beside 1; verification of other numbers of proposals is interpolated
+MOST_GAMMAS = 4  # of the sweep's that are timed, beside 1; verification at other γ is interpolated
 REPEATS = 5
 TOKENS = 17  # of one run's text, first one included
 NEVER: frozenset[int] = frozenset()
 
 
 class Watched:
-    """Anything with a method whose seconds are kept, call by call."""
+    """Wraps an object and keeps the seconds of every call of one of its methods."""
 
     def __init__(self, inner: Any, method: str, device: torch.device) -> None:
         self.inner, self.device = inner, device
@@ -55,7 +55,7 @@ class Watched:
 
 
 class RoundTimes(NamedTuple):
-    """Seconds of a run's rounds: of drafting and verifying each, and of all that is beside them."""
+    """Seconds of a run: of drafting and of verifying in each round, and the mean of a round's rest."""
 
     draft_s: list[float]
     verify_s: list[float]
@@ -77,11 +77,11 @@ def step_times(
         new_tokens: of the texts that are predicted; the caches are sized for them.
     """
     behind = [view for view in views_of(sweep, drafter) if not view.control]
-    if drafter.baseline is None:  # another policy keeps other entries, and as many
+    if drafter.baseline is None:  # another policy keeps other entries, but as many
         behind = [view for view in behind if view.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
-    own = behind if drafter.baseline == "self_speculation" else []
-    bench = Bench(runners, target, [prompt], max(sweep.gammas), own, new_tokens)
+    self_views = behind if drafter.baseline == "self_speculation" else []
+    bench = Bench(runners, target, [prompt], max(sweep.gammas), self_views, new_tokens)
     views = Views(bench, drafter, model, behind)
     # A source without a model takes one step a round, however many tokens it proposes.
     by_round = model is None

@@ -18,7 +18,7 @@ from pipeline.config.train import Train, Variant
 from pipeline.errors import BadData
 from pipeline.train.losses import TargetLabels
 
-PHASES = 4  # of a window, at which windows start; and a fifth where the first lies at none of them
+PHASES = 4  # places in a window where windows may start; a fifth if the first start is none of them
 
 
 class Shards:
@@ -87,7 +87,8 @@ class Draw:
 def start_phases(train: Train, sequence_tokens: int) -> list[int]:
     """How far from the end of a sequence, modulo the window length, windows may end.
 
-    Both ends are among them, so that every position behind the shortest prefix is trained.
+    The first and the last possible start are among them, so that every position behind the shortest prefix
+    is trained.
     """
     slack = sequence_tokens - train.min_prefix_tokens - train.windows * train.window_tokens
     quarter = -(-train.window_tokens // PHASES)

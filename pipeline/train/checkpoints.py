@@ -2,7 +2,7 @@
 
 `checkpoints/step-N/` holds the fp32 weights and AdamW's moments by parameter name, one safetensors file each,
 and `complete.json`, which is written last and has the checksums. The newest two are kept: a damaged one is
-removed, and training goes on from the one before. Kept beside them is the best one, where training asks.
+removed, and training goes on from the one before. Where training asks for it, the best one is kept too.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def complete(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint."""
-    found = complete(folder)
-    return found[-1] if found else None
+    checkpoints = complete(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
@@ -81,7 +81,7 @@ def save(engine: Engine, folder: Path, step: int, unlogged: list[dict[str, float
     """
     parts = ((part, engine.part(part)) for part in PARTS)
     if engine.rank > 0:
-        for _ in parts:  # gathering takes everyone
+        for _ in parts:  # gathering takes all workers
             pass
         return
     target = checkpoint_folder(folder, step)
@@ -113,7 +113,7 @@ def write(
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Makes an OSError of what safetensors raises for one: it keeps the number in its text only."""
+    """Turns a SafetensorError that stands for an OSError into one: only its text has the number."""
     try:
         yield
     except SafetensorError as error:
@@ -135,14 +135,14 @@ def resume(engine: Engine, folder: Path) -> Checkpoint:
     step = engine.share(newest_whole(folder) if engine.rank == 0 else 0)
     if step == 0:
         return Checkpoint(step=0, unlogged=[], files={})
-    found = checkpoint_folder(folder, step)
+    checkpoint = checkpoint_folder(folder, step)
     with ExitStack() as stack:
         files = {
-            part: stack.enter_context(safe_open(found / f"{part}.safetensors", framework="pt"))
+            part: stack.enter_context(safe_open(checkpoint / f"{part}.safetensors", framework="pt"))
             for part in PARTS
         }
         engine.restore(step, lambda part, name: files[part].get_tensor(name))
-    return read_marker(found)
+    return read_marker(checkpoint)
 
 
 def newest_whole(folder: Path) -> int:

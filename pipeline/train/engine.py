@@ -1,7 +1,7 @@
 """What the training loop asks of an engine, and the plain torch one. DeepSpeed's is in `jobs/`.
 
 An engine's state is three parts by parameter name: the fp32 weights and AdamW's two moments, whole, however
-they are sharded while training. So any engine can go on from what another one was.
+they are sharded while training. So any engine can go on from the state of another one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Read = Callable[[Part, str], Tensor]  # a part of the parameter of this name, fp
 
 
 class Engine(Protocol):
-    """A model, its optimizer and, in a group of workers, the others."""
+    """A model and its optimizer, in one worker or in a group of workers."""
 
     rank: int
     world_size: int
@@ -138,7 +138,7 @@ def unsharded_part(model: nn.Module, optimizer: torch.optim.Optimizer, part: Par
 
 @torch.no_grad()
 def restore_unsharded(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, read: Read) -> None:
-    """The way back from `unsharded_part`."""
+    """The inverse of `unsharded_part`."""
     for name, weight in model.named_parameters():
         weight.copy_(read("weights", name))
         state = optimizer.state[weight]

@@ -20,7 +20,7 @@ from kernels import dispatch
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.models.build import build_scratch
-from pipeline.models.load import ModelRef, load_model, pick_device
+from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
 from pipeline.observe import logs
 from pipeline.observe.training import read_metrics
 from pipeline.store.files import read_rows
@@ -45,8 +45,8 @@ class TrainJob:
     """One launch of the workers. Pretraining has no `teach` and no `drafter`.
 
     `outputs` maps "target" and "drafter", or variant names, to their artifact folders; `deepspeed` is the
-    content of the config's settings file. `launch` names this launch and no other, in the files by which
-    driver and workers tell each other something.
+    content of the config's settings file. `launch` is a unique name of this launch, for the files through
+    which driver and workers communicate.
     """
 
     config: Config
@@ -66,7 +66,7 @@ def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
     """Train every model of the job in this worker; models that are already exported are left alone.
 
     Raises:
-        NotFinite, Stopped: see `training.fit`, which also says what `stop` is.
+        NotFinite, Stopped: see `loop.fit`, which also says what `stop` is.
     """
     dispatch.choose(job.config.run.kernels)
     tokenizer = AutoTokenizer.from_pretrained(job.prepare / TOKENIZER)
@@ -81,7 +81,7 @@ def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
 
 
 def work_item_of(job: TrainJob, name: str) -> logs.WorkItem:
-    """What the logs say that this worker trains. Ray Train does not tell a worker which attempt it is."""
+    """The work item in this worker's logs. Ray Train does not tell a worker which attempt it is."""
     stage = "pretrain" if job.teach is None else "train"
     cell = f"{name}, rank {dist.get_rank()}" if dist.is_initialized() else name
     return logs.WorkItem(stage, cell, logs.times_begun(stage, cell) + 1)
@@ -107,7 +107,7 @@ def pretrain(
         if is_first_worker():
             write_model(model, tokenizer, folder, scratch_card(config, spec, name, 0))
         return
-    engine = make_engine(model.train(), schedule)
+    engine = make_engine(model, schedule)
     tokens = Shards(sorted((job.prepare / SEQUENCES).glob("*.npy")))
     prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
@@ -136,14 +136,14 @@ def distil(
         start = replace(start, rope_scaling=variant.rope_scaling)
 
     def fresh() -> PreTrainedModel:
-        return load_model(start, len(tokenizer), dtype="float32")
+        return load_model(start, shared_tokens(tokenizer, start), dtype="float32")
 
     if steps == 0:
         if is_first_worker():
             write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
         return
     schedule = Schedule(config.train, config.train, steps)
-    engine = make_engine(fresh().train(), schedule)
+    engine = make_engine(fresh(), schedule)
     data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)

@@ -43,7 +43,7 @@ from pipeline.train.engine import Engine
 from pipeline.train.stopping import Stopped, signals_put_off
 
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
-WATCHED = "validation/next_token"  # the loss that `patience` goes by
+WATCHED = "validation/next_token"  # the loss that `patience` watches
 NORM = "norm"  # of the gradient, beside the losses of a step
 NAMED_MICROS = 12  # micro-batches that an error names
 
@@ -172,7 +172,7 @@ def fit(
 
 
 class Curve:
-    """The validation losses so far by step, where training may end by them; on rank 0 alone.
+    """The validation losses so far by step, where `patience` may end training; on rank 0 alone.
 
     Args:
         rows: what `metrics.jsonl` in `folder` holds already.
@@ -243,7 +243,7 @@ def check_finite(
     for number, values in enumerate(steps, done - len(steps) + 1):
         if all(map(math.isfinite, values.values())):
             continue
-        told = ", ".join(f"{term} {value:g}" for term, value in values.items())
+        terms = ", ".join(f"{term} {value:g}" for term, value in values.items())
         shown = range(min(schedule.micro_batches, NAMED_MICROS))
         batch = [f"  micro-batch {micro}: {objective.name_batch(number - 1, micro)}" for micro in shown]
         if schedule.micro_batches > NAMED_MICROS:
@@ -251,7 +251,7 @@ def check_finite(
         raise NotFinite(
             "\n".join(
                 [
-                    f"training {name}: step {number} is the first that is not finite ({told}); it read",
+                    f"training {name}: step {number} is the first that is not finite ({terms}); it read",
                     *batch,
                     f"last good checkpoint: {latest(folder) or 'none'}; lower the learning rate, or look at "
                     "these sequences",
@@ -282,7 +282,7 @@ class _silent:
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; rows behind the step that a run resumes from are dropped first."""
+    """Appends rows to `metrics.jsonl`; rows after the step that a run resumes from are dropped first."""
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
@@ -313,7 +313,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     with disk_errors(temporary):
         export_model(model, tokenizer, temporary)
     write_text(temporary / "README.md", card)
-    for file in temporary.iterdir():  # the checkpoints go next
+    for file in temporary.iterdir():  # the checkpoints are removed next
         with file.open("rb") as written:
             os.fsync(written.fileno())
     shutil.rmtree(folder / MODEL, ignore_errors=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kernels import dispatch, distill_loss, reference
 
@@ -40,23 +38,6 @@ class States:
     @property
     def backend(self) -> dispatch.Backend:
         return dispatch.backend(self.hidden.device)
-
-
-def plain_head(model: PreTrainedModel) -> Tensor | None:
-    """The head [V, H] of a model whose logits are hidden states times head and nothing else; else None.
-
-    None also where DeepSpeed has partitioned the weight, which is whole inside its module's forward only.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None or hasattr(head.weight, "ds_id"):
-        return None
-    # Some architectures scale or cap their logits behind the head.
-    if any(
-        getattr(model.config, name, None)
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    ):
-        return None
-    return head.weight[: model.num_tokens]
 
 
 def cross_entropy(scores: Tensor | States, labels: TargetLabels) -> Tensor:

@@ -20,10 +20,11 @@ from pipeline.errors import NotFinite
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_hidden, read_prefix
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
+from pipeline.models.head import plain_head
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.train.loop import WATCHED
-from pipeline.train.losses import LOSSES, States, plain_head
+from pipeline.train.losses import LOSSES, States
 
 PREFIX_MULTIPLE = 64  # tokens
 
@@ -150,6 +151,8 @@ class MultiView:
         gamma = self.config.train.validation_gamma
         counts: list[list[Counts]] = [[] for _ in budgets]
         for prompt, continuation in self.validation:
+            if len(continuation.tokens) < 2:
+                continue  # the prefill's token ended the text: nothing was drafted
             tokens_1S = torch.tensor([prompt.tokens], device=self.device)
             kept, _ = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
             logits = replay.view_logits(model, kept, continuation.tokens)

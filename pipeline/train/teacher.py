@@ -27,7 +27,8 @@ from pipeline.decode.steps import note
 from pipeline.errors import NotFinite
 from pipeline.kv.slot_cache import slots_for
 from pipeline.metrics import repetition_rate
-from pipeline.models.load import ModelRef, load_model, stop_tokens
+from pipeline.models.generation import stop_tokens, warn_of_settings
+from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
@@ -81,7 +82,8 @@ class Teacher:
         self.config, self.output = config, output
         dispatch.choose(config.run.kernels)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        self.target = load_model(target, len(self.tokenizer), device)
+        self.target = load_model(target, shared_tokens(self.tokenizer, target), device)
+        warn_of_settings(self.target)
         self.writer = decode_model(self.target, config.decode.prefill_chunk)
 
     def __call__(self, task: LabelTask | ContinueTask) -> TeachCounts:
@@ -110,7 +112,7 @@ class Teacher:
                 written = write_ahead(
                     self.writer, prefixes, data.sequence_tokens - start, frozenset(), sampler
                 )
-                rows[batch, start:] = [[one.token for one in text] for text in written]
+                rows[batch, start:] = [[noted.token for noted in text] for text in written]
             arrays = label_sequences(self.target, rows, labels)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
@@ -137,7 +139,7 @@ class Teacher:
         written = write_ahead(self.writer, tokens_BS, prompts[0].max_new_tokens, eos, sampler)
         rows = []
         for prompt, chosen in zip(prompts, written, strict=True):
-            tokens = [one.token for one in chosen]
+            tokens = [noted.token for noted in chosen]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             rows.append(
                 Continuation(
@@ -148,7 +150,7 @@ class Teacher:
                     split=prompt.split,
                     prompt_tokens=len(prompt.tokens),
                     tokens=tokens,
-                    gaps=[round(one.gap, 6) for one in chosen],
+                    gaps=[round(noted.gap, 6) for noted in chosen],
                     eos_at=len(tokens) - 1 if tokens[-1] in eos else None,
                     text=text,
                     repetition_rate=repetition_rate(tokens),
@@ -157,7 +159,7 @@ class Teacher:
                     else None,
                     temperature=chance.temperature,
                     seed=chance.seed,
-                    log_probs=[] if sampler.rule.greedy else [one.log_prob for one in chosen],
+                    log_probs=[] if sampler.rule.greedy else [noted.log_prob for noted in chosen],
                 )
             )
         return rows
@@ -171,7 +173,7 @@ def sampled_name(prompts: str, chance: Chance) -> str:
 
 
 def is_on_policy(seed: int, index: int, fraction: float) -> bool:
-    """Whether the target rewrites the end of this sequence, all its windows; by the seed and its number."""
+    """Whether the target rewrites all windows of this sequence; drawn from the seed and its number."""
     return fraction > 0 and np.random.default_rng([seed, 7, index]).random() < fraction
 
 
@@ -221,7 +223,7 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
 def write_ahead(
     target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
 ) -> list[list[Noted]]:
-    """What the target writes behind each of B prefixes of equal length: up to `count` tokens, or to EOS.
+    """The target's continuation of each of B prefixes of equal length: up to `count` tokens, or to EOS.
 
     Raises:
         NotFinite: if a logit is NaN or infinite.

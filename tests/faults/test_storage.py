@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,25 +75,6 @@ def test_two_runs_share_the_work(toy: Toy, tally: Tally, tmp_path: Path, attempt
     assert {line.split(": done in")[0].split()[-1] for line in made} >= set(stages)
     rates = [line for line in log_of(storage).read_text().splitlines() if "train multi_view: 100%" in line]
     assert len(rates) == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a tmpfs of so many KiB; the same folder again with another size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(kib: int) -> Path:
-        option = "remount," if folder.is_mount() else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={kib}k", "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
-        return folder
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize(

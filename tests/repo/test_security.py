@@ -18,7 +18,7 @@ import ray
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import files as config_files
+from pipeline.config import yaml_text
 from pipeline.config.schema import Config
 from tests.helpers.clock import patience
 from tests.helpers.configs import MINIMAL
@@ -215,7 +215,7 @@ def test_the_scan_finds(line: str) -> None:
 
 
 def test_no_file_can_run_code_and_nothing_reaches_a_shell() -> None:
-    assert issubclass(config_files._Loader, yaml.SafeLoader)
+    assert issubclass(yaml_text._Loader, yaml.SafeLoader)
     found = [f"{file.relative_to(ROOT)}, {line}" for file in sources() for line in dangers(file.read_text())]
     assert not found, "\n".join(found)
 

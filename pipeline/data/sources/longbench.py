@@ -98,7 +98,11 @@ class LongBenchReader(Reader[LongBenchSource]):
             row = raw if isinstance(raw, BadRow) else checked(raw, Task)
             if isinstance(row, BadRow):
                 yield row
-            elif problem := text_problem(row.context, MIN_CHARS) or text_problem(row.input or "-", 1):
+            elif problem := (
+                text_problem(row.context, MIN_CHARS)
+                or text_problem(row.input or "-", 1)
+                or text_problem("-".join(["", row.id, *row.answers]), 1)
+            ):
                 yield BadRow(raw.where, raw.index, *problem)
             else:
                 before, after = split_template(
@@ -131,6 +135,9 @@ class LongBenchReader(Reader[LongBenchSource]):
     def extra_files(self) -> list[Path]:
         files = (self.source.prompts_file, self.source.max_lengths_file)
         return [local_path(file, self.root) for file in files if file is not None]
+
+    def version(self, files: Iterable[Path]) -> int:
+        return 2
 
     @cached_property
     def template(self) -> str:
@@ -183,8 +190,8 @@ def published(file: str | None, task: str, kind: type[Value], root: Path) -> Val
     path = local_path(file, root)
     must_be_file(path, "LongBench's dataset2prompt.json or dataset2maxlen.json")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise BadData(f"{path} is not JSON: {error}") from None
     if not isinstance(table, dict) or not isinstance(table.get(task), kind):
         raise BadData(f"{path} has no {kind.__name__} for the task {task!r}")

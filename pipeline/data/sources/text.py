@@ -1,5 +1,7 @@
 """Any text files; "stdlib" is the source code of the running Python's standard library.
 
+A file is one document; of JSON lines and parquet each row is one, by its field `text`.
+
 Splits are drawn by document: a hash of the content and the seed places each document on [0, 1), so that a
 document keeps its split whatever else is in the set, and copies share one.
 """
@@ -12,18 +14,47 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, StrictStr
 
 from pipeline.config.data import Split, TextSource
-from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
+from pipeline.data.documents import BYTE_ORDER_MARK, MIN_CHARS, Document, Reader, Request, Shard
 from pipeline.data.prompts import continuation_prompts
-from pipeline.data.reading import BadRow, Table, local_path, must_be_file, text_problem
+from pipeline.data.reading import (
+    STRUCTURED,
+    SUFFIXES,
+    BadRow,
+    Table,
+    checked,
+    local_path,
+    must_be_file,
+    table_rows,
+    text_problem,
+)
 from pipeline.errors import BadData
 from pipeline.store.rows import Prompt
 
+if TYPE_CHECKING:
+    from datasets import Features
+
 STDLIB = "stdlib"
+WHAT = "documents with a field `text`"
 # Test suites hold files that are broken on purpose, site-packages is not the library, and encodings are
 # generated tables so alike that each held-out one would empty the training split of the others.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
+
+
+class TextRow(BaseModel):
+    """The field that is needed of a row."""
+
+    text: StrictStr
+
+
+def text_column() -> Features:
+    from datasets import Features, Value
+
+    return Features({"text": Value("string")})
 
 
 class TextReader(Reader[TextSource]):
@@ -41,18 +72,20 @@ class TextReader(Reader[TextSource]):
 
     def documents(self, shard: Shard) -> Iterator[Document | BadRow]:
         for index, table in enumerate(shard.tables):
-            text = read_text(Path(table.path), index)
-            if isinstance(text, BadRow):
-                yield text
-            elif problem := text_problem(text, MIN_CHARS):
-                yield BadRow(table.path, index, *problem)
+            if table.path.endswith(SUFFIXES):
+                for raw in table_rows(table, text_column(), WHAT):
+                    row = raw if isinstance(raw, BadRow) else checked(raw, TextRow)
+                    yield row if isinstance(row, BadRow) else self._document(raw.where, raw.index, row.text)
             else:
-                yield Document(
-                    document_id=f"{self.source.name}/{self._name(Path(table.path))}",
-                    source=self.source.name,
-                    split=self.split(text),
-                    text=text,
-                )
+                text = read_text(Path(table.path), index)
+                yield text if isinstance(text, BadRow) else self._document(table.path, index, text)
+
+    def _document(self, where: str, index: int, text: str) -> Document | BadRow:
+        text = text.lstrip(BYTE_ORDER_MARK)  # before the split is drawn: copies share one
+        if problem := text_problem(text, MIN_CHARS):
+            return BadRow(where, index, *problem)
+        name = f"{self.source.name}/{self._name(Path(where))}"
+        return Document(document_id=name, source=self.source.name, split=self.split(text), text=text)
 
     def split(self, text: str) -> Split:
         """The split of a document, among those in `use`."""
@@ -87,6 +120,10 @@ class TextReader(Reader[TextSource]):
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
         return continuation_prompts(documents, request)
 
+    def version(self, files: Iterable[Path]) -> int:
+        """Files that hold fields were texts with all their braces once."""
+        return 2 if any(file.suffix.lower() in STRUCTURED for file in files) else 1
+
     def _name(self, file: Path) -> str:
         """The file's name in document ids: short, and the same on every machine where it can be."""
         for base, prefix in ((stdlib_folder(), f"{STDLIB}/"), (self.root.absolute(), "")):
@@ -104,7 +141,7 @@ def expand(pattern: str, root: Path) -> list[Path]:
     """The files of one path, glob or "stdlib".
 
     Raises:
-        BadData: if nothing matches, or a path that is no glob is missing or a directory.
+        BadData: if nothing matches, or a path that is there or no glob is missing or a directory.
     """
     if pattern == STDLIB:
         base = stdlib_folder()
@@ -118,24 +155,34 @@ def expand(pattern: str, root: Path) -> list[Path]:
             raise BadData(f"{base} holds no .py files: this Python has no library sources; name other files")
         return found
     path = local_path(pattern, root)
-    if not glob.has_magic(pattern):
+    if path.exists() or not glob.has_magic(pattern):
         must_be_file(path, "the text file that the config names")
         return [path]
     # A directory that a bare * or ** matches is not meant; one called like a text file is a mistake to count.
     any_name = path.name.strip("*") == ""
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    matches = [Path(match) for match in glob.glob(as_glob(path), recursive=True)]
     files = [match for match in matches if not (any_name and match.is_dir())]
     if not files:
         raise BadData(f"no file matches {path}: check the glob, or data.root ({root.absolute()})")
     return files
 
 
+def as_glob(path: Path) -> str:
+    """A whole path as a glob; folders that exist stand for themselves, whatever signs are in their names."""
+    known, rest = Path(path.anchor), list(path.parts[1:])
+    while rest and (known / rest[0]).is_dir():
+        known /= rest.pop(0)
+    return str(Path(glob.escape(str(known)), *rest))
+
+
 def read_text(file: Path, index: int) -> str | BadRow:
-    """The file as UTF-8, line ends untouched, or why not."""
+    """The file as UTF-8 without a byte order mark, line ends untouched, or why not."""
     if file.is_dir():
         return BadRow(str(file), index, "a directory")
+    if file.suffix.lower() in STRUCTURED:
+        return BadRow(str(file), index, "no plain text", f"files of {file.suffix} hold fields, or are packed")
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return BadRow(str(file), index, "bad UTF-8", str(error))
     except OSError as error:

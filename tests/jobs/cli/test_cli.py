@@ -316,9 +316,9 @@ def replace_weights(folder: Path, content: object) -> None:
         ),
         (
             lambda folder: replace_weights(folder, {"model.norm.weight": torch.ones(16)}),
-            "missing ['model.embed",
+            "lacks 20 weights",
         ),
-        (lambda folder: replace_weights(folder, {"model.norm.weight": torch.ones(9)}), "size mismatch"),
+        (lambda folder: replace_weights(folder, {"model.norm.weight": torch.ones(9)}), "have other sizes"),
         (lambda folder: replace_weights(folder, {"weight": Path("a")}), "not a whole checkpoint of tensors"),
         (lambda folder: (folder / "config.json").unlink(), "config.json cannot be used"),
         (lambda folder: (folder.parent / "safe").mkdir(), "exists; name a new folder"),

@@ -17,6 +17,7 @@ from jobs.mlflow_address import tracking_problem
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from tests.helpers.configs import MINIMAL
+from tests.helpers.zoo import saved, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_every_fault_is_named(
         "tracking": "no server answers at http://127.0.0.1:9/health",
         "data mine": "no file matches",
         "drafter": "no config.json",
-        "deepspeed": "zero.json cannot be read",
+        "deepspeed": "zero.json': Expecting",
     }.items():
         assert rows[name][0] == "fail" and part in rows[name][1], (name, rows[name])
     assert "pa55" not in str(rows)
@@ -192,3 +193,71 @@ def test_tracking_stores(tmp_path: Path) -> None:
     assert "cannot be written" in str(tracking_problem(f"sqlite:///{tmp_path}"))
     (tmp_path / "text.db").write_text("this is no database, and long enough to be seen as none" * 40)
     assert "not a database" in str(tracking_problem(f"sqlite:///{tmp_path}/text.db"))
+
+
+def spoil(folder: Path, file: str, data: bytes) -> None:
+    (folder / file).write_bytes(data)
+
+
+def quantise(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(values | {"quantization_config": {"quant_method": "gptq"}})
+    )
+
+
+# Architecture, its changes, what is done to its folder, and what the doctor says.
+MODELS: list[tuple[str, dict[str, Any], Any, str | None]] = [
+    ("llama", {}, None, None),
+    ("mixtral", {}, None, None),
+    ("mistral", {"sliding_window": 96}, None, None),
+    ("falcon", {}, None, "falcon does not attend through transformers' attention interface"),
+    ("gemma2", {}, None, "a cap on attention scores (softcap)"),
+    ("t5", {}, None, "is no causal language model"),
+    ("mistral", {"sliding_window": 95}, None, "a sliding window of 95 tokens, and texts get 96 tokens long"),
+    ("gpt2", {}, None, "64 learned positions and no more, and texts get 96 tokens long"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None,
+     "rope_type dynamic"),
+    ("llama", {}, quantise, "its weights are quantised (gptq)"),
+    ("llama", {}, lambda folder: spoil(folder, "model.safetensors", b"torn"), "not a whole safetensors file"),
+    ("llama", {}, lambda folder: spoil(folder, "config.json", b"{"), "cannot read the config of the target"),
+    ("llama", {}, lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    ("llama", {}, lambda folder: (folder / "model.safetensors").unlink(), "budgetdraft convert"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "change", "part"), MODELS)
+def test_models_that_cannot_be_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    changes: dict[str, Any],
+    change: Any,
+    part: str | None,
+) -> None:
+    """Texts have 96 tokens; the models of the zoo are built for 64."""
+    folder = tmp_path / "model"
+    if name == "t5":
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "t5"}')
+    else:
+        saved(tiny(name, **changes), folder)
+    if change:
+        change(folder)
+    config = make(tmp_path, target={"kind": "pretrained", "path": str(folder)})
+    assert doctor.doctor(config) == (4 if part else 0)
+    status, text = table(capsys)["target"]
+    assert (status, part or str(folder)) == ("fail" if part else "ok", part or text) and str(folder) in text
+    assert part is None or part in text
+
+
+def test_models_to_be_trained_have_a_line_only_where_they_cannot_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.doctor(make(tmp_path)) == 0
+    assert not {"target", "drafter"} & set(table(capsys))
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    drafter = MINIMAL["drafter"] | {"max_positions": 80, "rope_scaling": rope}
+    assert doctor.doctor(make(tmp_path, drafter=drafter)) == 4
+    status, text = table(capsys)["drafter"]
+    assert status == "fail" and "over 80 tokens, and texts get 96 tokens long" in text

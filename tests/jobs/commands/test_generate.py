@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.commands.generate import generate
+from jobs.stages.pipeline import completed
 from pipeline.errors import BadData
+from pipeline.models.limits import longest_text
 from tests.helpers.documents import story
 from tests.helpers.toys import artifact, toy_config
 
@@ -46,3 +48,9 @@ def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: P
     with pytest.raises(BadData, match="run `budgetdraft run CONFIG` first"):
         call(tmp_path / "empty", None)
     assert not (tmp_path / "empty").exists()
+
+
+def test_models_know_how_long_the_texts_of_their_config_get(corpus: Path, finished: Path) -> None:
+    config = toy_config(corpus, finished)
+    trained = completed(config)
+    assert {ref.reach for ref in (trained.target, *trained.drafters.values())} == {longest_text(config)}

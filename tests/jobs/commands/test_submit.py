@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -129,6 +130,18 @@ def test_nobody_at_the_address_and_a_wrong_config_exit_with_2(tmp_path: Path) ->
     assert "RAY_API_SERVER_ADDRESS" in done.stderr
     done = command_line(tmp_path, *given, "train.stops=3", **environment)
     assert done.returncode == 2 and "train.stops is no field" in done.stderr
+
+
+def test_an_address_that_says_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections, and Ray's client would wait for an answer for ever."""
+    monkeypatch.setattr("jobs.commands.submit.ANSWER_S", 0.2)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(
+            ConfigError, match=f"{address} says nothing for 0.2 s: .*--address or RAY_API_SERVER"
+        ):
+            connect(address)
 
 
 @pytest.fixture(scope="module")

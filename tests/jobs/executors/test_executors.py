@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from jobs.executors.choose import NoExecutor, make_executor
 from jobs.executors.inline import InlineExecutor
 from jobs.executors.ray_executor import RayExecutor
-from jobs.executors.ray_train import full_disk, read_settings
+from jobs.executors.ray_train import disk_error, read_settings
 from pipeline.errors import BadData, NotFinite
 from pipeline.train.checkpoints import checkpoint_folder, latest
 from pipeline.train.job import TrainJob, run_job
@@ -138,9 +138,9 @@ def test_a_full_disk_is_found_behind_what_ray_raises() -> None:
 
     full, lost = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EPIPE, "Broken pipe")
     for failure in (full, UserExceptionWithTraceback(full, "Traceback …")):
-        assert full_disk(WorkerGroupError("…", {0: lost, 1: failure})) is full
-    assert full_disk(ControllerError(full)) is full
-    assert full_disk(WorkerGroupError("…", {0: lost, 1: RuntimeError()})) is None
+        assert disk_error(WorkerGroupError("…", {0: lost, 1: failure})) is full
+    assert disk_error(ControllerError(full)) is full
+    assert disk_error(WorkerGroupError("…", {0: lost, 1: RuntimeError()})) is None
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────

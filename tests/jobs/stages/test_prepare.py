@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from jobs.executors.inline import InlineExecutor
 from jobs.stages.prepare import prepare
 from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer, train_bpe
 from pipeline.errors import BadData
-from pipeline.store.artifacts import Artifact
+from pipeline.store.artifacts import Artifact, seal
 from pipeline.store.files import read_rows
 from pipeline.store.rows import Prompt
 from tests.helpers.clock import patience
@@ -189,6 +190,42 @@ def test_the_targets_tokenizer_is_used_and_the_drafters_compared(tmp_path, root)
         )
     with pytest.raises(BadData, match=r"drafter.*is pretrained and has its own"):
         run(make_config(tmp_path / "r", root, sources(), drafter=other))
+
+
+def test_a_token_without_a_logit_is_told_before_any_work(tmp_path, root):
+    """A pad token that was added alone is none: prompts and sequences are made, and hold no such token."""
+    tokenizer = train_bpe([story(1)], 350)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "target")
+    LlamaConfig(vocab_size=350).save_pretrained(tmp_path / "target")
+    target = {"kind": "pretrained", "path": str(tmp_path / "target")}
+    given = {"tokenizer": {"kind": "target"}, "target": target, "drafter": target}
+    artifact = run(make_config(tmp_path / "runs", root, sources(), **given))
+    assert max(np.load(file).max() for file in sequence_files(artifact)) < 350
+    assert max(max(prompt.tokens) for prompt in load_prompts(artifact, "test")) < 350
+
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "target")
+    with pytest.raises(BadData, match=r"the target .* has 350 logits, and none for .*<image>"):
+        run(make_config(tmp_path / "other", root, sources(), **given))
+    assert not (tmp_path / "other").exists()
+
+
+def test_prepared_data_of_an_earlier_program_is_prepared_anew(tmp_path, root):
+    """Of the sources that are read otherwise now; the others' is taken as it is."""
+    for names, known in (({"pg19", "nqa"}, {}), ({"pg19", "qmsum"}, {"qmsum": 2})):
+        chosen = [source for source in sources() if source["name"] in names]
+        made = run(make_config(tmp_path / "runs", root, chosen))
+        assert made.manifest["inputs"].get("readers", {}) == known
+        there = make_config(tmp_path / "runs", tmp_path / "nowhere", chosen, prepared=str(made.path))
+        assert run(there).fingerprint == made.fingerprint
+    manifest = made.manifest
+    del manifest["inputs"]["readers"]
+    seal(made.path, manifest)
+    with pytest.raises(
+        BadData, match="earlier version of this program, which read the sources qmsum otherwise"
+    ):
+        run(there)
 
 
 def test_nothing_to_train_on_or_to_evaluate_is_an_error(tmp_path, root):

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One store for the whole file, as making its tables takes seconds; each test has its experiment."""
-    return tmp_path_factory.mktemp("runs with space")
+    folder = tmp_path_factory.mktemp("odd") / "100% of #1, ä;b [x]"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -78,6 +80,9 @@ def test_pipeline_and_stage_runs(config: Config, client: MlflowClient, storage: 
     assert stage.data.tags["mlflow.parentRunId"] == top.info.run_id
     assert top.data.tags["git_commit"] == (provenance()["git_sha"] or "unknown")
     assert top.data.params == {"seed": "42", "train_steps": "2", "executor": "inline"}
+    read = Path(client.download_artifacts(stage.info.run_id, "model/below/weights"))
+    assert read.read_text() == "w" and len(list((storage / "mlartifacts").rglob("weights"))) == 1
+    assert list(storage.parent.iterdir()) == [storage], "nothing is made beside it"
     artifacts = {f.path for f in client.list_artifacts(stage.info.run_id)}
     assert artifacts == {"figure.txt", "model"}
     assert [f.path for f in client.list_artifacts(stage.info.run_id, "model/below")] == [
@@ -269,7 +274,12 @@ def test_disabled_tracking_does_nothing(tmp_path: Path, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize(
     ("uri", "part"),
-    [("http://ann:pa55@127.0.0.1:9", "no server answers"), ("/tmp/mlruns", "plain folders")],
+    [
+        ("http://ann:pa55@127.0.0.1:9", "no server answers"),
+        ("/tmp/mlruns", "plain folders"),
+        ("sqlite+nodriver:////tmp/x.db", "NoSuchModuleError"),
+        ("nothing://127.0.0.1", "unsupported URI"),
+    ],
 )
 def test_unusable_store(tmp_path: Path, uri: str, part: str) -> None:
     config = Config.model_validate(MINIMAL | {"storage": str(tmp_path), "tracking": {"uri": uri}})

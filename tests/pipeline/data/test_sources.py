@@ -6,35 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
 
-from pipeline.config.data import AnySource, Data
-from pipeline.data.documents import Document, Reader
 from pipeline.data.prepare import plan_prompts
-from pipeline.data.reading import BadRow
 from pipeline.data.sources.longbench import MAX_NEW_TOKENS, TEMPLATES
 from pipeline.data.sources.registry import make_readers
 from pipeline.data.sources.text import expand
 from pipeline.errors import BadData
 from tests.helpers.documents import bench, book, narrative, request_for, story, write_lines
-
-
-def data_of(root, *sources: dict[str, Any], **fields: Any) -> Data:
-    groups = [TypeAdapter(AnySource).validate_python(source) for source in sources]
-    contexts = [{"name": "64", "tokens": 64}, {"name": "128", "tokens": 128}]
-    return Data.model_validate(
-        {"root": str(root), "sources": groups, "sequence_tokens": 64, "contexts": contexts,
-         "validation_prompts": 0, **fields}
-    )  # fmt: skip
-
-
-def reader_of(root, **source: Any) -> Reader[Any]:
-    return make_readers(data_of(root, {"name": "s", **source}), 0)["s"]
-
-
-def read(reader: Reader[Any]) -> tuple[list[Document], list[BadRow]]:
-    rows = [row for shard in reader.shards() for row in reader.documents(shard)]
-    return [r for r in rows if isinstance(r, Document)], [r for r in rows if isinstance(r, BadRow)]
+from tests.helpers.sources import data_of, read, reader_of
 
 
 def test_text_splits_are_stable_and_follow_the_fractions(tmp_path):
@@ -119,6 +98,16 @@ def test_longbench_wording_is_ours_or_the_published_files(tmp_path):
         reader_of(tmp_path, **{**source, "task": "trec"}, prompts_file="p.json").shards()
     with pytest.raises(BadData, match=r"no trec\.jsonl.*data\.zip.*resolve"):
         reader_of(tmp_path, **{**source, "task": "trec"}).shards()
+
+
+def test_longbench_rows_that_cannot_be_written_are_bad(tmp_path):
+    """Letters that are no UTF-8 in any field that is kept."""
+    fields: list[dict[str, Any]] = [{"answers": ["\ud800"]}, {"_id": "\ud800"}, {"input": "\ud800"}]
+    write_lines(
+        tmp_path / "bench" / "qmsum.jsonl", [bench(k, "Who?") | field for k, field in enumerate(fields)]
+    )
+    documents, bad = read(reader_of(tmp_path, kind="longbench", task="qmsum", path="bench"))
+    assert not documents and [row.reason for row in bad] == ["bad UTF-8"] * 3
 
 
 def test_longbench_is_read_from_its_zip(tmp_path):

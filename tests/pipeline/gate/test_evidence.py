@@ -150,10 +150,13 @@ def test_the_same_target_as_a_folder_of_ones_own(storage: Path, evidence: Eviden
     manifest = json.loads((sweep / MANIFEST).read_text())
     stats = {file.name: file.stat() for file in own.iterdir() if file.suffix == ".safetensors"}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    model = {"kind": "pretrained", "path": str(own), "dtype": "float32", "rope_scaling": None}
+    model: dict[str, Any] = {"kind": "pretrained", "path": str(own), "dtype": "float32", "rope_scaling": None}
     manifest["inputs"]["target"] = {"model": model, "files": files}
     (sweep / MANIFEST).write_text(json.dumps(manifest))
     assert read_evidence(report_of(storage)).target == evidence.target
+    model["rope_scaling"] = {"rope_type": "llama3", "factor": 8}  # which configs could hold once
+    (sweep / MANIFEST).write_text(json.dumps(manifest))
+    assert read_evidence(report_of(storage)).target != evidence.target
     (own / "model.safetensors").write_bytes(b"another")
     with pytest.raises(BadData, match="not the one that the sweep was made with"):
         read_evidence(report_of(storage))

@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.axes import FULL, View
+from pipeline.kv.attention import causal_attention
 from pipeline.kv.policies import select
-from pipeline.kv.view_cache import ViewCache, read_continuation, read_prefix
+from pipeline.kv.view_cache import WHOLE, ViewCache, attend, read_continuation, read_prefix
 from pipeline.kv.views import view_of
 from tests.helpers.models import random_tokens
 
@@ -145,8 +146,11 @@ def test_no_room_is_a_clear_error(drafter: PreTrainedModel) -> None:
         )
 
 
-def test_sliding_windows_are_refused(drafter: PreTrainedModel) -> None:
-    from pipeline.kv.view_cache import attend
-
-    with pytest.raises(ValueError, match="sliding-window"):
-        attend(torch.nn.Identity(), *[torch.zeros(1, 1, 1, 4)] * 3, None, 1.0, sliding_window=16)
+def test_sliding_windows_are_refused_unless_no_text_reaches_them() -> None:
+    query, key, value = torch.randn(3, 1, 2, 5, 4)
+    module = torch.nn.Identity()
+    with pytest.raises(ValueError, match="attention with a sliding window is not supported"):
+        attend(module, query, key, value, None, 0.5, sliding_window=16)
+    setattr(module, WHOLE, True)
+    output, _ = attend(module, query, key, value, None, 0.5, sliding_window=16)
+    torch.testing.assert_close(output.transpose(1, 2), causal_attention(query, key, value, 0.5))

@@ -159,6 +159,6 @@ def test_three_processes_fetch_each_file_once(hub: Hub, tmp_path: Path, trust: b
 def test_what_the_hub_does_not_have_is_bad_data(hub: Hub, tmp_path: Path) -> None:
     hub.files.clear()
     (told,) = load(hub, tmp_path / "home", False)
-    assert f"BadData: {REPO} holds no model.safetensors; run `hf download" in told
+    assert f"BadData: the model {REPO} holds no model.safetensors; run `hf download" in told
     (told,) = load(hub, tmp_path / "empty", False, offline=True)
     assert f"BadData: cannot load the model '{REPO}'" in told

@@ -1,9 +1,8 @@
-"""Loading, building, converting and exporting models, against plain transformers."""
+"""Loading, building and exporting models, against plain transformers."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from pipeline.errors import BadData
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
 from pipeline.models.build import build_scratch
-from pipeline.models.convert import convert_bin
 from pipeline.models.export import export_model
-from pipeline.models.load import ModelRef, load_model, model_ref, own_positions, pick_device, stop_tokens
+from pipeline.models.load import ModelRef, load_model, model_ref, own_positions, pick_device
 from pipeline.train.teacher import label_sequences
+from tests.helpers import zoo
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of
 from tests.helpers.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer
 
@@ -144,70 +143,6 @@ def test_fewer_logits_than_tokens_is_bad_data(saved: ModelRef) -> None:
         load_model(saved, VOCABULARY + 1)
 
 
-# ── .bin checkpoints ──────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def pickled(saved: ModelRef, target: PreTrainedModel, tmp_path: Path) -> Path:
-    folder = shutil.copytree(saved.path, tmp_path / "pickled")
-    (folder / "model.safetensors").unlink()
-    torch.save(target.state_dict(), folder / "pytorch_model.bin")
-    return folder
-
-
-def test_a_bin_checkpoint_is_refused_with_the_way_out(pickled: Path) -> None:
-    with pytest.raises(BadData, match=re.escape(f"budgetdraft convert {pickled} OUTPUT")):
-        load_model(ModelRef(str(pickled)), VOCABULARY)
-
-
-@torch.no_grad()
-def test_a_converted_checkpoint_has_the_same_logits(saved: ModelRef, pickled: Path, tmp_path: Path) -> None:
-    convert_bin(pickled, tmp_path / "converted")
-    ours = load_model(ModelRef(str(tmp_path / "converted")), VOCABULARY)(input_ids=TOKENS).logits
-    assert torch.equal(ours, load_model(saved, VOCABULARY)(input_ids=TOKENS).logits)
-    assert not list((tmp_path / "converted").glob("*.bin")) and (pickled / "pytorch_model.bin").exists()
-    assert (tmp_path / "converted" / "tokenizer.json").exists()
-    with pytest.raises(BadData, match="exists; name a new folder"):
-        convert_bin(pickled, tmp_path / "converted")
-
-
-def test_a_half_precision_checkpoint_stays_one(
-    pickled: Path, target: PreTrainedModel, tmp_path: Path
-) -> None:
-    half = {name: value.half() for name, value in target.state_dict().items()}
-    torch.save(half, pickled / "pytorch_model.bin")
-    convert_bin(pickled, tmp_path / "converted")
-    state = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype="auto").state_dict()
-    assert all(
-        value.dtype == torch.float16 and torch.equal(value, half[name]) for name, value in state.items()
-    )
-
-
-class Harmful:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("code ran",)
-
-
-def test_a_pickle_with_code_is_refused(
-    pickled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save({"model.norm.weight": Harmful()}, pickled / "pytorch_model.bin")
-    with pytest.raises(BadData, match="print"):
-        convert_bin(pickled, tmp_path / "converted")
-    assert "code ran" not in capsys.readouterr().out and not (tmp_path / "converted").exists()
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(
-    pickled: Path, target: PreTrainedModel, tmp_path: Path
-) -> None:
-    state = target.state_dict()
-    del state["model.layers.1.mlp.up_proj.weight"]
-    torch.save(state, pickled / "pytorch_model.bin")
-    with pytest.raises(BadData, match=r"missing \['model.layers.1.mlp.up_proj.weight'\]"):
-        convert_bin(pickled, tmp_path / "converted")
-    assert not (tmp_path / "converted").exists()
-
-
 # ── the rest ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -221,14 +156,17 @@ def test_trained_positions_come_from_the_config_or_the_model(saved: ModelRef) ->
     assert own_positions(ModelRef(saved.path, trained_positions=40)) == 40
 
 
-def test_stop_tokens_prefer_the_generation_config(make_model: Any) -> None:
-    model = make_model()
-    model.generation_config.eos_token_id = None
-    assert stop_tokens(model) == {2}
-    model.generation_config.eos_token_id = [5, 9]
-    assert stop_tokens(model) == {5, 9}
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    assert stop_tokens(model) == frozenset()
+def test_positions_that_nobody_says_are_bad_data(tmp_path: Path) -> None:
+    ref = zoo.saved(zoo.tiny("bloom"), tmp_path / "bloom", role="drafter")
+    file = tmp_path / "bloom" / "config.json"
+    values = json.loads(file.read_text())
+    values.pop("max_position_embeddings", None)
+    file.write_text(json.dumps(values))
+    with pytest.raises(BadData, match=r"the drafter .*bloom' does not say .* set trained_positions"):
+        own_positions(ref)
+    (tmp_path / "bloom" / "config.json").write_text("{")
+    with pytest.raises(BadData, match=r"cannot read the config of the drafter .*bloom'"):
+        own_positions(ref)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -21,13 +21,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from pipeline.axes import FULL, View
 from pipeline.config.schema import Config
 from pipeline.kv.policies import SNAP_WINDOW, select
+from pipeline.kv.view_cache import WHOLE
 from pipeline.kv.views import view_of
-from pipeline.store.rows import Continuation
+from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
-from pipeline.train.losses import plain_head
+from pipeline.train.losses import States
 from pipeline.train.objectives import MultiView, NextToken, window_scores
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of
 from tests.helpers.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
+from tests.helpers.zoo import our_model, tiny
 
 CPU = torch.device("cpu")
 SEQUENCE, WINDOW = 80, 12
@@ -252,20 +254,34 @@ def test_losses_without_logits_are_those_of_logits(
         torch.testing.assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("change", ["bias", "softcap", "partitioned"])
-def test_heads_that_are_more_than_a_product_keep_their_logits(
-    make_model: Callable[..., PreTrainedModel], change: str
-) -> None:
-    model = copy.deepcopy(make_model(layers=1))
-    assert plain_head(model) is not None
-    head = model.get_output_embeddings()
-    if change == "bias":
-        head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
-    elif change == "softcap":
-        model.config.final_logit_softcapping = 30.0
-    else:
-        head.weight.ds_id = 3  # as DeepSpeed's ZeRO-3 marks it
-    assert plain_head(model) is None
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "changes", "plain"),
+    [
+        ("gemma3_text", {"sliding_window": SEQUENCE, "final_logit_softcapping": 5.0}, False),
+        ("granite", {}, False),
+        ("cohere", {}, False),
+        ("phi", {}, False),
+        ("granite", {"logits_scaling": 1.0}, True),
+        ("mixtral", {}, True),
+    ],
+    ids=["capped", "divided", "multiplied", "biased", "granite", "mixtral"],
+)
+def test_losses_are_of_the_logits_that_a_model_gives(name: str, changes: dict[str, Any], plain: bool) -> None:
+    """However few logits a micro-batch may make: states and head stand for them only where they are both."""
+    model = our_model(tiny(name, max_position_embeddings=SEQUENCE, **changes))
+    for module in model.modules():
+        setattr(module, WHOLE, True)
+    tokens = torch.from_numpy(numbers(2, SEQUENCE, seed=3).astype(np.int64))
+    views = [FULL, view_of("streaming", 16)]
+    made = window_scores(model, tokens, (40, 60), WINDOW, views, NO_LIMIT)
+    few = window_scores(model, tokens, (40, 60), WINDOW, views, 0)
+    for logits, scores in zip(made, few, strict=True):
+        assert isinstance(logits, Tensor) and isinstance(scores, States if plain else Tensor)
+        ours = scores.hidden @ scores.head.T if isinstance(scores, States) else scores
+        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+    own = model(input_ids=tokens, use_cache=False).logits[:, 40 : 40 + WINDOW]
+    torch.testing.assert_close(made[0][: 2 * WINDOW], own.flatten(0, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_no_gradient_flows_through_the_prefix(model: PreTrainedModel) -> None:
@@ -395,3 +411,27 @@ def test_validation_acceptance_is_that_of_decoding(
         for name, (accepted, proposed) in counts.items()
     }
     assert 0 < found["validation/acceptance_full"] < 1
+
+
+def test_validation_passes_over_texts_that_end_at_once(
+    target: PreTrainedModel, drafter: PreTrainedModel, data: LabelledSequences
+) -> None:
+    """As an instruct model's do behind a finished document: the prefill's token is an EOS."""
+    config = config_for({"budgets": {16: 1.0}}, validation_budgets=[16, "full"], validation_gamma=3)
+    prompts = tiny_prompts("validation", 3, 44, 20)
+
+    def pair(prompt: Prompt, tokens: list[int], eos_at: int | None) -> tuple[Prompt, Continuation]:
+        names = prompt.model_dump(include={"prompt_id", "document_id", "dataset", "context", "split"})
+        return prompt, Continuation(
+            **names, prompt_tokens=44, tokens=tokens, gaps=[1.0] * len(tokens), eos_at=eos_at, text="",
+            repetition_rate=0.0,
+        )  # fmt: skip
+
+    def validate(*pairs: tuple[Prompt, Continuation]) -> dict[str, float]:
+        return MultiView(config, config.train.variants[0], data, pairs, CPU).validate(drafter)
+
+    ended = [pair(prompt, [2], 0) for prompt in prompts[:2]]
+    (plain,) = plain_tokens(make_pair(target, drafter, [torch.tensor([prompts[2].tokens])], FULL, 20), 20)
+    written = pair(prompts[2], plain, None)
+    assert validate(*ended) == {}
+    assert validate(*ended, written) == validate(written) != {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,19 @@ def test_a_target_that_is_not_finite_stops(
         with pytest.raises(NotFinite, match="broken: logits not finite"):
             teacher(task)
     assert not list(tmp_path.glob("labels/*")) and not list(tmp_path.glob("continuations/*"))
+
+
+def test_settings_of_the_target_that_are_not_heeded_are_told_once(
+    prepare: Path, target: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ref = save_model(target, tmp_path / "target")
+    settings = {"eos_token_id": [2, VOCABULARY + 3], "do_sample": True, "temperature": 0.6}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings))
+    teacher = make_teacher(prepare, ref, tmp_path / "out", tiny_config())
+    for file in sorted((prepare / "prompts").glob("*.jsonl")):
+        teacher(ContinueTask(file))
+    assert [record.message for record in caplog.records if record.name.startswith("pipeline.models")] == [
+        f"{ref.path}: its generation_config asks for temperature 0.6, which is not done: texts are greedy, "
+        "or drawn from the model's own probabilities at the config's temperatures",
+        f"{ref.path}: eos_token_id [{VOCABULARY + 3}] has no logit and ends no text",
+    ]

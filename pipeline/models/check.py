@@ -1,0 +1,59 @@
+"""Whether the models of a config can be run on its texts, as far as the files on this machine tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import BadData
+from pipeline.models.build import scratch_config
+from pipeline.models.hub import config_folder
+from pipeline.models.limits import longest_text
+from pipeline.models.load import check_model, model_ref, read_config
+from pipeline.models.support import problem_of
+from pipeline.models.weights import check_weights
+
+if TYPE_CHECKING:
+    from pipeline.config.models import Role
+    from pipeline.config.rope import RopeScaling
+    from pipeline.config.schema import Config
+
+
+def check_models(config: Config) -> None:
+    """Raise BadData for a model that cannot be run, before any work; reads no weights, asks no hub."""
+    for role in config.models:
+        check_role(config, role)
+
+
+def check_role(config: Config, role: Role, weights: bool = True) -> None:
+    """The same for the target, or for the drafter as it is in each variant.
+
+    Args:
+        weights: also look at the headers of a local folder's weights.
+    """
+    spec, reach = config.models[role], longest_text(config)
+    if spec.kind == "scratch":
+        for name, rope in ropes(config, role):
+            given = spec.model_copy(update={"rope_scaling": rope}) if rope else spec
+            if problem := problem_of(scratch_config(given, config.data.tokenizer.vocab_size), reach):
+                raise BadData(f"cannot run the {name}: {problem}")
+        return
+    folder = config_folder(spec.path, spec.revision)
+    if folder is None:
+        return  # loading will say so, or fetch it
+    ref = model_ref(spec, None, role, reach)
+    for name, rope in ropes(config, role):
+        check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
+    if weights and Path(spec.path).expanduser().is_dir():  # of the hub, they may not be here yet
+        check_weights(ref, folder, read_config(ref, folder))
+
+
+def ropes(config: Config, role: Role) -> Iterator[tuple[str, RopeScaling | None]]:
+    """What a role is called and the rope parameters that replace its own, in each variant."""
+    for variant in config.train.variants if role == "drafter" else ():
+        field = f" with train.variants.{variant.name}.rope_scaling" if variant.rope_scaling else ""
+        yield f"{role}{field}", variant.rope_scaling
+    if role == "target":
+        yield role, None
