@@ -16,7 +16,7 @@ from pipeline.models.build import prepare_model
 from pipeline.models.hub import model_files, model_folder
 from pipeline.models.limits import rotations
 from pipeline.models.support import problem_of, problem_of_loaded, short
-from pipeline.models.weights import check_weights, must_be_whole
+from pipeline.models.weights import check_weights, must_be_whole, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +98,7 @@ def load_model(
             `models.support`), lacks weights, or has fewer logits than the tokenizer has tokens.
     """
     path, folder = ref.path, model_folder(ref)
+    weight_files(ref, folder)  # first: a hub's model without files has no folder to read a config from
     config = check_model(ref, folder)
     check_weights(ref, folder, config)
     if config.vocab_size < num_tokens:
