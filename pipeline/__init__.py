@@ -14,7 +14,7 @@ Rooms, from the ground up:
     store/        artifacts, their files and typed rows
     kv/           which prefix entries a drafter keeps (policies), views of a prefix, caches
     config/       every field with unit, range and meaning; files, overrides, error texts
-    models/       target and drafter: loaded, built from nothing, converted, exported
+    models/       target and drafter: which can be run; loaded, built from nothing, converted, exported
     decode/       autoregressive and speculative decoding, draft sources, exact replay
     data/         documents, packed sequences, prompts; in data/sources/ a reader for each kind of source
     sweep/        the cells that are evaluated: replayed, timed, predicted

@@ -111,7 +111,7 @@ class RayExecutor(Executor):
         busy: dict[Any, tuple[Any, Item, int]] = {}
         given_up: list[str] = []
         succeeded, losses, since = 0, 0, time.monotonic()
-        ended = since  # the last time that an item came back
+        ended = since  # the last time that an item came back, or that there was none to wait for
         with progress(len(items), description) as bar:
             while queue or busy:
                 while queue and (worker := pool.take(len(queue))) is not None:
@@ -120,6 +120,8 @@ class RayExecutor(Executor):
                     busy[worker.remote(item, work_item)] = (worker, item, attempt)
                 if not queue:
                     pool.release()
+                if not busy:  # workers wait for room on machines that others use
+                    ended = time.monotonic()
                 waiting = [*busy, *pool.starting]
                 done, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_S) if waiting else ([], [])
                 if not done:

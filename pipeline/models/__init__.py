@@ -1,1 +1,1 @@
-"""Language models: loaded, built from nothing, converted, exported."""
+"""Language models: whether they can be run here; loaded, built from nothing, converted, exported."""

@@ -17,7 +17,7 @@ from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import FailedCell, PromptRow
 from tests.faults.test_processes import SLOW
 from tests.helpers.clock import patience
-from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail
+from tests.helpers.fault_toy import Tally, Toy, artifact, check_whole, log_of, tail
 
 LONG, SPARE_MB = 24_000, 24
 
@@ -113,5 +113,4 @@ def test_what_kills_its_worker_is_recorded_and_the_rest_is_done(
     assert {cell.cell.drafter for cell in failed} == {"full_only", "multi_view"}
     assert len({cell.prompt_id for cell in failed}) == 8
     assert toy.run(storage, SLOW) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)

@@ -13,7 +13,18 @@ import psutil
 import pytest
 
 from tests.faults.test_storage import marks
-from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail, wait_until
+from tests.helpers.fault_processes import evaluator_at_work, workers
+from tests.helpers.fault_toy import (
+    Tally,
+    Toy,
+    artifact,
+    check_whole,
+    log_of,
+    missing,
+    outcome,
+    tail,
+    wait_until,
+)
 
 # Python's sources take long enough to encode that a task can be met at work.
 STDLIB = (
@@ -22,18 +33,6 @@ STDLIB = (
 )
 # So that a slice of prompts takes long enough to be met at work.
 SLOW = f"sweep.gammas={[*range(1, 65)]}"
-
-
-def workers(above: subprocess.Popen[str] | psutil.Process, doing: str) -> list[psutil.Process]:
-    """Ray's worker processes below a driver or raylet whose title says that they do this."""
-    found = []
-    for process in psutil.Process(above.pid).children(recursive=True):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith(f"ray::{doing}"):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def finish(driver: subprocess.Popen[str], storage: Path) -> None:
@@ -64,14 +63,10 @@ def test_a_killed_evaluator_is_replaced(toy: Toy, tally: Tally, tmp_path: Path) 
     expected, storage = toy.clean(SLOW), tmp_path / "runs"
     assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
     driver = toy.start(storage, SLOW, executor="ray")
-    # Of two slices of prompts the first is written, so that it works on the second.
-    wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
-    (victim, *_) = wait_until(lambda: workers(driver, "Worker.call"), driver, "an evaluator at work")
-    victim.kill()
+    evaluator_at_work(storage, driver).kill()
     finish(driver, storage)
     assert "replay: attempt 1 of" in log_of(storage).read_text()
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.fixture
@@ -111,8 +106,7 @@ def test_a_node_is_lost_and_the_others_finish(toy: Toy, tally: Tally, tmp_path: 
     cluster.remove_node(victim, allow_graceful=False)
     finish(driver, storage)
     assert "replay: attempt 1 of" in log_of(storage).read_text()
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +135,7 @@ def test_the_driver_is_killed_and_the_same_command_resumes(
     os.killpg(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL
     assert toy.run(storage) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.ray
@@ -160,5 +153,4 @@ def test_the_driver_on_ray_is_killed(toy: Toy, tally: Tally, tmp_path: Path) -> 
     assert toy.run(storage, SLOW) == 0, tail(storage)
     for process in psutil.wait_procs(family, timeout=0)[1]:
         process.kill()  # Ray's own idle agents may stay for minutes
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.clock import patience
-from tests.helpers.fault_toy import Tally, Toy, artifact, log_of, missing, outcome, tail
+from tests.helpers.fault_toy import Tally, Toy, artifact, check_whole, log_of, tail
 
 
 def flip(file: Path) -> Path:
@@ -54,8 +54,7 @@ def test_damage_is_named_and_mended(toy: Toy, tally: Tally, tmp_path: Path, name
     written = {f: f.stat().st_mtime_ns for f in storage.glob("*-*/**/*") if f.is_file()}
     assert toy.run(storage) == 0, tail(storage)
     assert f"{file} is damaged or missing; it is made again" in log_of(storage).read_text()
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
     of_others = [f for f, time in written.items() if file.parent not in f.parents and f != file]
     kept = [f for f in of_others if f.exists() and f.stat().st_mtime_ns == written[f]]
     assert len(kept) > len(of_others) / 2
@@ -67,8 +66,7 @@ def test_two_runs_share_the_work(toy: Toy, tally: Tally, tmp_path: Path, attempt
     expected, storage = toy.clean(), tmp_path / "runs"
     both = [toy.start(storage), toy.start(storage)]
     assert [process.wait(patience(240)) for process in both] == [0, 0], tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
     made = [line for line in log_of(storage).read_text().splitlines() if ": done in " in line]
     stages = ["prepare", "pretrain", "teach", "train", "sweep"]
     # Whoever waits finds the work done; each stage was done at least once, and its work once.
@@ -113,5 +111,4 @@ def test_a_full_disk_is_said_and_a_larger_one_ends_well(
     assert not list(storage.rglob("*.tmp"))
     small_disk(64 * 1024)
     assert toy.run(storage) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)

@@ -16,15 +16,15 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.observe.training import read_metrics
-from pipeline.store.layout import METRICS
-from tests.faults.test_processes import SLOW, workers
+from tests.faults.test_processes import SLOW
 from tests.helpers.clock import patience
+from tests.helpers.fault_processes import evaluator_at_work, logged, training_workers
 from tests.helpers.fault_toy import (
     PATIENCE_S,
     Tally,
     Toy,
     artifact,
+    check_whole,
     log_of,
     missing,
     outcome,
@@ -63,8 +63,7 @@ def test_a_disk_that_can_only_be_read_is_named(
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert log_of(storage).read_text() == log
     assert toy.run(storage) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.slow
@@ -77,8 +76,7 @@ def test_a_disk_without_locks_is_named(toy: Toy, tally: Tally, tmp_path: Path) -
     assert toy.run(storage, PYTHONPATH=path) == 4, tail(storage)
     assert "has no locks" in tail(storage) and "Traceback" not in tail(storage)
     assert toy.run(storage) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.slow
@@ -97,14 +95,11 @@ def test_the_clock_jumps_back(toy: Toy, tally: Tally, tmp_path: Path) -> None:
         DONT_FAKE_MONOTONIC="1",
         FAKETIME_DONT_FAKE_MONOTONIC="1",
     )
-    wait_until(
-        lambda: (d := artifact(storage, "drafter-full_only")) and (d / METRICS).exists(), driver, "rows"
-    )
+    wait_until(logged(storage, 1), driver, "a row of training")
     clock.write_text("-3600")
     assert driver.wait(patience(2 * PATIENCE_S)) == 0, tail(storage)
     assert toy.run(storage) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.slow
@@ -162,15 +157,7 @@ def test_a_changed_target_is_noticed(toy: Toy, tally: Tally, tmp_path: Path) -> 
         assert "target" in said and "was changed while this run used it (model.safetensors)" in said
         assert "Traceback" not in said
     assert toy.run(storage, *pretrained) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), outcome(clean))
-    assert tally.lost == 0
-
-
-def met(storage: Path, driver: subprocess.Popen[str]) -> psutil.Process:
-    """An evaluator at work, once the first of two slices of prompts is written."""
-    wait_until(lambda: (s := artifact(storage, "sweep")) and list(s.glob("rows/*.jsonl")), driver, "rows")
-    found: psutil.Process = wait_until(lambda: workers(driver, "Worker.call"), driver, "an evaluator")[0]
-    return found
+    check_whole(tally, storage, outcome(clean))
 
 
 @pytest.mark.ray
@@ -180,14 +167,13 @@ def test_a_hanging_evaluator_is_given_up(toy: Toy, tally: Tally, tmp_path: Path)
     expected, storage = toy.clean(SLOW), tmp_path / "runs"
     assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
     driver = toy.start(storage, SLOW, "run.stall_minutes=0.5", executor="ray")
-    victim = met(storage, driver)
+    victim = evaluator_at_work(storage, driver)
     victim.send_signal(signal.SIGSTOP)
     assert driver.wait(patience(2 * PATIENCE_S)) == 4, tail(storage)
     assert "nothing has ended for 0.5 minutes" in tail(storage)
     assert not psutil.wait_procs([victim], timeout=patience(30))[1], "a stopped worker is left running"
     assert toy.run(storage, SLOW, executor="ray") == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.ray
@@ -198,23 +184,14 @@ def test_a_hanging_rank_is_given_up(toy: Toy, tally: Tally, tmp_path: Path) -> N
     expected, storage = toy.clean(*two, executor="ray"), tmp_path / "runs"
     driver = toy.start(storage, *two, "run.stall_minutes=1", executor="ray")
 
-    def rows() -> bool:
-        folder = artifact(storage, "drafter-full_only")
-        return bool(folder and read_metrics(folder / METRICS))
-
-    wait_until(rows, driver, "rows of training")
-    (victim, *_) = [
-        process
-        for process in psutil.Process(driver.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]
+    wait_until(logged(storage, 10), driver, "step 10")
+    victim = training_workers(driver.pid)[0]
     victim.send_signal(signal.SIGSTOP)
     assert driver.wait(patience(2 * PATIENCE_S)) == 4, tail(storage)
     assert "nothing has ended for 1 minutes" in tail(storage)
     assert not psutil.wait_procs([victim], timeout=patience(30))[1], "a stopped worker is left running"
     assert toy.run(storage, *two, executor="ray") == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 def new_cluster() -> Any:
@@ -249,5 +226,4 @@ def test_another_cluster_goes_on(toy: Toy, tally: Tally, tmp_path: Path) -> None
         assert toy.run(storage, SLOW, address, executor="ray") == 0, tail(storage)
     finally:
         cluster.shutdown()
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)

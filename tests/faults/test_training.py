@@ -7,24 +7,21 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from pipeline.observe.training import read_metrics
-from pipeline.store.layout import METRICS
 from pipeline.train.checkpoints import latest, step_of
 from tests.helpers.clock import patience
+from tests.helpers.fault_processes import FIRST, logged, training_workers
 from tests.helpers.fault_toy import (
     PATIENCE_S,
     Tally,
     Toy,
     artifact,
+    check_whole,
     log_of,
-    missing,
     outcome,
     tail,
     wait_until,
@@ -34,7 +31,6 @@ STEPS = 80
 OVERRIDES = (f"train.steps={STEPS}", "train.checkpoint_every=10")
 RARELY = (f"train.steps={STEPS}", "train.checkpoint_every=1000")  # rows of the log come every 10 steps anyway
 TWO = "train.num_workers=2"
-FIRST = "drafter-full_only"  # trained before multi_view, in the same launch
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +63,6 @@ def expected_of_two(toy: Toy, taught: Path) -> dict[str, Any]:
     return clean(toy, taught, TWO, executor="ray")
 
 
-def logged(storage: Path, step: int) -> Callable[[], bool]:
-    """Whether the first drafter has come to a step."""
-
-    def ready() -> bool:
-        folder = artifact(storage, FIRST)
-        return bool(folder and (rows := read_metrics(folder / METRICS)) and rows[-1]["step"] >= step)
-
-    return ready
-
-
 def newest(storage: Path) -> Path:
     folder = artifact(storage, FIRST)
     assert folder is not None
@@ -99,8 +85,7 @@ def test_sigterm_inline(toy: Toy, storage: Path, expected: dict[str, Any], tally
     process.terminate()
     check_stopped(process, storage, 143)
     assert toy.run(storage, *RARELY, stage="train") == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.slow
@@ -116,8 +101,7 @@ def test_damaged_checkpoint(toy: Toy, storage: Path, expected: dict[str, Any], t
     file.write_bytes(bytes(content))
     assert toy.run(storage, *OVERRIDES, stage="train") == 0, tail(storage)
     assert f"{file} is damaged" in log_of(storage).read_text()
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.slow
@@ -133,20 +117,7 @@ def test_not_finite(toy: Toy, storage: Path, expected: dict[str, Any], tally: Ta
     assert diverged is not None and not (diverged / "manifest.json").exists()
     shutil.rmtree(diverged)  # of another fingerprint than the right rate's
     assert toy.run(storage, *OVERRIDES, stage="train") == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected)
-    assert tally.lost == 0
-
-
-def training_workers(driver: int) -> list[psutil.Process]:
-    """Ray Train's workers among all that the driver has started, and what these have started."""
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:  # it has just ended
-            continue
-    return found
+    check_whole(tally, storage, expected)
 
 
 @pytest.mark.long
@@ -159,8 +130,7 @@ def test_killed_rank(toy: Toy, storage: Path, expected_of_two: dict[str, Any], t
     assert len(workers) == 2
     os.kill(workers[-1].pid, signal.SIGKILL)
     assert process.wait(timeout=patience(2 * PATIENCE_S)) == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected_of_two)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected_of_two)
 
 
 @pytest.mark.long
@@ -172,5 +142,4 @@ def test_sigterm_ray(toy: Toy, storage: Path, expected_of_two: dict[str, Any], t
     process.terminate()
     check_stopped(process, storage, 143)
     assert toy.run(storage, *RARELY, TWO, executor="ray", stage="train") == 0, tail(storage)
-    tally.lost += missing(outcome(storage), expected_of_two)
-    assert tally.lost == 0
+    check_whole(tally, storage, expected_of_two)

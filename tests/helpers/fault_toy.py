@@ -177,6 +177,12 @@ def missing(found: dict[str, Any], expected: dict[str, Any]) -> int:
     return sum(not same(found.get(name), expected.get(name)) for name in names)
 
 
+def check_whole(tally: Tally, storage: Path, expected: dict[str, Any]) -> None:
+    """The end of a fault's test: the storage holds what a run without it makes, nothing lost or doubled."""
+    tally.lost += missing(outcome(storage), expected)
+    assert tally.lost == 0
+
+
 def same(ours: Any, theirs: Any) -> bool:
     """Equal, numbers up to the rounding of another engine or number of workers."""
     if isinstance(ours, dict) and isinstance(theirs, dict):

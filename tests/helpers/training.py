@@ -1,4 +1,4 @@
-"""The smallest thing that trains: a line, its schedule and its engine."""
+"""What is trained in tests: a line, with its schedule and engine, and a variant on windows of labels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.config.schema import Config
 from pipeline.train.engine import TorchEngine
 from pipeline.train.loop import Schedule
 from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
+SEQUENCE, WINDOW = 80, 12  # tokens of the labelled sequences, and of the windows of `config_for`
+LABELS_K = 6
 
 
 class Line:
@@ -50,3 +53,11 @@ def torch_engine(model: PreTrainedModel, schedule: Schedule) -> TorchEngine:
         accumulation=schedule.micro_batches,
         bfloat16=False,
     )
+
+
+def config_for(variant: dict[str, Any], **train: Any) -> Config:
+    """One variant, two windows a sequence."""
+    settings = {"batch_sequences": 4, "micro_batch_sequences": 2, "window_tokens": WINDOW, "windows": 2}
+    changes = {f"train.{name}": value for name, value in (settings | train).items()}
+    top_k = {"data.sequence_tokens": SEQUENCE, "labels.top_k": LABELS_K}
+    return tiny_config({**top_k, **changes, "train.variants": [{"name": "v", **variant}]})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from jobs.executors.choose import NoExecutor, make_executor
 from jobs.executors.inline import InlineExecutor
 from jobs.executors.ray_executor import RayExecutor
 from jobs.executors.ray_train import disk_error, read_settings
-from pipeline.errors import BadData, NotFinite
+from pipeline.errors import BadData, Incomplete, NotFinite
 from pipeline.train.checkpoints import checkpoint_folder, latest
 from pipeline.train.job import TrainJob, run_job
 from pipeline.train.objectives import MultiView
@@ -61,6 +62,26 @@ def complain(number: int) -> int:
     if number == 2:
         raise BadData("row 2 of the file is empty")
     return number
+
+
+def wait_in(folder: Path, number: int) -> int:
+    """Item 1 does not end before the test does."""
+    while number == 1 and not (folder / "over").exists():
+        time.sleep(0.1)
+    return number
+
+
+@pytest.mark.ray
+def test_work_in_which_nothing_ends_is_given_up(
+    on_local_ray: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("jobs.executors.ray_executor.LOOK_S", 0.2)
+    executor = RayExecutor(tiny_config({**RAY, "run.stall_minutes": 0.05}))
+    try:
+        with pytest.raises(Incomplete, match=r"wait: nothing has ended for 0.05 minutes, waiting for .*1"):
+            list(executor.map(partial(wait_in, tmp_path), [0, 1], "wait"))
+    finally:
+        (tmp_path / "over").touch()
 
 
 class Counter:

@@ -32,7 +32,8 @@ class TinyForCausalLM(LlamaForCausalLM):
 """
 # Copies of one process, as the libraries take long to import; they load at the same time.
 LOAD = """
-import os, sys, torch, traceback, transformers.models.llama.modeling_llama
+import os, sys, torch, transformers.models.llama.modeling_llama
+from pipeline.errors import BadData
 from pipeline.models.load import ModelRef, load_model
 repo, trust, copies = sys.argv[1], sys.argv[2] == "trust", int(sys.argv[3])
 for _ in range(copies):
@@ -40,8 +41,8 @@ for _ in range(copies):
         try:
             model = load_model(ModelRef(repo, trust_remote_code=trust), 97)
             told = f"{type(model).__name__} {sum(p.double().sum().item() for p in model.parameters())}"
-        except Exception:
-            told = traceback.format_exc().strip()
+        except BadData as error:
+            told = f"BadData: {error}"
         os.write(1, f"{told}\\n".encode())
         os._exit(0)
 for _ in range(copies):

@@ -6,9 +6,7 @@ prefix's keys and values, and hides what a policy does not keep with a mask.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,17 +21,13 @@ from pipeline.config.schema import Config
 from pipeline.kv.policies import SNAP_WINDOW, select
 from pipeline.kv.view_cache import WHOLE
 from pipeline.kv.views import view_of
-from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.train.losses import States
-from pipeline.train.objectives import MultiView, NextToken, window_scores
-from tests.helpers.pairs import make_pair, plain_tokens, rounds_of
-from tests.helpers.tiny import VOCABULARY, numbers, tiny_config, tiny_prompts
+from pipeline.train.objectives import MultiView, window_scores
+from tests.helpers.tiny import VOCABULARY, numbers
+from tests.helpers.training import CPU, SEQUENCE, WINDOW, config_for
 from tests.helpers.zoo import our_model, tiny
 
-CPU = torch.device("cpu")
-SEQUENCE, WINDOW = 80, 12
-LABELS_K = 6
 NO_LIMIT = 2**40
 
 
@@ -96,31 +90,6 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) ->
         scale = float(gradient.abs().max())
         assert scale > 0, name
         torch.testing.assert_close(ours[name], gradient, atol=2e-5 * scale, rtol=1e-4, msg=name)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledSequences:
-    """Random sequences, and labels that have nothing to do with them."""
-    folder: Path = tmp_path_factory.mktemp("labels")
-    rng = np.random.default_rng(2)
-    log_p = torch.from_numpy(rng.normal(size=(9, SEQUENCE, VOCABULARY)) * 2).log_softmax(-1)
-    top = log_p.topk(LABELS_K, dim=-1)
-    arrays = {
-        "tokens": numbers(9, SEQUENCE, seed=1),
-        "argmax": log_p.argmax(-1).numpy().astype(np.uint16),
-        "ids": top.indices.numpy().astype(np.uint16),
-        "log_probs": top.values.numpy().astype(np.float16),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"shard-00000.{name}.npy", array)
-    return LabelledSequences(folder, temperature=1.0)
-
-
-def config_for(variant: dict[str, Any], **train: Any) -> Config:
-    settings = {"batch_sequences": 4, "micro_batch_sequences": 2, "window_tokens": WINDOW, "windows": 2}
-    changes = {f"train.{name}": value for name, value in (settings | train).items()}
-    top_k = {"data.sequence_tokens": SEQUENCE, "labels.top_k": LABELS_K}
-    return tiny_config({**top_k, **changes, "train.variants": [{"name": "v", **variant}]})
 
 
 def textbook(name: str, logits: Tensor, data: LabelledSequences, rows: list[int], start: int) -> Tensor:
@@ -314,47 +283,6 @@ def test_bfloat16_gradients_reach_every_parameter(
         assert float((rounded[name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
 
 
-def test_next_token_loss_is_transformers_own(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
-    np.save(tmp_path / "train-00000.npy", numbers(6, 96, seed=5))
-    config = tiny_config()
-    assert config.target.kind == "scratch"
-    tokens = Shards([tmp_path / "train-00000.npy"])
-    prompts = tiny_prompts("validation", 3, 40, 8)
-    model = make_model(seed=2)
-    objective = NextToken(config, config.target.pretrain, tokens, prompts, CPU)
-    loss, terms = objective.loss(model, step=1, micro=0)
-    rows = tokens.rows(batch_indices(6, 2, config.seed, 1))
-    torch.testing.assert_close(loss, model(input_ids=rows, labels=rows, use_cache=False).loss)
-    assert torch.equal(terms["next_token"], loss)
-    with torch.no_grad():
-        own = [
-            float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-            for ids in (torch.tensor([prompt.tokens]) for prompt in prompts)
-        ]
-    assert objective.validate(model) == {"validation/next_token": pytest.approx(sum(own) / 3)}
-
-
-def test_pretraining_on_pieces_reads_a_part_of_each_sequence(model: PreTrainedModel, tmp_path: Path) -> None:
-    """Sequences that count upwards: whatever the piece, its tokens follow one another."""
-    config = config_for({"sparse_weight": 0})
-    rows = np.arange(SEQUENCE)[None] % VOCABULARY + np.zeros((6, 1), dtype=int)
-    np.save(tmp_path / "s.npy", rows.astype(np.uint16))
-    group = config.target.pretrain.model_copy(update={"sequence_tokens": 33})  # type: ignore[union-attr]
-    objective = NextToken(config, group, Shards([tmp_path / "s.npy"]), [], CPU)
-    pieces = [rows[0, at : at + 33] for at in range(SEQUENCE - 33 + 1)]
-    with torch.no_grad():
-        losses = [
-            float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-            for ids in (torch.from_numpy(piece)[None] for piece in pieces)
-        ]
-        found = [float(objective.loss(model, step, 0)[0]) for step in range(8)]
-    nearest = [min(range(len(losses)), key=lambda at: abs(losses[at] - loss)) for loss in found]
-    assert all(found[i] == pytest.approx(losses[at], rel=1e-5) for i, at in enumerate(nearest))
-    assert len(set(nearest)) > 3, "pieces come from different places"
-
-
 def test_a_variant_with_several_seeds_is_a_drafter_for_each(
     model: PreTrainedModel, data: LabelledSequences
 ) -> None:
@@ -368,70 +296,3 @@ def test_a_variant_with_several_seeds_is_a_drafter_for_each(
     assert loss(several, 0) == loss(several, 0) != loss(several, 1)
     single = config_for({"budgets": {16: 1.0}, "seeds": [plain.seed]})
     assert [v.name for v in single.train.drafters] == ["v"] and loss(single, 0) == loss(plain, 0)
-
-
-def test_validation_acceptance_is_that_of_decoding(
-    target: PreTrainedModel, drafter: PreTrainedModel, data: LabelledSequences
-) -> None:
-    """Pooled over three prompts, one of which the target ends by itself."""
-    config = config_for(
-        {"budgets": {16: 1.0}, "policy": "streaming"}, validation_budgets=[16, "full", 0], validation_gamma=3
-    )
-    limit, pairs = 20, []
-    counts = {"b16": [0, 0], "full": [0, 0], "b0": [0, 0]}
-    for number, prompt in enumerate(tiny_prompts("validation", 3, 44, limit)):
-        tokens = torch.tensor([prompt.tokens])
-        (plain,) = plain_tokens(make_pair(target, drafter, [tokens], FULL, limit), limit)
-        eos = frozenset({plain[9]}) if number == 1 else frozenset[int]()
-        if eos:
-            plain = plain[: plain.index(plain[9]) + 1]
-        for name, budget in (("b16", 16), ("full", "full"), ("b0", 0)):
-            pair = make_pair(target, drafter, [tokens], view_of("streaming", budget), limit + 3)
-            for one in rounds_of(pair, 3, limit, eos)[0]:
-                counts[name][0] += one.accepted
-                counts[name][1] += one.proposed
-        pairs.append(
-            (
-                prompt,
-                Continuation(
-                    **prompt.model_dump(include={"prompt_id", "document_id", "dataset", "context", "split"}),
-                    prompt_tokens=44,
-                    tokens=plain,
-                    gaps=[1.0] * len(plain),
-                    eos_at=len(plain) - 1 if eos else None,
-                    text="",
-                    repetition_rate=0.0,
-                ),
-            )
-        )
-    objective = MultiView(config, config.train.variants[0], data, pairs, CPU)
-    found = objective.validate(copy.deepcopy(drafter))
-    assert found == {
-        f"validation/acceptance_{name}": pytest.approx(accepted / proposed)
-        for name, (accepted, proposed) in counts.items()
-    }
-    assert 0 < found["validation/acceptance_full"] < 1
-
-
-def test_validation_passes_over_texts_that_end_at_once(
-    target: PreTrainedModel, drafter: PreTrainedModel, data: LabelledSequences
-) -> None:
-    """As an instruct model's do behind a finished document: the prefill's token is an EOS."""
-    config = config_for({"budgets": {16: 1.0}}, validation_budgets=[16, "full"], validation_gamma=3)
-    prompts = tiny_prompts("validation", 3, 44, 20)
-
-    def pair(prompt: Prompt, tokens: list[int], eos_at: int | None) -> tuple[Prompt, Continuation]:
-        names = prompt.model_dump(include={"prompt_id", "document_id", "dataset", "context", "split"})
-        return prompt, Continuation(
-            **names, prompt_tokens=44, tokens=tokens, gaps=[1.0] * len(tokens), eos_at=eos_at, text="",
-            repetition_rate=0.0,
-        )  # fmt: skip
-
-    def validate(*pairs: tuple[Prompt, Continuation]) -> dict[str, float]:
-        return MultiView(config, config.train.variants[0], data, pairs, CPU).validate(drafter)
-
-    ended = [pair(prompt, [2], 0) for prompt in prompts[:2]]
-    (plain,) = plain_tokens(make_pair(target, drafter, [torch.tensor([prompts[2].tokens])], FULL, 20), 20)
-    written = pair(prompts[2], plain, None)
-    assert validate(*ended) == {}
-    assert validate(*ended, written) == validate(written) != {}
