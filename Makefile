@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 TRIES ?= 3
+MINUTES ?= 60
+SEED ?= 1
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-long test-faults bench lint format clean distclean
+.PHONY: help setup demo test test-slow test-long test-faults soak bench lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,10 +47,11 @@ test-slow: setup ## run those that `make test` leaves out: larger grids, faults,
 test-long: setup ## run those that neither runs: a cluster, containers' install steps, whole studies
 	$(BIN)/python -m pytest -q -m "long and not fault" --long
 
-# Options with =, or pytest takes the files for tests and does not find the options.
 test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
-	$(BIN)/python -m pytest -q -m fault --long --tries=$(TRIES) \
-		--faults-json=faults.json --faults-table=docs/reliability.md
+	$(BIN)/python -m pytest -q -m fault --long --tries=$(TRIES) --faults-page
+
+soak: setup ## break pipelines at random for so many MINUTES; writes soak.json and docs/reliability.md
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 bench: setup ## correctness, then every timed row beside its target; writes bench.json
 	$(BIN)/python -m benchmarks

@@ -81,19 +81,20 @@ def main() -> int:
 
 def gpu_rows() -> list[Row]:
     """The rows that need a GPU; without one they stay empty."""
-    from benchmarks import gpu
+    from benchmarks.gpu import checks, decoding, kernels
 
     if not torch.cuda.is_available():
         print("no GPU: its rows stay empty", flush=True)
-        return gpu.missing_rows()
-    from benchmarks import kernels
-
+        return decoding.missing_rows()
     print("correctness", flush=True)
-    kernels.check()
-    gpu.check()
-    bandwidth = kernels.copy_bandwidth()
+    for shapes in (checks.ODD, checks.REAL):
+        for checked in checks.check_rows(shapes, "cuda"):
+            assert checked.met, table([checked])
+    decoding.check()
+    sizes = kernels.Sizes()
+    bandwidth = kernels.copy_bandwidth(sizes)
     print(f"{gpu_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
-    return [*gpu.rows(gpu.Setting(), bandwidth, gpu_name()), *kernels.kernel_rows(bandwidth)]
+    return [*decoding.rows(decoding.Setting(), bandwidth, gpu_name()), *kernels.kernel_rows(sizes, bandwidth)]
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ from tests.helpers.toys import toy_config
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run what takes long, too")
     parser.addoption("--tries", type=int, default=1, help="how often each test of a fault is tried")
-    parser.addoption("--faults-json", metavar="FILE", help="write what came of every fault")
-    parser.addoption("--faults-table", metavar="FILE", help="write the same as a Markdown page")
+    parser.addoption("--faults-page", action="store_true", help="write faults.json and docs/reliability.md")
 
 
 @pytest.hookimpl(tryfirst=True)

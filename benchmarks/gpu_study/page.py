@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.gpu import PAPER_POINTS
+from benchmarks.gpu.decoding import PAPER_POINTS
 from benchmarks.page_parts import acceptance, check_table, end_to_end, interval_text, points, speed
 from jobs.stages.pipeline import run_pipeline, settled
 from pipeline.axes import Cell

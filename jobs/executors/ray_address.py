@@ -6,6 +6,7 @@ Ray itself tries an address where nothing answers for minutes, and what it then 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from tempfile import TemporaryFile
 from types import ModuleType
 from typing import Any
 
+from jobs import raise_on_sigterm
 from pipeline.config.run import Run
 from pipeline.errors import ConfigError
 from pipeline.store.storage import shortened
@@ -51,6 +53,7 @@ def start_ray(run: Run, **options: Any) -> ModuleType:
 
     Raises:
         ConfigError: if that cannot be; the text names the field or the variable.
+        Terminated: if SIGTERM arrives meanwhile.
     """
     what, starts = check_ray(run), named(run)[1] == LOCAL
     if not starts:
@@ -59,9 +62,13 @@ def start_ray(run: Run, **options: Any) -> ModuleType:
 
     try:
         ray.init(address=address_of(run), **options)
+    except SystemExit:  # from the handler of SIGTERM that Ray sets while it starts
+        raise_on_sigterm()
+        signal.raise_signal(signal.SIGTERM)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{what}: {first}; {STARTING if starts else JOINING}") from error
+    raise_on_sigterm()  # Ray's own handler has replaced ours
     return ray
 
 

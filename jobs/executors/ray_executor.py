@@ -17,7 +17,6 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-from jobs import raise_on_sigterm
 from jobs.executors.base import Batch, Executor, Item, Result, stalled
 from jobs.executors.ray_address import LOCAL, address_of, start_ray
 from jobs.executors.ray_cluster import check_nodes, count_fitting, request
@@ -59,7 +58,6 @@ class RayExecutor(Executor):
             logging_level=logging.WARNING,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **record_folder()}},
         )
-        raise_on_sigterm()  # Ray's own handler has replaced ours
         from jobs.executors.ray_metrics import RayMetrics
 
         self.contexts.enter_context(listening(RayMetrics()))

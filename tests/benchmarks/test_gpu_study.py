@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu import missing_rows
+from benchmarks.gpu.decoding import missing_rows
 from benchmarks.gpu_study import __main__ as gpu_study
 from benchmarks.gpu_study import page as gpu_page
 from benchmarks.gpu_study import travel

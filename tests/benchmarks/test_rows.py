@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks import gpu, scale
+from benchmarks import scale
 from benchmarks.baselines import huggingface
 from benchmarks.decoding import check
+from benchmarks.gpu import decoding as gpu
 from benchmarks.grid import grid_rows
 from benchmarks.memory import memory_row
 from benchmarks.pairs import Ours, Pair
@@ -26,7 +27,7 @@ from benchmarks.zero import SMALL, Held, check_losses, storage_bytes, zero_rows
 from pipeline.axes import FULL
 from pipeline.kv.views import view_of
 from pipeline.train.losses import LOSSES, TargetLabels
-from pipeline.train.objectives import window_scores
+from pipeline.train.windows import window_scores
 from tests.helpers.models import random_tokens
 
 
@@ -194,11 +195,11 @@ def test_gpu_rows_at_toy_size_on_any_device() -> None:
         device="cpu", compile="none", dtype=torch.float32, target=toy, drafter=toy, points=points,
         gammas=(2, 4), budget=16, budgets=(16, 32), new_tokens=12, repeats=2, inner=2,
     )  # fmt: skip
-    rows = gpu.rows(setting, 1e10, "toy")
+    rows = list(gpu.rows(setting, 1e10, "toy"))
     names = {one.row.replace("B = 16", "B = 512") for one in rows}
     for missing in gpu.missing_rows():
         if "copy bandwidth" in missing.row and "at 16K" in missing.row:
-            continue  # the kernels' own, in benchmarks/kernels.py
+            continue  # the kernels' own, in benchmarks/gpu/kernels.py
         stem = missing.row.removesuffix(", best γ")
         assert any(name.startswith(stem) for name in names), missing.row
         assert missing.value is None and missing.met is None and missing.target

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import reliability
 from tests.helpers.fault_toy import Tally, Toy, make_toy
 
 
@@ -86,23 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    lines = list(session.config.stash.get(FAULTS, {}).values())
-    if file := session.config.getoption("faults_json"):
-        Path(file).write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
-    if file := session.config.getoption("faults_table"):
-        Path(file).write_text(table(lines), encoding="utf-8")
-
-
-def table(lines: list[Fault]) -> str:
-    """The page: fault × tries × survived × lost."""
-    rows = "\n".join(f"| {line.fault} | {line.tries} | {line.survived} | {line.lost} |" for line in lines)
-    return f"{HEAD}\n| fault | tries | survived | lost |\n|---|---|---|---|\n{rows}\n"
-
-
-HEAD = """# Reliability
-
-`make test-faults` breaks a small pipeline on purpose, as real processes, files and servers, and runs the same
-command again; it wrote this page and `faults.json`. *Survived*: the run, or the run after it, ended with
-what a run without the fault gives. *Lost*: files, metric rows and sweep rows that were missing, doubled or
-different in the end.
-"""
+    if session.config.getoption("faults_page"):
+        lines = [asdict(line) for line in session.config.stash.get(FAULTS, {}).values()]
+        reliability.FAULTS.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+        reliability.write_page()

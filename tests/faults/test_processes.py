@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +23,7 @@ from tests.helpers.fault_toy import (
     tail,
     wait_until,
 )
+from tests.helpers.ray_cluster import lose, ray_cluster, raylet
 
 # Python's sources take long enough to encode that a task can be met at work.
 STDLIB = (
@@ -69,42 +68,25 @@ def test_a_killed_evaluator_is_replaced(toy: Toy, tally: Tally, tmp_path: Path) 
     check_whole(tally, storage, expected)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head without work and two nodes, as processes of their own."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20},
-    )
-    try:
-        for _ in range(2):
-            made.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        made.wait_for_nodes()
-        yield made
-    finally:
-        made.shutdown()
-
-
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.fault("kill -9 of a whole Ray node while it evaluates")
-def test_a_node_is_lost_and_the_others_finish(toy: Toy, tally: Tally, tmp_path: Path, cluster: Any) -> None:
+def test_a_node_is_lost_and_the_others_finish(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     expected, storage = toy.clean(SLOW), tmp_path / "runs"
     assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
-    options = [SLOW, f"run.ray_address={cluster.address}", "run.cpus_per_task=1", "sweep.num_evaluators=2"]
-    driver = toy.start(storage, *options, executor="ray")
-    wait_until(lambda: "replay:" in log_of(storage).read_text(), driver, "replay")
-    victim = next(iter(cluster.worker_nodes))
-
-    raylet = psutil.Process(victim.all_processes["raylet"][0].process.pid)
-    wait_until(lambda: workers(raylet, "Worker.call"), driver, "an evaluator on the node")
-    # A machine that fails takes its workers with it; a raylet alone leaves them some seconds.
-    for child in raylet.children(recursive=True):
-        child.kill()
-    cluster.remove_node(victim, allow_graceful=False)
-    finish(driver, storage)
+    with ray_cluster(head_cpus=0, nodes=2) as cluster:
+        options = [
+            SLOW,
+            f"run.ray_address={cluster.address}",
+            "run.cpus_per_task=1",
+            "sweep.num_evaluators=2",
+        ]
+        driver = toy.start(storage, *options, executor="ray")
+        wait_until(lambda: "replay:" in log_of(storage).read_text(), driver, "replay")
+        victim = next(iter(cluster.worker_nodes))
+        wait_until(lambda: workers(raylet(victim), "Worker.call"), driver, "an evaluator on the node")
+        lose(cluster, victim)
+        finish(driver, storage)
     assert "replay: attempt 1 of" in log_of(storage).read_text()
     check_whole(tally, storage, expected)
 

@@ -32,6 +32,7 @@ from tests.helpers.fault_toy import (
     wait_until,
 )
 from tests.helpers.mlflow_server import mirrored
+from tests.helpers.ray_cluster import ray_cluster
 
 NO_LOCKS = """
 import errno, fcntl, os
@@ -194,17 +195,6 @@ def test_a_hanging_rank_is_given_up(toy: Toy, tally: Tally, tmp_path: Path) -> N
     check_whole(tally, storage, expected)
 
 
-def new_cluster() -> Any:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 * 2**20},
-    )
-    made.wait_for_nodes()
-    return made
-
-
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.timeout(patience(900))
@@ -212,18 +202,12 @@ def new_cluster() -> Any:
 def test_another_cluster_goes_on(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     expected, storage = toy.clean(SLOW), tmp_path / "runs"
     assert toy.run(storage, SLOW, stage="train") == 0, tail(storage)
-    cluster = new_cluster()
-    try:
+    with ray_cluster(head_cpus=2) as cluster:
         driver = toy.start(storage, SLOW, f"run.ray_address={cluster.address}", executor="ray")
         wait_until(lambda: "replay:" in log_of(storage).read_text(), driver, "replay")
         cluster.head_node.kill_gcs_server(check_alive=False)
         assert driver.wait(patience(2 * PATIENCE_S)) != 0, tail(storage)
-    finally:
-        cluster.shutdown()
-    cluster = new_cluster()
-    try:
+    with ray_cluster(head_cpus=2) as cluster:
         address = f"run.ray_address={cluster.address}"
         assert toy.run(storage, SLOW, address, executor="ray") == 0, tail(storage)
-    finally:
-        cluster.shutdown()
     check_whole(tally, storage, expected)

@@ -97,7 +97,8 @@ def test_rooms_import_without_what_they_do_not_need(tmp_path: Path):
     modules = [module_name(path) for path in sources("pipeline") if room(module_name(path)).split(".")[1:]]
     decoding = [module for module in modules if module.split(".")[1] in BARE]
     assert {"pipeline.decode.loop", "pipeline.models.load", "pipeline.metrics"} <= set(decoding)
-    gpu = ["benchmarks.__main__", "benchmarks.gpu", "benchmarks.kernels"]
+    gpu = ["benchmarks.__main__", "benchmarks.gpu_quick"]
+    gpu += [module_name(path) for path in sources("benchmarks/gpu")]
     heavy = ("ray", "deepspeed", "mlflow", "jobs")
     cases = {
         "core": (heavy, core),

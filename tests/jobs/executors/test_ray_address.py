@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 import time
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 
+import jobs
+from jobs import Terminated, was_terminated
 from jobs.executors.ray_address import SOCKET_BYTES, TRIES, address_of, check_folder, check_ray, start_ray
 from jobs.executors.ray_executor import RayExecutor
 from pipeline.config.run import Run
@@ -49,7 +52,7 @@ class RayError(Exception):
     pass
 
 
-def fake_ray(monkeypatch: pytest.MonkeyPatch, raised: Exception | None = None) -> list[dict[str, Any]]:
+def fake_ray(monkeypatch: pytest.MonkeyPatch, raised: BaseException | None = None) -> list[dict[str, Any]]:
     """Stands in for the module ray; returns the options that `init` is called with."""
     asked: list[dict[str, Any]] = []
 
@@ -138,6 +141,19 @@ def test_a_cluster_that_cannot_be_joined(
     monkeypatch.setenv("RAY_ADDRESS", listener)
     with pytest.raises(ConfigError, match=f"RAY_ADDRESS = {listener}: {error}; see that"):
         start_ray(Run())
+
+
+def test_sigterm_while_ray_starts_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler, which stands by then, ends the process with its own code."""
+    monkeypatch.setattr(jobs, "_received", set())
+    before = signal.getsignal(signal.SIGTERM)
+    fake_ray(monkeypatch, SystemExit(1))
+    try:
+        with pytest.raises(Terminated):
+            start_ray(Run())
+        assert was_terminated()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_ray_that_cannot_start_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from pipeline.kv.view_cache import WHOLE
 from pipeline.kv.views import view_of
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.train.losses import States
-from pipeline.train.objectives import MultiView, window_scores
+from pipeline.train.objectives import MultiView
+from pipeline.train.windows import window_scores
 from tests.helpers.tiny import VOCABULARY, numbers
 from tests.helpers.training import CPU, SEQUENCE, WINDOW, config_for
 from tests.helpers.zoo import our_model, tiny

@@ -1,16 +1,13 @@
 """Decoding at Llama-2-7B's shape on a GPU, with random weights: bandwidth, verification, drafts, speculation.
 
-    python -m benchmarks --only gpu
-
-Needs torch, triton and transformers, and no weights: what is timed does not depend on them. KV caches hold
-random entries, so that no prefill is needed either. `rows` takes any device and shape, so that the whole file
-runs in the tests.
+No weights are needed: what is timed does not depend on them. KV caches hold random entries, so that no
+prefill is needed either. `rows` takes any device and shape, so that the whole file runs in the tests.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -80,17 +77,19 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def random_runner(model: DecodeModel, tokens: int, kept: int, room: int, compile: Compile) -> Runner:
-    """A runner behind a prefix of `tokens`, of which `kept` random entries are in its cache."""
-    runner = Runner(model, 1, kept, room, compile)
+def random_runner(
+    model: DecodeModel, tokens: int, kept: int, room: int, compile: Compile, rows: int = 1
+) -> Runner:
+    """A runner behind prefixes of `tokens`, of which `kept` random entries are in its cache."""
+    runner = Runner(model, rows, kept, room, compile)
     generator = torch.Generator(model.geometry.device).manual_seed(0)
     for buffer in (*runner.cache.keys, *runner.cache.values):
         buffer[:, :, :kept].normal_(generator=generator)
     runner.cache.kept_B.fill_(kept)
     runner.cache.prefix_B.fill_(tokens)
     if runner.cache.turns is not None and runner.cache.rotation is not None:
-        positions_1R = (tokens + runner.cache.step_R).unsqueeze(0)
-        runner.cache.turns = runner.cache.rotation(positions_1R)
+        positions_BR = (tokens + runner.cache.step_R).expand(rows, -1)
+        runner.cache.turns = runner.cache.rotation(positions_BR)
     return runner
 
 
@@ -123,36 +122,50 @@ def check(device: str = "cuda") -> None:
 
 
 @torch.no_grad()
-def rows(setting: Setting, bandwidth: float, name: str) -> list[Row]:
-    """All rows of decoding on this device; `bandwidth` is its measured copy bandwidth, bytes a second."""
+def rows(setting: Setting, bandwidth: float, name: str) -> Iterator[Row]:
+    """All rows of decoding on this device, each as soon as it is measured.
+
+    Args:
+        bandwidth: its measured copy bandwidth, bytes a second.
+        name: the device's.
+    """
     large = random_llama(setting.dtype, setting.device, **setting.target)
     small = random_llama(setting.dtype, setting.device, **setting.drafter)
-    target_weights, drafter_weights = weights_read(large), weights_read(small)
+    weights = (weights_read(large), weights_read(small))
     target, drafter = decode_model(large), decode_model(small)
+    for made in (
+        [draft_row(setting, drafter)],
+        *(point_rows(setting, point, target, drafter, weights, bandwidth) for point in setting.points),
+    ):
+        for result in made:
+            yield replace(result, device=name)
 
-    results = [draft_row(setting, drafter)]
-    for point in setting.points:
-        runner = random_runner(target, point.tokens, point.tokens, setting.room, setting.compile)
-        plain, verified = step_times(setting, runner)
-        read = target_weights + target.geometry.num_bytes(1, point.tokens)
-        results.append(
-            row(
-                f"GPU AR at Llama-2-7B's shape, {point.name}, share of copy bandwidth",
-                [read / seconds / bandwidth for seconds in plain],
-                point.bandwidth,
-                unit="",
-                note=f"{1e3 * sorted(plain)[len(plain) // 2]:.2f} ms a token",
-            )
-        )
-        wanted = 1.15 if point is setting.points[-1] else None
-        label = f"GPU verify of 16 tokens ÷ one AR step, {point.name}"
-        results.append(row(label, ratios(verified, plain), wanted, at_most=True))
-        drafting = random_runner(drafter, point.tokens, setting.budget, setting.room, setting.compile)
-        results += speculation_rows(setting, point, runner, drafting)
-        weights = (target_weights, drafter_weights)
-        results += step_rows(setting, point, runner, drafter, plain, weights, bandwidth)
-        del runner, drafting
-    return [replace(result, device=name) for result in results]
+
+def point_rows(
+    setting: Setting,
+    point: PaperPoint,
+    target: DecodeModel,
+    drafter: DecodeModel,
+    weights: tuple[int, int],
+    bandwidth: float,
+) -> Iterator[Row]:
+    """One context: AR and verification, speculation under synthetic acceptance, every latency."""
+    runner = random_runner(target, point.tokens, point.tokens, setting.room, setting.compile)
+    plain, verified = step_times(setting, runner)
+    read = weights[0] + target.geometry.num_bytes(1, point.tokens)
+    yield row(
+        f"GPU AR at Llama-2-7B's shape, {point.name}, share of copy bandwidth",
+        [read / seconds / bandwidth for seconds in plain],
+        point.bandwidth,
+        unit="",
+        note=f"{1e3 * sorted(plain)[len(plain) // 2]:.2f} ms a token",
+    )
+    wanted = 1.15 if point.name == PAPER_POINTS[-1].name else None
+    label = f"GPU verify of 16 tokens ÷ one AR step, {point.name}"
+    yield row(label, ratios(verified, plain), wanted, at_most=True)
+    drafting = random_runner(drafter, point.tokens, setting.budget, setting.room, setting.compile)
+    yield from speculation_rows(setting, point, runner, drafting)
+    yield from step_rows(setting, point, runner, drafter, plain, weights, bandwidth)
 
 
 def weights_read(model: PreTrainedModel) -> int:
@@ -196,7 +209,7 @@ def step_rows(
     plain: Sequence[float],
     weights: tuple[int, int],
     bandwidth: float,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Latencies at one context, with the share of the copy bandwidth at which weights and KV are read once.
 
     Args:
@@ -210,14 +223,14 @@ def step_rows(
     pair_12, zero_1 = torch.full((1, 2), 5, device=device), torch.zeros(1, dtype=torch.long, device=device)
     read = weights[0] + runner.model.geometry.num_bytes(1, point.tokens)
 
-    latencies = [latency(f"GPU AR step, {point.name}", plain, read, bandwidth)]
+    yield latency(f"GPU AR step, {point.name}", plain, read, bandwidth)
     for gamma in gammas:
         draft_1T = torch.full((1, gamma), 5, device=device)
         best_1T = torch.ones(1, gamma, device=device, dtype=setting.dtype)
         uniforms_1T1 = sampler.uniforms(gamma + 1)
         verify = partial(runner.verify, sampler.rule, pair_12, draft_1T, zero_1, best_1T, None, uniforms_1T1)
         times = timed(partial(verify, zero_1 + gamma), setting)
-        latencies.append(latency(f"GPU verify, {point.name}, γ = {gamma}", times, read, bandwidth))
+        yield latency(f"GPU verify, {point.name}, γ = {gamma}", times, read, bandwidth)
     for budget in setting.budgets:
         drafting = random_runner(drafter, point.tokens, budget, setting.room, setting.compile)
         read = weights[1] + drafter.geometry.num_bytes(1, budget)
@@ -225,8 +238,7 @@ def step_rows(
             uniforms_T1 = sampler.uniforms(gamma, by_row=False)
             draft = partial(drafting.draft, sampler.rule, gamma, pair_12, zero_1 + 3, uniforms_T1)
             name = f"GPU draft, {point.name}, B = {budget}, γ = {gamma}"
-            latencies.append(latency(name, timed(draft, setting), gamma * read, bandwidth))
-    return latencies
+            yield latency(name, timed(draft, setting), gamma * read, bandwidth)
 
 
 def timed(step: partial[object], setting: Setting) -> list[float]:
