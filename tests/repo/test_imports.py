@@ -2,6 +2,7 @@
 
 import ast
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -88,6 +89,14 @@ def offenders(package: str, forbidden: set[str]) -> list[str]:
         for module, line in imports(path)
         if module in forbidden
     ]
+
+
+SCRIPTS = sorted(file for folder in (".github", ".ci", "docker") for file in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
+def test_scripts_outside_the_packages_find_what_they_import(script: Path):
+    runpy.run_path(str(script), run_name="imported")
 
 
 def test_rooms_import_without_what_they_do_not_need(tmp_path: Path):

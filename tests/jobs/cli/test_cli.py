@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from jobs.cli.main import app
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, Incomplete, NotFinite
-from pipeline.models.convert import convert_bin
+from pipeline.models.convert import convert
 from pipeline.observe.logs import PACKAGES
 from tests.helpers.clock import patience
 from tests.helpers.configs import MINIMAL
@@ -331,7 +331,7 @@ def test_convert_refuses_what_it_cannot_use(
     spoil(tmp_path / "bin")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BadData) as caught:
-        convert_bin(tmp_path / "bin", tmp_path / "safe")
+        convert(tmp_path / "bin", tmp_path / "safe")
     assert part in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 

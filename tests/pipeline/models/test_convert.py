@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline.errors import BadData
-from pipeline.models.convert import convert_bin
+from pipeline.models.convert import convert
 from pipeline.models.load import ModelRef, load_model
 from tests.helpers.models import random_tokens
 from tests.helpers.old_checkpoints import State, old_gpt2, old_mixtral, old_neox, old_opt
@@ -40,7 +40,7 @@ def logits(folder: Path) -> Tensor:
 
 @torch.no_grad()
 def assert_converted(source: Path, config: PretrainedConfig, output: Path) -> None:
-    convert_bin(source, output)
+    convert(source, output)
     expected = plain_model(config)(input_ids=TOKENS).logits
     torch.testing.assert_close(logits(output), expected, atol=1e-5, rtol=1e-5)
     assert not list(output.glob("*.bin*")) and (output / "tokenizer.json").exists()
@@ -82,7 +82,7 @@ def test_what_ends_a_text_is_kept(tmp_path: Path) -> None:
     source = pickled(tmp_path / "old", tiny("llama"))
     settings = {"eos_token_id": [2, 5], "do_sample": True, "temperature": 0.6}
     (source / "generation_config.json").write_text(json.dumps(settings))
-    convert_bin(source, tmp_path / "new")
+    convert(source, tmp_path / "new")
     kept = json.loads((tmp_path / "new" / "generation_config.json").read_text())
     assert {name: kept[name] for name in settings} == settings
 
@@ -95,7 +95,7 @@ def test_masks_do_not_say_in_which_precision_weights_are(tmp_path: Path) -> None
             name: value for name, value in halves.items() if name not in masks
         }
 
-    convert_bin(pickled(tmp_path / "old", tiny("gpt2", tie_word_embeddings=True), change), tmp_path / "new")
+    convert(pickled(tmp_path / "old", tiny("gpt2", tie_word_embeddings=True), change), tmp_path / "new")
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto").state_dict()
     assert {value.dtype for value in state.values()} == {torch.float16}
 
@@ -138,7 +138,7 @@ def test_what_does_not_fit_its_config_is_named(
 ) -> None:
     source = pickled(tmp_path / "old", tiny("llama"), change)
     with pytest.raises(BadData) as caught:
-        convert_bin(source, tmp_path / "new")
+        convert(source, tmp_path / "new")
     assert str(source) in str(caught.value) and all(part in str(caught.value) for part in parts), caught.value
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, data: bytes | Non
     file = source / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:3000] if data is None else data)
     with pytest.raises(BadData) as caught:
-        convert_bin(source, tmp_path / "new")
+        convert(source, tmp_path / "new")
     told = str(caught.value)
     assert f"{file} is not a whole checkpoint of tensors" in told and "copy it again" in told
     assert "weights_only" not in told, "torch's text advises to run what the file holds"
@@ -160,7 +160,7 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for values in ({"model_type": "unheard_of"}, {"model_type": "t5"}, {}):
         (source / "config.json").write_text(json.dumps(values))
         with pytest.raises(BadData, match=r"old': its config\.json cannot be used: "):
-            convert_bin(source, tmp_path / "new")
+            convert(source, tmp_path / "new")
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("pipeline.models.convert.shutil.copyfile", fail)
     with pytest.raises(OSError, match="No space left"):
-        convert_bin(source, tmp_path / "new")
+        convert(source, tmp_path / "new")
     assert "model.safetensors" in copies[0]
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
@@ -187,7 +187,7 @@ def test_a_bin_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
 def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
     source = pickled(tmp_path / "old", tiny("llama"))
     with pytest.raises(BadData, match="exists; name a new folder"):
-        convert_bin(source, source)
+        convert(source, source)
     assert (source / "pytorch_model.bin").exists()
 
 
@@ -198,7 +198,7 @@ def test_a_half_precision_checkpoint_stays_one(tmp_path: Path) -> None:
         halves.update((name, value.half()) for name, value in state.items())
         return halves
 
-    convert_bin(pickled(tmp_path / "old", tiny("llama"), change), tmp_path / "new")
+    convert(pickled(tmp_path / "old", tiny("llama"), change), tmp_path / "new")
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto").state_dict()
     assert all(
         value.dtype == torch.float16 and torch.equal(value, halves[name]) for name, value in state.items()
@@ -213,5 +213,5 @@ class Harmful:
 def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = pickled(tmp_path / "old", tiny("llama"), lambda _: {"model.norm.weight": Harmful()})
     with pytest.raises(BadData, match="Unsupported global: GLOBAL print"):
-        convert_bin(source, tmp_path / "new")
+        convert(source, tmp_path / "new")
     assert "code ran" not in capsys.readouterr().out and not (tmp_path / "new").exists()
