@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mlflow import MlflowClient
 
 from tests.helpers.clock import patience
-from tests.helpers.fault_toy import log_of, missing, outcome, tail
-from tests.helpers.mlflow_server import mirrored
+from tests.helpers.fault_toy import CLOCKED, log_of, missing, outcome, tail
 from tests.soak.breaking import DAMAGE, FAULTS, Attempt, make_room
 from tests.soak.ground import KINDS, Ground
 
@@ -74,7 +74,7 @@ class Pipelines:
             with self.ground.storage(name) as storage:
                 options = self.ground.options(kind, name)
                 assert self.ground.toy.run(storage, *options, executor="ray") == 0, tail(storage)
-                self.expected[kind] = outcome(storage), mirrored(self.ground.server.uri, name)
+                self.expected[kind] = outcome(storage), results_in_mlflow(self.ground.server.uri, name)
         self.chance.wait()
 
     def one(self) -> None:
@@ -85,7 +85,8 @@ class Pipelines:
             say(f"{name}: {kind}, its log is {log_of(storage)}")
             ended = self.bring_to_its_end(storage, self.ground.options(kind, name))
             files, runs = self.expected[kind]
-            lost = missing(outcome(storage), files) + missing(mirrored(self.ground.server.uri, name), runs)
+            told = results_in_mlflow(self.ground.server.uri, name)
+            lost = missing(outcome(storage), files) + missing(told, runs)
         self.soak.whole += ended and not lost
         self.soak.lost += lost
         say(f"{name}: {'whole' if ended else 'NOT whole'}, {lost} pieces lost, doubled or different")
@@ -139,6 +140,30 @@ class Pipelines:
                 say(f"  {name}")
                 return name
         raise AssertionError("a driver can always be killed")
+
+
+def results_in_mlflow(uri: str, experiment: str) -> dict[str, Any]:
+    """Curves and points of a sweep by name, with their metrics; what is there twice or open is a piece too.
+
+    Every start of a pipeline has a run of its own; results are mirrored once, by the start that made them.
+    """
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    pieces: dict[str, Any] = {}
+    for run in client.search_runs([found.experiment_id], max_results=5000):
+        stage, name = run.data.tags["stage"], run.info.run_name
+        if run.info.status == "RUNNING":
+            pieces[f"{stage} {name} {run.info.run_id} is left open"] = True
+        if stage not in ("curves", "cell") or run.info.status != "FINISHED":
+            continue
+        piece = f"{stage} {name}" + f" again: {run.info.run_id}" * (f"{stage} {name}" in pieces)
+        pieces[piece] = {
+            f"{metric} at {point.step}": point.value
+            for metric in run.data.metrics
+            if metric not in CLOCKED and not metric.startswith("speed/")
+            for point in client.get_metric_history(run.info.run_id, metric)
+        }
+    return pieces
 
 
 def say(text: str) -> None:
