@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Config
+from pipeline.models.layers import trained_parameters
 from pipeline.models.load import pick_device
 from pipeline.train.engine import MOMENTS, Part, Read, restore_unsharded, unsharded_part
 from pipeline.train.loop import Schedule
@@ -81,7 +82,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             return {} if self.rank else unsharded_part(self.engine.module, self.engine.optimizer, part)
         kept = {}
-        for name, weight in self.engine.module.named_parameters():
+        for name, weight in trained_parameters(self.engine.module):
             if part == "weights":
                 value = safe_get_full_fp32_param(weight)
             else:
@@ -98,7 +99,7 @@ class DeepSpeedEngine:
             restore_unsharded(self.engine.module, self.engine.optimizer, updates, read)
             return
         self.make_moments(updates)
-        for name, weight in self.engine.module.named_parameters():
+        for name, weight in trained_parameters(self.engine.module):
             for moment in MOMENTS:
                 self.set_master(weight, read(moment, name), moment)
             value = read("weights", name)
@@ -158,7 +159,10 @@ def deepspeed_engine(
 
     def make(model: PreTrainedModel, schedule: Schedule) -> DeepSpeedEngine:
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, weight_decay=schedule.weight_decay, fused=True
+            [weight for _, weight in trained_parameters(model)],
+            lr=0.0,
+            weight_decay=schedule.weight_decay,
+            fused=True,
         )
         engine, *_ = deepspeed.initialize(
             model=model.to(device),

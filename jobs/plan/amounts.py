@@ -75,7 +75,8 @@ def on_disk(
         return OnDisk(Amount(f"{name} on disk", sum(sizes.values()), "B", how), todo)
 
     def model(role: Role, steps: int) -> int:
-        return FP32 * shapes[role].parameters * (TRAINED_COPIES if steps else 1)
+        shape = shapes[role]
+        return FP32 * (shape.frozen + shape.trained * (TRAINED_COPIES if steps else 1))
 
     yield written("labels", {"labels": label_bytes(config, facts.labelled, facts.vocab)}, facts.how)
     for role, spec in config.scratch.items():

@@ -18,7 +18,7 @@ from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import label_tasks
 from pipeline.axes import Place
 from pipeline.config.data import Data
-from pipeline.config.models import PretrainedModel, Role, ScratchModel
+from pipeline.config.models import FirstLayers, PretrainedModel, Role, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.data.documents import Reader
 from pipeline.data.prepare import plan_prompts
@@ -27,8 +27,9 @@ from pipeline.data.tokenizer import check_tokenizers, in_a_folder, read_tokenize
 from pipeline.errors import BadData
 from pipeline.models.check import check_role
 from pipeline.models.hub import config_folder
+from pipeline.models.layers import freeze_around_layers, keep_layers
 from pipeline.models.load import ModelRef, model_ref, own_positions, read_config
-from pipeline.plan.shapes import Shape, scratch_shape, shape_of_model
+from pipeline.plan.shapes import Shape, shape_of_model, untrained
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
 from pipeline.train.teacher import LabelTask
@@ -65,7 +66,9 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
         if isinstance(spec, PretrainedModel):
             config_path(spec, role)
         check_role(config, role, weights=False)
-    if all(isinstance(spec, ScratchModel) or in_a_folder(spec) for spec in config.models.values()):
+    if all(
+        isinstance(spec, ScratchModel | FirstLayers) or in_a_folder(spec) for spec in config.models.values()
+    ):
         check_tokenizers(config)  # `facts_of` asks too, but goes on where a source is on the hub
     facts = facts_of(config, shape_of(config, "target", config.data.tokenizer.vocab_size).vocab)
     return shapes_of(config, facts.vocab), facts
@@ -81,14 +84,17 @@ def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
 def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
     spec = config.models[role]
-    if isinstance(spec, ScratchModel):
-        shape = scratch_shape(spec, vocab)
-    else:
-        given = read_config(model_ref(spec, None, role), config_path(spec, role))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(given, trust_remote_code=spec.trust_remote_code)
-        shape = shape_of_model(model)
-    return replace(shape, itemsize=getattr(torch, spec.dtype).itemsize)
+    base = config.target if isinstance(spec, FirstLayers) else spec
+    of: Role = "target" if isinstance(spec, FirstLayers) else role
+    with torch.device("meta"):
+        if isinstance(base, ScratchModel):
+            model = untrained(base, vocab)
+        else:
+            given = read_config(model_ref(base, None, of), config_path(base, of))
+            model = AutoModelForCausalLM.from_config(given, trust_remote_code=base.trust_remote_code)
+    if isinstance(spec, FirstLayers):
+        model = freeze_around_layers(keep_layers(model, spec.layers))
+    return replace(shape_of_model(model), itemsize=getattr(torch, spec.dtype).itemsize)
 
 
 def config_path(spec: PretrainedModel, role: Role) -> Path:
@@ -119,6 +125,8 @@ def beyond_positions(config: Config) -> list[str]:
         for name, tokens in data.context_tokens.items()
     }
     for role, spec in config.models.items():
+        if isinstance(spec, FirstLayers):
+            continue  # as the target
         if isinstance(spec, ScratchModel):
             reach = spec.max_positions
         else:

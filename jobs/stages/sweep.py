@@ -86,7 +86,8 @@ def located(
 
 def ref(config: Config, trained: Artifact) -> ModelRef:
     """A trained drafter; its folder holds its rope parameters already."""
-    trust = config.drafter.kind == "pretrained" and config.drafter.trust_remote_code
+    base = config.target if config.drafter.kind == "first_layers" else config.drafter
+    trust = base.kind == "pretrained" and base.trust_remote_code
     return ModelRef(
         str(trained.path / MODEL),
         dtype=config.drafter.dtype,
@@ -99,8 +100,9 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
     variant = next(v for v in config.train.drafters if v.name == name)
-    if config.drafter.kind == "scratch":
-        pretrain = config.drafter.pretrain
+    base = config.target if config.drafter.kind == "first_layers" else config.drafter
+    if base.kind == "scratch":
+        pretrain = base.pretrain
         pretrained = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
         pretrained = own_positions(drafter_ref(config, scratch))

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.executors.base import Executor
-from pipeline.config.models import AnyModel, PretrainedModel
+from pipeline.config.models import AnyModel, FirstLayers, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
 from pipeline.models.hub import model_files
 from pipeline.models.limits import longest_text
-from pipeline.models.load import ModelRef, model_ref
+from pipeline.models.load import ModelRef, layers_ref, model_ref
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import CHECKPOINTS
@@ -70,7 +70,7 @@ def drafters(
     inputs = {
         variant.name: {
             "teach": teach.fingerprint,
-            "drafter": model_identity(config.drafter, scratch.get("drafter")),
+            "drafter": drafter_identity(config, scratch),
             "variant": variant,
             "train": common,
             "seed": config.seed,
@@ -99,6 +99,8 @@ def train(
 
 def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     """The drafter that training starts from."""
+    if isinstance(config.drafter, FirstLayers):
+        return layers_ref(target_ref(config, scratch), config.drafter)
     start = scratch.get("drafter")
     return model_ref(config.drafter, start.path / MODEL if start else None, "drafter", longest_text(config))
 
@@ -106,6 +108,13 @@ def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
 def target_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     start = scratch.get("target")
     return model_ref(config.target, start.path / MODEL if start else None, "target", longest_text(config))
+
+
+def drafter_identity(config: Config, scratch: dict[str, Artifact]) -> Any:
+    """How a fingerprint identifies the drafter that training starts from."""
+    if isinstance(config.drafter, FirstLayers):
+        return {"layers": config.drafter, "of": model_identity(config.target, scratch.get("target"))}
+    return model_identity(config.drafter, scratch.get("drafter"))
 
 
 def model_identity(spec: AnyModel, scratch: Artifact | None) -> Any:

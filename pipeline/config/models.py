@@ -83,5 +83,22 @@ class PretrainedModel(Group):
         return self.path.count("/") == 1 and not self.path.startswith((".", "~", "/"))
 
 
+class FirstLayers(Group):
+    """Layers of the target as a drafter, between the target's own embedding, norm and head, which stay."""
+
+    kind: Literal["first_layers"]
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, description="0-based layers of the target, ascending, such as [0, 29]"
+    )
+    dtype: Dtype = Field("float32", description="precision it runs in at evaluation")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> FirstLayers:
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers: {list(self.layers)} must ascend, each layer once")
+        return self
+
+
 Role = Literal["target", "drafter"]
 AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]
+AnyDrafter = Annotated[ScratchModel | PretrainedModel | FirstLayers, Field(discriminator="kind")]

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.axes import family
 from pipeline.config.data import Data
 from pipeline.config.group import Group
-from pipeline.config.models import AnyModel, Role, ScratchModel
+from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Role, ScratchModel
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
@@ -25,7 +25,7 @@ class Config(Group):
     storage: str = Field("runs", description="folder of all artifacts; absolute, and shared, on a cluster")
     data: Data
     target: AnyModel
-    drafter: AnyModel
+    drafter: AnyDrafter
     labels: Labels = Labels()
     train: Train
     decode: Decode = Decode()
@@ -36,7 +36,7 @@ class Config(Group):
     registry: Registry | None = Field(None, description="what a finished run registers; default: nothing")
 
     @property
-    def models(self) -> dict[Role, AnyModel]:
+    def models(self) -> dict[Role, AnyDrafter]:
         return {"target": self.target, "drafter": self.drafter}
 
     @property
@@ -78,6 +78,11 @@ class Config(Group):
         if isinstance(self.drafter, ScratchModel):
             for v in self.train.variants:
                 self.drafter.check_rope(f"train.variants.{v.name}.rope_scaling", v.rope_scaling)
+        if isinstance(self.drafter, FirstLayers) and isinstance(self.target, ScratchModel):
+            last = self.target.layers - 1
+            if self.drafter.layers[-1] > last:
+                layers = list(self.drafter.layers)
+                raise ValueError(f"drafter.layers: {layers} goes beyond the target's layers, 0 to {last}")
         contexts = {context.name for context in self.data.contexts}
         tested = {source.name for source in self.data.sources if "test" in source.use}
         if set(self.sweep.max_gammas) - contexts:

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
-from pipeline.config.models import AnyModel, PretrainedModel
+from pipeline.config.models import AnyDrafter, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.data.documents import Dropped, Part, read_parts
 from pipeline.errors import BadData
@@ -89,7 +89,7 @@ def check_tokenizers(config: Config) -> None:
         shared_tokens(target, *(model_ref(spec, None, role) for spec, role in here))
 
 
-def in_a_folder(model: AnyModel) -> bool:
+def in_a_folder(model: AnyDrafter) -> TypeGuard[PretrainedModel]:
     """Whether a model is pretrained, and its config in a local folder."""
     return isinstance(model, PretrainedModel) and (Path(model.path) / "config.json").is_file()
 

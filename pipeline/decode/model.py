@@ -32,8 +32,8 @@ from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView
 from pipeline.models.head import own_logits
+from pipeline.models.layers import FAMILY
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Their rotation is a function of the position alone; others depend on how long the text has become.
 FIXED_ROTATIONS = ("default", "linear", "yarn", "llama3")
 

@@ -33,17 +33,19 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     Args:
         weights: also look at the headers of a local folder's weights.
     """
-    spec, reach = config.models[role], longest_text(config)
+    given, reach = config.models[role], longest_text(config)
+    spec = config.target if given.kind == "first_layers" else given
+    layers = given.layers if given.kind == "first_layers" else None
     if spec.kind == "scratch":
         for name, rope in ropes(config, role):
-            given = spec.model_copy(update={"rope_scaling": rope}) if rope else spec
-            if problem := problem_of(scratch_config(given, config.data.tokenizer.vocab_size), reach):
+            scaled = spec.model_copy(update={"rope_scaling": rope}) if rope else spec
+            if problem := problem_of(scratch_config(scaled, config.data.tokenizer.vocab_size), reach):
                 raise BadData(f"cannot run the {name}: {problem}")
         return
     folder = config_folder(spec.path, spec.revision)
     if folder is None:
         return  # loading will say so, or fetch it
-    ref = model_ref(spec, None, role, reach)
+    ref = replace(model_ref(spec, None, role, reach), layers=layers)
     for name, rope in ropes(config, role):
         check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
     if weights and Path(spec.path).expanduser().is_dir():  # of the hub, they may not be here yet

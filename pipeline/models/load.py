@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from pipeline.errors import BadData
 from pipeline.kv.view_cache import ATTENTION, WHOLE
 from pipeline.models.build import prepare_model
 from pipeline.models.hub import model_files, model_folder
+from pipeline.models.layers import keep_layers, problem_of_layers
 from pipeline.models.limits import rotations
 from pipeline.models.support import problem_of, problem_of_loaded, short
 from pipeline.models.weights import check_weights, must_be_whole, weight_files
@@ -21,7 +22,7 @@ from pipeline.models.weights import check_weights, must_be_whole, weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.config.models import PretrainedModel, ScratchModel
+    from pipeline.config.models import FirstLayers, PretrainedModel, ScratchModel
 
 # A bar for every shard of every load would drown our own progress.
 disable_progress_bar()
@@ -48,6 +49,7 @@ class ModelRef:
     `trained_positions` is set where the model's own config does not tell. `role` is for messages. `reach` is
     the length in tokens of the longest text that it will see; a model whose attention or rotation depends on
     it is refused where it is not known. `files` are those that the results are to be of (`hub.model_files`).
+    With `layers` the model is left with these of its layers (see `models.layers`).
     """
 
     path: str
@@ -59,6 +61,7 @@ class ModelRef:
     role: str = "model"
     reach: int | None = None
     files: dict[str, tuple[int, int]] | None = None
+    layers: tuple[int, ...] | None = None
 
 
 def model_ref(
@@ -81,6 +84,11 @@ def model_ref(
         reach,
         model_files(Path(spec.path)) or None,
     )
+
+
+def layers_ref(target: ModelRef, spec: FirstLayers) -> ModelRef:
+    """The reference of a drafter that is made of the target's layers."""
+    return replace(target, dtype=spec.dtype, role="drafter", layers=spec.layers)
 
 
 def load_model(
@@ -120,6 +128,8 @@ def load_model(
         raise BadData(f"cannot load the weights of the {ref.role} {path!r}: {short(error)}") from error
     must_be_whole(model, told["missing_keys"], f"the {ref.role} {path!r}")
     must_be_unchanged(ref, folder)
+    if ref.layers is not None:
+        model = keep_layers(model, ref.layers)
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, WHOLE, True)  # by `problem_of`, no text reaches a window
@@ -167,7 +177,8 @@ def check_model(ref: ModelRef, folder: Path | None = None) -> PretrainedConfig:
         BadData: if not; names the role, the path, what it is and what to do.
     """
     config = read_config(ref, folder)
-    if problem := problem_of(config, ref.reach, ref.trust_remote_code):
+    problem = problem_of_layers(config, ref.layers) if ref.layers is not None else None
+    if problem := problem or problem_of(config, ref.reach, ref.trust_remote_code):
         raise BadData(f"cannot run the {ref.role} {ref.path!r}: {problem}")
     return config
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.models import ScratchModel
 from pipeline.models.build import build_scratch
+from pipeline.models.layers import trained_parameters
 
 FP32 = 4
 # glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
@@ -27,7 +28,7 @@ LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parame
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a decoder-only model on which its costs depend. `itemsize` is that of a number where the
-    model runs without training; training is in fp32."""
+    model runs without training; training is in fp32. `frozen` of the parameters are the target's and stay."""
 
     parameters: int
     layers: int
@@ -37,6 +38,11 @@ class Shape:
     intermediate: int
     vocab: int
     itemsize: int = FP32
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.parameters - self.frozen
 
     @property
     def weights(self) -> int:
@@ -83,24 +89,26 @@ class Vocabulary:
         return self.entries
 
 
-def untrained(spec: ScratchModel, vocab: int) -> PreTrainedModel:
-    tokenizer: Any = Vocabulary(vocab)
-    return build_scratch(spec, tokenizer, 0)
-
-
 def scratch_shape(spec: ScratchModel, vocab: int) -> Shape:
     with torch.device("meta"):
         return shape_of_model(untrained(spec, vocab))
 
 
+def untrained(spec: ScratchModel, vocab: int) -> PreTrainedModel:
+    tokenizer: Any = Vocabulary(vocab)
+    return build_scratch(spec, tokenizer, 0)
+
+
 def shape_of_model(model: PreTrainedModel) -> Shape:
     config, parameters = model.config, sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for _, weight in trained_parameters(model))
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * width
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layers, hidden, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    return Shape(parameters, layers, hidden, heads * width, kv, inner, vocab)
+    frozen = parameters - trained
+    return Shape(parameters, layers, hidden, heads * width, kv, inner, vocab, frozen=frozen)
 
 
 @dataclass(frozen=True)
@@ -152,9 +160,10 @@ class Sharding:
     live: int = LIVE_PARAMETERS
     offload: bool = False
 
-    def state_bytes(self, parameters: int, device: Device) -> tuple[int, int, int]:
+    def state_bytes(self, parameters: int, device: Device, frozen: int = 0) -> tuple[int, int, int]:
         """Weights, gradients and optimizer state of one worker that trains with AdamW in fp32.
 
+        Of `frozen` parameters there are weights alone. Of the others:
         Weights and gradients take 4 B a parameter, AdamW's two moments 8 B. From stage 1 on each worker has
         moments of its share, with a master copy of them and their gradient; stage 2 also drops other
         workers' gradients, stage 3 their weights, up to what is gathered for use. Gradients travel through a
@@ -165,7 +174,7 @@ class Sharding:
         whole, part = FP32 * parameters, FP32 * parameters // self.workers
         cpu = device.kind == "cpu"
         if not self.stage:
-            return whole, whole * (2 if cpu and self.workers > 1 else 1), 2 * whole
+            return whole + FP32 * frozen, whole * (2 if cpu and self.workers > 1 else 1), 2 * whole
         bucket = FP32 * (min(parameters, self.bucket) if cpu else self.bucket)
         gathered = part + FP32 * min(parameters, self.live)
         weights = whole if self.stage < 3 else min(whole + part, gathered)
@@ -175,6 +184,7 @@ class Sharding:
         if cpu and self.stage == 3:
             weights, gradients = int(HEAP_FACTOR * weights), int(HEAP_FACTOR * gradients)
         on_device = cpu or not self.offload
+        weights += FP32 * frozen // (1 if self.stage < 3 else self.workers)
         return weights, gradients, 3 * part if on_device else 0
 
 

@@ -7,7 +7,7 @@ that measured on a CPU took an eighth more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.axes import Place, View
 from pipeline.config.models import Role
@@ -27,6 +27,14 @@ def kept(views: Iterable[View], prefix: int) -> int:
     return sum(prefix if view.budget == "full" else min(view.budget, prefix) for view in views)
 
 
+def weights_together(shapes: Sequence[Shape]) -> int:
+    """Of models in one process: what lies around the layers of `first_layers` drafters is held once."""
+    own = sum(shape.trained * shape.itemsize for shape in shapes)
+    # The target holds the rest too; without it, the first of the drafters does.
+    alone = all(shape.frozen for shape in shapes)
+    return own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone
+
+
 def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
     """All draft sources are loaded; the one that takes most replays a prompt behind all its views at once.
 
@@ -36,7 +44,7 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
     """
     sweep, prefix = config.sweep, max(config.data.context_tokens.values())
     sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
-    weights = sum(shape.weights for _, shape in sources)
+    weights = weights_together([shape for _, shape in sources])
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
     for source, shape in sources:
@@ -91,7 +99,7 @@ def measure_memory(
     return Memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
-        target.weights + drafters * shapes["drafter"].weights,
+        weights_together([target, *[shapes["drafter"]] * drafters]),
         activations=max(shape.prefill_bytes(prefix, chunk, device) for shape in shapes.values()),
         logits=LOGIT_COPIES * FP32 * together * room * target.vocab,
         kv=kv + target.kv_bytes(whole * prefix),

@@ -24,7 +24,7 @@ def pretrain_memory(config: Config, role: Role, shape: Shape, sharding: Sharding
     length = config.scratch[role].pretrain.sequence_tokens or config.data.sequence_tokens
     tokens = config.train.micro_batch_sequences * length
     activations, logits = training_step(shape, tokens, config.train.dtype == "bfloat16", device)
-    state = sharding.state_bytes(shape.parameters, device)
+    state = sharding.state_bytes(shape.trained, device, shape.frozen)
     return Memory(f"pretrain {role}", device.base_bytes, *state, activations, logits)
 
 
@@ -78,7 +78,7 @@ def train_memory(
     return Memory(
         f"train {variant.name}",
         device.base_bytes + compiled,
-        *sharding.state_bytes(shape.parameters, device),
+        *sharding.state_bytes(shape.trained, device, shape.frozen),
         activations=max(activations, device.held(reading, FP32 * micro * starts[0] * shape.intermediate)),
         logits=logits,
         kv=behind_bytes,

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 
 from pipeline.axes import budget_order
-from pipeline.config.models import PretrainedModel, ScratchModel
+from pipeline.config.models import AnyDrafter, FirstLayers, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.report.published import CAVEAT, ar_beside, published_beside
@@ -155,7 +155,10 @@ def _setup(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _model_text(model: ScratchModel | PretrainedModel) -> str:
+def _model_text(model: AnyDrafter) -> str:
+    if isinstance(model, FirstLayers):
+        layers = ", ".join(map(str, model.layers))
+        return f"the target's layers {layers} between its own embedding and head, {model.dtype}"
     if isinstance(model, PretrainedModel):
         return f"{model.path}{f' at {model.revision}' if model.revision else ''}, {model.dtype}"
     return (

@@ -25,6 +25,7 @@ from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
 from pipeline.models.generation import stop_tokens
+from pipeline.models.layers import share_frozen
 from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.observe.events import Evaluated
 from pipeline.store.files import read_rows, write_rows
@@ -112,12 +113,16 @@ class Evaluator:
         dispatch.choose(config.run.kernels)
         refs = [drafter.ref for drafter in drafters if drafter.ref is not None]
         self.num_tokens = shared_tokens(self.tokenizer, target, *refs)
+        self.loaded: list[PreTrainedModel] = []
         self.contenders = [self.contender(drafter) for drafter in drafters]
         self.runners = Runners(config.decode.compile)
         self.warm: set[tuple[object, ...]] = set()
 
     def load(self, ref: ModelRef) -> tuple[PreTrainedModel, DecodeModel]:
         model = load_model(ref, self.num_tokens, self.device)
+        if self.config.drafter.kind == "first_layers":
+            share_frozen(model, self.loaded)
+        self.loaded.append(model)
         return model, decode_model(model, self.config.decode.prefill_chunk)
 
     @cached_property

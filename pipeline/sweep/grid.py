@@ -26,10 +26,11 @@ class Drafter:
     ref: ModelRef | None
     trained_positions: int
     baseline: Baseline | None = None
+    trained_kind: DrafterKind = "lm"
 
     @property
     def kind(self) -> DrafterKind:
-        return self.baseline or "lm"
+        return self.baseline or self.trained_kind
 
     @property
     def role(self) -> Literal["target", "drafter"] | None:
@@ -52,7 +53,12 @@ def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
 def draft_sources(config: Config) -> list[Drafter]:
     """The draft sources of a sweep, not yet with their models: trained drafters, then baselines."""
     names = [drafter.name for drafter in config.train.drafters]
-    trained = [Drafter(name, None, 0) for name in names if chosen_drafter(name, config.sweep.drafters)]
+    kind: DrafterKind = "first_layers" if config.drafter.kind == "first_layers" else "lm"
+    trained = [
+        Drafter(name, None, 0, trained_kind=kind)
+        for name in names
+        if chosen_drafter(name, config.sweep.drafters)
+    ]
     return trained + [Drafter(name, None, 0, name) for name in config.sweep.baselines]
 
 

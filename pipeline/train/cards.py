@@ -26,6 +26,10 @@ def scratch_card(config: Config, spec: ScratchModel, name: str, steps: int) -> s
 def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str, float]) -> str:
     """The model card of a drafter: budgets, target, data, validation acceptance."""
     target = config.target.path if config.target.kind == "pretrained" else "scratch target of the same run"
+    layers = ""
+    if config.drafter.kind == "first_layers":
+        names = ", ".join(map(str, config.drafter.layers))
+        layers = f"- Layers of the target: {names}; its embedding, norm and head are as they were\n"
     if scores:
         rows = [(budget, f"{value:.3f}") for budget, value in scores.items()]
         acceptance = (
@@ -40,7 +44,7 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"# BudgetDraft drafter `{variant.name}`\n\n"
         f"A drafter for speculative decoding behind a sparse KV cache. Loads with plain "
         f"`AutoModelForCausalLM.from_pretrained`.\n\n"
-        f"- Target: {target}\n"
+        f"- Target: {target}\n{layers}"
         f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
         f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
         f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.models.layers import trained_parameters
 from pipeline.store.files import atomic_path, file_sha256, write_json
 from pipeline.train.engine import PARTS, Engine, Part
 
@@ -182,5 +183,5 @@ def read_marker(checkpoint: Path) -> Checkpoint:
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """The trained weights into a model of the same shape on the CPU."""
     with safe_open(checkpoint / "weights.safetensors", framework="pt") as file:
-        for name, weight in model.named_parameters():
+        for name, weight in trained_parameters(model):
             weight.copy_(file.get_tensor(name))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.models.layers import trained_parameters
+
 Part = Literal["weights", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Part, Part] = ("exp_avg", "exp_avg_sq")
 PARTS: tuple[Part, ...] = ("weights", *MOMENTS)
@@ -89,7 +91,9 @@ class TorchEngine:
     ) -> None:
         self._model = model.to(device)
         self.device, self.clip, self.accumulation, self.bfloat16 = device, clip, accumulation, bfloat16
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [weight for _, weight in trained_parameters(model)], lr=0.0, weight_decay=weight_decay, fused=True
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -133,13 +137,13 @@ def unsharded_part(model: nn.Module, optimizer: torch.optim.Optimizer, part: Par
         value = weight if part == "weights" else optimizer.state[weight].get(part, torch.zeros_like(weight))
         return value.detach().cpu().contiguous()
 
-    return {name: of(weight) for name, weight in model.named_parameters()}
+    return {name: of(weight) for name, weight in trained_parameters(model)}
 
 
 @torch.no_grad()
 def restore_unsharded(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, read: Read) -> None:
     """The inverse of `unsharded_part`."""
-    for name, weight in model.named_parameters():
+    for name, weight in trained_parameters(model):
         weight.copy_(read("weights", name))
         state = optimizer.state[weight]
         state["step"] = torch.tensor(float(updates), device=weight.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kernels import dispatch
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.models.build import build_scratch
+from pipeline.models.layers import freeze_around_layers
 from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
 from pipeline.observe import logs
 from pipeline.observe.training import read_metrics
@@ -135,8 +137,7 @@ def distil(
     if variant.rope_scaling is not None:
         start = replace(start, rope_scaling=variant.rope_scaling)
 
-    def fresh() -> PreTrainedModel:
-        return load_model(start, shared_tokens(tokenizer, start), dtype="float32")
+    fresh = partial(load_drafter, start, shared_tokens(tokenizer, start))
 
     if steps == 0:
         if is_first_worker():
@@ -155,6 +156,12 @@ def distil(
             if key.startswith("validation/")
         }
         export(fresh(), tokenizer, folder, trained, drafter_card(config, variant, steps, scores))
+
+
+def load_drafter(start: ModelRef, num_tokens: int) -> PreTrainedModel:
+    """The drafter that training starts from; what training leaves alone has no gradients."""
+    model = load_model(start, num_tokens, dtype="float32")
+    return model if start.layers is None else freeze_around_layers(model)
 
 
 def validation_prompts(prepare: Path) -> list[Prompt]:

@@ -12,9 +12,8 @@ import torch.distributed
 import torch.multiprocessing as multiprocessing
 
 from jobs.executors.ray_train import read_settings
-from pipeline.models.load import load_model
 from pipeline.train.checkpoints import resume, save
-from pipeline.train.job import TrainJob, run_job
+from pipeline.train.job import TrainJob, load_drafter, run_job
 from pipeline.train.loop import Schedule
 from tests.helpers.tiny import VOCABULARY
 
@@ -52,5 +51,5 @@ def copy_state(job: TrainJob, source: Path, target: Path) -> None:
     assert job.drafter is not None
     make = deepspeed_engine(job.config, read_settings(job.config.train.deepspeed))
     schedule = Schedule(job.config.train, job.config.train, job.config.train.steps)
-    engine = make(load_model(job.drafter, VOCABULARY, dtype="float32"), schedule)
+    engine = make(load_drafter(job.drafter, VOCABULARY), schedule)
     save(engine, target, resume(engine, source).step, [])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from jobs.executors.inline import InlineExecutor
+from pipeline.config.models import FirstLayers
+from pipeline.models.load import layers_ref
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
 from pipeline.train.job import TrainJob, run_job
 from tests.helpers.group import copy_state, run_group, train
@@ -27,6 +29,7 @@ BACK = ("zero1", "zero3")  # whose sharded states one process goes on from
 BATCH: dict[str, Any] = {"train.batch_sequences": 8, "train.steps": 8}
 PRETRAIN = {"steps": 2, "batch_sequences": 8}
 SCRATCH = {"target.pretrain": PRETRAIN, "drafter.pretrain": PRETRAIN}
+LAYERS = {"target.pretrain": PRETRAIN, "drafter": {"kind": "first_layers", "layers": [1]}}
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +43,21 @@ def inline(workshop: Workshop) -> Path:
     return workshop.train("inline", BATCH | SCRATCH)
 
 
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel) -> Workshop:
+    """Its drafter is a layer of its target, between what is frozen."""
+    workshop = Workshop(tmp_path_factory.mktemp("layered"), target, target)
+    workshop.drafter = layers_ref(workshop.target, FirstLayers.model_validate(LAYERS["drafter"]))
+    return workshop
+
+
 def zero_job(workshop: Workshop, settings: str, workers: int, kind: str) -> TrainJob:
     changes = {
         "train.deepspeed": str(ROOT / f"conf/deepspeed/{settings}.json"),
         "train.num_workers": workers,
     }
-    return workshop.job(f"{settings}-{workers}-{kind}", BATCH | SCRATCH | changes)
+    models = LAYERS if workshop.drafter.layers else SCRATCH
+    return workshop.job(f"{settings}-{workers}-{kind}", BATCH | models | changes)
 
 
 def folder_of(job: TrainJob) -> Path:
@@ -96,6 +108,21 @@ def assert_zero_is_one_process(
 
 def test_two_ranks(workshop: Workshop, inline: Path) -> None:
     assert_zero_is_one_process(workshop, inline, 2, BACK)
+
+
+@pytest.mark.slow
+def test_a_drafter_of_the_targets_layers(layered: Workshop, target: PreTrainedModel) -> None:
+    """At ZeRO's stages what is frozen stays to the bit, and is in no checkpoint."""
+    inline = layered.train("inline", BATCH | LAYERS)
+    assert_zero_is_one_process(layered, inline, 2, [*BACK, "zero2"])
+    kept = load_file(checkpoint_folder(inline, 5) / "weights.safetensors")
+    assert kept and all(name.startswith("model.layers.0.") for name in kept)
+    trained = load_file(inline / "model" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(trained[name], target.state_dict()[name]), name
+    assert not torch.equal(
+        trained["model.layers.0.mlp.up_proj.weight"], target.state_dict()["model.layers.1.mlp.up_proj.weight"]
+    )
 
 
 @pytest.mark.slow
