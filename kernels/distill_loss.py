@@ -65,19 +65,33 @@ def cross_entropy(hidden_TH: Tensor, head_VH: Tensor, argmax_T: Tensor, *, backe
 
 
 def kl(
-    hidden_TH: Tensor, head_VH: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float, *, backend: str
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    ids_TK: Tensor,
+    log_p_TK: Tensor,
+    temperature: float,
+    inside_TK: Tensor | None = None,
+    *,
+    backend: str,
 ) -> Tensor:
     """[T] KL(p ‖ q) over the K stored entries and one bucket for the rest, as `reference.kl`."""
     log_q_TK = log_probs(hidden_TH, head_VH, ids_TK, temperature, backend=backend)
-    return reference.bucketed_kl(log_q_TK, log_p_TK)
+    return reference.bucketed_kl(log_q_TK, log_p_TK, inside_TK)
 
 
 def total_variation(
-    hidden_TH: Tensor, head_VH: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float, *, backend: str
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    ids_TK: Tensor,
+    log_p_TK: Tensor,
+    temperature: float,
+    inside_TK: Tensor | None = None,
+    *,
+    backend: str,
 ) -> Tensor:
     """[T] 1 - Σ min(p, q) over the K stored entries and the rest's bucket, as `reference.total_variation`."""
     log_q_TK = log_probs(hidden_TH, head_VH, ids_TK, temperature, backend=backend)
-    return reference.bucketed_total_variation(log_q_TK, log_p_TK)
+    return reference.bucketed_total_variation(log_q_TK, log_p_TK, inside_TK)
 
 
 def log_probs(

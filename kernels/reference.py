@@ -108,30 +108,69 @@ def _with_tail(log_probs_TK: Tensor) -> Tensor:
     return torch.cat([log_probs_TK, tail_T1], dim=-1)
 
 
-def bucketed_kl(log_q_TK: Tensor, log_p_TK: Tensor) -> Tensor:
-    """[T] KL(p ‖ q) from the log-probabilities of K entries; all others share one bucket."""
-    log_q, log_p = _with_tail(log_q_TK), _with_tail(log_p_TK.float())
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def bucketed_kl(log_q_TK: Tensor, log_p_TK: Tensor, inside_TK: Tensor | None = None) -> Tensor:
+    """[T] KL(p ‖ q) from the log-probabilities of K entries; all others share one bucket.
+
+    Args:
+        inside_TK: which of them q can give, where it has a draft vocabulary. Then it is p(V_d) times the
+            divergence of q from p renormalised on V_d, in which the tail of p is taken to lie.
+    """
+    log_q, log_p, inside = _buckets(log_q_TK, log_p_TK, inside_TK)
+    divergence_T = (inside * log_p.exp() * (log_p - log_q)).sum(-1)
+    if inside_TK is None:
+        return divergence_T
+    mass_T = (inside * log_p.exp()).sum(-1)
+    return divergence_T - mass_T * mass_T.log()
 
 
-def bucketed_total_variation(log_q_TK: Tensor, log_p_TK: Tensor) -> Tensor:
-    """[T] 1 - Σ min(p, q) from the log-probabilities of K entries; all others share one bucket."""
-    log_q, log_p = _with_tail(log_q_TK), _with_tail(log_p_TK.float())
-    return 1 - torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
+def bucketed_total_variation(log_q_TK: Tensor, log_p_TK: Tensor, inside_TK: Tensor | None = None) -> Tensor:
+    """[T] 1 - Σ min(p, q) from the log-probabilities of K entries; all others share one bucket.
+
+    Args:
+        inside_TK: as of `bucketed_kl`; p stays a distribution over the whole vocabulary.
+    """
+    log_q, log_p, inside = _buckets(log_q_TK, log_p_TK, inside_TK)
+    return 1 - (inside * torch.minimum(log_q.exp(), log_p.exp())).sum(-1)
+
+
+def _buckets(
+    log_q_TK: Tensor, log_p_TK: Tensor, inside_TK: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Both with the bucket of what is not listed, [T, K + 1], and which of these q can give.
+
+    What q gives to entries outside its vocabulary is of other tokens, and falls into its bucket.
+    """
+    if inside_TK is None:
+        return _with_tail(log_q_TK), _with_tail(log_p_TK.float()), 1.0
+    log_q_TK = log_q_TK.masked_fill(~inside_TK, -80.0)  # nothing, and still a number
+    inside_TK1 = torch.nn.functional.pad(inside_TK, (0, 1), value=True)
+    return _with_tail(log_q_TK), _with_tail(log_p_TK.float()), inside_TK1.float()
 
 
 def _listed(logits_TV: Tensor, ids_TK: Tensor, temperature: float) -> Tensor:
     return (logits_TV.float() / temperature).log_softmax(-1).gather(-1, ids_TK)
 
 
-def kl(logits_TV: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float) -> Tensor:
+def kl(
+    logits_TV: Tensor,
+    ids_TK: Tensor,
+    log_p_TK: Tensor,
+    temperature: float,
+    inside_TK: Tensor | None = None,
+) -> Tensor:
     """[T] KL(p ‖ q) over the K stored entries and one bucket for the tail: a lower bound of the true one."""
-    return bucketed_kl(_listed(logits_TV, ids_TK, temperature), log_p_TK)
+    return bucketed_kl(_listed(logits_TV, ids_TK, temperature), log_p_TK, inside_TK)
 
 
-def total_variation(logits_TV: Tensor, ids_TK: Tensor, log_p_TK: Tensor, temperature: float) -> Tensor:
+def total_variation(
+    logits_TV: Tensor,
+    ids_TK: Tensor,
+    log_p_TK: Tensor,
+    temperature: float,
+    inside_TK: Tensor | None = None,
+) -> Tensor:
     """[T] 1 - Σ min(p, q) over the K stored entries and the tail's bucket: a lower bound of the true one."""
-    return bucketed_total_variation(_listed(logits_TV, ids_TK, temperature), log_p_TK)
+    return bucketed_total_variation(_listed(logits_TV, ids_TK, temperature), log_p_TK, inside_TK)
 
 
 def chunk_select(

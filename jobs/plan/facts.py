@@ -94,7 +94,11 @@ def shape_of(config: Config, role: Role, vocab: int) -> Shape:
             model = AutoModelForCausalLM.from_config(given, trust_remote_code=base.trust_remote_code)
     if isinstance(spec, FirstLayers):
         model = freeze_around_layers(keep_layers(model, spec.layers))
-    return replace(shape_of_model(model), itemsize=getattr(torch, spec.dtype).itemsize)
+    size = config.train.draft_vocabulary if role == "drafter" else None
+    shape = shape_of_model(model)
+    if size is not None and size >= shape.vocab:
+        raise BadData(f"train.draft_vocabulary: {size} must be less than the {shape.vocab} tokens")
+    return replace(shape, itemsize=getattr(torch, spec.dtype).itemsize, proposable=size)
 
 
 def config_path(spec: PretrainedModel, role: Role) -> Path:

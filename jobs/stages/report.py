@@ -12,18 +12,21 @@ import os
 import shlex
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.axes import Place
 from pipeline.config.schema import Config
 from pipeline.errors import hide_credentials
+from pipeline.models.draft_vocabulary import read_draft_tokens
 from pipeline.report.page import PageInputs, render
 from pipeline.results.findings import summarise
 from pipeline.results.pool import Axes, cell_rows
 from pipeline.results.scores import Predictions
-from pipeline.results.summary import RankMemory, Stage, Summary
+from pipeline.results.summary import Coverage, RankMemory, Stage, Summary
 from pipeline.store import layout
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.files import file_sha256, read_all, read_rows, write_json, write_rows, write_text
@@ -34,6 +37,7 @@ from pipeline.store.layout import (
     CONTINUATIONS,
     FAILED,
     FIGURES,
+    MODEL,
     PAGE,
     PREDICTED,
     ROWS,
@@ -85,11 +89,13 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
     analysis = Summary.model_validate_json((artifact.path / ANALYSIS).read_text(encoding="utf-8"))
     this_stage = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
     memory = training_memory(inputs.trained)
+    continuations = read_all(inputs.teach.path / CONTINUATIONS, Continuation)
     run = {
         "config": config.name,
         "prepared": os.path.relpath(inputs.prepare.path, artifact.path),
         "stages": (*inputs.stages, this_stage),
         "training_memory": memory,
+        "coverage": coverage(inputs.trained, continuations),
     }
     summary = analysis.model_copy(update=run)
     page = PageInputs(
@@ -98,7 +104,7 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
         cells=read_rows(artifact.path / CELLS, CellRow),
         predicted=read_rows(artifact.path / PREDICTED, PredictedRow),
         failed=failed,
-        continuations=read_all(inputs.teach.path / CONTINUATIONS, Continuation),
+        continuations=continuations,
         figures=artifact.manifest["counts"]["figures"],
         figure_folder=artifact.path / FIGURES,
         prepare=inputs.prepare.manifest,
@@ -172,6 +178,32 @@ def training_memory(trained: Sequence[Artifact]) -> tuple[RankMemory, ...]:
         RankMemory(model=name, ranks=ranks)
         for name, known in counts.items()
         if (ranks := known.get("peak_memory_bytes_by_rank"))
+    )
+
+
+def coverage(trained: Sequence[Artifact], continuations: Sequence[Continuation]) -> tuple[Coverage, ...]:
+    """What the drafters' draft vocabulary holds of each place's test texts; () where there is none.
+
+    All drafters of a run have the same one. The token that the prefill gives is never proposed.
+    """
+    found = (read_draft_tokens(artifact.path / MODEL) for artifact in trained)
+    tokens_D = next((tokens for tokens in found if tokens is not None), None)
+    if tokens_D is None:
+        return ()
+    texts: dict[Place, list[int]] = defaultdict(list)
+    for text in continuations:
+        if text.split == "test":
+            texts[Place(text.dataset, text.context)] += text.tokens[1:]
+    inside = frozenset(tokens_D.tolist())
+    return tuple(
+        Coverage(
+            dataset=place.dataset,
+            context=place.context,
+            share=sum(token in inside for token in tokens) / len(tokens),
+            tokens=len(tokens),
+        )
+        for place, tokens in texts.items()
+        if tokens
     )
 
 

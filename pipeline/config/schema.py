@@ -118,6 +118,11 @@ class Config(Group):
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}
         if losses.intersection(READ_TOP_K) and self.labels.top_k == 0:
             raise ValueError(f"{' and '.join(READ_TOP_K)} losses need labels.top_k > 0")
+        size, listed = self.train.draft_vocabulary, self.labels.top_k
+        if size is not None and size < 2 * listed:
+            raise ValueError(
+                f"train.draft_vocabulary ({size}) must be at least twice labels.top_k ({listed})"
+            )
         scratch = [model.pretrain for model in (self.target, self.drafter) if model.kind == "scratch"]
         if any(one.patience for one in scratch) and self.data.validation_prompts == 0:
             raise ValueError("pretrain.patience needs data.validation_prompts above 0")

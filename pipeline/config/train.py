@@ -93,6 +93,13 @@ class Train(Group):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine to 0")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    draft_vocabulary: int | None = Field(
+        None,
+        ge=16,
+        exclude_if=lambda size: size is None,  # as if it had not been added: fingerprints stay
+        description="tokens that drafters can propose: the most frequent labels of the training split, and "
+        "those that end texts. Default: all",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, fp32 weights")
     max_logits_mib: int = Field(
         256,

@@ -31,6 +31,7 @@ from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView
+from pipeline.models.draft_vocabulary import among_all
 from pipeline.models.head import own_logits
 from pipeline.models.layers import FAMILY
 
@@ -137,7 +138,8 @@ class LeanModel:
     def __init__(self, model: PreTrainedModel, prefill_chunk: int) -> None:
         config = model.config
         self.name = model.name_or_path or type(model).__name__
-        self.num_tokens, self.prefill_chunk = model.num_tokens, prefill_chunk
+        self.num_tokens, self.prefill_chunk = model.whole_tokens, prefill_chunk
+        self.draft_tokens = model.draft_tokens
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.geometry = Geometry(
@@ -146,8 +148,9 @@ class LeanModel:
         self.heads, self.epsilon = heads, config.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight.detach()
         head = model.get_output_embeddings()
-        bias = None if head.bias is None else head.bias.detach()[: self.num_tokens]
-        self.head = Linear(head.weight.detach()[: self.num_tokens], bias)
+        used = slice(self.num_tokens) if self.draft_tokens is None else self.draft_tokens
+        bias = None if head.bias is None else head.bias.detach()[used]
+        self.head = Linear(head.weight.detach()[used], bias)
         self.norm = model.model.norm.weight.detach()
         self.activation = model.model.layers[0].mlp.act_fn
         rotary = model.model.rotary_emb
@@ -174,7 +177,7 @@ class LeanModel:
         return self.rms_norm(x_BQC, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
+        return among_all(self.head(hidden), self.draft_tokens, self.num_tokens)
 
     def project(
         self, layer: LeanLayer, x_BQC: Tensor, cos: Tensor, sin: Tensor
@@ -267,7 +270,7 @@ class ModuleModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.name = model.name_or_path or type(model).__name__
-        self.num_tokens = model.num_tokens
+        self.num_tokens = model.whole_tokens
         # One token tells what the model's KV look like.
         (view,), _ = read_prefix(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), [(1, FULL)])
         keys = view.layers[0][0]
@@ -286,10 +289,14 @@ class ModuleModel:
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return own_logits(self.model, hidden)[..., : self.num_tokens]
+        return self.among_all(own_logits(self.model, hidden)[..., : self.model.num_tokens])
 
     def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
-        return read_prefix(self.model, tokens_BS, cuts)
+        views, logits_BV = read_prefix(self.model, tokens_BS, cuts)
+        return views, self.among_all(logits_BV)
+
+    def among_all(self, logits: Tensor) -> Tensor:
+        return among_all(logits, self.model.draft_tokens, self.num_tokens)
 
 
 class SlotWriter(NamedTuple):

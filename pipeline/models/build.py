@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 
 def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
-    """Evaluation mode, and the number of logits that stand for tokens."""
-    model.num_tokens = num_tokens
+    """Evaluation mode, and the number of logits that stand for tokens.
+
+    `whole_tokens` are those of the tokenizer; `num_tokens` are fewer where there is a draft vocabulary.
+    """
+    model.num_tokens = model.whole_tokens = num_tokens
+    model.draft_tokens = None
     return model.eval()
 
 

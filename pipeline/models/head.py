@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from pipeline.models.draft_vocabulary import DraftHead
+
 LOUD = 1e3  # scale of random states that no cap on logits leaves as they are
 
 
@@ -63,12 +65,16 @@ def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def plain_head(model: PreTrainedModel) -> Tensor | None:
     """The head [V, C] of a model whose logits are hidden states times head and nothing else; else None.
 
+    With a draft vocabulary, its rows alone.
+
     None also where DeepSpeed has partitioned the weight, which is whole inside its module's forward only.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or hasattr(head.weight, "ds_id"):
+    if not isinstance(head, nn.Linear | DraftHead) or head.bias is not None or hasattr(head.weight, "ds_id"):
         return None
     with torch.no_grad():
         loud = torch.linspace(-LOUD, LOUD, head.in_features).to(head.weight)
         plain = torch.allclose(own_logits(model, loud), head(loud), rtol=1e-3)
-    return head.weight[: model.num_tokens] if plain else None
+    if not plain:
+        return None
+    return head.rows if isinstance(head, DraftHead) else head.weight[: model.num_tokens]

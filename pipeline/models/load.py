@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.errors import BadData
 from pipeline.kv.view_cache import ATTENTION, WHOLE
 from pipeline.models.build import prepare_model
+from pipeline.models.draft_vocabulary import read_draft_tokens, restrict
 from pipeline.models.hub import model_files, model_folder
 from pipeline.models.layers import keep_layers, problem_of_layers
 from pipeline.models.limits import rotations
@@ -136,7 +137,8 @@ def load_model(
     model = prepare_model(model, num_tokens).to(device)
     if problem := problem_of_loaded(model):
         raise BadData(f"cannot run the {ref.role} {path!r}: {problem}")
-    return model
+    tokens_D = read_draft_tokens(folder)
+    return model if tokens_D is None else restrict(model, tokens_D)
 
 
 def shared_tokens(tokenizer: PreTrainedTokenizerBase, *refs: ModelRef) -> int:

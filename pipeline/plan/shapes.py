@@ -39,6 +39,12 @@ class Shape:
     vocab: int
     itemsize: int = FP32
     frozen: int = 0
+    proposable: int | None = None  # tokens of a draft vocabulary
+
+    @property
+    def logits(self) -> int:
+        """Logits that the head gives at one position."""
+        return self.vocab if self.proposable is None else self.proposable
 
     @property
     def trained(self) -> int:
@@ -46,7 +52,8 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        return self.parameters * self.itemsize
+        head = 0 if self.proposable is None else self.hidden * self.proposable  # its rows, side by side
+        return (self.parameters + head) * self.itemsize
 
     def kv_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens, all layers."""
@@ -75,7 +82,8 @@ class Shape:
 
     def forward_flops(self, tokens: float, attended: float) -> float:
         """2 a parameter for every token, and 4 a query channel for every token that a token attends to."""
-        return tokens * (2 * self.parameters + 4 * self.layers * self.query * attended)
+        used = self.parameters - self.hidden * (self.vocab - self.logits)
+        return tokens * (2 * used + 4 * self.layers * self.query * attended)
 
 
 @dataclass

@@ -37,7 +37,7 @@ def training_step(shape: Shape, tokens: int, bfloat16: bool, device: Device) -> 
     mlp = shape.layers * 4 * wide // (2 if bfloat16 else 1)
     rest = shape.layers * tokens * shape.training_bytes(bfloat16) - mlp
     activations = device.held(mlp + 2 * wide, wide) + device.held(rest + 2 * narrow, narrow)
-    logits = FP32 * tokens * shape.vocab
+    logits = FP32 * tokens * shape.logits
     return activations, device.held(LOSS_COPIES * logits + (logits // 2 if bfloat16 else 0), logits)
 
 
@@ -67,7 +67,7 @@ def train_memory(
     # Under autocast attention reads, and keeps for backward, a bfloat16 copy of the cache.
     behind_bytes = views + cache + (cache // 2 if bfloat16 else 0) + 2 * cache // shape.layers
     activations, logits = training_step(shape, tokens, bfloat16, device)
-    if FP32 * tokens * shape.vocab > train.max_logits_mib * 2**20 and sharding.stage != 3:
+    if FP32 * tokens * shape.logits > train.max_logits_mib * 2**20 and sharding.stage != 3:
         logits = min(logits, SCRATCH_BYTES)
     reading = micro * starts[0] * shape.reading_bytes()
     lengths = len(start_phases(train, length)) * (length - train.min_prefix_tokens) // train.window_tokens

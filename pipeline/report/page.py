@@ -150,6 +150,8 @@ def times(ratio: float | None) -> str:
 def _setup(config: Config) -> list[tuple[str, str]]:
     """Models and variants in words."""
     setup = [("target", _model_text(config.target)), ("drafter", _model_text(config.drafter))]
+    if config.train.draft_vocabulary is not None:
+        setup.append(("draft vocabulary", f"the {config.train.draft_vocabulary} most frequent labels"))
     return setup + [
         (f"variant {v.name}", _variant_text(v, config.train.steps_of(v))) for v in config.train.drafters
     ]

@@ -141,6 +141,15 @@ class RankMemory(Row):
     ranks: list[int]
 
 
+class Coverage(Row):
+    """The share of the target's greedy tokens in a place that a draft vocabulary holds."""
+
+    dataset: str
+    context: str
+    share: float
+    tokens: int
+
+
 class Check(Row):
     """A goal: the value that was reached, the target in words, and whether it was met."""
 
@@ -176,6 +185,7 @@ class Summary(Row):
     least_documents: int = 2
     models: tuple[ModelSize, ...] = ()
     training_memory: tuple[RankMemory, ...] = ()
+    coverage: tuple[Coverage, ...] = ()
     prediction: tuple[PredictionScore, ...] = ()
     recommendations: tuple[Recommendation, ...] = ()
     findings: list[str]

@@ -59,6 +59,13 @@ class LabelledSequences:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def counts(self, num_tokens: int) -> np.ndarray:
+        """[V] how often each token is the target's arg-max."""
+        return sum(
+            (np.bincount(array.reshape(-1), minlength=num_tokens) for array in self.argmax.arrays),
+            np.zeros(num_tokens, dtype=np.int64),
+        )
+
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)

@@ -30,6 +30,10 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
     if config.drafter.kind == "first_layers":
         names = ", ".join(map(str, config.drafter.layers))
         layers = f"- Layers of the target: {names}; its embedding, norm and head are as they were\n"
+    size = config.train.draft_vocabulary
+    proposable = (
+        "" if size is None else f"- Draft vocabulary: {size} tokens, in `draft_vocabulary.safetensors`\n"
+    )
     if scores:
         rows = [(budget, f"{value:.3f}") for budget, value in scores.items()]
         acceptance = (
@@ -44,7 +48,7 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"# BudgetDraft drafter `{variant.name}`\n\n"
         f"A drafter for speculative decoding behind a sparse KV cache. Loads with plain "
         f"`AutoModelForCausalLM.from_pretrained`.\n\n"
-        f"- Target: {target}\n{layers}"
+        f"- Target: {target}\n{layers}{proposable}"
         f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
         f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
         f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import dispatch
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.models.build import build_scratch
+from pipeline.models.draft_vocabulary import most_frequent, restrict
 from pipeline.models.layers import freeze_around_layers
-from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
+from pipeline.models.load import ModelRef, load_model, pick_device, read_config, shared_tokens
 from pipeline.observe import logs
 from pipeline.observe.training import read_metrics
 from pipeline.store.files import read_rows
@@ -136,16 +138,16 @@ def distil(
     start = job.drafter
     if variant.rope_scaling is not None:
         start = replace(start, rope_scaling=variant.rope_scaling)
-
-    fresh = partial(load_drafter, start, shared_tokens(tokenizer, start))
-
+    data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
+    size = config.train.draft_vocabulary
+    tokens_D = None if size is None else proposable(start, tokenizer, data, size)
+    fresh = partial(load_drafter, start, shared_tokens(tokenizer, start), tokens_D)
     if steps == 0:
         if is_first_worker():
             write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
         return
     schedule = Schedule(config.train, config.train, steps)
     engine = make_engine(fresh(), schedule)
-    data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)
     trained = fit(engine, objective, schedule, folder, name, stop)
@@ -158,10 +160,26 @@ def distil(
         export(fresh(), tokenizer, folder, trained, drafter_card(config, variant, steps, scores))
 
 
-def load_drafter(start: ModelRef, num_tokens: int) -> PreTrainedModel:
+def load_drafter(start: ModelRef, num_tokens: int, tokens_D: Tensor | None = None) -> PreTrainedModel:
     """The drafter that training starts from; what training leaves alone has no gradients."""
     model = load_model(start, num_tokens, dtype="float32")
+    if tokens_D is not None:
+        model = restrict(model, tokens_D)
     return model if start.layers is None else freeze_around_layers(model)
+
+
+def proposable(
+    start: ModelRef, tokenizer: PreTrainedTokenizerBase, data: LabelledSequences, size: int
+) -> Tensor:
+    """The draft vocabulary: the most frequent labels, and what ends texts.
+
+    Raises:
+        BadData: if the size does not fit the vocabulary.
+    """
+    num_tokens = shared_tokens(tokenizer, start)
+    ends = read_config(start).eos_token_id
+    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return most_frequent(data.counts(num_tokens), size, [token for token in eos if token < num_tokens])
 
 
 def validation_prompts(prepare: Path) -> list[Prompt]:

@@ -45,6 +45,7 @@ from pipeline.train.stopping import Stopped, signals_put_off
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 WATCHED = "validation/next_token"  # the loss that `patience` watches
 NORM = "norm"  # of the gradient, beside the losses of a step
+OUTSIDE = "outside"  # beside them too: the share of labels outside a draft vocabulary
 NAMED_MICROS = 12  # micro-batches that an error names
 
 
@@ -227,7 +228,8 @@ class Window:
     def row(self) -> dict[str, float]:
         """The mean losses and the last norm of the fetched steps, which then are forgotten."""
         steps, self.steps = self.steps, []
-        row = {f"loss/{term}": sum(s[term] for s in steps) / len(steps) for term in steps[0] if term != NORM}
+        means = {term: sum(step[term] for step in steps) / len(steps) for term in steps[0] if term != NORM}
+        row = {f"{'train' if term == OUTSIDE else 'loss'}/{term}": mean for term, mean in means.items()}
         return row | {"train/grad_norm": steps[-1][NORM]}
 
 

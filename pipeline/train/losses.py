@@ -8,8 +8,9 @@ in `LossKind` of config/train.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from kernels import dispatch, distill_loss, reference
@@ -26,6 +27,35 @@ class TargetLabels:
     ids: Tensor | None = None
     log_probs: Tensor | None = None
     temperature: float = 1.0
+    proposable: Tensor | None = None
+    inside: Tensor | None = None
+
+    def within(self, tokens_D: Tensor, num_tokens: int) -> TargetLabels:
+        """The same for a drafter that can propose these tokens alone: ids are then their numbers among them.
+
+        `proposable` [T] says whether the arg-max is one of them, `inside` [T, K] which of the ids are; the
+        others stand at numbers that their row does not name.
+        """
+        place_V = torch.full((num_tokens,), -1, device=tokens_D.device)
+        place_V[tokens_D] = torch.arange(len(tokens_D), device=tokens_D.device)
+        argmax_T = place_V[self.argmax]
+        labels = replace(self, argmax=argmax_T.clamp_min(0), proposable=argmax_T >= 0)
+        if self.ids is None:
+            return labels
+        placed_TK = place_V[self.ids]
+        return replace(labels, ids=distinct(placed_TK), inside=placed_TK >= 0)
+
+
+def distinct(placed_TK: Tensor) -> Tensor:
+    """Numbers of which none is twice in a row: those below 0 give way to the lowest that are free there."""
+    T, K = placed_TK.shape
+    taken_TN = torch.zeros(T, 2 * K, dtype=torch.bool, device=placed_TK.device)
+    low_TK = (placed_TK >= 0) & (placed_TK < 2 * K)
+    rows_T1 = torch.arange(T, device=placed_TK.device).unsqueeze(1)
+    taken_TN[rows_T1.expand(-1, K)[low_TK], placed_TK[low_TK]] = True
+    free_TK = taken_TN.int().argsort(dim=1, stable=True)[:, :K]  # there are K and more
+    nth_TK = (placed_TK < 0).long().cumsum(1) - 1
+    return torch.where(placed_TK < 0, free_TK.gather(1, nth_TK.clamp_min(0)), placed_TK)
 
 
 @dataclass(frozen=True)
@@ -43,6 +73,8 @@ class States:
 def cross_entropy(scores: Tensor | States, labels: TargetLabels) -> Tensor:
     """Against the arg-max: a greedy proposal is accepted exactly when the drafter's arg-max equals it.
 
+    Where it is outside a draft vocabulary no proposal could be right, and the loss is 0.
+
     Args:
         scores: logits [T, V], or the states that they would be made of; so for all losses.
 
@@ -50,13 +82,16 @@ def cross_entropy(scores: Tensor | States, labels: TargetLabels) -> Tensor:
         One value a position, [T].
     """
     if isinstance(scores, States):
-        return distill_loss.cross_entropy(scores.hidden, scores.head, labels.argmax, backend=scores.backend)
-    return reference.cross_entropy(scores, labels.argmax)
+        hidden, head = scores.hidden, scores.head
+        loss_T = distill_loss.cross_entropy(hidden, head, labels.argmax, backend=scores.backend)
+    else:
+        loss_T = reference.cross_entropy(scores, labels.argmax)
+    return loss_T if labels.proposable is None else loss_T * labels.proposable
 
 
 def kl(scores: Tensor | States, labels: TargetLabels) -> Tensor:
     """Forward KL over the stored entries and one bucket for the rest: a lower bound of the true one."""
-    listed = (*stored(labels), labels.temperature)
+    listed = (*stored(labels), labels.temperature, labels.inside)
     if isinstance(scores, States):
         return distill_loss.kl(scores.hidden, scores.head, *listed, backend=scores.backend)
     return reference.kl(scores, *listed)
@@ -64,7 +99,7 @@ def kl(scores: Tensor | States, labels: TargetLabels) -> Tensor:
 
 def total_variation(scores: Tensor | States, labels: TargetLabels) -> Tensor:
     """One minus the expected acceptance when sampling, over the same buckets: a lower bound."""
-    listed = (*stored(labels), labels.temperature)
+    listed = (*stored(labels), labels.temperature, labels.inside)
     if isinstance(scores, States):
         return distill_loss.total_variation(scores.hidden, scores.head, *listed, backend=scores.backend)
     return reference.total_variation(scores, *listed)

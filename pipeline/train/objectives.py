@@ -22,7 +22,7 @@ from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
-from pipeline.train.loop import WATCHED
+from pipeline.train.loop import OUTSIDE, WATCHED
 from pipeline.train.losses import LOSSES
 from pipeline.train.windows import window_scores
 
@@ -119,6 +119,8 @@ class MultiView:
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         tokens_BS = self.data.tokens.rows(indices).to(self.device)
         labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
+        if model.draft_tokens is not None:
+            labels = labels.within(model.draft_tokens, model.whole_tokens)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
             view_of(self.variant.policy, budget) for budget in drawn.budgets
         ]
@@ -136,7 +138,10 @@ class MultiView:
                 share = drawn.budgets[view.budget] / self.variant.num_views
                 sparse = sparse + share * LOSSES[self.variant.sparse_loss](scores, labels).mean()
         total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
-        return total, {"total": total, "full": full, "sparse": sparse}
+        told = {"total": total, "full": full, "sparse": sparse}
+        if labels.proposable is not None:
+            told[OUTSIDE] = 1 - labels.proposable.float().mean()
+        return total, told
 
     def name_batch(self, step: int, micro: int) -> str:
         return name_rows(self.data.tokens, self.rows(step, micro))

@@ -29,7 +29,8 @@ BACK = ("zero1", "zero3")  # whose sharded states one process goes on from
 BATCH: dict[str, Any] = {"train.batch_sequences": 8, "train.steps": 8}
 PRETRAIN = {"steps": 2, "batch_sequences": 8}
 SCRATCH = {"target.pretrain": PRETRAIN, "drafter.pretrain": PRETRAIN}
-LAYERS = {"target.pretrain": PRETRAIN, "drafter": {"kind": "first_layers", "layers": [1]}}
+LAYERS: dict[str, Any] = {"target.pretrain": PRETRAIN, "drafter": {"kind": "first_layers", "layers": [1]}}
+LAYERS["train.draft_vocabulary"] = 40
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from jobs.stages import pipeline
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.schema import Config
 from pipeline.store.files import read_all
-from pipeline.store.rows import PromptRow
+from pipeline.store.rows import Continuation, PromptRow
 from tests.helpers.toys import artifact, toy_config
 
 
@@ -66,3 +67,38 @@ def test_the_plan_counts_what_is_trained_and_what_is_shared(config: Config) -> N
     assert (drafter.trained, drafter.layers) == (trained, 1)
     assert drafter.frozen + trained == sum(value.numel() for value in weights.values())
     assert target.frozen == 0 and target.hidden == drafter.hidden
+
+
+def test_drafters_that_propose_few_tokens(corpus: Path, storage: Path) -> None:
+    """Texts are the target's whatever cannot be proposed; replay is decoding; the folder names the tokens."""
+
+    def change(values: dict[str, Any]) -> None:
+        layered(values)
+        values["train"]["draft_vocabulary"] = 16
+        values["sweep"] |= {"temperatures": [0.0, 0.8], "seeds": [0]}
+        values["sweep"]["measure"]["temperatures"] = [0.0, 0.8]
+
+    before = {path.name for path in storage.glob("*-*")}
+    summary = json.loads(run_pipeline(toy_config(corpus, storage, change)).read_text())
+    assert summary["lossless"]["exact"] == summary["lossless"]["prompts"] > 0
+    assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] > 0
+    (drafter,) = (path for path in storage.glob("drafter-multi_view-*") if path.name not in before)
+    told = load_file(drafter / "model" / "draft_vocabulary.safetensors")
+    assert int(told["t2d"].sum()) == len(told["d2t"]) == 16
+    labels = np.concatenate(
+        [np.load(file).reshape(-1) for file in storage.glob("teach-*/labels/*.argmax.npy")]
+    )
+    ranked = sorted(range(len(told["t2d"])), key=lambda token: (-np.count_nonzero(labels == token), token))
+    assert len({*ranked[:16]} ^ {*told["t2d"].nonzero().squeeze(1).tolist()}) <= 2  # for what ends texts
+    texts = [
+        row.tokens[1:]
+        for row in read_all(artifact(storage, "teach") / "continuations", Continuation)
+        if row.split == "test"
+    ]
+    tokens = [token for text in texts for token in text]
+    (covered,) = summary["coverage"]
+    assert covered["tokens"] == len(tokens)
+    assert covered["share"] == sum(bool(told["t2d"][token]) for token in tokens) / len(tokens) < 1
+    rows = [json.loads(line) for line in (drafter / "metrics.jsonl").read_text().splitlines()]
+    shares = [row["train/outside"] for row in rows if "train/outside" in row]
+    assert shares and all(0 < share < 0.9 for share in shares)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from pipeline.train.losses import LOSSES, TargetLabels
+from pipeline.train.losses import LOSSES, States, TargetLabels, distinct
 
 ROWS, VOCABULARY = 7, 13
 
@@ -159,3 +159,69 @@ def test_half_precision_logits_are_compared_in_single() -> None:
 def test_missing_log_probabilities_name_the_setting(name: str) -> None:
     with pytest.raises(ValueError, match=r"labels\.top_k"):
         LOSSES[name](logits(0), TargetLabels(torch.zeros(ROWS, dtype=torch.long)))
+
+
+# ── behind a draft vocabulary ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("listed", ["all", "few"])
+@pytest.mark.parametrize("form", ["logits", "states"])
+def test_a_draft_vocabulary_against_float64(form: str, listed: str) -> None:
+    """Σ over the draft vocabulary with p over the whole one; KL from p renormalised, times its mass there.
+
+    Where all tokens are listed it is exact; else the tail is a bucket that lies inside.
+    """
+    T, V, D, H, K = 9, 60, 25, 12, 12
+    generator = torch.Generator().manual_seed(0)
+    tokens_D = torch.randperm(V, generator=generator)[:D].sort().values
+    z_p = (3 * torch.randn(T, V, generator=generator)).double()
+    if listed == "all":  # the others have no probability
+        z_p = z_p.masked_fill(z_p < z_p.topk(K).values[:, -1:], -torch.inf)
+    p = z_p.softmax(-1)
+    top = p.topk(K)
+    labels = TargetLabels(p.argmax(-1), top.indices, top.values.log().float(), 1.0)
+    hidden = torch.randn(T, H, generator=generator).requires_grad_()
+    head = torch.randn(D, H, generator=generator)
+    scores = States(hidden, head) if form == "states" else hidden @ head.T
+    inner = labels.within(tokens_D, V)
+    z = hidden.detach().double().requires_grad_()
+    q = torch.zeros(T, V, dtype=torch.float64).index_copy(1, tokens_D, (z @ head.double().T).softmax(-1))
+    inside = torch.isin(top.indices, tokens_D)
+    p_in, q_in = top.values * inside, q.gather(1, top.indices) * inside
+    p_tail, q_tail = 1 - top.values.sum(1), 1 - q_in.sum(1)
+    if listed == "all":  # what is left of either is rounding
+        p_tail, q_tail = torch.zeros(T).double(), torch.ones(T).double()
+    mass = p_in.sum(1) + p_tail
+
+    def log(values: Tensor) -> Tensor:
+        return values.clamp_min(1e-300).log()
+
+    listed_kl = (p_in * (log(p_in / mass.unsqueeze(1)) - log(q_in))).sum(1)
+    best = -log(q.gather(1, labels.argmax.unsqueeze(1)).squeeze(1))
+    expected = {
+        "total_variation": 1 - torch.minimum(p_in, q_in).sum(1) - torch.minimum(p_tail, q_tail),
+        "kl": listed_kl + p_tail * (log(p_tail / mass) - log(q_tail)),
+        "cross_entropy": best * torch.isin(labels.argmax, tokens_D),
+    }
+    for name, exact in expected.items():
+        ours = LOSSES[name](scores, inner)
+        torch.testing.assert_close(ours.double(), exact.detach(), atol=2e-4, rtol=2e-4, msg=name)
+        (grad,) = torch.autograd.grad(ours.sum(), hidden, retain_graph=True)
+        (exact_grad,) = torch.autograd.grad(exact.sum(), z, retain_graph=True)
+        torch.testing.assert_close(grad.double(), exact_grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_numbers_that_give_way_are_free_in_their_row() -> None:
+    placed = torch.tensor([[-1, 0, 5, -1, 1], [-1, -1, -1, -1, -1], [4, 3, 2, 1, 0], [-1, 2, 9, 3, -1]])
+    found = distinct(placed)
+    assert torch.equal(found[placed >= 0], placed[placed >= 0])
+    assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 10 for row in found.tolist())
+
+
+def test_a_vocabulary_of_everything_changes_nothing() -> None:
+    p = torch.randn(5, 40).log_softmax(-1)
+    top = p.topk(8)
+    labels, logits = TargetLabels(p.argmax(-1), top.indices, top.values), torch.randn(5, 40)
+    whole = labels.within(torch.arange(40), 40)
+    for loss in LOSSES.values():
+        torch.testing.assert_close(loss(logits, whole), loss(logits, labels), atol=1e-5, rtol=1e-5)
