@@ -159,7 +159,7 @@ def _model(config: Config, role: Role) -> Iterator[Check]:
 
 
 def _place(role: Role, model: PretrainedModel) -> Check:
-    folder = Path(model.path).expanduser()
+    folder = Path(os.path.expanduser(model.path))
     if folder.is_dir():
         if not (folder / "config.json").exists():
             return Check("fail", role, f"{folder} has no config.json: it is not a Hugging Face model folder")

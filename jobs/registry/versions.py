@@ -8,6 +8,7 @@ judges it. One version of a model is its champion (`champion.py`).
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import uuid
@@ -145,7 +146,7 @@ def pull(version: Version, folder: Path) -> Path:
         BadData: if `folder` holds something, or a file is damaged.
         Incomplete: if MLflow is out of reach.
     """
-    folder = folder.expanduser().resolve()
+    folder = Path(os.path.expanduser(folder)).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BadData(f"{folder} is not empty: name a new folder")
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -146,7 +147,7 @@ def settled(config: Config) -> Config:
                     f"{role}.path = {path} is relative, and this job's working directory is a copy that goes "
                     "when it ends: give an absolute path that all nodes share, or a hub id"
                 )
-    data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
+    data = config.data.model_copy(update={"root": str(Path(os.path.expanduser(config.data.root)).resolve())})
     changes: dict[str, Any] = {"data": data, "storage": str(storage_folder(config.storage))}
     if config.run.executor == "ray" and config.run.device == "auto":
         needs = [config.run.needs(work) for work in get_args(Work) if work != "prepare"]
@@ -158,7 +159,7 @@ def settled(config: Config) -> Config:
     models = {
         role: model.model_copy(update={"path": str(folder.resolve())})
         for role, model in (("target", config.target), ("drafter", config.drafter))
-        if model.kind == "pretrained" and (folder := Path(model.path).expanduser()).is_dir()
+        if model.kind == "pretrained" and (folder := Path(os.path.expanduser(model.path))).is_dir()
     }
     return config.model_copy(update=changes | models)
 

@@ -6,6 +6,7 @@ Only the wiring is here; the computations are in `pipeline/data`.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -84,7 +85,7 @@ def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
             the sources otherwise; the text names the fields or sources.
     """
     name = f"data.prepared = {folder}"
-    artifact = Artifact(folder.expanduser().resolve(), "prepare", "")
+    artifact = Artifact(Path(os.path.expanduser(folder)).resolve(), "prepare", "")
     if in_ray_job():
         check_shared([artifact.path])
     if not artifact.complete:

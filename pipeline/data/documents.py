@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -131,7 +132,7 @@ class Reader(ABC, Generic[SourceT]):
         self.source = source
         self.data = data
         self.seed = seed
-        self.root = Path(data.root).expanduser()
+        self.root = Path(os.path.expanduser(data.root))
 
     @property
     def on_hub(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def stage_inputs(
         inputs["readers"] = later
     if config.data.tokenizer.kind == "target":
         assert isinstance(config.target, PretrainedModel)
-        folder = Path(config.target.path).expanduser()
+        folder = Path(os.path.expanduser(config.target.path))
         source_files = (
             sorted(folder.glob("*token*")) + sorted(folder.glob("*.jinja")) if folder.is_dir() else []
         )

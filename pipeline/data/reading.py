@@ -13,6 +13,7 @@ import codecs
 import glob
 import gzip
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -73,14 +74,14 @@ class Table:
 
 def looks_local(path: str, root: Path) -> bool:
     """Whether `path` means a file or folder rather than a hub id such as `emozilla/pg19`."""
-    expanded = root / Path(path).expanduser()
+    expanded = root / Path(os.path.expanduser(path))
     first = root.joinpath(*Path(path).parts[:1])  # "." has no parts
     return expanded.exists() or path.startswith((".", "~", "/")) or path.count("/") != 1 or first.exists()
 
 
 def local_path(path: str, root: Path) -> Path:
     """`path`, relative to the data root unless absolute."""
-    return (root / Path(path).expanduser()).absolute()
+    return (root / Path(os.path.expanduser(path))).absolute()
 
 
 def short_name(place: str | Path, root: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -127,7 +128,7 @@ def pretrained_tokenizer(model: PretrainedModel, role: str) -> PreTrainedTokeniz
     """A pretrained model's fast tokenizer."""
     from transformers import AutoTokenizer
 
-    local = Path(model.path).expanduser()
+    local = Path(os.path.expanduser(model.path))
     if not local.exists() and model.path.startswith((".", "~", "/")):
         raise BadData(f"{role}.path: the folder {local} does not exist")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     ref = replace(model_ref(spec, None, role, reach), layers=layers)
     for name, rope in ropes(config, role):
         check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
-    if weights and Path(spec.path).expanduser().is_dir():  # of the hub, they may not be here yet
+    if weights and Path(os.path.expanduser(spec.path)).is_dir():  # of the hub, they may not be here yet
         check_weights(ref, folder, read_config(ref, folder))
 
 

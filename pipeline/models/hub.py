@@ -52,7 +52,7 @@ def config_folder(path: str, revision: str | None = None) -> Path | None:
 
     The hub is not asked.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder if (folder / "config.json").exists() else None
     try:

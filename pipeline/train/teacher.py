@@ -24,7 +24,7 @@ from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
 from pipeline.decode.steps import note
-from pipeline.errors import NotFinite
+from pipeline.errors import BadData, NotFinite
 from pipeline.kv.slot_cache import slots_for
 from pipeline.metrics import repetition_rate
 from pipeline.models.generation import stop_tokens, warn_of_settings
@@ -122,6 +122,7 @@ class Teacher:
     def continue_prompts(self, task: ContinueTask) -> TeachCounts:
         output = self.output / CONTINUATIONS / task.name
         prompts = read_rows(task.prompts, Prompt)
+        self.must_have_embeddings(prompts)
         if not output.exists():
             rows = {
                 row.prompt_id: row
@@ -130,6 +131,16 @@ class Teacher:
             }
             write_rows(output, [rows[prompt.prompt_id] for prompt in prompts])
         return TeachCounts(continuations=len(prompts))
+
+    def must_have_embeddings(self, prompts: list[Prompt]) -> None:
+        """Raises BadData for a prompt with a token of the tokenizer's that the target does not know."""
+        for prompt in prompts:
+            if max(prompt.tokens) >= self.target.num_tokens:
+                token = self.tokenizer.convert_ids_to_tokens(max(prompt.tokens))
+                raise BadData(
+                    f"the prompt {prompt.prompt_id} (of {prompt.document_id}) holds {token!r}, which the "
+                    "target has no embedding for: take it out of the text"
+                )
 
     def continuations(self, prompts: list[Prompt], chance: Chance = GREEDILY) -> list[Continuation]:
         """Continuations of prompts of equal length and limit."""

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.reading import BadRow, Table, hub_tables, looks_local, split_files, table_rows
+from pipeline.data.reading import (
+    BadRow,
+    Table,
+    hub_tables,
+    local_path,
+    looks_local,
+    must_be_file,
+    split_files,
+    table_rows,
+)
 from pipeline.data.sources.pg19 import features
 from pipeline.errors import BadData
 from tests.helpers.documents import book, write_lines
@@ -107,3 +116,9 @@ def test_hub_shards_together_give_every_row_once(tmp_path, monkeypatch):
     tables = hub_tables("emozilla/pg19", "train", features(), "PG-19")
     texts = [row.values["text"] for table in tables for row in table_rows(table, features(), "PG-19")]
     assert len(tables) == 3 and sorted(texts) == sorted(book(k)["text"] for k in range(6))
+
+
+def test_a_home_that_nobody_has_is_a_path_that_is_not_there(tmp_path: Path) -> None:
+    assert looks_local("~nobody-here/books", tmp_path)
+    with pytest.raises(BadData, match="nobody-here"):
+        must_be_file(local_path("~nobody-here/books.txt", tmp_path), "books")

@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from pipeline.models.hub import config_folder
 from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
@@ -163,3 +164,7 @@ def test_what_the_hub_does_not_have_is_bad_data(hub: Hub, tmp_path: Path) -> Non
     assert f"BadData: the model {REPO} holds no model.safetensors; run `hf download" in told
     (told,) = load(hub, tmp_path / "empty", False, offline=True)
     assert f"BadData: cannot load the model '{REPO}'" in told
+
+
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there() -> None:
+    assert config_folder("~nobody-here/model") is None

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from jobs.stages.teach import label_bytes, label_tasks
 from pipeline.config.schema import Config
 from pipeline.decode.sampling import Chance
-from pipeline.errors import NotFinite
+from pipeline.errors import BadData, NotFinite
 from pipeline.models.load import ModelRef
 from pipeline.store.artifacts import Artifact
-from pipeline.store.files import read_rows
+from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
 from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, tiny_tokenizer, write_prepare
@@ -289,6 +289,22 @@ def test_what_is_there_is_not_redone(
     last.unlink()
     teacher(tasks[0])
     assert {path: path.read_bytes() for path in last.parent.iterdir()} == content
+
+
+def test_a_prompt_with_a_token_that_the_target_does_not_know_is_named(
+    prepare: Path, saved: ModelRef, tmp_path: Path
+) -> None:
+    """As where a pad token was added to the tokenizer alone, and stands in a text."""
+    (file,) = (prepare / "prompts").glob("test-*.jsonl")
+    first, *others = read_rows(file, Prompt)
+    first.tokens[3] = VOCABULARY
+    write_rows(tmp_path / file.name, [first, *others])
+    teacher = make_teacher(prepare, saved, tmp_path, tiny_config())
+    with pytest.raises(
+        BadData, match=f"the prompt {first.prompt_id} .*which the target has no embedding for"
+    ):
+        teacher(ContinueTask(tmp_path / file.name))
+    assert not list(tmp_path.glob("continuations/*"))
 
 
 def test_a_target_that_is_not_finite_stops(
