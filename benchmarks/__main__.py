@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.rows import Row, table, write
 from pipeline.hardware import gpu_name
 
-GROUPS = ("decoding", "training", "memory", "grid", "scale", "zero", "gate", "gpu")
+GROUPS = ("decoding", "real", "training", "memory", "grid", "scale", "zero", "gate", "gpu")
 
 
 def main() -> int:
@@ -22,6 +22,9 @@ def main() -> int:
     parser.add_argument("--only", choices=GROUPS, action="append", help="a group; may be given several times")
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     parser.add_argument("--storage", default="runs", help="where trained pairs are, or will be")
+    parser.add_argument(
+        "--target", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="the real one"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="interleaved repeats of every comparison")
     given = parser.parse_args()
     groups = given.only or GROUPS
@@ -50,6 +53,17 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 rows += training_rows(demo, deep, given.storage, Path(scratch), given.repeats)
             write(rows, given.output)
+    if "real" in groups:
+        from benchmarks.real_target import real_rows
+
+        if given.target.is_dir():
+            print("a real target", flush=True)
+            rows += real_rows(given.target, given.repeats)
+            write(rows, given.output)
+        else:
+            print(
+                f"no rows of a real target: {given.target} is not there (`make demo` fetches it)", flush=True
+            )
     if "memory" in groups:
         from benchmarks.memory import memory_row
 

@@ -13,7 +13,14 @@ from pipeline.axes import Cell, budget_text, family
 from pipeline.intervals import Interval
 from pipeline.results.axes import Axes, Cells
 from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
-from pipeline.results.pool import acceptances, lossless, replay_check, replayed_or_measured, speedups
+from pipeline.results.pool import (
+    acceptances,
+    lossless,
+    nothing_proposed,
+    replay_check,
+    replayed_or_measured,
+    speedups,
+)
 from pipeline.results.recommend import settings_text
 from pipeline.results.scores import Predictions, recommendations, scores, untimed
 from pipeline.results.speed import ar_speeds
@@ -318,7 +325,10 @@ def doubt_findings(cells: Cells, rows: Sequence[CellRow], failed: Sequence[Faile
     few = sum(row.num_documents < FEW for row in rows)
     if few:
         texts.append(f"{few} of {len(rows)} cells have fewer than {FEW} documents: intervals are too narrow.")
-    empty = sum(not any(row.counts.num_proposed for row in prompts.values()) for prompts in cells.values())
+    empty = sum(nothing_proposed(prompts.values()) for prompts in cells.values())
     if empty:
-        texts.append(f"{empty} cells are left out: every continuation ended before a token was proposed.")
+        texts.append(
+            f"{empty} cells are left out, as nothing was proposed in them: every continuation ended at once, "
+            "or the draft source found nothing."
+        )
     return texts

@@ -60,6 +60,11 @@ def accepted_of_proposed(rows: Sequence[PromptRow]) -> tuple[list[Number], list[
     return [row.counts.num_accepted for row in rows], proposed
 
 
+def nothing_proposed(rows: Iterable[PromptRow]) -> bool:
+    """Because every continuation ended at once, or a draft source found nothing to propose."""
+    return all(row.counts.num_proposed == 0 for row in rows)
+
+
 def documents(rows: Sequence[PromptRow]) -> list[str]:
     """The document of every row: what intervals resample."""
     return [row.document_id for row in rows]
@@ -68,14 +73,13 @@ def documents(rows: Sequence[PromptRow]) -> list[str]:
 def cell_rows(prompt_rows: Sequence[PromptRow], axes: Axes, samples: int, seed: int) -> list[CellRow]:
     """Pool the prompts of every cell and mode, in the order of `axes`.
 
-    A cell in which nothing was proposed, because every continuation ended at once, has no acceptance and is
-    left out; the findings count such cells.
+    A cell in which nothing was proposed has no acceptance and is left out; the findings count such cells.
     """
     cells = [
         _cell_row(cell, mode, list(rows.values()), samples, seed)
         for mode in MODES
         for cell, rows in group(prompt_rows, mode).items()
-        if any(row.counts.num_proposed != 0 for row in rows.values())
+        if not nothing_proposed(rows.values())
     ]
     return sorted(cells, key=lambda row: axes.order(row.cell))
 
