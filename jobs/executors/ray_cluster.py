@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ from typing import Any
 from pipeline.config.run import Run, Work
 from pipeline.errors import BadData
 from pipeline.store.provenance import provenance
+
+log = logging.getLogger(__name__)
 
 # Environment variable of a submitted job: resources that its own process holds, by Ray's names, as JSON.
 HELD = "BUDGETDRAFT_HELD_BY_ENTRYPOINT"
@@ -82,7 +85,7 @@ def installed() -> dict[str, str | None]:
 
 
 def check_nodes(ray: ModuleType) -> None:
-    """Compare what is installed on every machine with what is here.
+    """Compare what is installed on every machine with what is here; a machine that dies meanwhile is let go.
 
     Raises:
         BadData: naming the machine and everything that differs, or a machine that does not answer.
@@ -94,19 +97,29 @@ def check_nodes(ray: ModuleType) -> None:
     asked = {
         ask.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(): f"{node['NodeManagerAddress']} (node {node['NodeID'][:8]})"
+        ).remote(): (node["NodeID"], f"{node['NodeManagerAddress']} (node {node['NodeID'][:8]})")
         for node in ray.nodes()
         if node["Alive"]
     }
+    errors = ray.exceptions
+    dying = (errors.TaskUnschedulableError, errors.NodeDiedError, errors.LocalRayletDiedError)
+
+    def gone(node_id: str) -> bool:
+        return all(node["NodeID"] != node_id for node in ray.nodes() if node["Alive"])
+
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    for answer, machine in asked.items():
+    for answer, (node_id, machine) in asked.items():
         if answer not in answered:
-            problems.append(f"{machine} did not say within {ANSWER_S:g} s what is installed there")
+            if not gone(node_id):
+                problems.append(f"{machine} did not say within {ANSWER_S:g} s what is installed there")
             continue
         try:
             there = ray.get(answer)
-        except ray.exceptions.RayError as error:
-            problems.append(f"{machine} cannot run this project: {str(error).strip().splitlines()[-1]}")
+        except errors.RayError as error:
+            if isinstance(error, dying) or gone(node_id):
+                log.warning("%s left the cluster while it was asked what is installed there", machine)
+            else:
+                problems.append(f"{machine} cannot run this project: {str(error).strip().splitlines()[-1]}")
             continue
         problems += [
             f"{machine} has {name} {there.get(name)}, this process has {version}"

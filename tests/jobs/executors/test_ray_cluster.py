@@ -142,3 +142,49 @@ def test_other_versions_on_a_machine_are_named(
     assert f"{machine} has torch {here['torch']}, this process has 9.9" in str(told.value)
     assert f"{machine} has python {here['python']}, this process has 3.99.0" in str(told.value)
     assert "code" not in str(told.value)
+
+
+class Asked:
+    """Stands in for the module ray where two machines are asked; the second one's answer is an error."""
+
+    def __init__(self, error: Exception, dies: bool) -> None:
+        from ray import exceptions
+
+        self.exceptions, self.error, self.dies = exceptions, error, dies
+        self.looks = 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        self.looks += 1
+        names = ("a" * 56, "b" * 56)
+        there = [True, self.looks == 1 or not self.dies]
+        return [
+            {"NodeID": name, "Alive": alive, "NodeManagerAddress": "192.0.2.2"}
+            for name, alive in zip(names, there, strict=True)
+        ]
+
+    def remote(self, **options: Any) -> Any:
+        answers = iter(("first", "second"))
+
+        def ask(function: Any) -> Any:
+            return SimpleNamespace(options=lambda **strategy: SimpleNamespace(remote=lambda: next(answers)))
+
+        return ask
+
+    def wait(self, asked: list[str], **options: Any) -> tuple[list[str], list[str]]:
+        return asked, []
+
+    def get(self, answer: str) -> Any:
+        if answer == "second":
+            raise self.error
+        return installed()
+
+
+def test_a_machine_that_dies_while_it_is_asked_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    """As the soak had it: a node was killed while a new run compared the machines."""
+    from ray.exceptions import TaskUnschedulableError, WorkerCrashedError
+
+    check_nodes(Asked(TaskUnschedulableError("doesn't exist any more"), dies=False))  # type: ignore[arg-type]
+    check_nodes(Asked(WorkerCrashedError(), dies=True))  # type: ignore[arg-type]
+    assert caplog.text.count("left the cluster while it was asked") == 2
+    with pytest.raises(BadData, match=r"node bbbbbbbb.* cannot run this project"):
+        check_nodes(Asked(WorkerCrashedError(), dies=False))  # type: ignore[arg-type]
