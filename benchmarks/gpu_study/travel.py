@@ -119,7 +119,7 @@ def luggage(config: Config, storage: Path, target: bool) -> Iterator[tuple[Path,
         elif stage == "pretrain-drafter":
             yield folder, (MODEL,), "float32"
         else:
-            yield folder, (), config.drafter.dtype
+            yield folder, (), config.drafter_dtype
 
 
 def unpack(output: Path, storage: Path) -> None:

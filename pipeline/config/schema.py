@@ -40,6 +40,11 @@ class Config(Group):
         return {"target": self.target, "drafter": self.drafter}
 
     @property
+    def drafter_dtype(self) -> str:
+        """The precision that drafters run in at evaluation."""
+        return self.drafter.dtype or self.target.dtype
+
+    @property
     def scratch(self) -> dict[Role, ScratchModel]:
         """Those that stage pretrain makes."""
         return {role: spec for role, spec in self.models.items() if isinstance(spec, ScratchModel)}
@@ -119,6 +124,12 @@ class Config(Group):
         if losses.intersection(READ_TOP_K) and self.labels.top_k == 0:
             raise ValueError(f"{' and '.join(READ_TOP_K)} losses need labels.top_k > 0")
         size, listed = self.train.draft_vocabulary, self.labels.top_k
+        tokens = self.data.tokenizer
+        if size is not None and tokens.kind == "bpe" and size >= tokens.vocab_size:
+            raise ValueError(
+                f"train.draft_vocabulary ({size}) must be less than data.tokenizer.vocab_size "
+                f"({tokens.vocab_size})"
+            )
         if size is not None and size < 2 * listed:
             raise ValueError(
                 f"train.draft_vocabulary ({size}) must be at least twice labels.top_k ({listed})"

@@ -32,7 +32,7 @@ from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView
-from pipeline.models.draft_vocabulary import among_all
+from pipeline.models.draft_vocabulary import among_all, draft_tokens
 from pipeline.models.head import own_logits
 from pipeline.models.layers import FAMILY
 
@@ -132,7 +132,7 @@ class LeanModel:
         config = model.config
         self.name = model.name_or_path or type(model).__name__
         self.num_tokens, self.prefill_chunk = model.whole_tokens, prefill_chunk
-        self.draft_tokens = model.draft_tokens
+        self.draft_tokens = draft_tokens(model)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.geometry = Geometry(
@@ -293,7 +293,7 @@ class ModuleModel:
         return views, self.among_all(logits_BV)
 
     def among_all(self, logits: Tensor) -> Tensor:
-        return among_all(logits, self.model.draft_tokens, self.num_tokens)
+        return among_all(logits, draft_tokens(self.model), self.num_tokens)
 
 
 class SlotWriter(NamedTuple):

@@ -28,7 +28,7 @@ from pipeline.decode.sources import DraftSource
 from pipeline.kv.view_cache import ViewCache, read_continuation
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round, counted_proposals
-from pipeline.models.draft_vocabulary import among_all
+from pipeline.models.draft_vocabulary import among_all, draft_tokens
 
 
 # Not inference mode: training validates with this, and goes on with the weights that ZeRO-3 gathers here.
@@ -49,7 +49,7 @@ def view_logits(drafter: PreTrainedModel, views: Sequence[PrefixView], continuat
     positions_1Q = torch.arange(prefix_tokens, prefix_tokens + inputs, device=device).unsqueeze(0)
     logits_RQV = read_continuation(drafter, cache, tokens_M[:-1].expand(len(views), inputs), positions_1Q)
     in_order_RQV = logits_RQV[torch.tensor(order, device=device).argsort()]
-    return among_all(in_order_RQV, drafter.draft_tokens, drafter.whole_tokens)
+    return among_all(in_order_RQV, draft_tokens(drafter), drafter.whole_tokens)
 
 
 def finite_views(logits_RQV: Tensor) -> list[bool]:

@@ -21,7 +21,6 @@ def prepare_model(model: PreTrainedModel, num_tokens: int) -> PreTrainedModel:
     `whole_tokens` are those of the tokenizer; `num_tokens` are fewer where there is a draft vocabulary.
     """
     model.num_tokens = model.whole_tokens = num_tokens
-    model.draft_tokens = None
     return model.eval()
 
 

@@ -47,6 +47,14 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     if folder is None:
         return  # loading will say so, or fetch it
     ref = replace(model_ref(spec, None, role, reach), layers=layers)
+    size, tokens = (
+        config.train.draft_vocabulary,
+        read_config(ref, folder).get_text_config(decoder=True).vocab_size,
+    )
+    if role == "drafter" and size is not None and size >= tokens:
+        raise BadData(
+            f"train.draft_vocabulary: {size} must be less than the {tokens} tokens of {spec.path!r}"
+        )
     for name, rope in ropes(config, role):
         check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
     if weights and Path(os.path.expanduser(spec.path)).is_dir():  # of the hub, they may not be here yet

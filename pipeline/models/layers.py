@@ -58,7 +58,9 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def share_frozen(model: PreTrainedModel, others: Iterable[PreTrainedModel]) -> None:
     """Let embedding, final norm and head be the memory of another model that holds the same numbers."""
-    for other in others:
+    for other in others if model.config.model_type in FAMILY else ():
+        if other.config.model_type != model.config.model_type:
+            continue
         for ours, theirs in zip(around_layers(model), around_layers(other), strict=True):
             if same(ours.weight, theirs.weight):
                 ours.weight = theirs.weight

@@ -50,7 +50,8 @@ class ModelRef:
     `trained_positions` is set where the model's own config does not tell. `role` is for messages. `reach` is
     the length in tokens of the longest text that it will see; a model whose attention or rotation depends on
     it is refused where it is not known. `files` are those that the results are to be of (`hub.model_files`).
-    With `layers` the model is left with these of its layers (see `models.layers`).
+    With `layers` the model is left with these of its layers (see `models.layers`). A model that `proposes` is
+    held to the draft vocabulary that lies beside its weights, if there is one; others have their whole head.
     """
 
     path: str
@@ -63,6 +64,7 @@ class ModelRef:
     reach: int | None = None
     files: dict[str, tuple[int, int]] | None = None
     layers: tuple[int, ...] | None = None
+    proposes: bool = False
 
 
 def model_ref(
@@ -89,7 +91,7 @@ def model_ref(
 
 def layers_ref(target: ModelRef, spec: FirstLayers) -> ModelRef:
     """The reference of a drafter that is made of the target's layers."""
-    return replace(target, dtype=spec.dtype, role="drafter", layers=spec.layers)
+    return replace(target, dtype=spec.dtype or target.dtype, role="drafter", layers=spec.layers)
 
 
 def load_model(
@@ -137,7 +139,7 @@ def load_model(
     model = prepare_model(model, num_tokens).to(device)
     if problem := problem_of_loaded(model):
         raise BadData(f"cannot run the {ref.role} {path!r}: {problem}")
-    tokens_D = read_draft_tokens(folder)
+    tokens_D = read_draft_tokens(folder) if ref.proposes else None
     return model if tokens_D is None else restrict(model, tokens_D)
 
 

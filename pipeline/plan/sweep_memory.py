@@ -30,9 +30,10 @@ def kept(views: Iterable[View], prefix: int) -> int:
 def weights_together(shapes: Sequence[Shape], device: Device) -> int:
     """Of models in one process: what lies around the layers of `first_layers` drafters is held once."""
     packed = sum(packed_bytes(shape, device) for shape in shapes)
-    own = sum(shape.trained * shape.itemsize for shape in shapes)
-    # The target holds the rest too; without it, the first of the drafters does.
-    alone = all(shape.frozen for shape in shapes)
+    own = sum(shape.weights - shape.frozen * shape.itemsize for shape in shapes)
+    # The target holds the rest too; without it, or in another precision, the first of the drafters does.
+    whole = [shape.itemsize for shape in shapes if not shape.frozen]
+    alone = any(shape.frozen and shape.itemsize not in whole for shape in shapes)
     return packed + own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone
 
 

@@ -24,6 +24,7 @@ from pipeline.errors import BadData
 from pipeline.kv.views import view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.hub import model_folder
+from pipeline.models.layers import share_frozen
 from pipeline.models.limits import Limit, limits_of_loaded
 from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
 from pipeline.store.rows import Prompt
@@ -177,7 +178,7 @@ def load_pair(
         ValueError: if a GPU is asked for and there is none.
     """
     target, drafter = (
-        replace(ref, role=role, reach=max_tokens or ref.reach)
+        replace(ref, role=role, reach=max_tokens or ref.reach, proposes=role == "drafter")
         for role, given in (("target", target), ("drafter", drafter))
         for ref in [given if isinstance(given, ModelRef) else ModelRef(str(given))]
     )
@@ -188,6 +189,7 @@ def load_pair(
         raise BadData(f"{folder} holds no tokenizer: name the folder of one as `tokenizer`") from error
     num_tokens = shared_tokens(shared, target, drafter)
     models = {ref.role: load_model(ref, num_tokens, pick_device(device)) for ref in (target, drafter)}
+    share_frozen(models["drafter"], [models["target"]])
     warn_of_settings(models["target"])
     limits = {role: limits_of_loaded(model) for role, model in models.items()}
     large, small = (decode_model(model, prefill_chunk) for model in models.values())

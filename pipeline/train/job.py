@@ -21,10 +21,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kernels import dispatch
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
+from pipeline.errors import BadData
 from pipeline.models.build import build_scratch
-from pipeline.models.draft_vocabulary import most_frequent, restrict
+from pipeline.models.draft_vocabulary import most_frequent, read_draft_tokens, restrict
+from pipeline.models.generation import ends_in
+from pipeline.models.hub import config_folder, model_folder
 from pipeline.models.layers import freeze_around_layers
-from pipeline.models.load import ModelRef, load_model, pick_device, read_config, shared_tokens
+from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
 from pipeline.observe import logs
 from pipeline.observe.training import read_metrics
 from pipeline.store.files import read_rows
@@ -139,8 +142,7 @@ def distil(
     if variant.rope_scaling is not None:
         start = replace(start, rope_scaling=variant.rope_scaling)
     data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
-    size = config.train.draft_vocabulary
-    tokens_D = None if size is None else proposable(start, tokenizer, data, size)
+    tokens_D = proposable(config, start, tokenizer, data)
     fresh = partial(load_drafter, start, shared_tokens(tokenizer, start), tokens_D)
     if steps == 0:
         if is_first_worker():
@@ -169,17 +171,26 @@ def load_drafter(start: ModelRef, num_tokens: int, tokens_D: Tensor | None = Non
 
 
 def proposable(
-    start: ModelRef, tokenizer: PreTrainedTokenizerBase, data: LabelledSequences, size: int
-) -> Tensor:
-    """The draft vocabulary: the most frequent labels, and what ends texts.
+    config: Config, start: ModelRef, tokenizer: PreTrainedTokenizerBase, data: LabelledSequences
+) -> Tensor | None:
+    """The draft vocabulary: the most frequent labels and what ends texts; or that of the starting folder.
 
     Raises:
-        BadData: if the size does not fit the vocabulary.
+        BadData: if its size does not fit the vocabulary or the stored labels.
     """
+    folder, size = model_folder(start), config.train.draft_vocabulary
+    if size is None:
+        tokens_D = read_draft_tokens(folder)
+        if tokens_D is not None and len(tokens_D) < 2 * config.labels.top_k:
+            raise BadData(
+                f"the draft vocabulary of {start.path!r} has {len(tokens_D)} tokens: labels.top_k may be "
+                "half of that at most"
+            )
+        return tokens_D
     num_tokens = shared_tokens(tokenizer, start)
-    ends = read_config(start).eos_token_id
-    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    return most_frequent(data.counts(num_tokens), size, [token for token in eos if token < num_tokens])
+    folders = [folder, config_folder(config.target.path) if config.target.kind == "pretrained" else None]
+    ends = {tokenizer.eos_token_id, *(end for one in folders if one for end in ends_in(one))} - {None}
+    return most_frequent(data.counts(num_tokens), size, [token for token in ends if token < num_tokens])
 
 
 def validation_prompts(prepare: Path) -> list[Prompt]:

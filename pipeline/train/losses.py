@@ -33,8 +33,8 @@ class TargetLabels:
     def within(self, tokens_D: Tensor, num_tokens: int) -> TargetLabels:
         """The same for a drafter that can propose these tokens alone: ids are then their numbers among them.
 
-        `proposable` [T] says whether the arg-max is one of them, `inside` [T, K] which of the ids are; the
-        others stand at numbers that their row does not name.
+        `proposable` [T] says whether the arg-max is one of them, `inside` [T, K] which of the ids are. The
+        others get ids that are unused in their row, as placeholders.
         """
         place_V = torch.full((num_tokens,), -1, device=tokens_D.device)
         place_V[tokens_D] = torch.arange(len(tokens_D), device=tokens_D.device)
@@ -90,7 +90,10 @@ def cross_entropy(scores: Tensor | States, labels: TargetLabels) -> Tensor:
 
 
 def kl(scores: Tensor | States, labels: TargetLabels) -> Tensor:
-    """Forward KL over the stored entries and one bucket for the rest: a lower bound of the true one."""
+    """Forward KL over the stored entries and one bucket for the rest: a lower bound of the true one.
+
+    With a draft vocabulary it is an estimate, as what was not stored is taken to lie inside.
+    """
     listed = (*stored(labels), labels.temperature, labels.inside)
     if isinstance(scores, States):
         return distill_loss.kl(scores.hidden, scores.head, *listed, backend=scores.backend)

@@ -20,6 +20,7 @@ from pipeline.errors import NotFinite
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
+from pipeline.models.draft_vocabulary import draft_tokens
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
 from pipeline.train.loop import OUTSIDE, WATCHED
@@ -119,8 +120,9 @@ class MultiView:
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         tokens_BS = self.data.tokens.rows(indices).to(self.device)
         labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
-        if model.draft_tokens is not None:
-            labels = labels.within(model.draft_tokens, model.whole_tokens)
+        whole = getattr(model, "module", model)  # DeepSpeed's engine wraps it
+        if (tokens_D := draft_tokens(whole)) is not None:
+            labels = labels.within(tokens_D, whole.whole_tokens)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
             view_of(self.variant.policy, budget) for budget in drawn.budgets
         ]

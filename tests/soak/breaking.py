@@ -78,13 +78,15 @@ def node(attempt: Attempt) -> bool:
 
 
 def driver(attempt: Attempt) -> bool:
+    alive = attempt.driver.poll() is None
     attempt.end()
-    return True
+    return alive
 
 
 def terminate(attempt: Attempt) -> bool:
+    alive = attempt.driver.poll() is None
     attempt.driver.terminate()
-    return True
+    return alive
 
 
 def server(attempt: Attempt) -> bool:
@@ -96,7 +98,6 @@ def server(attempt: Attempt) -> bool:
 
 def damage(attempt: Attempt) -> bool:
     """While nothing reads it: nobody can know of damage between a check and the reading."""
-    attempt.end()
     files = [
         file
         for manifest in attempt.storage.glob(f"*/{MANIFEST}")
@@ -104,6 +105,7 @@ def damage(attempt: Attempt) -> bool:
         if file.is_file() and file.stat().st_size and not file.name.startswith(".")
     ]
     if files:
+        attempt.end()
         flip(attempt.chance.choice(sorted(files)))
     return bool(files)
 

