@@ -36,11 +36,15 @@ def keep_layers(model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedMo
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-    config: Any = model.config
+    name_layers(model.config, layers)
+    return model
+
+
+def name_layers(config: PretrainedConfig, layers: tuple[int, ...]) -> None:
+    """Let a config say that a model has these of its layers alone."""
     config.num_hidden_layers = len(layers)
     if types := getattr(config, "layer_types", None):
         config.layer_types = [types[index] for index in layers]
-    return model
 
 
 def freeze_around_layers(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import BadData
@@ -15,7 +17,7 @@ from pipeline.kv.view_cache import ATTENTION, WHOLE
 from pipeline.models.build import prepare_model
 from pipeline.models.draft_vocabulary import read_draft_tokens, restrict
 from pipeline.models.hub import model_files, model_folder
-from pipeline.models.layers import keep_layers, problem_of_layers
+from pipeline.models.layers import keep_layers, name_layers, problem_of_layers
 from pipeline.models.limits import rotations
 from pipeline.models.support import problem_of, problem_of_loaded, short
 from pipeline.models.weights import check_weights, must_be_whole, weight_files
@@ -117,6 +119,11 @@ def load_model(
             f"the {ref.role} {path!r} has {config.vocab_size} logits, but the tokenizer has {num_tokens} "
             "tokens: target and drafter must share one tokenizer"
         )
+    quiet = ExitStack()
+    if ref.layers is not None and ref.layers == tuple(range(len(ref.layers))):
+        name_layers(config, ref.layers)  # the others are not read, which transformers would list
+        quiet.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -129,9 +136,11 @@ def load_model(
         )
     except Exception as error:  # whatever a loader raises for what is in the files
         raise BadData(f"cannot load the weights of the {ref.role} {path!r}: {short(error)}") from error
+    finally:
+        quiet.close()
     must_be_whole(model, told["missing_keys"], f"the {ref.role} {path!r}")
     must_be_unchanged(ref, folder)
-    if ref.layers is not None:
+    if ref.layers is not None and model.config.num_hidden_layers != len(ref.layers):
         model = keep_layers(model, ref.layers)
     for module in model.modules():
         if hasattr(module, "layer_idx"):
