@@ -45,11 +45,12 @@ def real_rows(folder: Path, repeats: int) -> list[Row]:
     target = load_model(ref, len(tokenizer))
     prompts = texts(tokenizer, 2, PREFIX)
     pair = Pair(NAME, target, target, prompts, 24)
-    for made in (
-        step_rows(target, ref, len(tokenizer), repeats),
-        against_huggingface(pair, huggingface(target), (1.0, 1.0), max(3, repeats // 3)),
-        [teaching(target, texts(tokenizer, 4, 512), repeats)],
+    for measure in (
+        lambda: step_rows(target, ref, len(tokenizer), repeats),
+        lambda: [teaching(target, texts(tokenizer, 4, 512), repeats)],
+        lambda: against_huggingface(pair, huggingface(target), (1.0, 1.0), max(3, repeats // 3)),
     ):
+        made = measure()
         rows += made
         for result in made:
             print(f"  {result.row}: {result.value:.3g} [{result.low:.3g}, {result.high:.3g}]", flush=True)
