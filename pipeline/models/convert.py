@@ -1,4 +1,4 @@
-"""Other checkpoints into folders that `from_pretrained` loads: pickled ones here, GGUF in `gguf_file.py`."""
+"""Other checkpoints into folders that `from_pretrained` loads: pickled ones here, others in `formats/`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def convert(source: Path, output: Path) -> None:
     Raises:
         BadData: if `source` is none of these or cannot be read, or `output` exists.
     """
-    from pipeline.models.gguf_file import HOLDERS, convert_gguf
+    from pipeline.models.formats.gguf_file import HOLDERS, convert_gguf
 
     must_be_new(output)
     with new_folder(output) as folder:

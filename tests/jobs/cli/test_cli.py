@@ -298,7 +298,7 @@ def test_convert_gives_the_same_weights_as_safetensors(tmp_path: Path, shards: i
 def test_convert_says_what_is_wrong(tmp_path: Path) -> None:
     done = call("convert", "my-org/my-model", str(tmp_path / "safe"))
     assert done.exit_code == 3
-    assert "my-org/my-model is not a folder" in done.stderr and "hf download" in done.stderr
+    assert "my-org/my-model is neither a folder nor" in done.stderr and "hf download" in done.stderr
     assert done.stdout == ""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BadData
-from pipeline.models.fetch import must_have_hash, wheel_of
+from pipeline.models.formats.fetch import must_have_hash, wheel_of
 
 
 @pytest.fixture
