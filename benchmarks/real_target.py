@@ -6,7 +6,6 @@ Hugging Face and against the memory's speed, verification and draft steps agains
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from benchmarks.baselines import huggingface
 from benchmarks.decoding import against_huggingface
 from benchmarks.gpu.decoding import random_runner, weights_read
 from benchmarks.pairs import Pair
-from benchmarks.rows import Row, interleaved, ratios, row
+from benchmarks.rows import Row, interleaved, ratios, row, seconds_of
 from pipeline.config.train import Labels
 from pipeline.data.sources.text import expand
 from pipeline.decode.model import DecodeModel, decode_model
@@ -129,9 +128,3 @@ def teaching(target: PreTrainedModel, sequences: list[Tensor], repeats: int) -> 
         ratios(seconds["plain"], seconds["ours"]),
         note=note,
     )
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began

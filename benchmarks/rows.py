@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +72,13 @@ def median(samples: Sequence[float]) -> tuple[float, float, float]:
     draws = np.random.default_rng(0).choice(values, (2000, len(values)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return float(np.median(values)), float(low), float(high)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """By the wall clock."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

@@ -6,7 +6,6 @@ that the whole file runs in the tests.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.rows import Row, interleaved, ratios, row
+from benchmarks.rows import Row, interleaved, ratios, row, seconds_of
 from kernels import accept, chunk_select, distill_loss, reference, verify_attention
 from pipeline.hardware import gpu_name
 
@@ -78,7 +77,7 @@ def captured(function: Callable[[int], object], device: str, calls: int = 10) ->
 def plain(function: Callable[[int], object], device: str) -> Callable[[], float]:
     """Seconds of one call without a graph: for calls of milliseconds, with a backward pass."""
     if device != "cuda":
-        return by_wall_clock(function)
+        return lambda: seconds_of(lambda: function(0))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> float:
@@ -87,15 +86,6 @@ def plain(function: Callable[[int], object], device: str) -> Callable[[], float]
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3
-
-    return run
-
-
-def by_wall_clock(function: Callable[[int], object]) -> Callable[[], float]:
-    def run() -> float:
-        began = time.perf_counter()
-        function(0)
-        return time.perf_counter() - began
 
     return run
 

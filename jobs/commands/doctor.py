@@ -13,6 +13,7 @@ from jobs.commands.surroundings import Check, ray, storage, tracking
 from pipeline.config.models import PretrainedModel, Role
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, ConfigError
+from pipeline.store.storage import with_home
 
 DISTRIBUTION = "budgetdraft"
 
@@ -159,7 +160,7 @@ def _model(config: Config, role: Role) -> Iterator[Check]:
 
 
 def _place(role: Role, model: PretrainedModel) -> Check:
-    folder = Path(os.path.expanduser(model.path))
+    folder = with_home(model.path)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             return Check("fail", role, f"{folder} has no config.json: it is not a Hugging Face model folder")

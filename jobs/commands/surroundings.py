@@ -6,12 +6,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, hide_credentials
-from pipeline.store.storage import make_storage
+from pipeline.store.storage import make_storage, with_home
 
 LOW_SPACE_GB = 10.0
 NO_SPACE_GB = 1.0
@@ -48,7 +47,7 @@ def storage(config: Config) -> Iterator[Check]:
     hint = "" if status == "ok" else "; labels and checkpoints may need more: free some, or set storage=PATH"
     yield Check("fail" if free < NO_SPACE_GB else status, "free space", f"{free:.1f} GB{hint}")
     joins = config.run.executor == "ray" and config.run.ray_address not in (None, "local")
-    if joins and not Path(os.path.expanduser(config.storage)).is_absolute():
+    if joins and not with_home(config.storage).is_absolute():
         yield Check("warn", "storage", "is relative: on a cluster give an absolute path that all nodes share")
 
 

@@ -84,7 +84,7 @@ def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
 def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
     spec = config.models[role]
-    base = config.target if isinstance(spec, FirstLayers) else spec
+    base = config.target if role == "target" else config.drafter_base
     of: Role = "target" if isinstance(spec, FirstLayers) else role
     with torch.device("meta"):
         if isinstance(base, ScratchModel):
@@ -96,8 +96,6 @@ def shape_of(config: Config, role: Role, vocab: int) -> Shape:
         model = freeze_around_layers(keep_layers(model, spec.layers))
     size = config.train.draft_vocabulary if role == "drafter" else None
     shape, dtype = shape_of_model(model), config.drafter_dtype if role == "drafter" else config.target.dtype
-    if size is not None and size >= shape.vocab:
-        raise BadData(f"train.draft_vocabulary: {size} must be less than the {shape.vocab} tokens")
     return replace(shape, itemsize=getattr(torch, dtype).itemsize, proposable=size)
 
 

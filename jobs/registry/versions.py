@@ -8,7 +8,6 @@ judges it. One version of a model is its champion (`champion.py`).
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -24,6 +23,7 @@ from jobs.mlflow_address import sqlite_file, tracking_problem
 from pipeline.errors import BadData, Incomplete, hide_credentials
 from pipeline.gate.evidence import Evidence, load_evidence
 from pipeline.store.files import file_sha256
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -146,7 +146,7 @@ def pull(version: Version, folder: Path) -> Path:
         BadData: if `folder` holds something, or a file is damaged.
         Incomplete: if MLflow is out of reach.
     """
-    folder = Path(os.path.expanduser(folder)).resolve()
+    folder = with_home(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BadData(f"{folder} is not empty: name a new folder")
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
 from pipeline.store.layout import CELLS, FIGURES, METRICS, PAGE, SUMMARY, TOKENIZER, StageName
 from pipeline.store.rows import CellRow
-from pipeline.store.storage import make_storage, storage_folder
+from pipeline.store.storage import make_storage, storage_folder, with_home
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def settled(config: Config) -> Config:
                     f"{role}.path = {path} is relative, and this job's working directory is a copy that goes "
                     "when it ends: give an absolute path that all nodes share, or a hub id"
                 )
-    data = config.data.model_copy(update={"root": str(Path(os.path.expanduser(config.data.root)).resolve())})
+    data = config.data.model_copy(update={"root": str(with_home(config.data.root).resolve())})
     changes: dict[str, Any] = {"data": data, "storage": str(storage_folder(config.storage))}
     if config.run.executor == "ray" and config.run.device == "auto":
         needs = [config.run.needs(work) for work in get_args(Work) if work != "prepare"]
@@ -159,7 +158,7 @@ def settled(config: Config) -> Config:
     models = {
         role: model.model_copy(update={"path": str(folder.resolve())})
         for role, model in (("target", config.target), ("drafter", config.drafter))
-        if model.kind == "pretrained" and (folder := Path(os.path.expanduser(model.path))).is_dir()
+        if model.kind == "pretrained" and (folder := with_home(model.path)).is_dir()
     }
     return config.model_copy(update=changes | models)
 

@@ -6,7 +6,6 @@ Only the wiring is here; the computations are in `pipeline/data`.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -34,6 +33,7 @@ from pipeline.errors import BadData
 from pipeline.observe.events import Opened, tell
 from pipeline.store.artifacts import FORMAT, Artifact, open_artifact
 from pipeline.store.layout import DOCUMENTS, MANIFEST, TOKENIZER
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from jobs.executors.base import Executor
@@ -85,7 +85,7 @@ def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
             the sources otherwise; the text names the fields or sources.
     """
     name = f"data.prepared = {folder}"
-    artifact = Artifact(Path(os.path.expanduser(folder)).resolve(), "prepare", "")
+    artifact = Artifact(with_home(folder).resolve(), "prepare", "")
     if in_ray_job():
         check_shared([artifact.path])
     if not artifact.complete:

@@ -86,7 +86,7 @@ def located(
 
 def ref(config: Config, trained: Artifact) -> ModelRef:
     """A trained drafter; its folder holds its rope parameters already."""
-    base = config.target if config.drafter.kind == "first_layers" else config.drafter
+    base = config.drafter_base
     trust = base.kind == "pretrained" and base.trust_remote_code
     return ModelRef(
         str(trained.path / MODEL),
@@ -101,7 +101,7 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
     variant = next(v for v in config.train.drafters if v.name == name)
-    base = config.target if config.drafter.kind == "first_layers" else config.drafter
+    base = config.drafter_base
     if base.kind == "scratch":
         pretrain = base.pretrain
         pretrained = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0

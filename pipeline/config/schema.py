@@ -40,6 +40,11 @@ class Config(Group):
         return {"target": self.target, "drafter": self.drafter}
 
     @property
+    def drafter_base(self) -> AnyModel:
+        """The model that drafters begin as: the drafter's own, or the target whose layers they are."""
+        return self.target if isinstance(self.drafter, FirstLayers) else self.drafter
+
+    @property
     def drafter_dtype(self) -> str:
         """The precision that drafters run in at evaluation."""
         return self.drafter.dtype or self.target.dtype

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -25,6 +24,7 @@ from pipeline.data.reading import COMPRESSED, EXPANSION, BadRow, Table, looks_lo
 from pipeline.errors import BadData
 from pipeline.store.files import read_rows, write_rows, write_text
 from pipeline.store.rows import Prompt, Row
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ class Reader(ABC, Generic[SourceT]):
         self.source = source
         self.data = data
         self.seed = seed
-        self.root = Path(os.path.expanduser(data.root))
+        self.root = with_home(data.root)
 
     @property
     def on_hub(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.errors import BadData
 from pipeline.store.files import fingerprint, write_rows, write_text
 from pipeline.store.layout import DOCUMENTS, PROMPTS, TOKENIZER
 from pipeline.store.rows import Row
+from pipeline.store.storage import with_home
 
 LISTED_FILES = 20
 READING = 2  # raised when pretrained tokenizers are made to read the same prompts into other tokens
@@ -70,7 +70,7 @@ def stage_inputs(
         inputs["readers"] = later
     if config.data.tokenizer.kind == "target":
         assert isinstance(config.target, PretrainedModel)
-        folder = Path(os.path.expanduser(config.target.path))
+        folder = with_home(config.target.path)
         source_files = (
             sorted(folder.glob("*token*")) + sorted(folder.glob("*.jinja")) if folder.is_dir() else []
         )

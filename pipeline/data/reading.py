@@ -13,7 +13,6 @@ import codecs
 import glob
 import gzip
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import BadData
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from datasets import Features, IterableDataset
@@ -74,14 +74,14 @@ class Table:
 
 def looks_local(path: str, root: Path) -> bool:
     """Whether `path` means a file or folder rather than a hub id such as `emozilla/pg19`."""
-    expanded = root / Path(os.path.expanduser(path))
+    expanded = root / with_home(path)
     first = root.joinpath(*Path(path).parts[:1])  # "." has no parts
     return expanded.exists() or path.startswith((".", "~", "/")) or path.count("/") != 1 or first.exists()
 
 
 def local_path(path: str, root: Path) -> Path:
     """`path`, relative to the data root unless absolute."""
-    return (root / Path(os.path.expanduser(path))).absolute()
+    return (root / with_home(path)).absolute()
 
 
 def short_name(place: str | Path, root: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -15,6 +14,7 @@ from pipeline.config.models import AnyDrafter, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.data.documents import Dropped, Part, read_parts
 from pipeline.errors import BadData
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ def pretrained_tokenizer(model: PretrainedModel, role: str) -> PreTrainedTokeniz
     """A pretrained model's fast tokenizer."""
     from transformers import AutoTokenizer
 
-    local = Path(os.path.expanduser(model.path))
+    local = with_home(model.path)
     if not local.exists() and model.path.startswith((".", "~", "/")):
         raise BadData(f"{role}.path: the folder {local} does not exist")
     try:

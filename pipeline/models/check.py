@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from pipeline.errors import BadData
 from pipeline.models.build import scratch_config
 from pipeline.models.hub import config_folder
 from pipeline.models.limits import longest_text
-from pipeline.models.load import check_model, model_ref, read_config
+from pipeline.models.load import ModelRef, check_model, model_ref, read_config
 from pipeline.models.support import problem_of
 from pipeline.models.weights import check_weights
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from pipeline.config.models import Role
@@ -35,7 +35,7 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
         weights: also look at the headers of a local folder's weights.
     """
     given, reach = config.models[role], longest_text(config)
-    spec = config.target if given.kind == "first_layers" else given
+    spec = config.target if role == "target" else config.drafter_base
     layers = given.layers if given.kind == "first_layers" else None
     if spec.kind == "scratch":
         for name, rope in ropes(config, role):
@@ -47,18 +47,20 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     if folder is None:
         return  # loading will say so, or fetch it
     ref = replace(model_ref(spec, None, role, reach), layers=layers)
-    size, tokens = (
-        config.train.draft_vocabulary,
-        read_config(ref, folder).get_text_config(decoder=True).vocab_size,
-    )
-    if role == "drafter" and size is not None and size >= tokens:
-        raise BadData(
-            f"train.draft_vocabulary: {size} must be less than the {tokens} tokens of {spec.path!r}"
-        )
+    if role == "drafter":
+        check_draft_vocabulary(config, ref, folder)
     for name, rope in ropes(config, role):
         check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
-    if weights and Path(os.path.expanduser(spec.path)).is_dir():  # of the hub, they may not be here yet
+    if weights and with_home(spec.path).is_dir():  # of the hub, they may not be here yet
         check_weights(ref, folder, read_config(ref, folder))
+
+
+def check_draft_vocabulary(config: Config, ref: ModelRef, folder: Path) -> None:
+    size = config.train.draft_vocabulary
+    if size is not None and size >= (
+        tokens := read_config(ref, folder).get_text_config(decoder=True).vocab_size
+    ):
+        raise BadData(f"train.draft_vocabulary: {size} must be less than the {tokens} tokens of {ref.path!r}")
 
 
 def ropes(config: Config, role: Role) -> Iterator[tuple[str, RopeScaling | None]]:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
 from pipeline.errors import BadData
+from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
     from pipeline.models.load import ModelRef
@@ -52,7 +53,7 @@ def config_folder(path: str, revision: str | None = None) -> Path | None:
 
     The hub is not asked.
     """
-    folder = Path(os.path.expanduser(path))
+    folder = with_home(path)
     if folder.is_dir():
         return folder if (folder / "config.json").exists() else None
     try:

@@ -149,7 +149,10 @@ def times(ratio: float | None) -> str:
 
 def _setup(config: Config) -> list[tuple[str, str]]:
     """Models and variants in words."""
-    setup = [("target", _model_text(config.target)), ("drafter", _model_text(config.drafter))]
+    setup = [
+        ("target", _model_text(config.target, config.target.dtype)),
+        ("drafter", _model_text(config.drafter, config.drafter_dtype)),
+    ]
     if config.train.draft_vocabulary is not None:
         setup.append(("draft vocabulary", f"the {config.train.draft_vocabulary} most frequent labels"))
     return setup + [
@@ -157,15 +160,15 @@ def _setup(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _model_text(model: AnyDrafter) -> str:
+def _model_text(model: AnyDrafter, dtype: str) -> str:
     if isinstance(model, FirstLayers):
         layers = ", ".join(map(str, model.layers))
-        return f"the target's layers {layers} between its own embedding and head, {model.dtype}"
+        return f"the target's layers {layers} between its own embedding and head, {dtype}"
     if isinstance(model, PretrainedModel):
-        return f"{model.path}{f' at {model.revision}' if model.revision else ''}, {model.dtype}"
+        return f"{model.path}{f' at {model.revision}' if model.revision else ''}, {dtype}"
     return (
         f"built and pretrained here for {model.pretrain.steps} steps: depth {model.layers}, "
-        f"width {model.hidden}, heads {model.heads}, KV heads {model.kv_heads}, {model.dtype}"
+        f"width {model.hidden}, heads {model.heads}, KV heads {model.kv_heads}, {dtype}"
     )
 
 

@@ -14,6 +14,11 @@ ADVICE = "set storage=PATH (--storage PATH) to a folder that can be made, read a
 SHOWN = 200  # characters of a path in a message
 
 
+def with_home(path: str | Path) -> Path:
+    """A path with ~ as the user's home; that of a user who has none stays as it is, and is not there."""
+    return Path(os.path.expanduser(path))
+
+
 def storage_folder(given: str) -> Path:
     """The absolute path of the storage folder, which need not exist yet. Nothing is written.
 

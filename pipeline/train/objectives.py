@@ -120,9 +120,8 @@ class MultiView:
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         tokens_BS = self.data.tokens.rows(indices).to(self.device)
         labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
-        whole = getattr(model, "module", model)  # DeepSpeed's engine wraps it
-        if (tokens_D := draft_tokens(whole)) is not None:
-            labels = labels.within(tokens_D, whole.whole_tokens)
+        if (tokens_D := draft_tokens(model)) is not None:
+            labels = labels.within(tokens_D, model.whole_tokens)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
             view_of(self.variant.policy, budget) for budget in drawn.budgets
         ]

@@ -33,18 +33,14 @@ class Attempt:
     driver: subprocess.Popen[str]
     chance: random.Random
 
-    def titled(self, *titles: str) -> list[psutil.Process]:
-        """Workers of the cluster's nodes whose title begins with one of these."""
+    def kill_one(self, *titles: str) -> bool:
+        """One of the cluster's workers whose title begins with one of these, if there is any."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 line = process.cmdline()
                 if line and line[0].startswith(titles):
                     found.append(process)
-        return found
-
-    def kill_one(self, *titles: str) -> bool:
-        found = self.titled(*titles)
         if found:
             with suppress(psutil.NoSuchProcess):
                 self.chance.choice(found).kill()

@@ -137,7 +137,7 @@ def check_types(reader: GGUFReader, name: str) -> None:
         tried.add(tensor.tensor_type)
         try:
             dequantize(tensor.data[:1], tensor.tensor_type)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # so gguf says that it cannot unpack a type
             raise BadData(
                 f"{name} holds {tensor.name} as {tensor.tensor_type.name}, a quantisation that cannot be "
                 f"read; {GO_ON}"

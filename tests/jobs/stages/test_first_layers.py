@@ -41,7 +41,8 @@ def test_from_the_target_to_the_report(config: Config, monkeypatch: pytest.Monke
     summary = json.loads(report.read_text())
     assert summary["lossless"]["exact"] == summary["lossless"]["prompts"] == 2
     assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] == 2
-    assert "the target&#39;s layers 1 between" in report.with_name("report.html").read_text()
+    page = report.with_name("report.html").read_text()
+    assert "the target&#39;s layers 1 between its own embedding and head, float32" in page
     (sweep,) = (path for path in storage.glob("sweep-*") if path.name not in before)
     rows = read_all(sweep / "rows", PromptRow)
     assert rows and {row.cell.kind for row in rows} == {"first_layers"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from pipeline.config.schema import Config
@@ -16,7 +17,7 @@ from pipeline.errors import BadData
 from pipeline.models.check import check_models, check_role
 from pipeline.models.weights import WEIGHTS
 from tests.helpers.configs import SCRATCH
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import VOCABULARY, tiny_config
 from tests.helpers.zoo import saved, tiny
 
 # Texts of 96 tokens (MINIMAL), while the zoo's models are built for 64 positions.
@@ -144,3 +145,20 @@ def test_models_of_the_hub_are_asked_where_their_config_is_here(
     saved(tiny("llama"), tmp_path / "other")
     shutil.copyfile(tmp_path / "other/config.json", snapshot / "config.json")
     check_models(config)
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "first_layers"])
+def test_a_draft_vocabulary_of_everything_is_refused_before_any_work(tmp_path: Path, kind: str) -> None:
+    model = pretrained(tmp_path / "model", tiny("llama"))
+    models = {"target": model, "data.tokenizer": {"kind": "target"}}
+    models["drafter"] = model if kind == "pretrained" else {"kind": "first_layers", "layers": [0]}
+    check_models(tiny_config({**models, "train.draft_vocabulary": VOCABULARY - 1}))
+    told = refused(tiny_config({**models, "train.draft_vocabulary": VOCABULARY}))
+    assert told.startswith(f"train.draft_vocabulary: {VOCABULARY} must be less than the {VOCABULARY} tokens")
+
+
+def test_nor_is_one_of_a_tokenizer_that_is_made_here() -> None:
+    with pytest.raises(ValidationError, match=r"train.draft_vocabulary \(300\) must be less than"):
+        tiny_config({"train.draft_vocabulary": 300})
+    with pytest.raises(ValidationError, match=r"train.draft_vocabulary \(20\) must be at least twice"):
+        tiny_config({"train.draft_vocabulary": 20, "labels.top_k": 11})
