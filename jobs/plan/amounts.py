@@ -47,6 +47,8 @@ def amounts(config: Config, facts: Facts, counts: SweepCounts, disk: Sequence[On
     yield Amount("training sequences", facts.sequences, "", facts.how)
     yield Amount("training tokens", facts.sequences * config.data.sequence_tokens, "", facts.how)
     yield Amount("labelled sequences", facts.labelled, "", facts.how)
+    if config.data.asks:
+        yield Amount("answers to learn from", facts.answers, "", facts.how)
     for place, count in sorted(facts.prompts.items()):
         yield Amount(f"prompts {place.dataset}-{place.context}", count, "", facts.prompts_how)
     yield from (file.amount for file in disk)
@@ -65,9 +67,9 @@ def on_disk(
     folders: dict[str, Artifact] = {}
     if facts.prepared is not None:  # else the folders of later stages are not known yet
         scratch, _ = scratch_models(config, facts.prepared)
-        labels, _ = taught(config, facts.prepared, scratch)
-        trained, _ = drafters(config, labels, scratch)
-        folders = {"labels": labels, **{f"scratch {role}": made for role, made in scratch.items()}}
+        teach, _ = taught(config, facts.prepared, scratch)
+        trained, _ = drafters(config, teach, scratch)
+        folders = {"labels": teach, **{f"scratch {role}": made for role, made in scratch.items()}}
         folders |= {f"drafter {name}": made for name, made in trained.items()}
 
     def written(name: str, sizes: Mapping[str, int], how: str) -> OnDisk:
@@ -78,7 +80,9 @@ def on_disk(
         shape = shapes[role]
         return FP32 * (shape.frozen + shape.trained * (TRAINED_COPIES if steps else 1))
 
-    yield written("labels", {"labels": label_bytes(config, facts.labelled, facts.vocab)}, facts.how)
+    yield written(
+        "labels", {"labels": label_bytes(config, facts.labelled, facts.answers, facts.vocab)}, facts.how
+    )
     for role, spec in config.scratch.items():
         yield written(f"scratch {role}", {f"scratch {role}": model(role, spec.pretrain.steps)}, MODEL_HOW)
     sizes = {

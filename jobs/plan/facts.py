@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.stages.prepare import open_prepare, prepared_elsewhere
-from jobs.stages.teach import label_tasks
+from jobs.stages.teach import answer_tasks, label_tasks
 from pipeline.axes import Place
 from pipeline.config.data import Data
 from pipeline.config.models import FirstLayers, PretrainedModel, Role, ScratchModel
@@ -32,7 +32,6 @@ from pipeline.models.load import ModelRef, model_ref, own_positions, read_config
 from pipeline.plan.shapes import Shape, shape_of_model, untrained
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
-from pipeline.train.teacher import LabelTask
 
 NO_CAP = Data.model_fields["max_sequences"].default
 Readers = dict[str, Reader[Any]]
@@ -48,6 +47,7 @@ class Facts:
 
     sequences: int
     labelled: int
+    answers: int
     prompts: dict[Place, int]  # of the test split
     prompts_how: str
     vocab: int
@@ -163,16 +163,19 @@ def facts_of(config: Config, vocab: int) -> Facts:
     if prepared is None or not prepared.complete:
         sequences, how = estimate_sequences(config, readers, vocab)
         labelled = min(sequences, config.labels.max_sequences)
-        return Facts(sequences, labelled, *estimate_prompts(config, readers, vocab), vocab, how)
+        answers = estimate_answers(config, readers, vocab)
+        return Facts(sequences, labelled, answers, *estimate_prompts(config, readers, vocab), vocab, how)
     counts = prepared.manifest["counts"]
-    labelled = sum(t.last - t.first for t in label_tasks(config, prepared) if isinstance(t, LabelTask))
+    labelled = sum(task.last - task.first for task in label_tasks(config, prepared))
+    asked = sum(task.last - task.first for task in answer_tasks(config, prepared))
     prompts = {
         Place(task.reader.source.name, task.context.name): counts["prompts"][task.file]
         for task in plan_prompts(config.data, readers, [])
         if task.split == "test"
     }
     vocab = len(read_tokenizer(prepared.path / TOKENIZER))
-    return Facts(counts["sequences"], labelled, prompts, "exact", vocab, "exact", prepared)
+    answers = asked * config.labels.answers.per_prompt
+    return Facts(counts["sequences"], labelled, answers, prompts, "exact", vocab, "exact", prepared)
 
 
 def bytes_per_token(vocab: int) -> float:
@@ -191,6 +194,18 @@ def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[in
         return train.steps * train.batch_sequences, how
     sequences = int(sum(reader.estimate_sequences(per_token) for reader in training))
     return min(sequences, data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"
+
+
+def estimate_answers(config: Config, readers: Readers, vocab: int) -> int:
+    """The most answers that sources which ask can give, from the sizes of their files."""
+    most, per_token = config.data.sequence_tokens - config.train.learned_tokens, bytes_per_token(vocab)
+    asked = 0
+    for reader in readers.values():
+        if not reader.answered or "train" not in reader.source.use:
+            continue
+        for context, count in reader.training_contexts(most):
+            asked += min(count, int(reader.estimate_texts(per_token, context.tokens)))
+    return asked * config.labels.answers.per_prompt
 
 
 def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict[Place, int], str]:

@@ -56,7 +56,7 @@ def plan(
         step_s, step = step_of(config, shapes["target"].vocab, device.kind, step_ms)
     if rates:
         reading = prefills(config, shapes, facts.prompts) if step_s else []
-        spent = hours([*work(config, shapes, facts.labelled, facts.prompts), *reading], rates)
+        spent = hours([*work(config, shapes, facts.labelled, facts.answers, facts.prompts), *reading], rates)
         if step_s:
             spent[MEASURING] += counts.runs * (config.data.max_new_tokens - 1) * step_s / 3600
     problems = [*disk_problems(config, disk), *memory_problems(config, shapes, facts, device, limit)]

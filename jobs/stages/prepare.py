@@ -22,6 +22,7 @@ from pipeline.data.prepare import (
     check_prompts,
     local_files,
     origins,
+    plan_asked,
     plan_prompts,
     settings,
     stage_inputs,
@@ -98,6 +99,8 @@ def prepared_elsewhere(config: Config, folder: Path) -> Artifact:
         raise BadData(f"{name} is of stage {manifest['stage']}, format {manifest['format']}: prepare it anew")
     differ = [f"data.{field}" for field in given["data"] if given["data"][field] != made["data"].get(field)]
     differ += ["seed"] if given["seed"] != made["seed"] else []
+    if given.get("answer_tokens") != made.get("answer_tokens"):
+        differ.append("train.windows × train.window_tokens")
     if differ:
         raise BadData(
             f"{name} was made with other settings of {', '.join(differ)}: prepare it with this config"
@@ -145,7 +148,8 @@ def read_and_pack(config: Config, executor: Executor, sources: Sources) -> None:
     training = [part for part in parts if part.split == "train"]
     evaluation = [part for part in parts if part.split != "train"]
 
-    copies = find_copies(training)
+    answered = {name for name, reader in readers.items() if reader.answered}
+    copies = find_copies(training, answered)
     index_evaluation(documents, evaluation)
     contaminated = {
         result.file: result.dropped
@@ -155,27 +159,29 @@ def read_and_pack(config: Config, executor: Executor, sources: Sources) -> None:
     if data.tokenizer.kind == "bpe":
         save_new_tokenizer(config, tokenizer, sample_text(documents, training, dropped))
 
-    items = [(part, dropped[part.file]) for part in training]
+    continued = [part for part in training if part.source not in answered]
+    items = [(part, dropped[part.file]) for part in continued]
     encoded = {
         part.file: part
         for _, part in executor.map(partial(encode_part, folder, data.sequence_tokens), items, "encode")
     }
-    plans = plan_packing([encoded[part.file] for part in training], data.max_sequences)
+    plans = plan_packing([encoded[part.file] for part in continued], data.max_sequences)
     num_dropped, num_too_short = (
         sum(map(len, dropped.values())),
         sum(p.num_too_short for p in encoded.values()),
     )
-    if not plans and any("train" in source.use for source in data.sources):
+    if not plans and any("train" in r.source.use and not r.answered for r in readers.values()):
         raise BadData(
             f"no training document gives a sequence of data.sequence_tokens ({data.sequence_tokens}): "
             f"{num_dropped} were dropped as copies or evaluation data, {num_too_short} are too short"
         )
     num_sequences = sum(n for _, n in executor.map(partial(pack, folder), plans, "pack sequences"))
 
+    asked = plan_asked(config, readers, training, dropped)
     tasks = plan_prompts(data, readers, parts)
-    writing = executor.map(partial(write_prompts, folder), tasks, "make prompts")
+    writing = executor.map(partial(write_prompts, folder), asked + tasks, "make prompts")
     made = {summary.file: summary for _, summary in writing}
-    check_prompts(tasks, made)
+    check_prompts(asked + tasks, made)
 
     remove_pieces(folder)
     read: dict[str, Counter[str]] = {name: Counter() for name in readers}
@@ -191,6 +197,8 @@ def read_and_pack(config: Config, executor: Executor, sources: Sources) -> None:
         "sequences": num_sequences,
         "prompts": {task.file: made[task.file].num_prompts for task in tasks},
         "prompt_documents": {task.file: made[task.file].num_documents for task in tasks},
-        "skipped_documents": {task.file: made[task.file].skipped for task in tasks},
+        "skipped_documents": {task.file: made[task.file].skipped for task in asked + tasks},
     }
+    if asked:
+        counts["asked"] = {task.file: made[task.file].num_prompts for task in asked}
     artifact.finish(inputs, counts, time.monotonic() - start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ from pipeline.data.tokenizer import read_tokenizer
 from pipeline.decode.sampling import Chance
 from pipeline.models.load import pick_device
 from pipeline.store.artifacts import Artifact, open_artifact
-from pipeline.store.layout import LABELS, PROMPTS, SEQUENCES, TOKENIZER
+from pipeline.store.layout import ASKED, LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.sweep.grid import texts
-from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, smallest_uint
+from pipeline.train.teacher import (
+    AnswerTask,
+    ContinueTask,
+    LabelTask,
+    TeachCounts,
+    Teacher,
+    smallest_uint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +41,7 @@ def taught(
         "prepare": prepare.fingerprint,
         "target": model_identity(config.target, scratch.get("target")),
         "labels": labels,
-        "on_policy_tokens": config.train.windows * config.train.window_tokens
-        if config.labels.on_policy_fraction
-        else None,
+        "on_policy_tokens": config.train.learned_tokens if config.labels.on_policy_fraction else None,
         "seed": config.seed,
     }
     return open_artifact(Path(config.storage), "teach", inputs), inputs
@@ -59,20 +65,24 @@ def label_and_continue(
     inputs: dict[str, Any],
 ) -> None:
     began = time.perf_counter()
-    tasks = label_tasks(config, prepare) + [
-        ContinueTask(file) for file in sorted((prepare.path / PROMPTS).glob("*.jsonl"))
-    ]
-    sequences = sum(task.last - task.first for task in tasks if isinstance(task, LabelTask))
+    labelling, answering = label_tasks(config, prepare), answer_tasks(config, prepare)
+    continuing = [ContinueTask(file) for file in sorted((prepare.path / PROMPTS).glob("*.jsonl"))]
+    tasks: list[LabelTask | AnswerTask | ContinueTask] = [*labelling, *answering, *continuing]
+    sequences, answers = (
+        sum(t.last - t.first for t in labelling),
+        config.labels.answers.per_prompt * sum(t.last - t.first for t in answering),
+    )
     log.info(
-        "teach: %d sequences, about %.1f MB of labels → %s",
+        "teach: %d sequences, %d answers, about %.1f MB of labels → %s",
         sequences,
-        label_bytes(config, sequences, len(read_tokenizer(prepare.path / TOKENIZER))) / 1e6,
+        answers,
+        label_bytes(config, sequences, answers, len(read_tokenizer(prepare.path / TOKENIZER))) / 1e6,
         artifact.path,
     )
     factory = partial(
         make_teacher, config, target_ref(config, scratch), prepare.path / TOKENIZER, artifact.path
     )
-    counts = {"sequences": 0, "on_policy": 0, "continuations": 0}
+    counts = dict.fromkeys(asdict(TeachCounts()), 0)
     for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers, "teach"):
         for name in counts:
             counts[name] += getattr(done, name)
@@ -121,7 +131,7 @@ def make_teacher(config: Config, target: object, tokenizer: Path, output: Path) 
     return Teacher(config, target, tokenizer, output, pick_device(config.run.device))  # type: ignore[arg-type]
 
 
-def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueTask]:
+def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask]:
     """One task per shard of at most `labels.sequences_per_shard` sequences.
 
     Beyond `labels.max_sequences`, every file gives the same share, so that every kind of document stays.
@@ -129,7 +139,7 @@ def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueT
     files = sorted((prepare.path / SEQUENCES).glob("*.npy"))
     counts = [len(np.load(file, mmap_mode="r")) for file in files]
     share = min(1.0, config.labels.max_sequences / max(1, sum(counts)))
-    tasks: list[LabelTask | ContinueTask] = []
+    tasks: list[LabelTask] = []
     offset, size = 0, config.labels.sequences_per_shard
     for file, count in zip(files, counts, strict=True):
         wanted = int(count * share)
@@ -139,8 +149,21 @@ def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask | ContinueT
     return tasks
 
 
-def label_bytes(config: Config, sequences: int, vocab: int) -> int:
+def answer_tasks(config: Config, prepare: Artifact) -> list[AnswerTask]:
+    """One task per shard of at most `labels.sequences_per_shard` answers, whole prompts."""
+    size = max(1, config.labels.sequences_per_shard // config.labels.answers.per_prompt)
+    tasks: list[AnswerTask] = []
+    for file in sorted((prepare.path / ASKED).glob("*.jsonl")):
+        count = sum(1 for line in file.read_bytes().splitlines() if line)
+        for first in range(0, count, size):
+            tasks.append(AnswerTask(file, first, min(first + size, count), len(tasks)))
+    return tasks
+
+
+def label_bytes(config: Config, sequences: int, answers: int, vocab: int) -> int:
     """Bytes of the label files, without their headers, for a vocabulary of `vocab` entries."""
     size = np.dtype(smallest_uint(vocab)).itemsize
-    per_token = 2 * size + min(config.labels.top_k, vocab) * (size + 2)
-    return sequences * config.data.sequence_tokens * per_token
+    per_label = size + min(config.labels.top_k, vocab) * (size + 2)
+    tokens = (sequences + answers) * config.data.sequence_tokens
+    labels = sequences * config.data.sequence_tokens + answers * config.train.learned_tokens
+    return tokens * size + labels * per_label + 8 * answers

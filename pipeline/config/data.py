@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from pipeline.config.group import Group
 
 Split = Literal["train", "validation", "test"]
+CHAT = (
+    "put prompts into the tokenizer's chat template; default: where it has one, LongBench's few-shot tasks "
+    "excepted, as LongBench's own code does"
+)
 
 
 class Source(Group):
@@ -18,8 +22,21 @@ class Source(Group):
     )
 
 
-class TextSource(Source):
-    """Any text files. Splits are drawn by document with the fractions below."""
+class DrawnSource(Source):
+    """Its splits are drawn by document, with these fractions."""
+
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of documents")
+    test_fraction: float = Field(0.1, ge=0, lt=1, description="share of documents")
+
+    @model_validator(mode="after")
+    def _fractions_leave_training(self) -> DrawnSource:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must stay below 1")
+        return self
+
+
+class TextSource(DrawnSource):
+    """Any text files, to be continued; or, with `ask`, to be asked about."""
 
     kind: Literal["text"]
     files: tuple[str, ...] = Field(
@@ -27,14 +44,36 @@ class TextSource(Source):
         description='paths or globs; of JSON lines and parquet the field "text" of each row is a document; '
         '"stdlib" is the sources of the running Python\'s standard library',
     )
-    validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of documents")
-    test_fraction: float = Field(0.1, ge=0, lt=1, description="share of documents")
+    ask: str | None = Field(
+        None,
+        exclude_if=lambda ask: ask is None,  # as if it had not been added: fingerprints stay; so below
+        description="what is asked of each document, with {text} where the text stands; training is then on "
+        "the target's own answers",
+    )
+    training_prompts: dict[int, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        exclude_if=lambda prompts: not prompts,
+        description="with ask: tokens of a training prompt → most prompts of that length; default: what "
+        "sequence_tokens leaves before the windows, and no limit",
+    )
+    chat_template: bool | None = Field(None, exclude_if=lambda chat: chat is None, description=CHAT)
 
     @model_validator(mode="after")
-    def _fractions_leave_training(self) -> TextSource:
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction + test_fraction must stay below 1")
+    def _asks(self) -> TextSource:
+        if self.ask is None and (self.training_prompts or self.chat_template is not None):
+            raise ValueError("training_prompts and chat_template go with ask")
         return self
+
+
+class ConversationsSource(DrawnSource):
+    """Conversations, a row each; training is on the target's own answer in place of the last one."""
+
+    kind: Literal["conversations"]
+    files: tuple[str, ...] = Field(
+        min_length=1,
+        description="paths or globs of .jsonl, .jsonl.gz or .json (a list): rows with `messages` (`role`, "
+        "`content`) or `conversations` (`from`, `value`)",
+    )
 
 
 class Pg19Source(Source):
@@ -59,6 +98,7 @@ class LongBenchSource(Source):
     truncation: Literal["middle", "paper"] = Field(
         "middle", description="middle: LongBench's, the template kept; paper: the first tokens of the prompt"
     )
+    chat_template: bool | None = Field(None, exclude_if=lambda chat: chat is None, description=CHAT)
 
 
 class LwmSource(Source):
@@ -84,6 +124,7 @@ class LwmSource(Source):
     )
     template: str | None = Field(None, description="wording; {book} (summary) or {context} and {question}")
     needles: int = Field(3, ge=2, le=20, description="needles in one multi_needle prompt")
+    chat_template: bool | None = Field(None, exclude_if=lambda chat: chat is None, description=CHAT)
 
 
 class PromptsSource(Source):
@@ -98,8 +139,16 @@ class PromptsSource(Source):
 
 
 AnySource = Annotated[
-    TextSource | Pg19Source | LongBenchSource | LwmSource | PromptsSource, Field(discriminator="kind")
+    TextSource | Pg19Source | LongBenchSource | LwmSource | PromptsSource | ConversationsSource,
+    Field(discriminator="kind"),
 ]
+
+
+def answered(source: Source) -> bool:
+    """Whether training on a source is on the target's answers, not on the text itself."""
+    return isinstance(source, ConversationsSource) or (
+        isinstance(source, TextSource) and source.ask is not None
+    )
 
 
 class Context(Group):
@@ -135,6 +184,11 @@ class Data(Group):
     def context_tokens(self) -> dict[str, int]:
         """Prompt lengths by the names of the contexts."""
         return {context.name: context.tokens for context in self.contexts}
+
+    @property
+    def asks(self) -> bool:
+        """Whether some of the training is on the target's own answers."""
+        return any(answered(source) and "train" in source.use for source in self.sources)
 
     @model_validator(mode="after")
     def _prepared_has_a_tokenizer(self) -> Data:

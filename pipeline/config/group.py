@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, TypeAdapter, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -20,7 +20,7 @@ class Group(BaseModel):
         """YAML reads yes, no, on and off as true and false, which pydantic would take for 1 and 0."""
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
-            if field is None or field.annotation is bool:
+            if field is None or bool in (field.annotation, *get_args(field.annotation)):
                 continue
             items = value if isinstance(value, list | tuple) else [value]
             at: list[tuple[Any, ...]] = [(name,)] if any(isinstance(item, bool) for item in items) else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from pipeline.axes import family
-from pipeline.config.data import Data
+from pipeline.config.data import Data, TextSource
 from pipeline.config.group import Group
 from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Role, ScratchModel
 from pipeline.config.registry import Registry
@@ -65,12 +65,21 @@ class Config(Group):
                 raise ValueError(
                     f"{where}: {sorted(set(drafters) - names)} are not among train.variants {sorted(names)}"
                 )
-        needed = self.train.min_prefix_tokens + self.train.windows * self.train.window_tokens
+        needed = self.train.min_prefix_tokens + self.train.learned_tokens
         if self.data.sequence_tokens < needed:
             raise ValueError(
                 f"data.sequence_tokens ({self.data.sequence_tokens}) is less than train.min_prefix_tokens + "
                 f"windows × window_tokens ({needed})"
             )
+        most = self.data.sequence_tokens - self.train.learned_tokens
+        for index, source in enumerate(self.data.sources):
+            lengths = source.training_prompts if isinstance(source, TextSource) else {}
+            if beyond := [tokens for tokens in lengths if not self.train.min_prefix_tokens <= tokens <= most]:
+                raise ValueError(
+                    f"data.sources.{index}.training_prompts: {beyond[0]} tokens are not between "
+                    f"train.min_prefix_tokens ({self.train.min_prefix_tokens}) and what "
+                    f"data.sequence_tokens leaves before the windows ({most})"
+                )
         share = self.train.micro_batch_sequences * self.train.num_workers
         for name, model in self.scratch.items():
             if model.pretrain.batch_sequences % share:

@@ -17,6 +17,19 @@ READ_TOP_K = ("kl", "total_variation")  # losses that need stored log-probabilit
 RESERVED = (*get_args(Baseline), "target")
 
 
+class Answers(Group):
+    """The target's own answers to the training prompts of sources that ask."""
+
+    per_prompt: int = Field(1, ge=1, description="answers to each prompt")
+    temperature: float = Field(0.0, ge=0, description="temperature at which they are written")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Answers:
+        if self.per_prompt > 1 and self.temperature == 0:
+            raise ValueError("per_prompt above 1 needs a temperature above 0: greedy answers are all alike")
+        return self
+
+
 class Labels(Group):
     top_k: int = Field(0, ge=0, description="target log-probabilities stored per position; 0: arg-max only")
     temperature: float = Field(1.0, gt=0, description="temperature of the stored log-probabilities")
@@ -24,6 +37,9 @@ class Labels(Group):
         0.0, ge=0, le=1, description="share of sequences whose continuation the target writes itself"
     )
     on_policy_temperature: float = Field(1.0, ge=0, description="temperature at which it writes them")
+    answers: Answers = Field(
+        Answers(), exclude_if=lambda answers: answers == Answers(), description="of sources that ask"
+    )
     batch_sequences: int = Field(8, ge=1, description="sequences per forward pass of the target")
     max_sequences: int = Field(1_000_000_000, ge=1, description="most training sequences that are labelled")
     sequences_per_shard: int = Field(256, ge=1, description="sequences that one task labels")
@@ -115,6 +131,11 @@ class Train(Group):
     validation_budgets: tuple[int | Literal["full"], ...] = Field(
         ("full",), description="budgets of the validation curve"
     )
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens of all windows of one sequence: of an answer no more are learned from."""
+        return self.windows * self.window_tokens
 
     def steps_of(self, variant: Variant) -> int:
         """Optimizer steps of a variant or of one of its drafters."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -33,6 +33,7 @@ SourceT = TypeVar("SourceT", bound=Source)
 MIN_CHARS = 16
 BYTE_ORDER_MARK = "\ufeff"
 OFFENDERS = 5
+NO_LIMIT = 1_000_000_000
 # Documents that are left out, by the file that they are in: ids are unique within a file.
 Dropped = Mapping[str, Set[str]]
 
@@ -124,15 +125,21 @@ class Reader(ABC, Generic[SourceT]):
     """A data set: its shards, its documents, and its evaluation prompts. One file of this folder each."""
 
     # Whether its prompts are plain text to be continued; the validation curve prefers those.
-    continues_text: ClassVar[bool] = False
+    continues_text: bool = False
+    # Whether training is on the target's own answers to its prompts, not on its texts.
+    answered: bool = False
     # Whether each of its files is one document.
-    whole_files: ClassVar[bool] = False
+    whole_files: bool = False
 
     def __init__(self, source: SourceT, data: Data, seed: int) -> None:
         self.source = source
         self.data = data
         self.seed = seed
         self.root = with_home(data.root)
+
+    def training_contexts(self, most: int) -> list[tuple[Context, int]]:
+        """Of a source that is answered: lengths of training prompts, at most `most`, and how many of each."""
+        return [(Context(name=f"{most}", tokens=most), NO_LIMIT)]
 
     @property
     def on_hub(self) -> bool:
@@ -171,11 +178,15 @@ class Reader(ABC, Generic[SourceT]):
 
         What is left at the end of a document makes no sequence; where documents end is known of whole files.
         """
+        return 0.0 if self.answered else self.estimate_texts(bytes_per_token, self.data.sequence_tokens)
+
+    def estimate_texts(self, bytes_per_token: float, tokens: int) -> float:
+        """Pieces of so many tokens in the training documents, by the sizes of local files."""
         shards = [shard for shard in self.shards() if shard.split in (None, "train")]
         total = 0.0
         for file in {Path(table.path) for shard in shards for table in shard.tables}:
             text = file.stat().st_size * (EXPANSION if file.suffix in COMPRESSED else 1)
-            found = text / bytes_per_token / self.data.sequence_tokens
+            found = text / bytes_per_token / tokens
             total += self.training_share * (math.floor(found) if self.whole_files else found)
         return total
 
@@ -313,13 +324,18 @@ def read_parts(folder: Path, parts: Iterable[Part], dropped: Dropped | None = No
                 yield document
 
 
-def find_copies(parts: Iterable[Part]) -> dict[str, set[str]]:
-    """Documents to drop, by file, because an earlier one has the same text."""
-    seen: set[str] = set()
+def find_copies(parts: Iterable[Part], answered: Set[str] = frozenset()) -> dict[str, set[str]]:
+    """Documents to drop, by file, because an earlier one has the same text.
+
+    Args:
+        answered: sources whose texts are asked about; one may be there to be continued as well.
+    """
+    seen: set[tuple[bool, str]] = set()
     copies: dict[str, set[str]] = {}
     for part in parts:
         for note in part.documents:
-            if note.digest in seen:
+            key = (part.source in answered, note.digest)
+            if key in seen:
                 copies.setdefault(part.file, set()).add(note.document_id)
-            seen.add(note.digest)
+            seen.add(key)
     return copies

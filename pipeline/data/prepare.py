@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import Context, Data, Split
 from pipeline.config.models import PretrainedModel
 from pipeline.config.schema import Config
-from pipeline.data.documents import Part, Reader, Request, Shard, distinct, read_parts
+from pipeline.data.documents import Dropped, Part, Reader, Request, Shard, distinct, read_parts
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.errors import BadData
 from pipeline.store.files import fingerprint, write_rows, write_text
-from pipeline.store.layout import DOCUMENTS, PROMPTS, TOKENIZER
+from pipeline.store.layout import ASKED, DOCUMENTS, PROMPTS, TOKENIZER
 from pipeline.store.rows import Row
 from pipeline.store.storage import with_home
 
@@ -35,17 +35,27 @@ class PromptSummary(Row):
 
 @dataclass(frozen=True)
 class PromptTask:
-    """One file of prompts to write: a data set, a split, a context."""
+    """One file of prompts to write: a data set, a split, a context.
+
+    Args:
+        dropped: documents that give none, by file.
+    """
 
     reader: Reader[Any]
     split: Split
     context: Context
     count: int
+    max_new_tokens: int
     parts: tuple[Part, ...]
+    dropped: Dropped = field(default_factory=dict)
 
     @property
     def file(self) -> str:
         return f"{self.split}-{self.reader.source.name}-{self.context.name}.jsonl"
+
+    @property
+    def folder(self) -> str:
+        return ASKED if self.split == "train" else PROMPTS
 
 
 def local_files(readers: dict[str, Reader[Any]], shards: list[Shard]) -> dict[str, list[Path]]:
@@ -86,7 +96,9 @@ def stage_inputs(
 def settings(config: Config) -> dict[str, Any]:
     """What of a config the prepared data depends on."""
     # Not the root: files are known by their full paths, and a job's working folder is another each time.
-    return {"data": config.data.model_dump(mode="json", exclude={"root", "prepared"}), "seed": config.seed}
+    data = config.data.model_dump(mode="json", exclude={"root", "prepared"})
+    answers = {"answer_tokens": config.train.learned_tokens} if config.data.asks else {}
+    return {"data": data, "seed": config.seed, **answers}
 
 
 def origins(readers: dict[str, Reader[Any]], files: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
@@ -117,7 +129,7 @@ def plan_prompts(data: Data, readers: dict[str, Reader[Any]], parts: list[Part])
 
     def task(reader: Reader[Any], split: Split, context: Context, count: int) -> PromptTask:
         own_parts = tuple(p for p in parts if p.split == split and p.source == reader.source.name)
-        return PromptTask(reader, split, context, count, own_parts)
+        return PromptTask(reader, split, context, count, data.max_new_tokens, own_parts)
 
     validating = [r for r in readers.values() if "validation" in r.source.use]
     validating = [r for r in validating if r.continues_text] or validating
@@ -135,9 +147,30 @@ def plan_prompts(data: Data, readers: dict[str, Reader[Any]], parts: list[Part])
     return tasks
 
 
+def plan_asked(
+    config: Config, readers: dict[str, Reader[Any]], parts: list[Part], dropped: Dropped
+) -> list[PromptTask]:
+    """The files of training prompts to write, which the target will answer: a source, a length."""
+    answer = config.train.learned_tokens
+    return [
+        PromptTask(
+            reader,
+            "train",
+            context,
+            count,
+            answer,
+            tuple(part for part in parts if part.source == reader.source.name),
+            dropped,
+        )
+        for reader in readers.values()
+        if reader.answered and "train" in reader.source.use
+        for context, count in reader.training_contexts(config.data.sequence_tokens - answer)
+    ]
+
+
 def write_prompts(folder: Path, task: PromptTask) -> PromptSummary:
     """Write one file of prompts; one that is there is not made again."""
-    summary_file = folder / PROMPTS / f"{task.file}.summary.json"
+    summary_file = folder / task.folder / f"{task.file}.summary.json"
     if summary_file.exists():
         return PromptSummary.model_validate_json(summary_file.read_text(encoding="utf-8"))
     request = Request(
@@ -146,13 +179,13 @@ def write_prompts(folder: Path, task: PromptTask) -> PromptSummary:
         context=task.context,
         count=task.count,
         per_document=task.reader.per_document,
-        max_new_tokens=task.reader.data.max_new_tokens,
+        max_new_tokens=task.max_new_tokens,
         seed=task.reader.seed,
         tokenizer=read_tokenizer(folder / TOKENIZER),
     )
-    documents = distinct(read_parts(folder / DOCUMENTS, task.parts), request.skipped)
+    documents = distinct(read_parts(folder / DOCUMENTS, task.parts, task.dropped), request.skipped)
     prompts = task.reader.prompts(documents, request)
-    write_rows(folder / PROMPTS / task.file, prompts)
+    write_rows(folder / task.folder / task.file, prompts)
     summary = PromptSummary(
         file=task.file,
         num_prompts=len(prompts),

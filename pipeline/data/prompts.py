@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from pipeline.data.chat import encode_chat, sides_in_chat
 from pipeline.data.documents import Document, Request
 from pipeline.data.tokenizer import beginning, encode, encode_with_offsets
 from pipeline.errors import BadData
@@ -107,16 +108,20 @@ def split_template(template: str, hole: str, values: dict[str, str], name: str) 
     return sides[0], sides[1]
 
 
-def cut_template(document: Document, request: Request, cut: Cut) -> list[int] | None:
+def cut_template(document: Document, request: Request, cut: Cut, chat: bool = False) -> list[int] | None:
     """The templated prompt at exactly the context's length, or None (counted) if that cannot be.
+
+    With `chat` it is what a user says, in the tokenizer's chat template.
 
     `text end` drops the text's last tokens. `middle` keeps the first and the last half of the whole prompt,
     as LongBench does; `end` keeps the first tokens whatever they are. The whole prompt is encoded at once, so
     that tokens across a template's borders are those that a user would get.
     """
-    head = bos(request)
-    full = document.before + document.text + document.after
-    tokens, starts, ends = encode_with_offsets(request.tokenizer, full)
+    head, before, after = bos(request), document.before, document.after
+    if chat:
+        head, (before, after) = [], sides_in_chat(request.tokenizer, before, after, document.source)
+    full = before + document.text + after
+    tokens, starts, ends = encode_with_offsets(request.tokenizer, full, chat)
     room = request.context.tokens - len(head)
     if len(tokens) < room:
         request.skipped[TOO_SHORT] += 1
@@ -124,8 +129,8 @@ def cut_template(document: Document, request: Request, cut: Cut) -> list[int] | 
     if cut == "end":
         return head + tokens[:room]
     # A token across a border counts as template, so that the template survives whole.
-    num_before = int(np.searchsorted(starts, len(document.before)))
-    num_after = len(tokens) - int(np.searchsorted(ends, len(full) - len(document.after), side="right"))
+    num_before = int(np.searchsorted(starts, len(before)))
+    num_after = len(tokens) - int(np.searchsorted(ends, len(full) - len(after), side="right"))
     first = room - num_after if cut == "text end" else room // 2
     last = room - first
     if first < num_before or last < num_after:
@@ -134,12 +139,35 @@ def cut_template(document: Document, request: Request, cut: Cut) -> list[int] | 
     return head + tokens[:first] + tokens[len(tokens) - last :]
 
 
-def template_prompts(documents: Iterable[Document], request: Request, cut: Cut) -> list[Prompt]:
+def template_prompts(
+    documents: Iterable[Document], request: Request, cut: Cut, chat: bool = False
+) -> list[Prompt]:
     """A prompt of each document; of several questions about one text the second waits for all other texts."""
 
     def pieces(document: Document) -> list[list[int]]:
-        tokens = cut_template(document, request, cut)
+        tokens = cut_template(document, request, cut, chat)
         return [] if tokens is None else [tokens]
+
+    chosen = take_turns(documents, request, pieces)
+    return [make_prompt(request, i, document, tokens) for i, (document, tokens) in enumerate(chosen)]
+
+
+def asking_prompts(documents: Iterable[Document], request: Request, chat: bool) -> list[Prompt]:
+    """What is asked of a document, about pieces of it from several places."""
+
+    def pieces(document: Document) -> list[list[int]]:
+        tokens, starts, ends = encode_with_offsets(request.tokenizer, document.text)
+        wanted = request.context.tokens  # what is asked takes room: so much text is enough
+        cut = [
+            cut_template(
+                document.model_copy(update={"text": document.text[starts[at] : ends[at + wanted - 1]]}),
+                request,
+                "text end",
+                chat,
+            )
+            for at in find_places(len(tokens), wanted, request)
+        ]
+        return [prompt for prompt in cut if prompt is not None]
 
     chosen = take_turns(documents, request, pieces)
     return [make_prompt(request, i, document, tokens) for i, (document, tokens) in enumerate(chosen)]
@@ -149,14 +177,19 @@ def template_prompts(documents: Iterable[Document], request: Request, cut: Cut) 
 
 
 def needle_prompts(
-    documents: Iterable[Document], request: Request, template: str, needle: str, num_needles: int
+    documents: Iterable[Document],
+    request: Request,
+    template: str,
+    needle: str,
+    num_needles: int,
+    chat: bool = False,
 ) -> list[Prompt]:
     """Book text with `num_needles` seeded needles, their depths swept over the prompts.
 
     One needle's depth runs from 0 to 100 % over the prompts; several are spread evenly and shifted from one
     prompt to the next. A needle is moved back to the end of a sentence.
     """
-    head = bos(request)
+    head = [] if chat else bos(request)
     # A haystack is its tokens and, in a second row, whether a sentence ends with each. The needles take room
     # from it, so a piece of the whole length is enough.
     wanted = request.context.tokens - len(head)
@@ -174,7 +207,10 @@ def needle_prompts(
         cities = draw.sample(CITIES, num_needles)
         numbers = [str(draw.randrange(1_000_000, 10_000_000)) for _ in cities]
         before, after = split_template(template, "context", {"question": question(cities)}, request.dataset)
-        front, back = encode(request.tokenizer, before), encode(request.tokenizer, after)
+        if chat:
+            before, after = sides_in_chat(request.tokenizer, before, after, request.dataset)
+        in_template = encode_chat if chat else encode
+        front, back = in_template(request.tokenizer, before), in_template(request.tokenizer, after)
         inserts = [
             encode(request.tokenizer, needle.format(city=city, number=number))
             for city, number in zip(cities, numbers, strict=True)
@@ -228,7 +264,6 @@ def make_prompt(
     answers: list[str] | None = None,
     scoring: Literal["none", "contains"] = "none",
 ) -> Prompt:
-    assert request.split != "train"
     own_limit = document.max_new_tokens or request.max_new_tokens
     return Prompt(
         prompt_id=f"{request.dataset}/{request.context.name}/{request.split}/{number:04d}",

@@ -29,12 +29,17 @@ class StageFlops(NamedTuple):
 
 
 def work(
-    config: Config, shapes: Mapping[Role, Shape], labelled: int, prompts: Mapping[Place, int]
+    config: Config,
+    shapes: Mapping[Role, Shape],
+    labelled: int,
+    answers: int,
+    prompts: Mapping[Place, int],
 ) -> Iterator[StageFlops]:
     """All arithmetic up to replay, without validation; `prefills` has the reading of measured prompts.
 
     Args:
         labelled: sequences that the target labels.
+        answers: that it writes to training prompts.
         prompts: of the test split.
     """
 
@@ -53,6 +58,9 @@ def work(
     written = len(texts(sweep, {0.0, *sweep.temperatures}))  # the greedy text always is
     read = [(data.context_tokens[place.context], count) for place, count in prompts.items()]
     yield flops("teach", "target", labelled * length * (1 + config.labels.on_policy_fraction), length / 2)
+    if answers:  # prompts are read once, answers are written and read again
+        asked, learned = answers / config.labels.answers.per_prompt, train.learned_tokens
+        yield flops("teach", "target", asked * (length - learned) + 2 * answers * learned, length / 2)
     for tokens, count in read:
         yield flops("teach", "target", count * written * (tokens + data.max_new_tokens), tokens / 2)
 
@@ -63,7 +71,7 @@ def work(
         if variant.sparse_weight and variant.budgets:
             attended += [float(max(variant.budgets))] * min(variant.num_views, len(variant.budgets))
         for entries in attended:
-            tokens = sequences * train.windows * train.window_tokens
+            tokens = sequences * train.learned_tokens
             yield flops("train", "drafter", tokens, entries, training=True)
 
     for source in draft_sources(config) if sweep.mode != "measure" else ():

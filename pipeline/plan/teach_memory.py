@@ -24,8 +24,8 @@ def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> 
     peaks = [Memory("teach", *start, activations=reading), Memory("teach", *start, logits=made)]
 
     writing = [(min(batch, prompts), max(data.context_tokens.values()), data.max_new_tokens)]
-    if labels.on_policy_fraction:
-        count = config.train.windows * config.train.window_tokens
+    if labels.on_policy_fraction or config.data.asks:
+        count = config.train.learned_tokens
         writing.append((batch, length - count, count))
     for rows, prefix, count in writing:
         cache = shape.kv_bytes(rows * (prefix + count))

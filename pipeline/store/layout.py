@@ -14,6 +14,7 @@ MANIFEST = "manifest.json"
 
 # prepare
 TOKENIZER, DOCUMENTS, SEQUENCES, PROMPTS, PIECES = "tokenizer", "documents", "sequences", "prompts", ".pieces"
+ASKED = "asked"  # prompts of the training split, which the target answers
 
 # pretrain and train
 MODEL, METRICS, MEMORY = "model", "metrics.jsonl", "memory.json"

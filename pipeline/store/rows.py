@@ -31,13 +31,13 @@ class OfCell(Row):
 
 
 class Prompt(Row):
-    """One evaluation prompt of an exact token length (stage prepare)."""
+    """One prompt (stage prepare); those of the training split are for the target to answer."""
 
     prompt_id: str
     document_id: str
     dataset: str
     context: str
-    split: Literal["validation", "test"]
+    split: Literal["train", "validation", "test"]
     tokens: list[int]
     max_new_tokens: int
     answers: list[str] = []

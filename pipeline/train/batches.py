@@ -46,7 +46,7 @@ class Shards:
 
 
 class LabelledSequences:
-    """Sequences with the target's labels, as stage teach stores them."""
+    """Sequences with the target's labels, and prompts with its answers, as stage teach stores them."""
 
     def __init__(self, folder: Path, temperature: float) -> None:
         self.tokens = Shards(sorted(folder.glob("*.tokens.npy")))
@@ -55,16 +55,35 @@ class LabelledSequences:
         self.ids = Shards(ids) if ids else None
         self.log_probs = Shards(sorted(folder.glob("*.log_probs.npy"))) if ids else None
         self.temperature = temperature
+        # Of an answer, the tokens of its prompt and the labels that are learned from; of a text -1.
+        self.prefix, self.supervised = (
+            np.concatenate([of_answers(array, name) for array in self.tokens.arrays])
+            for name in ("prefix", "supervised")
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def has_answers(self) -> bool:
+        return bool((self.prefix >= 0).any())
+
     def counts(self, num_tokens: int) -> np.ndarray:
-        """[V] how often each token is the target's arg-max."""
-        return sum(
-            (np.bincount(array.reshape(-1), minlength=num_tokens) for array in self.argmax.arrays),
-            np.zeros(num_tokens, dtype=np.int64),
-        )
+        """[V] how often each token is the target's arg-max, of answers where they are learned from."""
+        counts, first = np.zeros(num_tokens, dtype=np.int64), 0
+        for array in self.argmax.arrays:
+            supervised = self.supervised[first : first + len(array), None]
+            learned = (supervised < 0) | (np.arange(array.shape[1]) < supervised)
+            counts += np.bincount(array[learned], minlength=num_tokens)
+            first += len(array)
+        return counts
+
+
+def of_answers(tokens: np.memmap, name: str) -> np.ndarray:
+    """A number for each row of a shard of answers, int64; of a shard of texts -1."""
+    stored = Path(str(tokens.filename))
+    file = stored.with_name(stored.name.replace(".tokens.", f".{name}."))
+    return np.load(file).astype(np.int64) if file.exists() else np.full(len(tokens), -1)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -97,7 +116,7 @@ def start_phases(train: Train, sequence_tokens: int) -> list[int]:
     The first and the last possible start are among them, so that every position behind the shortest prefix
     is trained.
     """
-    slack = sequence_tokens - train.min_prefix_tokens - train.windows * train.window_tokens
+    slack = sequence_tokens - train.min_prefix_tokens - train.learned_tokens
     quarter = -(-train.window_tokens // PHASES)
     return sorted({slack % train.window_tokens, *range(0, min(slack, train.window_tokens - 1) + 1, quarter)})
 
@@ -144,14 +163,51 @@ def draw_budgets(variant: Variant, rng: np.random.Generator) -> dict[int, int]:
     return counts
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of some rows, to be read together: each starts at the same tokens of all of these rows.
+
+    `learned` [windows · rows · C] (windows outermost) says which positions count; None is all of them.
+    """
+
+    rows: list[int]
+    starts: tuple[int, ...]
+    learned: Tensor | None = None
+
+
+def windows_of(data: LabelledSequences, rows: Sequence[int], drawn: Draw, train: Train) -> list[Windows]:
+    """The windows of a micro-batch: those that were drawn, and of answers all that have labels.
+
+    Where answers are about, every row is read alone. So every worker makes as many forward passes as the
+    others, which ZeRO-3 counts on, whatever the lengths of its prompts.
+    """
+    if not data.has_answers:
+        return [Windows(list(rows), drawn.starts)]
+    C, groups = train.window_tokens, []
+    for row in rows:
+        prefix, supervised = int(data.prefix[row]), int(data.supervised[row])
+        if prefix < 0:
+            groups.append(Windows([row], drawn.starts))
+            continue
+        starts = tuple(range(prefix, prefix + supervised, C))
+        place = torch.arange(len(starts) * C)
+        groups.append(Windows([row], starts, place < supervised))
+    return groups
+
+
 def window_labels(
-    data: LabelledSequences, indices: Sequence[int], starts: Sequence[int], length: int, device: torch.device
+    data: LabelledSequences, windows: Windows, length: int, device: torch.device
 ) -> TargetLabels:
-    """Labels of all windows of the sequences, flattened as [windows · B · C] (windows outermost)."""
+    """Labels of all windows, flattened as [windows · rows · C] (windows outermost).
+
+    Of answers they begin behind the prompt, and what lies beyond the last is repeated from it.
+    """
+    first = max(0, int(data.prefix[windows.rows[0]]))
 
     def cut(shards: Shards) -> Tensor:
-        rows = shards.rows(indices).to(device)
-        return torch.cat([rows[:, start : start + length].flatten(0, 1) for start in starts])
+        labels = shards.rows(windows.rows).to(device)
+        places = [torch.arange(start - first, start - first + length) for start in windows.starts]
+        return torch.cat([labels[:, place.clamp_max(labels.shape[1] - 1)].flatten(0, 1) for place in places])
 
     return TargetLabels(
         cut(data.argmax),

@@ -22,7 +22,14 @@ from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
 from pipeline.models.draft_vocabulary import draft_tokens
 from pipeline.store.rows import Continuation, Prompt
-from pipeline.train.batches import LabelledSequences, Shards, batch_indices, draw, window_labels
+from pipeline.train.batches import (
+    LabelledSequences,
+    Shards,
+    batch_indices,
+    draw,
+    window_labels,
+    windows_of,
+)
 from pipeline.train.loop import OUTSIDE, WATCHED
 from pipeline.train.losses import LOSSES
 from pipeline.train.windows import window_scores
@@ -106,7 +113,7 @@ class MultiView:
         self.seed = variant.seeds[0] if variant.seeds else config.seed
         self.validation = validation
         train = config.train
-        self.tokens_per_micro = train.micro_batch_sequences * train.windows * train.window_tokens
+        self.tokens_per_micro = train.micro_batch_sequences * train.learned_tokens
 
     def rows(self, step: int, micro: int) -> list[int]:
         train = self.config.train
@@ -118,30 +125,39 @@ class MultiView:
         indices = self.rows(step, micro)
         on_policy = config.labels.on_policy_fraction > 0
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
-        tokens_BS = self.data.tokens.rows(indices).to(self.device)
-        labels = window_labels(self.data, indices, drawn.starts, train.window_tokens, self.device)
-        if (tokens_D := draft_tokens(model)) is not None:
-            labels = labels.within(tokens_D, model.whole_tokens)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
             view_of(self.variant.policy, budget) for budget in drawn.budgets
         ]
-        scores_by_view = window_scores(
-            model, tokens_BS, drawn.starts, train.window_tokens, views, train.max_logits_mib * 2**20
-        )
+        by_view: list[list[Tensor]] = [[] for _ in views]
+        proposable: list[Tensor] = []
+        for windows in windows_of(self.data, indices, drawn, train):
+            labels = window_labels(self.data, windows, train.window_tokens, self.device)
+            if (tokens_D := draft_tokens(model)) is not None:
+                labels = labels.within(tokens_D, model.whole_tokens)
+            tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
+            scores_by_view = window_scores(
+                model, tokens_BS, windows.starts, train.window_tokens, views, train.max_logits_mib * 2**20
+            )
+            learned = slice(None) if windows.learned is None else windows.learned.to(self.device)
+            for view, scores, losses in zip(views, scores_by_view, by_view, strict=True):
+                name = self.variant.full_loss if view is FULL else self.variant.sparse_loss
+                losses.append(LOSSES[name](scores, labels)[learned])
+            if labels.proposable is not None:
+                proposable.append(labels.proposable[learned])
 
         zero = torch.zeros((), device=self.device)
         full = sparse = zero
-        for view, scores in zip(views, scores_by_view, strict=True):
+        for view, losses in zip(views, by_view, strict=True):
+            loss = torch.cat(losses).mean()
             if view is FULL:
-                full = LOSSES[self.variant.full_loss](scores, labels).mean()
+                full = loss
             else:
                 assert view.budget != "full"
-                share = drawn.budgets[view.budget] / self.variant.num_views
-                sparse = sparse + share * LOSSES[self.variant.sparse_loss](scores, labels).mean()
+                sparse = sparse + drawn.budgets[view.budget] / self.variant.num_views * loss
         total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
         told = {"total": total, "full": full, "sparse": sparse}
-        if labels.proposable is not None:
-            told[OUTSIDE] = 1 - labels.proposable.float().mean()
+        if proposable:
+            told[OUTSIDE] = 1 - torch.cat(proposable).float().mean()
         return total, told
 
     def name_batch(self, step: int, micro: int) -> str:

@@ -3,10 +3,16 @@
 Per shard of N sequences of L tokens it stores, for *every* position, `.tokens.npy` and `.argmax.npy` [N, L],
 and with `labels.top_k` also `.ids.npy` and `.log_probs.npy` [N, L, K] (float16, normalised over the whole
 vocabulary at `labels.temperature`). Training reads only these; the target is not in memory then.
+
+To a prompt of the training split it writes its own answers, of at most A tokens. Of a shard of N of them
+`.tokens.npy` is [N, L], prompt and answer from the left, and the labels are of the answers alone, [N, A, …];
+`.prefix.npy` [N] are the tokens of the prompts, and of `.supervised.npy` [N] first labels each is learned
+from: what follows the end of a text has none.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +61,20 @@ class LabelTask:
 
 
 @dataclass(frozen=True)
+class AnswerTask:
+    """Rows [first, last) of a file of training prompts → the shard of answers with this number."""
+
+    prompts: Path
+    first: int
+    last: int
+    shard: int
+
+    @property
+    def name(self) -> str:
+        return f"answers-{self.shard:05d}"
+
+
+@dataclass(frozen=True)
 class ContinueTask:
     """One prompts file → one continuations file: greedy ones by the same name, sampled ones beside it."""
 
@@ -72,6 +92,8 @@ class TeachCounts:
 
     sequences: int = 0
     on_policy: int = 0
+    answers: int = 0
+    answer_tokens: int = 0
     continuations: int = 0
 
 
@@ -86,7 +108,9 @@ class Teacher:
         warn_of_settings(self.target)
         self.writer = decode_model(self.target, config.decode.prefill_chunk)
 
-    def __call__(self, task: LabelTask | ContinueTask) -> TeachCounts:
+    def __call__(self, task: LabelTask | AnswerTask | ContinueTask) -> TeachCounts:
+        if isinstance(task, AnswerTask):
+            return self.answer_prompts(task)
         return self.label(task) if isinstance(task, LabelTask) else self.continue_prompts(task)
 
     def label(self, task: LabelTask) -> TeachCounts:
@@ -100,8 +124,7 @@ class Teacher:
         ]
         # `.argmax.npy` is written last: a shard with it is complete.
         if not (done := Path(f"{stem}.argmax.npy")).exists():
-            train = self.config.train
-            start = data.sequence_tokens - train.windows * train.window_tokens
+            start = data.sequence_tokens - self.config.train.learned_tokens
             for at in range(0, len(chosen), labels.batch_sequences):
                 batch = chosen[at : at + labels.batch_sequences]
                 seeds = [fold(self.config.seed, task.shard, row) for row in batch]
@@ -118,6 +141,54 @@ class Teacher:
             for name, array in arrays.items():
                 write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array)
         return TeachCounts(sequences=len(rows), on_policy=len(chosen))
+
+    def answer_prompts(self, task: AnswerTask) -> TeachCounts:
+        """An answer that ends at once has nothing to learn from, and is left out."""
+        stem, copies = self.output / LABELS / task.name, self.config.labels.answers.per_prompt
+        if not (done := Path(f"{stem}.argmax.npy")).exists():
+            prompts = read_rows(task.prompts, Prompt)[task.first : task.last]
+            self.must_have_embeddings(prompts)
+            rows = max(1, self.config.labels.batch_sequences // copies)
+            batches = [self.answers(batch) for batch in equal_length_batches(prompts, rows)]
+            arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            learned = arrays["supervised"] > 0
+            for name, array in arrays.items():  # `argmax` is the last
+                write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array[learned])
+        supervised = np.load(f"{stem}.supervised.npy")
+        return TeachCounts(answers=len(supervised), answer_tokens=int(supervised.sum()))
+
+    def answers(self, prompts: list[Prompt]) -> dict[str, np.ndarray]:
+        """The target's answers to prompts of equal length, and its labels, from one more pass over them."""
+        config, device = self.config, self.target.device
+        asked, eos, count = config.labels.answers, stop_tokens(self.target), config.train.learned_tokens
+        tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=device)
+        seeds = [
+            fold(config.seed, zlib.crc32(prompt.prompt_id.encode()), copy)
+            for prompt in prompts
+            for copy in range(asked.per_prompt)
+        ]
+        sampler = Sampler.seeded(asked.temperature, seeds, device)
+        runner, logits_RV = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
+        texts = write_on(runner, logits_RV, count, eos, sampler)
+        written_RA = torch.zeros(len(texts), count, dtype=torch.long, device=device)
+        for row, text in enumerate(texts):
+            written_RA[row, : len(text)] = torch.tensor([noted.token for noted in text])
+        prefixes_RS = tokens_BS.repeat_interleave(asked.per_prompt, 0)
+        kind, S = smallest_uint(self.writer.num_tokens), tokens_BS.shape[1]
+        tokens_RL = np.zeros((len(texts), config.data.sequence_tokens), kind)
+        tokens_RL[:, : S + count] = torch.cat([prefixes_RS, written_RA], 1).cpu().numpy()
+        with torch.no_grad():
+            hidden_RAC = self.writer.hidden(written_RA, torch.zeros_like(written_RA[:, 0]), runner.cache)
+            pieces = [
+                label_logits(self.writer.name, self.writer.logits(hidden_1AC), config.labels, kind)
+                for hidden_1AC in hidden_RAC.split(1)
+            ]
+        return {
+            "tokens": tokens_RL,
+            "prefix": np.full(len(texts), S, np.int32),
+            "supervised": np.array([len(text) - (text[-1].token in eos) for text in texts], np.int32),
+            **{name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
+        }
 
     def continue_prompts(self, task: ContinueTask) -> TeachCounts:
         output = self.output / CONTINUATIONS / task.name
@@ -209,28 +280,39 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
     """
     num_tokens = int(target.num_tokens)
     kind = smallest_uint(num_tokens)
-    batches: dict[str, list[np.ndarray]] = {"ids": [], "log_probs": [], "argmax": []}
+    batches: list[dict[str, np.ndarray]] = []
     for at in range(0, len(rows_NL), labels.batch_sequences):
         tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
         logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
-        pieces: dict[str, list[np.ndarray]] = {name: [] for name in batches}
         # In slices, so that what is computed from the logits stays small beside them.
-        for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1):
-            if not torch.isfinite(logits_BPV).all():
-                raise NotFinite(f"{target.name_or_path}: logits not finite while labelling rows {at} and on")
-            pieces["argmax"].append(logits_BPV.argmax(-1).cpu().numpy().astype(kind))
-            if labels.top_k:
-                top = logits_BPV.topk(min(labels.top_k, num_tokens), dim=-1)
-                total_BP1 = (logits_BPV.float() / labels.temperature).logsumexp(-1, keepdim=True)
-                log_probs_BPK = top.values.float() / labels.temperature - total_BP1
-                pieces["ids"].append(top.indices.cpu().numpy().astype(kind))
-                pieces["log_probs"].append(log_probs_BPK.cpu().numpy().astype(np.float16))
-        for name, arrays in pieces.items():
-            batches[name] += [np.concatenate(arrays, axis=1)] if arrays else []
-    return {name: np.concatenate(arrays) for name, arrays in batches.items() if arrays}
+        pieces = [
+            label_logits(target.name_or_path, logits_BPV, labels, kind)
+            for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1)
+        ]
+        batches.append({name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]})
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-@torch.no_grad()
+def label_logits(
+    name: str, logits_BPV: Tensor, labels: Labels, kind: type[np.unsignedinteger]
+) -> dict[str, np.ndarray]:
+    """The labels that a target's logits give, by the names of their files; `argmax` is the last entry.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    if not torch.isfinite(logits_BPV).all():
+        raise NotFinite(f"{name}: logits not finite while labelling")
+    made: dict[str, np.ndarray] = {}
+    if labels.top_k:
+        top = logits_BPV.topk(min(labels.top_k, logits_BPV.shape[-1]), dim=-1)
+        total_BP1 = (logits_BPV.float() / labels.temperature).logsumexp(-1, keepdim=True)
+        log_probs_BPK = top.values.float() / labels.temperature - total_BP1
+        made["ids"] = top.indices.cpu().numpy().astype(kind)
+        made["log_probs"] = log_probs_BPK.cpu().numpy().astype(np.float16)
+    return {**made, "argmax": logits_BPV.argmax(-1).cpu().numpy().astype(kind)}
+
+
 def write_ahead(
     target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
 ) -> list[list[Noted]]:
@@ -239,18 +321,32 @@ def write_ahead(
     Raises:
         NotFinite: if a logit is NaN or infinite.
     """
+    return write_on(*behind_prefixes(target, tokens_BS, count), count, eos, sampler)
+
+
+def behind_prefixes(
+    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1
+) -> tuple[Runner, Tensor]:
+    """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there."""
     B, S = tokens_BS.shape
     (view,), logits_BV = target.prefill(tokens_BS, [(S, FULL)])
-    runner = Runner(target, B, slots_for(S), count, "none")
-    for row in range(B):
-        runner.cache.load_row(row, view, row)
-    del view  # the cache has its own copy, and at 16K tokens one is enough
+    runner = Runner(target, B * copies, slots_for(S), room, "none")
+    for row in range(B * copies):
+        runner.cache.load_row(row, view, row // copies)
     if not torch.isfinite(logits_BV).all():
         raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
-    first_B = sampler.choose(logits_BV)
-    columns = (first_B, *note(sampler.rule, logits_BV, first_B))
+    return runner, logits_BV.repeat_interleave(copies, 0)
+
+
+@torch.no_grad()
+def write_on(
+    runner: Runner, logits_RV: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> list[list[Noted]]:
+    """A text behind each row's prefix, whose logits are given."""
+    first_R = sampler.choose(logits_RV)
+    columns = (first_R, *note(sampler.rule, logits_RV, first_R))
     texts = [[Noted(*chosen)] for chosen in zip(*(values.tolist() for values in columns), strict=True)]
-    for step in autoregressive_noted(runner, first_B.tolist(), count, eos, sampler):
+    for step in autoregressive_noted(runner, first_R.tolist(), count, eos, sampler):
         for text, chosen in zip(texts, step, strict=True):
             text += [] if chosen is None else [chosen]
     return texts

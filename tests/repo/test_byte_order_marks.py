@@ -14,8 +14,8 @@ from jobs.commands.doctor import _deepspeed
 from jobs.executors.ray_train import read_settings
 from pipeline.config.files import dump_config, load_config
 from pipeline.data.reading import BadRow, RawRow, Table, table_rows
+from pipeline.data.sources.chats import list_rows
 from pipeline.data.sources.longbench import published
-from pipeline.data.sources.own_prompts import list_rows
 from pipeline.data.sources.text import read_text
 from pipeline.models.convert import PICKLED, pickled_files
 from pipeline.models.load import ModelRef

@@ -16,8 +16,9 @@ from typing import TypeVar
 from pydantic import BaseModel, Field, StrictStr
 
 from pipeline.config.data import LongBenchSource
+from pipeline.data.chat import in_chat
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
-from pipeline.data.prompts import split_template, template_prompts
+from pipeline.data.prompts import Cut, split_template, template_prompts
 from pipeline.data.reading import (
     BadRow,
     Table,
@@ -61,7 +62,8 @@ MAX_NEW_TOKENS = {
     "gov_report": 512, "qmsum": 512, "multi_news": 512, "trec": 64, "triviaqa": 32, "samsum": 128,
     "passage_retrieval_en": 32,
 }  # fmt: skip
-
+# Their examples are not in a chat's turns, so that they are not put into a chat.
+FEW_SHOT = ("trec", "triviaqa", "samsum")
 
 Value = TypeVar("Value", str, int)
 
@@ -120,7 +122,12 @@ class LongBenchReader(Reader[LongBenchSource]):
                 )
 
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
-        return template_prompts(documents, request, "end" if self.source.truncation == "paper" else "middle")
+        asked_for = self.source.chat_template
+        if asked_for is None and self.source.task in FEW_SHOT:
+            asked_for = False
+        chat = in_chat(request.tokenizer, asked_for, self.source.name)
+        cut: Cut = "end" if self.source.truncation == "paper" else "middle"
+        return template_prompts(documents, request, cut, chat)
 
     def origin(self) -> dict[str, str]:
         def name(file: str | None) -> str:
@@ -137,7 +144,8 @@ class LongBenchReader(Reader[LongBenchSource]):
         return [local_path(file, self.root) for file in files if file is not None]
 
     def version(self, files: Iterable[Path]) -> int:
-        return 2
+        """A target's own tokenizer may have a chat template."""
+        return 3 if self.data.tokenizer.kind == "target" else 2
 
     @cached_property
     def template(self) -> str:

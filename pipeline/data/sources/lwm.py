@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, StrictStr, model_validator
 
 from pipeline.config.data import LwmSource, Split
+from pipeline.data.chat import in_chat
 from pipeline.data.documents import MIN_CHARS, Document, Reader, Request, Shard
 from pipeline.data.prompts import needle_prompts, question, split_template, template_prompts
 from pipeline.data.reading import (
@@ -36,15 +38,17 @@ PAPER_ROWS = (
     0, 50, 300, 800, 950, 1100, 2150, 2450, 2550, 2750,
     3350, 3400, 3600, 3900, 4000, 4100, 4200, 4400, 4500, 4550,
 )  # fmt: skip
+# What LWM's prompts have of a chat; a chat template has its own.
+SYSTEM_AND_USER, ASSISTANT = "You are a helpful assistant. USER: ", "ASSISTANT: "
 SUMMARY = (
-    "You are a helpful assistant. USER: Please read a part of the book below, and then give me the summary.\n"
+    f"{SYSTEM_AND_USER}Please read a part of the book below, and then give me the summary.\n"
     "[start of the book]\n{book}\n[end of the book]\n\n"
-    "Now you have read it. Please summarize it for me.\n\nASSISTANT: "
+    "Now you have read it. Please summarize it for me.\n\n" + ASSISTANT
 )
 NEEDLE = "\nThe special magic {city} number is: {number}\n"
 RETRIEVAL = (
-    "You are a helpful assistant. USER: {context} {question} Don't give information outside the document or "
-    "repeat your findings. Keep your response short and direct. ASSISTANT: "
+    SYSTEM_AND_USER + "{context} {question} Don't give information outside the document or "
+    "repeat your findings. Keep your response short and direct. " + ASSISTANT
 )
 
 
@@ -89,6 +93,11 @@ def features(table: Table) -> Features:
     document = {name: text for name in ("id", "kind", "url", "start", "end", "text")}
     sizes = {"file_size": Value("int32"), "word_count": Value("int32")}
     return Features({"document": {**document, **sizes, "summary": summary}})
+
+
+def without_speakers(document: Document) -> Document:
+    before, after = document.before.removeprefix(SYSTEM_AND_USER), document.after.removesuffix(ASSISTANT)
+    return document.model_copy(update={"before": before, "after": after.rstrip()})
 
 
 class LwmReader(Reader[LwmSource]):
@@ -162,10 +171,19 @@ class LwmReader(Reader[LwmSource]):
             )
 
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
+        chat = in_chat(request.tokenizer, self.source.chat_template, self.source.name)
         if self.summarizes:
-            return template_prompts(documents, request, "text end")
+            asked = (without_speakers(document) for document in documents) if chat else documents
+            return template_prompts(asked, request, "text end", chat)
         count = 1 if self.source.task == "needle" else self.source.needles
-        return needle_prompts(documents, request, self.source.template or RETRIEVAL, NEEDLE, count)
+        template = self.source.template or RETRIEVAL
+        if chat:
+            template = template.removeprefix(SYSTEM_AND_USER).removesuffix(ASSISTANT).rstrip()
+        return needle_prompts(documents, request, template, NEEDLE, count, chat)
+
+    def version(self, files: Iterable[Path]) -> int:
+        """A target's own tokenizer may have a chat template."""
+        return 2 if self.data.tokenizer.kind == "target" else 1
 
     def origin(self) -> dict[str, str]:
         rows = "listed" if self.source.rows else "all"

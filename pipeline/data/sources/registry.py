@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config.data import Data
 from pipeline.data.documents import Reader
+from pipeline.data.sources.conversations import ConversationsReader
 from pipeline.data.sources.longbench import LongBenchReader
 from pipeline.data.sources.lwm import LwmReader
 from pipeline.data.sources.own_prompts import PromptsReader
@@ -19,6 +20,7 @@ READERS: dict[str, type[Reader[Any]]] = {
     "longbench": LongBenchReader,
     "lwm": LwmReader,
     "prompts": PromptsReader,
+    "conversations": ConversationsReader,
 }
 
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, StrictStr
 
-from pipeline.config.data import Split, TextSource
-from pipeline.data.documents import BYTE_ORDER_MARK, MIN_CHARS, Document, Reader, Request, Shard
-from pipeline.data.prompts import continuation_prompts
+from pipeline.config.data import Context, Data, TextSource, answered
+from pipeline.data.chat import in_chat
+from pipeline.data.documents import BYTE_ORDER_MARK, MIN_CHARS, NO_LIMIT, Document, Request, Shard
+from pipeline.data.prompts import asking_prompts, continuation_prompts, split_template
 from pipeline.data.reading import (
     STRUCTURED,
     SUFFIXES,
@@ -32,6 +33,7 @@ from pipeline.data.reading import (
     table_rows,
     text_problem,
 )
+from pipeline.data.sources.drawn import DrawnReader
 from pipeline.errors import BadData
 from pipeline.store.rows import Prompt
 
@@ -57,10 +59,16 @@ def text_column() -> Features:
     return Features({"text": Value("string")})
 
 
-class TextReader(Reader[TextSource]):
-    continues_text = whole_files = True
+class TextReader(DrawnReader[TextSource]):
+    whole_files = True
+
+    def __init__(self, source: TextSource, data: Data, seed: int) -> None:
+        super().__init__(source, data, seed)
+        self.answered = answered(source)
+        self.continues_text = not self.answered
 
     def shards(self) -> list[Shard]:
+        self._sides()  # a wrong template stops the run before any work
         files = sorted({file for pattern in self.source.files for file in expand(pattern, self.root)})
         # Hashed order: a shard, and so any first few documents, mixes files of all folders.
         files.sort(key=lambda file: hashlib.sha256(f"{self.seed}/{self._name(file)}".encode()).digest())
@@ -85,40 +93,31 @@ class TextReader(Reader[TextSource]):
         if problem := text_problem(text, MIN_CHARS):
             return BadRow(where, index, *problem)
         name = f"{self.source.name}/{self._name(Path(where))}"
-        return Document(document_id=name, source=self.source.name, split=self.split(text), text=text)
-
-    def split(self, text: str) -> Split:
-        """The split of a document, among those in `use`."""
-        use = self.source.use
-        if len(use) == 1:
-            return use[0]
-        point = int.from_bytes(hashlib.sha256(f"{self.seed}\n{text}".encode()).digest()[:8]) / 2**64
-        test, validation = self.fractions
-        if "train" not in use:
-            if test + validation == 0:
-                raise BadData(f"source {self.source.name!r}: its fractions are 0, and it feeds no training")
-            test = test / (test + validation)
-            return "test" if point < test else "validation"
-        if point < test:
-            return "test"
-        return "validation" if point < test + validation else "train"
-
-    @property
-    def fractions(self) -> tuple[float, float]:
-        """The shares of the documents that are for test and for validation."""
-        source = self.source
-        return (
-            source.test_fraction if "test" in source.use else 0.0,
-            source.validation_fraction if "validation" in source.use else 0.0,
+        before, after = self._sides()
+        return Document(
+            document_id=name,
+            source=self.source.name,
+            split=self.split(text),
+            text=text,
+            before=before,
+            after=after,
         )
 
-    @property
-    def training_share(self) -> float:
-        test, validation = self.fractions
-        return 1.0 - validation - test
+    def _sides(self) -> tuple[str, str]:
+        """What is asked, before and after the text."""
+        if self.source.ask is None:
+            return "", ""
+        return split_template(self.source.ask, "text", {}, f"source {self.source.name!r}")
 
     def prompts(self, documents: Iterable[Document], request: Request) -> list[Prompt]:
-        return continuation_prompts(documents, request)
+        if self.source.ask is None:
+            return continuation_prompts(documents, request)
+        chat = in_chat(request.tokenizer, self.source.chat_template, self.source.name)
+        return asking_prompts(documents, request, chat)
+
+    def training_contexts(self, most: int) -> list[tuple[Context, int]]:
+        counts = self.source.training_prompts or {most: NO_LIMIT}
+        return [(Context(name=f"{tokens}", tokens=tokens), count) for tokens, count in counts.items()]
 
     def version(self, files: Iterable[Path]) -> int:
         """Files that hold fields were texts with all their braces once."""

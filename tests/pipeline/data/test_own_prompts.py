@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from pipeline.data.documents import Document, distinct
 from pipeline.data.reading import BadRow
-from pipeline.data.sources.own_prompts import NOT_TAKEN
+from pipeline.data.sources.chats import NOT_TAKEN
 from pipeline.data.sources.registry import make_readers
 from pipeline.errors import BadData
 from tests.helpers.documents import request_for, write_lines

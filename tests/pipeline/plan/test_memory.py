@@ -223,7 +223,7 @@ def test_hours_by_hand_and_from_a_measured_step() -> None:
     shapes = {role: costs.scratch_shape(getattr(config, role), 300) for role in ("target", "drafter")}
     rates, _ = rates_of(config, shapes, "cpu", 2.0)
     assert rates is not None
-    spent = hours(work(config, shapes, 10, prompts), rates)
+    spent = hours(work(config, shapes, 10, 0, prompts), rates)
     target, drafter = shapes["target"], shapes["drafter"]
 
     def flops(tokens: int, shape: Shape, attended: int) -> int:

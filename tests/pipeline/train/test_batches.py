@@ -11,7 +11,15 @@ import torch
 
 from pipeline.config.train import Train, Variant
 from pipeline.errors import BadData
-from pipeline.train.batches import PHASES, LabelledSequences, Shards, batch_indices, draw, window_labels
+from pipeline.train.batches import (
+    PHASES,
+    LabelledSequences,
+    Shards,
+    Windows,
+    batch_indices,
+    draw,
+    window_labels,
+)
 
 FULL_ONLY = Variant(name="full_only", sparse_weight=0)
 
@@ -133,7 +141,7 @@ def test_labels_are_those_of_the_windows_positions(tmp_path: Path) -> None:
         np.save(tmp_path / f"shard-00000.{name}.npy", array[:2])
         np.save(tmp_path / f"shard-00001.{name}.npy", array[2:])
     data = LabelledSequences(tmp_path, temperature=0.7)
-    labels = window_labels(data, [4, 0, 2], (30, 10), 6, torch.device("cpu"))
+    labels = window_labels(data, Windows([4, 0, 2], (30, 10)), 6, torch.device("cpu"))
     rows = [(sequence, start) for start in (30, 10) for sequence in (4, 0, 2)]
     for ours, theirs in ((labels.argmax, argmax), (labels.ids, ids), (labels.log_probs, log_probs)):
         expected = np.concatenate([theirs[row, start : start + 6] for row, start in rows])

@@ -92,7 +92,7 @@ def test_label_bytes_are_predicted(prepare: Path, saved: ModelRef, tmp_path: Pat
     config = tiny_config({"labels.top_k": top_k})
     make_teacher(prepare, saved, tmp_path, config)(whole_file(prepare))
     written = sum(np.load(file).nbytes for file in (tmp_path / "labels").iterdir())
-    assert label_bytes(config, ROWS, VOCABULARY) == written
+    assert label_bytes(config, ROWS, 0, VOCABULARY) == written
 
 
 def test_a_part_of_a_file_gives_those_rows(prepare: Path, saved: ModelRef, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_tasks_cover_every_sequence_or_a_share_of_every_file(prepare: Path) -> N
 
     def taken(changes: dict[str, Any]) -> list[tuple[str, int, int, int, int]]:
         tasks = label_tasks(tiny_config(changes), artifact)
-        return [(t.sequences.stem[-1], t.first, t.last, t.offset, t.shard) for t in tasks]  # type: ignore[union-attr]
+        return [(t.sequences.stem[-1], t.first, t.last, t.offset, t.shard) for t in tasks]
 
     assert taken({"labels.sequences_per_shard": 4}) == [
         ("0", 0, 4, 0, 0), ("0", 4, 8, 0, 1), ("0", 8, 11, 0, 2), ("1", 0, 4, 11, 3),
