@@ -18,14 +18,17 @@ from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import answer_tasks, label_tasks
 from pipeline.axes import Place
 from pipeline.config.data import Data
-from pipeline.config.models import FirstLayers, PretrainedModel, Role, ScratchModel
+from pipeline.config.models import FirstLayers, Head, PretrainedModel, Role, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.data.documents import Reader
 from pipeline.data.prepare import plan_prompts
 from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import check_tokenizers, in_a_folder, read_tokenizer
 from pipeline.errors import BadData
+from pipeline.models.build import prepare_model
 from pipeline.models.check import check_role
+from pipeline.models.heads.begin import head_config
+from pipeline.models.heads.eagle import FeatureHead
 from pipeline.models.hub import config_folder
 from pipeline.models.layers import freeze_around_layers, keep_layers
 from pipeline.models.load import ModelRef, model_ref, own_positions, read_config
@@ -67,7 +70,8 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
             config_path(spec, role)
         check_role(config, role, weights=False)
     if all(
-        isinstance(spec, ScratchModel | FirstLayers) or in_a_folder(spec) for spec in config.models.values()
+        isinstance(spec, ScratchModel | FirstLayers | Head) or in_a_folder(spec)
+        for spec in config.models.values()
     ):
         check_tokenizers(config)  # `facts_of` asks too, but goes on where a source is on the hub
     facts = facts_of(config, shape_of(config, "target", config.data.tokenizer.vocab_size).vocab)
@@ -85,7 +89,7 @@ def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
     spec = config.models[role]
     base = config.target if role == "target" else config.drafter_base
-    of: Role = "target" if isinstance(spec, FirstLayers) else role
+    of: Role = "target" if isinstance(spec, FirstLayers | Head) else role
     with torch.device("meta"):
         if isinstance(base, ScratchModel):
             model = untrained(base, vocab)
@@ -95,6 +99,10 @@ def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     if isinstance(spec, FirstLayers):
         model = freeze_around_layers(keep_layers(model, spec.layers))
     size = config.train.draft_vocabulary if role == "drafter" else None
+    if isinstance(spec, Head):
+        proposable = size or model.config.get_text_config(decoder=True).vocab_size
+        with torch.device("meta"):
+            model = FeatureHead(head_config(prepare_model(model, vocab), proposable, spec.feature_layers))
     shape, dtype = shape_of_model(model), config.drafter_dtype if role == "drafter" else config.target.dtype
     return replace(shape, itemsize=getattr(torch, dtype).itemsize, proposable=size)
 
@@ -127,7 +135,7 @@ def beyond_positions(config: Config) -> list[str]:
         for name, tokens in data.context_tokens.items()
     }
     for role, spec in config.models.items():
-        if isinstance(spec, FirstLayers):
+        if isinstance(spec, FirstLayers | Head):
             continue  # as the target
         if isinstance(spec, ScratchModel):
             reach = spec.max_positions

@@ -13,6 +13,7 @@ import numpy as np
 
 from jobs.executors.base import Executor
 from jobs.stages.train import model_identity, target_ref
+from pipeline.config.models import Head
 from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.decode.sampling import Chance
@@ -44,6 +45,8 @@ def taught(
         "on_policy_tokens": config.train.learned_tokens if config.labels.on_policy_fraction else None,
         "seed": config.seed,
     }
+    if isinstance(config.drafter, Head):
+        inputs["features"] = list(config.drafter.feature_layers or ()), config.labels.features
     return open_artifact(Path(config.storage), "teach", inputs), inputs
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.executors.base import Executor
-from pipeline.config.models import AnyModel, FirstLayers, PretrainedModel
+from pipeline.config.models import AnyModel, FirstLayers, Head, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
 from pipeline.models.hub import model_files
@@ -101,6 +101,8 @@ def drafter_ref(config: Config, scratch: dict[str, Artifact]) -> ModelRef:
     """The drafter that training starts from."""
     if isinstance(config.drafter, FirstLayers):
         return layers_ref(target_ref(config, scratch), config.drafter)
+    if isinstance(config.drafter, Head):  # what it is made of
+        return replace(target_ref(config, scratch), role="drafter")
     start = scratch.get("drafter")
     return model_ref(config.drafter, start.path / MODEL if start else None, "drafter", longest_text(config))
 
@@ -114,6 +116,8 @@ def drafter_identity(config: Config, scratch: dict[str, Artifact]) -> Any:
     """How a fingerprint identifies the drafter that training starts from."""
     if isinstance(config.drafter, FirstLayers):
         return {"layers": config.drafter, "of": model_identity(config.target, scratch.get("target"))}
+    if isinstance(config.drafter, Head):
+        return {"head": config.drafter, "of": model_identity(config.target, scratch.get("target"))}
     return model_identity(config.drafter, scratch.get("drafter"))
 
 

@@ -99,6 +99,22 @@ class FirstLayers(Group):
         return self
 
 
+class Head(Group):
+    """One layer over the target's hidden states, in the form of EAGLE-3; it begins as the target's last."""
+
+    kind: Literal["head"]
+    feature_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="0-based layers of the target whose inputs the head reads; default: 2, the middle one "
+        "and the third from the end, as engines take them",
+    )
+    norm_before_residual: bool = Field(False, description="the residual is the normed features")
+    fc_norm: bool = Field(False, description="norm each layer's features first, as EAGLE-3.1 does")
+    norm_output: bool = Field(False, description="feed back normed outputs, as EAGLE-3.1 does")
+    dtype: Dtype | None = Field(None, description="precision it runs in at evaluation; default: the target's")
+
+
 Role = Literal["target", "drafter"]
 AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]
-AnyDrafter = Annotated[ScratchModel | PretrainedModel | FirstLayers, Field(discriminator="kind")]
+AnyDrafter = Annotated[ScratchModel | PretrainedModel | FirstLayers | Head, Field(discriminator="kind")]

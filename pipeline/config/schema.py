@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.axes import family
 from pipeline.config.data import Data, TextSource
 from pipeline.config.group import Group
-from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Role, ScratchModel
+from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Head, Role, ScratchModel
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
@@ -41,8 +41,8 @@ class Config(Group):
 
     @property
     def drafter_base(self) -> AnyModel:
-        """The model that drafters begin as: the drafter's own, or the target whose layers they are."""
-        return self.target if isinstance(self.drafter, FirstLayers) else self.drafter
+        """The model that drafters begin as: the drafter's own, or the target that they are made of."""
+        return self.target if isinstance(self.drafter, FirstLayers | Head) else self.drafter
 
     @property
     def drafter_dtype(self) -> str:
@@ -53,6 +53,29 @@ class Config(Group):
     def scratch(self) -> dict[Role, ScratchModel]:
         """Those that stage pretrain makes."""
         return {role: spec for role, spec in self.models.items() if isinstance(spec, ScratchModel)}
+
+    def _head_fits(self) -> None:
+        """Raises ValueError where fields are for heads alone, or leave a head nothing to learn from."""
+        for field, value in (
+            ("labels.features", self.labels.features),
+            ("train.chain_steps", self.train.chain_steps),
+            ("train.chain_decay", self.train.chain_decay),
+        ):
+            if value is not None and not isinstance(self.drafter, Head):
+                raise ValueError(f"{field} is for drafter.kind: head, and it is {self.drafter.kind}")
+        steps = self.chain_steps
+        if isinstance(self.drafter, Head) and self.train.window_tokens <= steps:
+            raise ValueError(
+                f"train.window_tokens ({self.train.window_tokens}) must be more than train.chain_steps "
+                f"({steps}): a chain does not leave its window"
+            )
+        if isinstance(self.drafter, Head) and any(v.rope_scaling for v in self.train.variants):
+            raise ValueError("train.variants.rope_scaling: a head turns positions as its target does")
+
+    @property
+    def chain_steps(self) -> int:
+        """Depth of the chains that a head is trained on."""
+        return self.train.chain_steps or 3
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -97,11 +120,15 @@ class Config(Group):
         if isinstance(self.drafter, ScratchModel):
             for v in self.train.variants:
                 self.drafter.check_rope(f"train.variants.{v.name}.rope_scaling", v.rope_scaling)
-        if isinstance(self.drafter, FirstLayers) and isinstance(self.target, ScratchModel):
+        if isinstance(self.drafter, FirstLayers | Head) and isinstance(self.target, ScratchModel):
+            field = "layers" if isinstance(self.drafter, FirstLayers) else "feature_layers"
             last = self.target.layers - 1
-            if self.drafter.layers[-1] > last:
-                layers = list(self.drafter.layers)
-                raise ValueError(f"drafter.layers: {layers} goes beyond the target's layers, 0 to {last}")
+            layers = list(getattr(self.drafter, field) or ())
+            if layers and max(layers) > last:
+                raise ValueError(f"drafter.{field}: {layers} goes beyond the target's layers, 0 to {last}")
+            if field == "feature_layers" and not layers and last < 4:
+                raise ValueError("drafter: a head needs a target of at least 5 layers, or feature_layers")
+        self._head_fits()
         contexts = {context.name for context in self.data.contexts}
         tested = {source.name for source in self.data.sources if "test" in source.use}
         if set(self.sweep.max_gammas) - contexts:

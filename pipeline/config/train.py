@@ -11,8 +11,8 @@ from pipeline.config.group import Group
 from pipeline.config.rope import RopeScaling
 from pipeline.config.sweep import Policy
 
-LossKind = Literal["cross_entropy", "kl", "total_variation"]
-READ_TOP_K = ("kl", "total_variation")  # losses that need stored log-probabilities
+LossKind = Literal["cross_entropy", "kl", "total_variation", "nla", "lk_hybrid"]
+READ_TOP_K = ("kl", "total_variation", "nla", "lk_hybrid")  # losses that need stored log-probabilities
 
 RESERVED = (*get_args(Baseline), "target")
 
@@ -37,6 +37,12 @@ class Labels(Group):
         0.0, ge=0, le=1, description="share of sequences whose continuation the target writes itself"
     )
     on_policy_temperature: float = Field(1.0, ge=0, description="temperature at which it writes them")
+    features: Literal["stored", "recomputed"] | None = Field(
+        None,
+        exclude_if=lambda features: features is None,
+        description="of a head: hidden states of the target that stage teach stores (fp16), or that training "
+        "has the target give anew; default: stored",
+    )
     answers: Answers = Field(
         Answers(), exclude_if=lambda answers: answers == Answers(), description="of sources that ask"
     )
@@ -115,6 +121,21 @@ class Train(Group):
         exclude_if=lambda size: size is None,  # as if it had not been added: fingerprints stay
         description="tokens that drafters can propose: the most frequent labels of the training split, and "
         "those that end texts. Default: all",
+    )
+    chain_steps: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        exclude_if=lambda steps: steps is None,
+        description="of a head: proposals of the chains that it is trained on, each fed what the one before "
+        "gave; default: 3",
+    )
+    chain_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        exclude_if=lambda decay: decay is None,
+        description="of a head: weight of a chain's proposal to that of the one before it; default: 0.8",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, fp32 weights")
     max_logits_mib: int = Field(

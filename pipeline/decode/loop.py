@@ -117,7 +117,7 @@ def speculate(
         if uniforms_BT1 is not None:  # a row's numbers are the same however many the round proposes
             count = offer.tokens_BT.shape[1]
             uniforms_BT1 = torch.cat([uniforms_BT1[:, :count], uniforms_BT1[:, -1:]], 1)
-        report_BR, pair_B2, step_B = target.verify(
+        report_BR, pair_B2, next_B, features = target.verify(
             sampler.rule,
             pair_B2,
             offer.tokens_BT,
@@ -127,6 +127,8 @@ def speculate(
             uniforms_BT1,
             lengths_B,
         )
+        source.observe(report_BR, features, step_B)
+        step_B = next_B
         # The drafter has never read its last proposal, nor what came after it; reading one token twice is
         # cheaper than asking which rows accepted everything.
         unread = pair_B2

@@ -5,6 +5,9 @@ continuation. A view is fixed when the prefix ends, and behind it the drafter on
 tokens. So one teacher-forced forward over the stored continuation says, for each token, whether the drafter
 would have proposed it (`match`), and the rounds of any γ follow by counting.
 
+A head's chains depend on where a round begins; `chain_replay.py` gives, for every token, what a chain from
+there would propose, and the rounds follow as well.
+
 Sampling is lossless in distribution. Along a continuation that the target sampled, a proposal for token y is
 accepted with probability min(1, q(y) ÷ p(y)) given that y is emitted: the drafter proposes y with q(y), it is
 accepted with min(1, p(y) ÷ q(y)), and y is emitted with p(y). These events are independent given the text, so
@@ -17,6 +20,8 @@ Shape legend: R views, Q = M - 1 tokens after the first of a continuation of M, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,18 +88,52 @@ def chances(
     return (log_q_RQ - log_p_Q).clamp_max(0).exp().double().cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a drafter would have proposed along a continuation, behind each of R views.
+
+    `match` and `sure` are [R][Q] as `match_views` and `confidences` give them, or [R][Q][T] for chains from
+    every token; `chances` likewise. Of a greedy text there are no chances, of a sampled one no matches.
+    """
+
+    finite: list[bool]
+    match: Any = ()
+    sure: Any = ()
+    chances: np.ndarray | None = None
+
+
+def tell(
+    logits_RQV: Tensor,
+    continuation: Sequence[int],
+    temperature: float,
+    log_probs: Sequence[float],
+    surely: bool,
+) -> Told:
+    """What the logits behind each view say.
+
+    Args:
+        surely: whether confidences are wanted.
+    """
+    finite = finite_views(logits_RQV)
+    if temperature > 0:
+        return Told(finite, chances=chances(logits_RQV, continuation, log_probs, temperature))
+    sure = confidences(logits_RQV) if surely else ()
+    return Told(finite, match_views(logits_RQV, continuation), sure)
+
+
 def rounds(
-    match: Sequence[bool],
+    match: Sequence[bool] | Sequence[Sequence[bool]],
     continuation: Sequence[int],
     gamma: int,
     limit: int,
     ends_with_eos: bool,
-    stops: Sequence[bool] | None = None,
+    stops: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
 ) -> list[Round]:
     """The rounds of a continuation, as decoding would have them.
 
     Args:
-        match: whether the drafter would propose each token after the first, [M - 1] of [M].
+        match: whether the drafter would propose each token after the first, [M - 1] of [M]; or whether a
+            chain from each token would propose what follows, [M - 1][γ and more]. So for `stops`.
         limit: most tokens of a continuation, the first included; a round proposes at most what is left.
         ends_with_eos: the continuation ended by itself, so proposals behind its end do not count.
         stops: where drafting may stop early, whether it stops behind the proposal for each token. How many
@@ -103,15 +142,15 @@ def rounds(
     result: list[Round] = []
     start, total = 0, len(match)
     while start < total:
-        accepted, stopped = 0, False
-        while accepted < gamma and not stopped and start + accepted < total and match[start + accepted]:
-            stopped = stops is not None and stops[start + accepted]
+        accepted, stopped, room = 0, False, min(gamma, total - start)
+        hits, ends = proposals(match, start, room), None if stops is None else proposals(stops, start, room)
+        while accepted < room and not stopped and hits[accepted]:
+            stopped = ends is not None and ends[accepted]
             accepted += 1
         fewest = most = gamma  # proposals, as far as known
-        if stops is not None and accepted < gamma:
-            at = start + accepted
-            fewest = accepted if stopped or at == total else accepted + 1
-            most = fewest if stopped or (at < total and stops[at]) else gamma
+        if ends is not None and accepted < gamma:
+            fewest = accepted if stopped or accepted == room else accepted + 1
+            most = fewest if stopped or (accepted < room and ends[accepted]) else gamma
         emitted = min(accepted + 1, total - start)
         ended = ends_with_eos and start + emitted == total
         bounds = {counted_proposals(n, limit - 1 - start, emitted, ended) for n in (fewest, most)}
@@ -119,6 +158,13 @@ def rounds(
         result.append(Round(tuple(continuation[start + 1 : start + 1 + emitted]), proposed, accepted))
         start += emitted
     return result
+
+
+def proposals(values: Any, start: int, count: int) -> Sequence[bool]:
+    """What is said of the proposals of a round from a token on."""
+    along = isinstance(values[start], bool | np.bool_)
+    found: Sequence[bool] = values[start : start + count] if along else values[start][:count]
+    return found
 
 
 def source_rounds(
@@ -151,17 +197,21 @@ def source_rounds(
 def expect(chances_RQ: np.ndarray, gamma: int, limit: int, ends_with_eos: bool) -> list[Counts]:
     """The expected counts of the rounds of a sampled continuation, behind each of R views.
 
+    Of chains from every token, chances are [R, Q, γ and more].
+
     `starts[:, s]` is the probability that a round begins at token s; a round passes it on to the tokens where
     the next round may begin: behind its first rejected proposal, or behind its bonus token.
     """
-    R, total = chances_RQ.shape
+    R, total = chances_RQ.shape[:2]
     starts = np.zeros((R, total + gamma + 2))
     starts[:, 0] = 1
     proposed_R = np.zeros(R)
     reached, kept = np.zeros((R, gamma)), np.zeros((R, gamma))
     for start in range(total):
         begun_R1 = starts[:, start : start + 1]
-        kept_RJ = begun_R1 * chances_RQ[:, start : start + gamma].cumprod(1)
+        along = chances_RQ.ndim == 2
+        given_RJ = chances_RQ[:, start : start + gamma] if along else chances_RQ[:, start, : total - start]
+        kept_RJ = begun_R1 * given_RJ[:, :gamma].cumprod(1)
         reached_RJ = np.concatenate([begun_R1, kept_RJ[:, :-1]], 1)
         J = kept_RJ.shape[1]
         starts[:, start + 1 : start + 1 + J] += reached_RJ - kept_RJ

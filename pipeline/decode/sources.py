@@ -13,14 +13,14 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.decode.runner import Runner
-from pipeline.decode.sampling import Rule, Sampler
+from pipeline.decode.sampling import Sampler
 
 LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
 
@@ -53,8 +53,15 @@ class DraftSource(Protocol):
         """
         ...
 
+    def observe(self, report_BR: Tensor, features_BQF: Tensor | None, step_B: Tensor) -> None:
+        """Hear what `steps.verify` reported, and the target's features of what it read from `step_B` on.
 
-class ModelDrafts:
+        Sources that derive from this class need not.
+        """
+        return None
+
+
+class ModelDrafts(DraftSource):
     """A model behind its view: the trained drafter, or the target itself behind a sparse view.
 
     Args:
@@ -74,30 +81,37 @@ class ModelDrafts:
     ) -> Proposals:
         uniforms_TB = sampler.uniforms(gamma, by_row=False)
         if self.threshold > 0:
-            return self.propose_until(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB, open_rows)
+            unread = [(unread_BQ, step_B)]
+
+            def following(uniform_B: Tensor | None) -> tuple[Tensor, ...]:
+                made: tuple[Tensor, ...] = self.runner.propose_surely(sampler.rule, *unread[-1], uniform_B)
+                unread.append((made[0], made[1]))
+                return made
+
+            return self.propose_until(following, gamma, uniforms_TB, open_rows)
         return Proposals(*self.runner.draft(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB))
 
     def propose_until(
         self,
-        rule: Rule,
+        following: Callable[[Tensor | None], tuple[Any, ...]],
         gamma: int,
-        tokens_BQ: Tensor,
-        step_B: Tensor,
         uniforms_TB: Tensor | None,
         open_rows: Sequence[bool],
     ) -> Proposals:
-        """Draft until every row has a proposal with less confidence than the threshold, or γ proposals."""
+        """Draft until every row has a proposal with less confidence than the threshold, or γ proposals.
+
+        Args:
+            following: gives the next proposal, as `steps.propose_surely` does.
+        """
         tokens: list[Tensor] = []
         bests: list[Tensor] = []
         probabilities: list[Tensor] = []
-        lengths = [0] * tokens_BQ.shape[0]
+        lengths = [0] * len(open_rows)
         drafting = list(open_rows)
         while any(drafting):
             uniform_B = None if uniforms_TB is None else uniforms_TB[len(tokens)]
-            tokens_BQ, step_B, best_B, q_BV, confidence_B = self.runner.propose_surely(
-                rule, tokens_BQ, step_B, uniform_B
-            )
-            tokens.append(tokens_BQ)
+            token_B1, _, best_B, q_BV, confidence_B, *_ = following(uniform_B)
+            tokens.append(token_B1)
             bests.append(best_B)
             probabilities += [] if q_BV is None else [q_BV]
             for row, confidence in enumerate(confidence_B.tolist()):
@@ -111,7 +125,7 @@ class ModelDrafts:
         return Proposals(torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths)
 
 
-class LookupDrafts:
+class LookupDrafts(DraftSource):
     """Prompt lookup: propose what followed an earlier occurrence of the last tokens, in prompt or text.
 
     The longest match of at most `LONGEST_MATCH` tokens counts, among equals the latest. Where fewer than γ

@@ -108,16 +108,18 @@ def verify(
     q_BTV: Tensor | None,
     uniforms_BT1: Tensor | None,
     lengths_B: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Score the last of two tokens and T proposals in one pass, and accept.
 
     Returns:
         The report to the host [B, T + 4]: the number accepted, 1 if the target's logits were finite, 1 if the
         drafter's were, and the proposals with the target's token behind the accepted ones. Then what the next
-        round begins with: the last two tokens [B, 2], and the number of the last [B].
+        round begins with: the last two tokens [B, 2], and the number of the last [B]. And the features
+        [B, T1, F] of the tokens that were read, where the model gives some.
     """
     tokens_BT1 = torch.cat([pair_B2[:, 1:], draft_BT], 1)
-    logits_BT1V = model.logits(model.hidden(tokens_BT1, step_B, cache))
+    hidden, features = model.hidden_and_features(tokens_BT1, step_B, cache)
+    logits_BT1V = model.logits(hidden)
     accepted_B, next_B = rule.accept(draft_BT, q_BTV, logits_BT1V, uniforms_BT1, lengths_B, cache.backend)
     # -1 means that nothing could be drawn and is no token; the host sees it by the logits' finiteness.
     accepted_B1, next_B1 = accepted_B.unsqueeze(1), next_B.clamp_min(0).unsqueeze(1)
@@ -125,7 +127,7 @@ def verify(
     emitted_BT1 = torch.cat([draft_BT, next_B1], 1).scatter(1, accepted_B1, next_B1)
     report = torch.cat([accepted_B1, *finite_B, emitted_BT1], 1)
     pair_B2 = torch.cat([tokens_BT1.gather(1, accepted_B1), next_B1], 1)
-    return report, pair_B2, step_B + accepted_B + 1
+    return report, pair_B2, step_B + accepted_B + 1, features
 
 
 def draft(

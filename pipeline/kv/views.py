@@ -23,6 +23,7 @@ class PrefixView:
     view: View
     prefix_tokens: int
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    last: Tensor | None = None  # of a head's prefix: the target's features [B, F] of its last token
 
     @property
     def kept(self) -> int:

@@ -17,7 +17,7 @@ from pipeline.models.weights import check_weights
 from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
-    from pipeline.config.models import Role
+    from pipeline.config.models import PretrainedModel, Role
     from pipeline.config.rope import RopeScaling
     from pipeline.config.schema import Config
 
@@ -37,6 +37,8 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     given, reach = config.models[role], longest_text(config)
     spec = config.target if role == "target" else config.drafter_base
     layers = given.layers if given.kind == "first_layers" else None
+    if given.kind == "head" and given.feature_layers and spec.kind == "pretrained":
+        check_features(spec, given.feature_layers)
     if spec.kind == "scratch":
         for name, rope in ropes(config, role):
             scaled = spec.model_copy(update={"rope_scaling": rope}) if rope else spec
@@ -53,6 +55,18 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
         check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
     if weights and with_home(spec.path).is_dir():  # of the hub, they may not be here yet
         check_weights(ref, folder, read_config(ref, folder))
+
+
+def check_features(spec: PretrainedModel, layers: tuple[int, ...]) -> None:
+    folder = config_folder(spec.path, spec.revision)
+    if folder is None:
+        return
+    last = (
+        read_config(model_ref(spec, None, "target"), folder).get_text_config(decoder=True).num_hidden_layers
+        - 1
+    )
+    if max(layers) > last:
+        raise BadData(f"drafter.feature_layers: {list(layers)} goes beyond the target's layers, 0 to {last}")
 
 
 def check_draft_vocabulary(config: Config, ref: ModelRef, folder: Path) -> None:

@@ -45,6 +45,20 @@ class DraftHead(nn.Module):
         return F.linear(hidden, self.rows, None if self.bias is None else self.bias[self.tokens])
 
 
+class DraftRows(nn.Linear):
+    """A head that has the rows of its draft vocabulary alone; `tokens` are set when it is built or loaded."""
+
+    tokens: Tensor
+
+    def __init__(self, in_features: int, size: int) -> None:
+        super().__init__(in_features, size, bias=False)
+        self.register_buffer("tokens", torch.arange(size), persistent=False)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.weight
+
+
 def restrict(model: PreTrainedModel, tokens_D: Tensor) -> PreTrainedModel:
     """Give a model a draft vocabulary: its logits are then those of these tokens, in their order.
 
@@ -67,7 +81,7 @@ def restrict(model: PreTrainedModel, tokens_D: Tensor) -> PreTrainedModel:
 def draft_tokens(model: PreTrainedModel) -> Tensor | None:
     """The draft vocabulary [D] of a model, where the model is; None without one."""
     head = model.get_output_embeddings()
-    return head.tokens if isinstance(head, DraftHead) else None
+    return head.tokens if isinstance(head, DraftHead | DraftRows) else None
 
 
 def among_all(logits: Tensor, tokens_D: Tensor | None, num_tokens: int) -> Tensor:

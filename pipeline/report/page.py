@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 
 from pipeline.axes import budget_order
-from pipeline.config.models import AnyDrafter, FirstLayers, PretrainedModel
+from pipeline.config.models import AnyDrafter, FirstLayers, Head, PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.report.published import CAVEAT, ar_beside, published_beside
@@ -164,6 +164,11 @@ def _model_text(model: AnyDrafter, dtype: str) -> str:
     if isinstance(model, FirstLayers):
         layers = ", ".join(map(str, model.layers))
         return f"the target's layers {layers} between its own embedding and head, {dtype}"
+    if isinstance(model, Head):
+        layers = (
+            ", ".join(map(str, model.feature_layers or ())) or "2, the middle one and the third from the end"
+        )
+        return f"one layer over the target's hidden states, which its layers {layers} read, {dtype}"
     if isinstance(model, PretrainedModel):
         return f"{model.path}{f' at {model.revision}' if model.revision else ''}, {dtype}"
     return (

@@ -22,9 +22,11 @@ from kernels import dispatch
 from pipeline.axes import Cell
 from pipeline.config.schema import Config
 from pipeline.decode.bench import Bench
+from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
 from pipeline.models.generation import stop_tokens
+from pipeline.models.heads.load import load_head
 from pipeline.models.layers import share_frozen
 from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.observe.events import Evaluated
@@ -133,6 +135,9 @@ class Evaluator:
     def contender(self, drafter: Drafter) -> Contender:
         if drafter.ref is None:
             return Contender(drafter, None, None)
+        if drafter.kind == "head":
+            head = load_head(drafter.ref, self.target[0], self.device)
+            return Contender(drafter, head, LeanHead(head, self.target[1]))
         pair = self.target if drafter.role == "target" else self.load(drafter.ref)
         return Contender(drafter, *pair)
 

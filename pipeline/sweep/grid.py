@@ -53,7 +53,8 @@ def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
 def draft_sources(config: Config) -> list[Drafter]:
     """The draft sources of a sweep, not yet with their models: trained drafters, then baselines."""
     names = [drafter.name for drafter in config.train.drafters]
-    kind: DrafterKind = "first_layers" if config.drafter.kind == "first_layers" else "lm"
+    given = config.drafter.kind
+    kind: DrafterKind = given if given in ("first_layers", "head") else "lm"
     trained = [
         Drafter(name, None, 0, trained_kind=kind)
         for name in names

@@ -9,18 +9,22 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from pipeline.axes import NOTHING, Place, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode import replay
+from pipeline.decode.chain_replay import tell_chains
+from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES
 from pipeline.errors import NotFinite
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts
+from pipeline.models.heads.eagle import FeatureHead
 from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
 from pipeline.sweep.grid import Drafter, can_replay, cells_behind, views_of
 from pipeline.sweep.make_rows import all_cells, at_chance, make_failure, make_row
@@ -45,6 +49,8 @@ class PromptReplay:
         if not continuations:
             return  # the prefill's token ended the text: there is nothing to draft
         views, of_prompt = views_of(self.sweep, self.drafter), self.views.of(prompt)
+        # Before another prompt is read: what the target knows of this one is then at hand.
+        features = [self.views.features(prompt, continuation) for continuation in continuations]
         partner = None
         if any(view.control == "other_prompt" for view in views):
             partner = self.views.partner(prompt)
@@ -56,21 +62,40 @@ class PromptReplay:
                 views = [view for view in views if view.control != "other_prompt"]
         of_partner = of_prompt if partner is None else self.views.of(partner)
         kept = [(of_partner if view.control == "other_prompt" else of_prompt)[view.kept] for view in views]
-        for continuation in continuations:
-            yield from self.continuation_rows(prompt, continuation, views, kept)
+        for continuation, read in zip(continuations, features, strict=True):
+            told = self.tell(continuation, kept, read)
+            yield from self.continuation_rows(prompt, continuation, views, kept, told)
+
+    def tell(
+        self, continuation: Continuation, kept: list[PrefixView], features_QF: torch.Tensor | None
+    ) -> replay.Told:
+        """What the drafter would have proposed along a continuation, behind every view."""
+        tokens, log_probs = continuation.tokens, continuation.log_probs
+        temperature, surely = continuation.temperature, any(self.sweep.thresholds)
+        if isinstance(self.model, FeatureHead):
+            assert features_QF is not None
+            deepest = max(self.sweep.gammas_of(continuation.context))
+            of_text = (tokens, features_QF, deepest, temperature, log_probs, surely)
+            return tell_chains(self.model, kept, *of_text)
+        logits_RQV = replay.view_logits(self.model, kept, tokens)
+        return replay.tell(logits_RQV, tokens, temperature, log_probs, surely)
 
     def continuation_rows(
-        self, prompt: Prompt, continuation: Continuation, views: list[View], kept: list[PrefixView]
+        self,
+        prompt: Prompt,
+        continuation: Continuation,
+        views: list[View],
+        kept: list[PrefixView],
+        told: replay.Told,
     ) -> Iterator[PromptRow | FailedCell]:
         mode, chance = telling(continuation, self.sweep)
-        logits_RQV = replay.view_logits(self.model, kept, continuation.tokens)
-        finite = replay.finite_views(logits_RQV)
+        finite = told.finite
         place = Place(prompt.dataset, prompt.context)
         behind = [cells_behind(self.sweep, self.drafter, place, view) for view in views]
         # A column holds the cells of one γ and threshold behind every view.
         columns = [cells for cells in zip(*behind, strict=True) if can_replay(cells[0], chance)]
         lengths = [(cells[0].gamma, cells[0].threshold) for cells in columns]
-        counts = self.counts(logits_RQV, prompt, continuation, lengths)
+        counts = self.counts(told, prompt, continuation, lengths)
         for cells, counted in zip(columns, counts, strict=True):
             for cell, view, good, cell_counts in zip(cells, kept, finite, counted, strict=True):
                 if good:
@@ -91,24 +116,21 @@ class PromptReplay:
 
     def counts(
         self,
-        logits_RQV: torch.Tensor,
+        told: replay.Told,
         prompt: Prompt,
         continuation: Continuation,
         lengths: Sequence[tuple[int, float]],
     ) -> Iterator[list[Counts]]:
         """For every γ and threshold, the counts behind each view."""
         limit, ended, tokens = prompt.max_new_tokens, continuation.eos_at is not None, continuation.tokens
-        if continuation.temperature > 0:
-            chances_RQ = replay.chances(logits_RQV, tokens, continuation.log_probs, continuation.temperature)
+        if told.chances is not None:
             for gamma, _ in lengths:
-                yield replay.expect(chances_RQ, gamma, limit, ended)
+                yield replay.expect(told.chances, gamma, limit, ended)
             return
-        matches = replay.match_views(logits_RQV, tokens)
-        sure = replay.confidences(logits_RQV) if any(threshold for _, threshold in lengths) else []
         for gamma, threshold in lengths:
             counts = []
-            for row, match in enumerate(matches):
-                stops = [c < threshold for c in sure[row]] if threshold else None
+            for row, match in enumerate(told.match):
+                stops = (np.asarray(told.sure[row]) < threshold).tolist() if threshold else None
                 counts.append(Counts.of(replay.rounds(match, tokens, gamma, limit, ended, stops), gamma))
             yield counts
 
@@ -167,6 +189,13 @@ class PromptViews:
             kept, _ = self.model.prefill(tokens_1S, [(len(prompt.tokens), view) for view in self.views])
             self.recent[key] = dict(zip(self.views, kept, strict=True))
         return self.recent[key]
+
+    def features(self, prompt: Prompt, continuation: Continuation) -> torch.Tensor | None:
+        """[Q, F] what a head reads along a continuation of the prompt that was read last; else None."""
+        if not isinstance(self.model, LeanHead):
+            return None
+        tokens_1S = torch.tensor([prompt.tokens], device=self.model.geometry.device)
+        return self.model.text_features(tokens_1S, continuation.tokens)
 
     def partner(self, prompt: Prompt) -> Prompt | None:
         """The next prompt of the file from another document that is as long or longer, cut to this length.

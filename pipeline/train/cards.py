@@ -30,10 +30,13 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
     if config.drafter.kind == "first_layers":
         names = ", ".join(map(str, config.drafter.layers))
         layers = f"- Layers of the target: {names}; its embedding, norm and head are as they were\n"
+    loads = "Loads with plain `AutoModelForCausalLM.from_pretrained`."
+    if config.drafter.kind == "head":
+        names = ", ".join(map(str, config.drafter.feature_layers or ())) or "2, the middle, the third last"
+        layers = f"- One layer over the target's hidden states, the inputs of its layers {names}\n"
+        loads = "It needs the target beside it, whose hidden states it reads."
     size = config.train.draft_vocabulary
-    proposable = (
-        "" if size is None else f"- Draft vocabulary: {size} tokens, in `draft_vocabulary.safetensors`\n"
-    )
+    proposable = "" if size is None else f"- Draft vocabulary: {size} tokens, in `draft_vocabulary.json`\n"
     if scores:
         rows = [(budget, f"{value:.3f}") for budget, value in scores.items()]
         acceptance = (
@@ -46,8 +49,7 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
     return (
         "---\nlibrary_name: transformers\ntags: [speculative-decoding, budgetdraft]\n---\n"
         f"# BudgetDraft drafter `{variant.name}`\n\n"
-        f"A drafter for speculative decoding behind a sparse KV cache. Loads with plain "
-        f"`AutoModelForCausalLM.from_pretrained`.\n\n"
+        f"A drafter for speculative decoding behind a sparse KV cache. {loads}\n\n"
         f"- Target: {target}\n{layers}{proposable}"
         f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
         f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"

@@ -7,7 +7,7 @@ pretraining, or drafter variants by the two-branch loss.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import dispatch
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Head, ScratchModel
 from pipeline.config.schema import Config
+from pipeline.decode.model import decode_model
 from pipeline.errors import BadData
 from pipeline.models.build import build_scratch
 from pipeline.models.draft_vocabulary import most_frequent, read_draft_tokens, restrict
 from pipeline.models.generation import ends_in
+from pipeline.models.heads.begin import head_of
+from pipeline.models.heads.eagle import FeatureHead
 from pipeline.models.hub import config_folder, model_folder
 from pipeline.models.layers import freeze_around_layers
 from pipeline.models.load import ModelRef, load_model, pick_device, shared_tokens
@@ -35,10 +38,13 @@ from pipeline.store.layout import CONTINUATIONS, LABELS, METRICS, MODEL, PROMPTS
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards
 from pipeline.train.cards import drafter_card, scratch_card
+from pipeline.train.chained_views import ChainedViews
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
+from pipeline.train.features import Features, GivenFeatures, StoredFeatures
 from pipeline.train.loop import Schedule, export, fit, write_model
 from pipeline.train.objectives import MultiView, NextToken
+from pipeline.train.teacher import features_file
 
 log = logging.getLogger(__name__)
 
@@ -143,15 +149,24 @@ def distil(
         start = replace(start, rope_scaling=variant.rope_scaling)
     data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
     tokens_D = proposable(config, start, tokenizer, data)
-    fresh = partial(load_drafter, start, shared_tokens(tokenizer, start), tokens_D)
+    num_tokens = shared_tokens(tokenizer, start)
+    fresh: Callable[[], PreTrainedModel]
+    if isinstance(config.drafter, Head):
+        fresh = partial(new_head, config.drafter, start, num_tokens, tokens_D, config.seed)
+    else:
+        fresh = partial(load_drafter, start, num_tokens, tokens_D)
     if steps == 0:
         if is_first_worker():
             write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
         return
     schedule = Schedule(config.train, config.train, steps)
-    engine = make_engine(fresh(), schedule)
+    model = fresh()
+    engine = make_engine(model, schedule)
     pairs = validation_pairs(job.prepare, job.teach)
     objective = MultiView(config, variant, data, pairs, engine.device)
+    if isinstance(model, FeatureHead):
+        features = head_features(job, model, start, num_tokens, pairs, engine.device)
+        objective = ChainedViews(config, variant, data, pairs, engine.device, features)
     trained = fit(engine, objective, schedule, folder, name, stop)
     if engine.rank == 0:
         scores = {
@@ -168,6 +183,32 @@ def load_drafter(start: ModelRef, num_tokens: int, tokens_D: Tensor | None = Non
     if tokens_D is not None:
         model = restrict(model, tokens_D)
     return model if start.layers is None else freeze_around_layers(model)
+
+
+def new_head(
+    spec: Head, target: ModelRef, num_tokens: int, tokens_D: Tensor | None, seed: int
+) -> FeatureHead:
+    """The head that training starts from, made of its target."""
+    whole = torch.arange(num_tokens) if tokens_D is None else tokens_D
+    model = load_model(target, num_tokens, dtype="float32")
+    options = spec.model_dump(include={"norm_before_residual", "fc_norm", "norm_output"})
+    return head_of(model, whole, spec.feature_layers, seed, **options)
+
+
+def head_features(
+    job: TrainJob,
+    head: FeatureHead,
+    target: ModelRef,
+    num_tokens: int,
+    pairs: Sequence[tuple[Prompt, Continuation]],
+    device: torch.device,
+) -> Features:
+    """What a head reads beside its tokens, from stage teach or from the target itself."""
+    assert job.teach is not None
+    if job.config.labels.features == "recomputed":
+        model = load_model(target, num_tokens, device)
+        return GivenFeatures(decode_model(model, job.config.decode.prefill_chunk), head.config.feature_layers)
+    return StoredFeatures(job.teach / LABELS, [features_file(job.teach, prompt) for prompt, _ in pairs])
 
 
 def proposable(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kernels import dispatch, distill_loss, reference
 
+LEAST_ACCEPTANCE = 1e-6  # below, its logarithm is cut off
+
 
 @dataclass(frozen=True)
 class TargetLabels:
@@ -29,6 +31,21 @@ class TargetLabels:
     temperature: float = 1.0
     proposable: Tensor | None = None
     inside: Tensor | None = None
+
+    def take(self, places: Tensor) -> TargetLabels:
+        """Those of some positions."""
+
+        def taken(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[places]
+
+        return replace(
+            self,
+            argmax=self.argmax[places],
+            ids=taken(self.ids),
+            log_probs=taken(self.log_probs),
+            proposable=taken(self.proposable),
+            inside=taken(self.inside),
+        )
 
     def within(self, tokens_D: Tensor, num_tokens: int) -> TargetLabels:
         """The same for a drafter that can propose these tokens alone: ids are then their numbers among them.
@@ -108,9 +125,24 @@ def total_variation(scores: Tensor | States, labels: TargetLabels) -> Tensor:
     return reference.total_variation(scores, *listed)
 
 
+def nla(scores: Tensor | States, labels: TargetLabels) -> Tensor:
+    """Minus the logarithm of the expected acceptance when sampling, over the same buckets: a lower bound."""
+    return -(1 - total_variation(scores, labels)).clamp_min(LEAST_ACCEPTANCE).log()
+
+
+def lk_hybrid(scores: Tensor | States, labels: TargetLabels) -> Tensor:
+    """KL where little is accepted, total variation where much is: μ·KL + (1 − μ)·TV.
+
+    μ = e^(−3·acceptance), position by position, and no gradient goes through it.
+    """
+    distance = total_variation(scores, labels)
+    share = (-3 * (1 - distance.detach())).exp()
+    return share * kl(scores, labels) + (1 - share) * distance
+
+
 def stored(labels: TargetLabels) -> tuple[Tensor, Tensor]:
     if labels.ids is None or labels.log_probs is None:
-        raise ValueError("kl and total_variation need stored log-probabilities: set labels.top_k > 0")
+        raise ValueError("losses of distributions need stored log-probabilities: set labels.top_k > 0")
     return labels.ids, labels.log_probs
 
 
@@ -118,4 +150,6 @@ LOSSES: dict[str, Callable[[Tensor | States, TargetLabels], Tensor]] = {
     "cross_entropy": cross_entropy,
     "kl": kl,
     "total_variation": total_variation,
+    "nla": nla,
+    "lk_hybrid": lk_hybrid,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.axes import FULL
+from pipeline.axes import FULL, Budget
 from pipeline.config.models import Pretrain
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
@@ -182,8 +182,13 @@ class MultiView:
                 ends = continuation.eos_at is not None
                 rounds = replay.rounds(match, continuation.tokens, gamma, prompt.max_new_tokens, ends)
                 behind.append(Counts.of(rounds, gamma))
-        return {
-            f"validation/acceptance_{'full' if budget == 'full' else f'b{budget}'}": acceptance
-            for budget, behind in zip(budgets, counts, strict=True)
-            if (acceptance := Counts.pooled(behind).acceptance) is not None
-        }
+        return acceptances(budgets, counts)
+
+
+def acceptances(budgets: Sequence[Budget], counts: Sequence[Sequence[Counts]]) -> dict[str, float]:
+    """Points of the validation curves: acceptance by budget, where something was proposed."""
+    return {
+        f"validation/acceptance_{'full' if budget == 'full' else f'b{budget}'}": acceptance
+        for budget, behind in zip(budgets, counts, strict=True)
+        if (acceptance := Counts.pooled(behind).acceptance) is not None
+    }

@@ -13,20 +13,24 @@ from: what follows the end of a text has none.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
 from pipeline.axes import FULL
+from pipeline.config.models import Head
 from pipeline.config.schema import Config
 from pipeline.config.train import Labels
+from pipeline.decode.lean import side_by_side
 from pipeline.decode.loop import Noted, autoregressive_noted
-from pipeline.decode.model import DecodeModel, decode_model
+from pipeline.decode.model import DecodeModel, decode_model, kept_inputs
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
 from pipeline.decode.steps import note
@@ -34,10 +38,12 @@ from pipeline.errors import BadData, NotFinite
 from pipeline.kv.slot_cache import slots_for
 from pipeline.metrics import repetition_rate
 from pipeline.models.generation import stop_tokens, warn_of_settings
+from pipeline.models.heads.begin import default_layers
 from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
+from pipeline.train.features import VALIDATION, half
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
 
@@ -107,6 +113,8 @@ class Teacher:
         self.target = load_model(target, shared_tokens(self.tokenizer, target), device)
         warn_of_settings(self.target)
         self.writer = decode_model(self.target, config.decode.prefill_chunk)
+        if isinstance(config.drafter, Head) and config.labels.features != "recomputed":
+            self.writer.feature_layers = features_of(config.drafter, self.target)
 
     def __call__(self, task: LabelTask | AnswerTask | ContinueTask) -> TeachCounts:
         if isinstance(task, AnswerTask):
@@ -136,7 +144,7 @@ class Teacher:
                     self.writer, prefixes, data.sequence_tokens - start, frozenset(), sampler
                 )
                 rows[batch, start:] = [[noted.token for noted in text] for text in written]
-            arrays = label_sequences(self.target, rows, labels)
+            arrays = label_sequences(self.target, rows, labels, self.writer.feature_layers)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
                 write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array)
@@ -168,7 +176,7 @@ class Teacher:
             for copy in range(asked.per_prompt)
         ]
         sampler = Sampler.seeded(asked.temperature, seeds, device)
-        runner, logits_RV = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
+        runner, logits_RV, features_RSF = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
         texts = write_on(runner, logits_RV, count, eos, sampler)
         written_RA = torch.zeros(len(texts), count, dtype=torch.long, device=device)
         for row, text in enumerate(texts):
@@ -178,12 +186,19 @@ class Teacher:
         tokens_RL = np.zeros((len(texts), config.data.sequence_tokens), kind)
         tokens_RL[:, : S + count] = torch.cat([prefixes_RS, written_RA], 1).cpu().numpy()
         with torch.no_grad():
-            hidden_RAC = self.writer.hidden(written_RA, torch.zeros_like(written_RA[:, 0]), runner.cache)
+            hidden_RAC, features_RAF = self.writer.hidden_and_features(
+                written_RA, torch.zeros_like(written_RA[:, 0]), runner.cache
+            )
             pieces = [
                 label_logits(self.writer.name, self.writer.logits(hidden_1AC), config.labels, kind)
                 for hidden_1AC in hidden_RAC.split(1)
             ]
+        features: dict[str, np.ndarray] = {}
+        if features_RSF is not None and features_RAF is not None:
+            both = torch.cat([features_RSF, features_RAF], 1)
+            features["features"] = half(F.pad(both, (0, 0, 0, tokens_RL.shape[1] - both.shape[1])))
         return {
+            **features,
             "tokens": tokens_RL,
             "prefix": np.full(len(texts), S, np.int32),
             "supervised": np.array([len(text) - (text[-1].token in eos) for text in texts], np.int32),
@@ -200,8 +215,18 @@ class Teacher:
                 for batch in equal_length_batches(prompts, self.config.labels.batch_sequences)
                 for row in self.continuations(batch, task.chance)
             }
+            if self.writer.feature_layers and prompts and prompts[0].split == "validation":
+                for prompt in prompts:
+                    self.keep_features(task, prompt, rows[prompt.prompt_id])
             write_rows(output, [rows[prompt.prompt_id] for prompt in prompts])
         return TeachCounts(continuations=len(prompts))
+
+    def keep_features(self, task: ContinueTask, prompt: Prompt, continuation: Continuation) -> None:
+        """Of a prompt with its continuation, for the validation curve of a head."""
+        tokens_1S = torch.tensor([prompt.tokens + continuation.tokens[:-1]], device=self.target.device)
+        _, _, features_1SF = self.writer.read(tokens_1S, [])
+        assert features_1SF is not None
+        write_array(features_file(self.output, prompt), half(features_1SF[0]))
 
     def must_have_embeddings(self, prompts: list[Prompt]) -> None:
         """Raises BadData for a prompt with a token of the tokenizer's that the target does not know."""
@@ -247,6 +272,17 @@ class Teacher:
         return rows
 
 
+def features_of(spec: Head, target: PreTrainedModel) -> tuple[int, ...]:
+    """The layers whose inputs a head of this config reads."""
+    layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    return tuple(spec.feature_layers or default_layers(layers))
+
+
+def features_file(output: Path, prompt: Prompt) -> Path:
+    """Of a validation prompt with its continuation."""
+    return output / VALIDATION / f"{prompt.prompt_id.replace('/', '-')}.npy"
+
+
 def sampled_name(prompts: str, chance: Chance) -> str:
     """The continuations file of a prompts file."""
     if chance.temperature == 0:
@@ -272,8 +308,10 @@ def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
 
 
 @torch.inference_mode()
-def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels) -> dict[str, np.ndarray]:
-    """The target's labels at every position of N sequences; `argmax` is the last entry.
+def label_sequences(
+    target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels, feature_layers: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
+    """The target's labels at every position of N sequences, and features; `argmax` is the last entry.
 
     Raises:
         NotFinite: if a logit is NaN or infinite.
@@ -283,13 +321,18 @@ def label_sequences(target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels
     batches: list[dict[str, np.ndarray]] = []
     for at in range(0, len(rows_NL), labels.batch_sequences):
         tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
-        logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
+        with kept_inputs(target, feature_layers) as kept:
+            logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
         # In slices, so that what is computed from the logits stays small beside them.
         pieces = [
             label_logits(target.name_or_path, logits_BPV, labels, kind)
             for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1)
         ]
-        batches.append({name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]})
+        features = side_by_side(kept, feature_layers)
+        given = {} if features is None else {"features": half(features)}
+        batches.append(
+            given | {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
+        )
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -321,21 +364,23 @@ def write_ahead(
     Raises:
         NotFinite: if a logit is NaN or infinite.
     """
-    return write_on(*behind_prefixes(target, tokens_BS, count), count, eos, sampler)
+    return write_on(*behind_prefixes(target, tokens_BS, count)[:2], count, eos, sampler)
 
 
 def behind_prefixes(
     target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1
-) -> tuple[Runner, Tensor]:
-    """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there."""
+) -> tuple[Runner, Tensor, Tensor | None]:
+    """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there; the
+    features [R, S, F] of the prefixes where the target gives some."""
     B, S = tokens_BS.shape
-    (view,), logits_BV = target.prefill(tokens_BS, [(S, FULL)])
+    (view,), logits_BV, features_BSF = target.read(tokens_BS, [(S, FULL)])
     runner = Runner(target, B * copies, slots_for(S), room, "none")
     for row in range(B * copies):
         runner.cache.load_row(row, view, row // copies)
     if not torch.isfinite(logits_BV).all():
         raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
-    return runner, logits_BV.repeat_interleave(copies, 0)
+    repeated = None if features_BSF is None else features_BSF.repeat_interleave(copies, 0)
+    return runner, logits_BV.repeat_interleave(copies, 0), repeated
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ DRAFT_SOURCE = Addition(
             "dtype=torch.float), sure_BTV, lengths)\n",
             '''
 
-class RepeatDrafts:
+class RepeatDrafts(DraftSource):
     """Proposes the last token again and again."""
 
     name = "repeat"

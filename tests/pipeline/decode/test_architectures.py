@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from pipeline.axes import FULL
-from pipeline.decode.model import LeanModel, ModuleModel, decode_model
+from pipeline.decode.lean import LeanModel
+from pipeline.decode.model import ModuleModel, decode_model
 from pipeline.decode.sampling import Rule, Sampler
 from pipeline.errors import BadData
 from pipeline.kv.slot_cache import SlotCache

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kernels import dispatch
 from pipeline.axes import FULL, View
-from pipeline.decode.model import LeanModel, ModuleModel, decode_model
+from pipeline.decode.lean import LeanModel
+from pipeline.decode.model import ModuleModel, decode_model
 from pipeline.errors import BadData
 from pipeline.kv.slot_cache import SlotCache
 from pipeline.kv.view_cache import read_prefix

@@ -134,7 +134,7 @@ def test_sampled_lookup_has_the_targets_distribution(target: PreTrainedModel) ->
 # ── a source that the project does not have ───────────────────────────────────────────────────────
 
 
-class TwoLevelDrafts:
+class TwoLevelDrafts(DraftSource):
     """Greedy drafting in two levels, as TriForce does: a small source drafts for a middle model.
 
     What the middle model accepts, and its own token behind that, are proposed to the target: round after
@@ -166,7 +166,7 @@ class TwoLevelDrafts:
                 sampler, self.small_gamma + 1, unread_BQ, last_B - (unread_BQ.shape[1] - 1), open_rows
             )
             drafts_BT, best_BT = offer.tokens_BT[:, :-1], offer.best_BT[:, :-1]
-            told_BR, pair_B2, last_B = self.middle.verify(
+            told_BR, pair_B2, last_B, _ = self.middle.verify(
                 sampler.rule, pair_B2, drafts_BT, last_B, best_BT, None, None, lengths_B
             )
             unread_BQ = pair_B2

@@ -12,7 +12,8 @@ import torch
 
 from pipeline.decode import bench as measure
 from pipeline.decode import runner
-from pipeline.decode.model import LeanModel, decode_model
+from pipeline.decode.lean import LeanModel
+from pipeline.decode.model import decode_model
 from pipeline.metrics import Round
 from pipeline.store.files import read_rows
 from pipeline.store.rows import FailedCell, PromptRow

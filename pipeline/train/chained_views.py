@@ -1,0 +1,153 @@
+"""The objective of a head: chains behind the full view and the sampled sparse ones.
+
+Training-time test: every token of a window begins a chain, whose further slots are fed what the head itself
+gave. So at each depth the head learns to go on from its own outputs, as it will have to while it drafts.
+Between depths the weights fall. Everything else is as in `objectives.py`: the same labels for every view.
+
+Shape legend: W windows, B rows, C tokens of a window, T depth of chains, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.axes import FULL, View
+from pipeline.config.schema import Config
+from pipeline.config.train import Variant
+from pipeline.decode import replay
+from pipeline.errors import NotFinite
+from pipeline.kv.views import view_of
+from pipeline.metrics import Counts
+from pipeline.store.rows import Continuation, Prompt
+from pipeline.train.batches import LabelledSequences, Windows, draw, window_labels, windows_of
+from pipeline.train.features import Features
+from pipeline.train.loop import OUTSIDE
+from pipeline.train.losses import LOSSES, States, TargetLabels
+from pipeline.train.objectives import MultiView, acceptances
+
+
+class ChainedViews(MultiView):
+    """L = w·L_A + λ·L_C, each the weighted mean over the depths of chains."""
+
+    def __init__(
+        self,
+        config: Config,
+        variant: Variant,
+        data: LabelledSequences,
+        validation: Sequence[tuple[Prompt, Continuation]],
+        device: torch.device,
+        features: Features,
+    ) -> None:
+        super().__init__(config, variant, data, validation, device)
+        self.features, self.depth = features, config.chain_steps
+        decay = config.train.chain_decay or 0.8
+        self.weights = [decay**at for at in range(self.depth)]
+
+    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        train, config = self.config.train, self.config
+        on_policy = config.labels.on_policy_fraction > 0
+        drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
+        views = ([FULL] if self.variant.full_weight > 0 else []) + [
+            view_of(self.variant.policy, budget) for budget in drawn.budgets
+        ]
+        # By view and depth, the losses of all windows.
+        found: dict[tuple[View, int], list[Tensor]] = {}
+        proposable: list[Tensor] = []
+        for windows in windows_of(self.data, self.rows(step, micro), drawn, train):
+            labels = self.labels(model, windows)
+            if labels.proposable is not None:
+                proposable.append(labels.proposable)
+            for (view, at), scores, learned in self.scores(model, windows, views):
+                if not len(learned):
+                    continue  # an answer with fewer labels than chains are deep
+                name = self.variant.full_loss if view is FULL else self.variant.sparse_loss
+                found.setdefault((view, at), []).append(LOSSES[name](scores, labels.take(learned)))
+        by_view = {view: self.mean([found.get((view, at), []) for at in range(self.depth)]) for view in views}
+        full = by_view.pop(FULL, torch.zeros((), device=self.device))
+        sparse = torch.zeros((), device=self.device)
+        for view, loss in by_view.items():
+            assert view.budget != "full"
+            sparse = sparse + drawn.budgets[view.budget] / self.variant.num_views * loss
+        total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
+        told = {"total": total, "full": full, "sparse": sparse}
+        if proposable:
+            told[OUTSIDE] = 1 - torch.cat(proposable).float().mean()
+        return total, told
+
+    def labels(self, model: Any, windows: Windows) -> TargetLabels:
+        """Labels of all positions of the windows, [W · B · C]."""
+        labels = window_labels(self.data, windows, self.config.train.window_tokens, self.device)
+        head = getattr(model, "module", model)
+        return labels.within(head.lm_head.tokens, head.whole_tokens)
+
+    def scores(
+        self, model: Any, windows: Windows, views: Sequence[View]
+    ) -> Sequence[tuple[tuple[View, int], Tensor | States, Tensor]]:
+        """What the chains say, by view and depth, where it is learned from; and the labels' positions there.
+
+        A chain at depth d that began at token t of its window is about the label of token t + d.
+        """
+        C, head = self.config.train.window_tokens, getattr(model, "module", model)
+        tokens_BL = self.data.tokens.rows(windows.rows).to(self.device)
+        features_BLF = self.features.of_rows(windows.rows, tokens_BL)
+        parts = len(windows.starts) * len(windows.rows)
+        count = 4 * parts * C * len(views) * self.depth * head.num_tokens
+        sharded = hasattr(head.lm_head.weight, "ds_id")  # by ZeRO-3: whole inside a forward pass only
+        whole = sharded or count <= self.config.train.max_logits_mib * 2**20
+        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, self.depth, whole)
+        place = torch.arange(parts * C, device=self.device)
+        learned = torch.ones_like(place, dtype=torch.bool)
+        if windows.learned is not None:
+            learned = windows.learned.to(self.device)
+        said: list[tuple[tuple[View, int], Tensor | States, Tensor]] = []
+        for at, output in enumerate(outputs):
+            inside = (place % C + at < C) & learned.roll(-at)
+            begun = place[inside]
+            for view, of_view in zip(views, output.chunk(len(views)), strict=True):
+                flat = of_view.flatten(0, 1)[begun]
+                said.append(((view, at), flat if whole else States(flat, head.lm_head.weight), begun + at))
+        return said
+
+    def mean(self, losses: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The weighted mean over depths; a depth that no window reaches counts for nothing."""
+        total, weight = torch.zeros((), device=self.device), 0.0
+        for share, parts in zip(self.weights, losses, strict=True):
+            if parts:
+                total, weight = total + share * torch.cat(list(parts)).mean(), weight + share
+        return total / weight
+
+    @torch.no_grad()
+    def validate(self, model: Any) -> dict[str, float]:
+        """Replayed acceptance on the validation prompts, by budget."""
+        budgets, gamma = self.config.train.validation_budgets, self.config.train.validation_gamma
+        views, head = (
+            [view_of(self.variant.policy, budget) for budget in budgets],
+            getattr(model, "module", model),
+        )
+        counts: list[list[Counts]] = [[] for _ in budgets]
+        for number, (prompt, continuation) in enumerate(self.validation):
+            if len(continuation.tokens) < 2:
+                continue  # the prefill's token ended the text: nothing was drafted
+            text, start, count = continuation.tokens, len(prompt.tokens), len(continuation.tokens) - 1
+            tokens_1S = torch.tensor([prompt.tokens + text[:-1]], device=self.device)
+            features = self.features.of_text(number, tokens_1S)
+            outputs = model(tokens_1S, features, [start], count, views, gamma, True)
+            if not all(torch.isfinite(output).all() for output in outputs):
+                raise NotFinite(f"validation of {self.variant.name}: logits not finite")
+            proposed = torch.stack(
+                [head.lm_head.tokens[output.argmax(-1)] for output in outputs], -1
+            ).tolist()
+            ends = continuation.eos_at is not None
+            for chains, behind in zip(proposed, counts, strict=True):
+                match = [
+                    [t + at + 1 <= count and token == text[t + at + 1] for at, token in enumerate(chain)]
+                    for t, chain in enumerate(chains)
+                ]
+                rounds = replay.rounds(match, text, gamma, prompt.max_new_tokens, ends)
+                behind.append(Counts.of(rounds, gamma))
+        return acceptances(budgets, counts)

@@ -1,0 +1,83 @@
+"""A whole toy pipeline whose drafters are heads over their target's hidden states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.executors.choose import NoExecutor
+from jobs.plan.facts import known
+from jobs.stages import pipeline
+from jobs.stages.pipeline import run_pipeline
+from pipeline.config.schema import Config
+from pipeline.store.files import read_all
+from pipeline.store.rows import PromptRow
+from tests.helpers.tiny import losses
+from tests.helpers.toys import artifact, toy_config
+
+FEATURES = [1, 2, 3]
+
+
+def headed(values: dict[str, Any]) -> None:
+    values["target"] = {**values["target"], "layers": 4}
+    values["target"]["pretrain"] |= {"steps": 40}
+    values["drafter"] = {"kind": "head", "feature_layers": FEATURES, "fc_norm": True}
+    values["train"] |= {"draft_vocabulary": 200, "chain_steps": 2, "validation_budgets": [16, "full"]}
+    values["labels"] |= {"top_k": 8}
+    values["train"]["variants"][1] |= {"full_loss": "lk_hybrid", "sparse_loss": "nla"}
+    values["sweep"] |= {"temperatures": [0.0, 0.8], "baselines": ["self_speculation"]}
+    values["sweep"]["measure"] |= {"temperatures": [0.0]}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("heads") / "runs"
+
+
+@pytest.fixture
+def config(corpus: Path, storage: Path) -> Config:
+    return toy_config(corpus, storage, headed)
+
+
+def test_from_the_target_to_the_report(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Path(config.storage)
+    report = run_pipeline(config)
+    summary = json.loads(report.read_text())
+    assert summary["lossless"]["exact"] == summary["lossless"]["prompts"] == 2
+    assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] == 6
+    assert "one layer over the target&#39;s hidden states" in report.with_name("report.html").read_text()
+    rows = read_all(artifact(storage, "sweep") / "rows", PromptRow)
+    heads = [row for row in rows if row.cell.drafter == "multi_view"]
+    assert {row.cell.kind for row in heads} == {"head"}
+    assert {row.mode for row in heads} == {"replay", "estimate", "measure"}
+    assert any(row.counts.num_accepted for row in heads)
+    labels = artifact(storage, "teach") / "labels"
+    stored = np.load(labels / "shard-00000.features.npy", mmap_mode="r")
+    assert stored.dtype == np.float16 and stored.shape[1:] == (96, 3 * 32)
+    names = {path.name for path in (artifact(storage, "drafter-multi_view") / "model").iterdir()}
+    assert {"model.safetensors", "draft_vocabulary.json", "config.json"} <= names
+    known(config)
+    monkeypatch.setattr(pipeline, "make_executor", lambda config: NoExecutor())
+    run_pipeline(config)  # finds everything
+
+
+def test_features_that_are_stored_and_given_anew_train_alike(
+    config: Config, corpus: Path, storage: Path
+) -> None:
+    """But for half precision: the same losses and curves."""
+    run_pipeline(config, "train")
+
+    def anew(values: dict[str, Any]) -> None:
+        headed(values)
+        values["labels"] |= {"features": "recomputed"}
+
+    run_pipeline(toy_config(corpus, storage, anew), "train")
+    stored, given = sorted(storage.glob("drafter-multi_view-*"), key=lambda path: path.stat().st_mtime)
+    for row, other in zip(losses(stored), losses(given), strict=True):
+        assert row == pytest.approx(other, rel=0.02, abs=0.01)
+    taught = max(storage.glob("teach-*"), key=lambda path: path.stat().st_mtime)
+    assert not list(taught.rglob("*features*"))
