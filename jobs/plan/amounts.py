@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jobs.plan.facts import Facts
 from jobs.stages.teach import label_bytes, taught
 from jobs.stages.train import drafters, scratch_models
-from pipeline.config.models import Role
+from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import FP32, Shape
 from pipeline.plan.sweep_counts import SweepCounts
@@ -22,6 +22,7 @@ GB = 1e9
 TRAINED_COPIES = 1 + 3 * 2
 MODEL_HOW = "estimate: 4 B a parameter, 12 B in each of two checkpoints while it trains"
 ROW_BYTES = 1000  # one row of the sweep
+FEATURES = 3  # layers whose inputs a head reads, unless it names others
 
 
 class Amount(NamedTuple):
@@ -80,9 +81,11 @@ def on_disk(
         shape = shapes[role]
         return FP32 * (shape.frozen + shape.trained * (TRAINED_COPIES if steps else 1))
 
-    yield written(
-        "labels", {"labels": label_bytes(config, facts.labelled, facts.answers, facts.vocab)}, facts.how
-    )
+    stored = isinstance(config.drafter, Head) and config.labels.features != "recomputed"
+    layers = len(getattr(config.drafter, "feature_layers", None) or ()) or FEATURES
+    features = layers * shapes["target"].hidden if stored else 0
+    labels = label_bytes(config, facts.labelled, facts.answers, facts.vocab, features)
+    yield written("labels", {"labels": labels}, facts.how)
     for role, spec in config.scratch.items():
         yield written(f"scratch {role}", {f"scratch {role}": model(role, spec.pretrain.steps)}, MODEL_HOW)
     sizes = {

@@ -102,7 +102,9 @@ def shape_of(config: Config, role: Role, vocab: int) -> Shape:
     if isinstance(spec, Head):
         proposable = size or model.config.get_text_config(decoder=True).vocab_size
         with torch.device("meta"):
-            model = FeatureHead(head_config(prepare_model(model, vocab), proposable, spec.feature_layers))
+            given = head_config(prepare_model(model, vocab), proposable, spec.feature_layers, **spec.options)
+            model = FeatureHead(given)
+        model.config.vocab_size, size = proposable, None  # its rows are all that it has
     shape, dtype = shape_of_model(model), config.drafter_dtype if role == "drafter" else config.target.dtype
     return replace(shape, itemsize=getattr(torch, dtype).itemsize, proposable=size)
 

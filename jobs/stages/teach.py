@@ -163,10 +163,15 @@ def answer_tasks(config: Config, prepare: Artifact) -> list[AnswerTask]:
     return tasks
 
 
-def label_bytes(config: Config, sequences: int, answers: int, vocab: int) -> int:
-    """Bytes of the label files, without their headers, for a vocabulary of `vocab` entries."""
+def label_bytes(config: Config, sequences: int, answers: int, vocab: int, features: int = 0) -> int:
+    """Bytes of the label files, without their headers.
+
+    Args:
+        vocab: entries of the vocabulary.
+        features: width of the features that are stored beside them, in half precision.
+    """
     size = np.dtype(smallest_uint(vocab)).itemsize
     per_label = size + min(config.labels.top_k, vocab) * (size + 2)
     tokens = (sequences + answers) * config.data.sequence_tokens
     labels = sequences * config.data.sequence_tokens + answers * config.train.learned_tokens
-    return tokens * size + labels * per_label + 8 * answers
+    return tokens * (size + 2 * features) + labels * per_label + 8 * answers

@@ -114,6 +114,11 @@ class Head(Group):
     norm_output: bool = Field(False, description="feed back normed outputs, as EAGLE-3.1 does")
     dtype: Dtype | None = Field(None, description="precision it runs in at evaluation; default: the target's")
 
+    @property
+    def options(self) -> dict[str, bool]:
+        """The choices within the form."""
+        return {name: getattr(self, name) for name in ("norm_before_residual", "fc_norm", "norm_output")}
+
 
 Role = Literal["target", "drafter"]
 AnyModel = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from pipeline.axes import Place
-from pipeline.config.models import Role
+from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import Shape
 from pipeline.plan.sweep_counts import most_timed
@@ -64,6 +64,7 @@ def work(
     for tokens, count in read:
         yield flops("teach", "target", count * written * (tokens + data.max_new_tokens), tokens / 2)
 
+    headed = isinstance(config.drafter, Head)
     for variant in train.drafters:
         sequences = train.steps_of(variant) * train.batch_sequences
         yield flops("train", "drafter", sequences * length, length / 2)
@@ -71,7 +72,8 @@ def work(
         if variant.sparse_weight and variant.budgets:
             attended += [float(max(variant.budgets))] * min(variant.num_views, len(variant.budgets))
         for entries in attended:
-            tokens = sequences * train.learned_tokens
+            # A head runs its layer once for every proposal of a chain; nothing of a prefix is attended to.
+            tokens = sequences * train.learned_tokens * (config.chain_steps if headed else 1)
             yield flops("train", "drafter", tokens, entries, training=True)
 
     for source in draft_sources(config) if sweep.mode != "measure" else ():
@@ -80,6 +82,8 @@ def work(
             for tokens, count in read:
                 new_tokens = rows * data.max_new_tokens
                 yield flops("sweep replay", source.role, count * (tokens + new_tokens), tokens / 2)
+                if headed and source.role == "drafter":  # the target reads what the head reads features of
+                    yield flops("sweep replay", "target", count * tokens, tokens / 2)
 
 
 def prefills(config: Config, shapes: Mapping[Role, Shape], prompts: Mapping[Place, int]) -> list[StageFlops]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.axes import Place, View
-from pipeline.config.models import Role
+from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
 from pipeline.kv.slot_cache import capacity_of, slots_for
@@ -47,6 +47,13 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
     sweep, prefix = config.sweep, max(config.data.context_tokens.values())
     sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
     weights = weights_together([shape for _, shape in sources], device)
+    whole = 0
+    if isinstance(config.drafter, Head):  # over the target, which reads each prompt whole
+        target = shapes["target"]
+        weights += target.weights + packed_bytes(target, device)
+        whole = 2 * target.kv_bytes(prefix) + target.prefill_bytes(
+            prefix, config.decode.prefill_chunk, device
+        )
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
     for source, shape in sources:
@@ -63,7 +70,7 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
                 weights,
                 activations=max(prefill, tokens * shape.reading_bytes()),
                 logits=device.held(copies, logits * size),
-                kv=device.held(shape.kv_bytes(held), prefix * shape.kv * size),
+                kv=whole + device.held(shape.kv_bytes(held), prefix * shape.kv * size),
             )
         )
     return max(peaks, key=lambda peak: peak.each)

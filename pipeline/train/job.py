@@ -191,8 +191,7 @@ def new_head(
     """The head that training starts from, made of its target."""
     whole = torch.arange(num_tokens) if tokens_D is None else tokens_D
     model = load_model(target, num_tokens, dtype="float32")
-    options = spec.model_dump(include={"norm_before_residual", "fc_norm", "norm_output"})
-    return head_of(model, whole, spec.feature_layers, seed, **options)
+    return head_of(model, whole, spec.feature_layers, seed, **spec.options)
 
 
 def head_features(

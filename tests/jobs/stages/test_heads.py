@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from jobs.executors.choose import NoExecutor
 from jobs.plan.facts import known
 from jobs.stages import pipeline
 from jobs.stages.pipeline import run_pipeline
+from jobs.stages.teach import label_bytes
 from pipeline.config.schema import Config
+from pipeline.plan.flops import work
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
 from tests.helpers.tiny import losses
@@ -60,7 +63,12 @@ def test_from_the_target_to_the_report(config: Config, monkeypatch: pytest.Monke
     assert stored.dtype == np.float16 and stored.shape[1:] == (96, 3 * 32)
     names = {path.name for path in (artifact(storage, "drafter-multi_view") / "model").iterdir()}
     assert {"model.safetensors", "draft_vocabulary.json", "config.json"} <= names
-    known(config)
+    shapes, facts = known(config)
+    written = sum(np.load(file).nbytes for file in labels.glob("*.npy"))
+    assert label_bytes(config, facts.labelled, 0, facts.vocab, 3 * 32) == written
+    weights = load_file(artifact(storage, "drafter-multi_view") / "model" / "model.safetensors")
+    assert shapes["drafter"].trained == sum(value.numel() for value in weights.values())
+    assert all(part.flops > 0 for part in work(config, shapes, facts.labelled, 0, facts.prompts))
     monkeypatch.setattr(pipeline, "make_executor", lambda config: NoExecutor())
     run_pipeline(config)  # finds everything
 
