@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.plan.flops import work
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
-from tests.helpers.tiny import losses
+from tests.helpers.tiny import assert_same_run, losses
 from tests.helpers.toys import artifact, toy_config
 
 FEATURES = [1, 2, 3]
@@ -89,3 +90,27 @@ def test_features_that_are_stored_and_given_anew_train_alike(
         assert row == pytest.approx(other, rel=0.02, abs=0.01)
     taught = max(storage.glob("teach-*"), key=lambda path: path.stat().st_mtime)
     assert not list(taught.rglob("*features*"))
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_workers_train_it_as_one_does(
+    config: Config, corpus: Path, storage: Path, tmp_path: Path, stage: int
+) -> None:
+    """Under every ZeRO stage: the same losses, curves and weights as in one process."""
+    run_pipeline(config, "train")
+    whole = max(storage.glob("drafter-multi_view-*"), key=lambda path: path.stat().st_mtime)
+
+    def sharded(values: dict[str, Any]) -> None:
+        headed(values)
+        values["train"] |= {
+            "num_workers": 2, "micro_batch_sequences": 2, "deepspeed": f"conf/deepspeed/zero{stage}.json",
+        }  # fmt: skip
+        values["run"] = {"executor": "ray", "device": "cpu"}
+
+    shared = tmp_path / "runs"
+    shutil.copytree(storage, shared, ignore=shutil.ignore_patterns("drafter-*", "sweep-*", "report-*"))
+    run_pipeline(toy_config(corpus, shared, sharded), "train")
+    (other,) = shared.glob("drafter-multi_view-*")
+    assert_same_run(other, whole)
