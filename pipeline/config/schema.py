@@ -63,6 +63,19 @@ class Config(Group):
         ):
             if value is not None and not isinstance(self.drafter, Head):
                 raise ValueError(f"{field} is for drafter.kind: head, and it is {self.drafter.kind}")
+        rolling = [f"train.variants.{v.name}.policy" for v in self.train.variants if v.policy == "window"]
+        rolling += ["sweep.policies"] if "window" in self.sweep.policies else []
+        if rolling and not isinstance(self.drafter, Head):
+            raise ValueError(
+                f"{rolling[0]}: window is for drafter.kind: head, whose prefix depends on no attention; take "
+                "streaming, whose entries are the same where the prefix ends"
+            )
+        for field, sinks, budgets in (
+            ("sweep.sinks", self.sweep.sinks, self.sweep.budgets),
+            *((f"train.variants.{v.name}.sinks", v.sinks, tuple(v.budgets)) for v in self.train.variants),
+        ):
+            if least := [b for b in budgets if b != "full" and 0 < b <= sinks]:
+                raise ValueError(f"{field} ({sinks}) leaves nothing of a window of {least[0]}")
         steps = self.chain_steps
         if isinstance(self.drafter, Head) and self.train.window_tokens <= steps:
             raise ValueError(

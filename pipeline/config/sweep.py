@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.axes import Baseline, check_budget
 from pipeline.config.group import Group
 
-Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"]
+Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window"]
 Control = Literal["other_prompt", "no_prefix"]
 SWEPT = (
     "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
@@ -77,6 +77,13 @@ class Sweep(Group):
         "and snapkv), and n-gram lookup in prompt and text",
     )
     policies: tuple[Policy, ...] = ("chunk_topk",)
+    sinks: int = Field(
+        0,
+        ge=0,
+        le=64,
+        exclude_if=lambda sinks: sinks == 0,
+        description="first entries that the policy window always sees; 0 is an engine's sliding window",
+    )
     budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
     gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
         min_length=1, description="num_draft_tokens"

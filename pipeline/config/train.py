@@ -62,6 +62,13 @@ class Variant(Group):
     full_loss: LossKind = "cross_entropy"
     sparse_loss: LossKind = "cross_entropy"
     policy: Policy = "chunk_topk"
+    sinks: int = Field(
+        0,
+        ge=0,
+        le=64,
+        exclude_if=lambda sinks: sinks == 0,
+        description="first entries that the policy window always sees",
+    )
     budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
     num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
     rope_scaling: RopeScaling | None = Field(

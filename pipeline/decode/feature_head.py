@@ -283,3 +283,10 @@ class HeadDrafts(ModelDrafts):
         """The tokens of a round, as verification reports them, become what the next round reads first."""
         assert features_BQF is not None, "a target that verifies for a head gives features"
         self.round = (report_BR[:, 3:], features_BQF, report_BR[:, 0])
+
+
+def drafts(runner: Runner, views: Sequence[PrefixView], threshold: float = 0.0) -> ModelDrafts:
+    """The source of a model that is loaded behind these views, one a row."""
+    if not isinstance(runner.model, LeanHead):
+        return ModelDrafts(runner, threshold)
+    return HeadDrafts(runner, torch.cat([view.last for view in views if view.last is not None]), threshold)

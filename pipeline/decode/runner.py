@@ -170,7 +170,8 @@ class Runner:
         """Run a step; `graph` is the key of a step that is made of compiled steps already."""
         if self.compile == "none":
             return step(self.model, self.cache, rule, *arguments)
-        key = (graph or step, rule, *(None if tensor is None else tensor.shape for tensor in arguments))
+        shapes = (None if tensor is None else tensor.shape for tensor in arguments)
+        key = (graph or step, rule, self.cache.span, *shapes)
         if key not in self.ready:
             began = time.perf_counter()
             function = step if graph else partial(compiled(step), self.model, self.cache, rule)

@@ -33,8 +33,13 @@ def chunk_topk_paper(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> T
 
 def streaming(keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
     """The first few positions (attention sinks) and the most recent ones (StreamingLLM)."""
+    return first_and_last(keys_BHSD, budget, SINKS)
+
+
+def first_and_last(keys_BHSD: Tensor, budget: int, sinks: int) -> Tensor:
+    """The first `sinks` positions and the most recent ones, [B, H, budget]."""
     B, H, S, _ = keys_BHSD.shape
-    kept = torch.cat([torch.arange(SINKS), torch.arange(S - budget + SINKS, S)])
+    kept = torch.cat([torch.arange(sinks), torch.arange(S - budget + sinks, S)])
     return kept.to(keys_BHSD.device).expand(B, H, budget)
 
 
@@ -73,17 +78,25 @@ POLICIES: dict[str, Select] = {
 }
 
 
-def select(policy: str, keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int) -> Tensor:
+WINDOW = "window"  # rolls: what it keeps of a prefix is what its first query may see
+
+
+def select(policy: str, keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int, sinks: int = 0) -> Tensor:
     """Ascending indices [B, H, N] of the prefix entries that `policy` keeps, N <= budget.
 
     A prefix within the budget is kept whole, whatever the policy.
 
+    Args:
+        sinks: first positions that a window always sees.
+
     Raises:
         ValueError: for a policy that does not exist.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"unknown KV policy {policy!r}; there are {', '.join(POLICIES)}")
+    if policy not in (*POLICIES, WINDOW):
+        raise ValueError(f"unknown KV policy {policy!r}; there are {', '.join((*POLICIES, WINDOW))}")
     B, H, S, _ = keys_BHSD.shape
     if budget >= S:
         return torch.arange(S, device=keys_BHSD.device).expand(B, H, S)
+    if policy == WINDOW:
+        return first_and_last(keys_BHSD, budget, sinks)
     return POLICIES[policy](keys_BHSD, queries_BHGWD, budget)

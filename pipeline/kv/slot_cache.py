@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from pipeline.axes import View
-from pipeline.kv.views import PrefixView
+from pipeline.kv.views import PrefixView, Span, span_of
 
 ROUND_SLOTS = 64  # prefixes of nearly equal length share their shapes, and with them compiled steps
 
@@ -77,6 +77,7 @@ class SlotCache:
         self.step_R = torch.arange(room, device=device)
         self.slot_S = torch.arange(shape[2], device=device)
         self.seen, self.hidden = torch.tensor([0.0, -torch.inf], dtype=geometry.dtype, device=device)
+        self.span: Span | None = None  # of the views that are loaded, where they roll
         self.rotation, self.turns = rotation, None
         if rotation is not None:
             self.turns = rotation(self.step_R.repeat(rows, 1))
@@ -99,6 +100,7 @@ class SlotCache:
             for buffer, layer in zip(buffers, view.layers, strict=True):
                 buffer[row, :, : view.kept] = layer[part][number]
                 buffer[row, :, view.kept :] = 0
+        self.span = span_of(view.view)
         self.kept_B[row], self.prefix_B[row] = view.kept, view.prefix_tokens
         if self.rotation is not None and self.turns is not None:
             positions_1R = (view.prefix_tokens + self.step_R).unsqueeze(0)
@@ -114,10 +116,15 @@ class SlotCache:
         """Q = `num_tokens` tokens of each row, the first of them being continuation token `step_B`."""
         steps_BQ = step_B.unsqueeze(1) + self.step_R[:num_tokens]
         slots_BQ = steps_BQ + self.kept_B.unsqueeze(1)
-        if self.backend == "triton":
+        if self.backend == "triton" and self.span is None:
             stored_B = self.kept_B + step_B + num_tokens
             return SlotIndex(self.rows_B1, steps_BQ, slots_BQ, None, stored_B)
-        mask_BQS = torch.where(self.slot_S > slots_BQ.unsqueeze(2), self.hidden, self.seen)
+        hidden_BQS = self.slot_S > slots_BQ.unsqueeze(2)
+        if self.span is not None:
+            # Behind the sinks a prefix's entries are its last: slots are as far apart as positions.
+            beyond_BQS = self.slot_S <= slots_BQ.unsqueeze(2) - self.span.recent
+            hidden_BQS = hidden_BQS | (beyond_BQS & (self.slot_S >= self.span.sinks))
+        mask_BQS = torch.where(hidden_BQS, self.hidden, self.seen)
         mask_B1MS = mask_BQS.unsqueeze(1)
         if self.geometry.groups > 1:
             mask_B1MS = mask_B1MS.repeat(1, 1, self.geometry.groups, 1)

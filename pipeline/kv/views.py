@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from kernels import dispatch
 from pipeline.axes import Budget, View
-from pipeline.kv.policies import select
+from pipeline.kv.policies import WINDOW, select
 
 
-def view_of(policy: str, budget: Budget) -> View:
-    """The view of a (policy, budget) pair, under the one name that its entries have."""
-    return View(policy, budget).kept
+def view_of(policy: str, budget: Budget, sinks: int = 0) -> View:
+    """The view of a (policy, budget) pair, under the one name of its entries; `sinks` are a window's."""
+    return View(policy, budget, sinks=sinks if policy == WINDOW else None).kept
+
+
+class Span(NamedTuple):
+    """What a query sees through a window: of all that is stored, the first `sinks` and the last `recent`."""
+
+    sinks: int
+    recent: int
+
+
+def span_of(view: View) -> Span | None:
+    """Of a view that rolls; None of one that only grows."""
+    if view.policy != WINDOW or view.budget == "full":
+        return None
+    return Span(view.sinks or 0, view.budget - (view.sinks or 0))
 
 
 @dataclass
@@ -42,6 +57,6 @@ class PrefixView:
         keys = keys_BHSD[:, :, : self.prefix_tokens]
         values = values_BHSD[:, :, : self.prefix_tokens]
         if self.view.budget != "full":
-            kept_BHN = select(self.view.policy, keys, observed, self.view.budget)
+            kept_BHN = select(self.view.policy, keys, observed, self.view.budget, self.view.sinks or 0)
             keys, values = dispatch.gather_kept(keys, values, kept_BHN)
         self.layers.append((keys, values))

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipeline.axes import View, check_budget
 from pipeline.data.tokenizer import encode_prompt
 from pipeline.decode.bench import Bench, timed_prefill
+from pipeline.decode.feature_head import LeanHead, drafts
 from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Compile, Runners
@@ -23,6 +24,7 @@ from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
 from pipeline.kv.views import view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
+from pipeline.models.heads.load import is_head, load_head
 from pipeline.models.hub import model_folder
 from pipeline.models.layers import share_frozen
 from pipeline.models.limits import Limit, limits_of_loaded
@@ -110,7 +112,7 @@ class Pair:
         self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
         bench = Bench(self.runners, self.target, asked, gamma)
         views = [timed_prefill(self.drafter, prompt, [view])[0][0] for prompt in asked]
-        source = ModelDrafts(bench.drafter(self.drafter, views), threshold)
+        source = drafts(bench.drafter(self.drafter, views), views, threshold)
         return Reading(bench, source, gamma, self.eos)
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int, gamma: int) -> None:
@@ -188,9 +190,14 @@ def load_pair(
     except (OSError, ValueError) as error:
         raise BadData(f"{folder} holds no tokenizer: name the folder of one as `tokenizer`") from error
     num_tokens = shared_tokens(shared, target, drafter)
-    models = {ref.role: load_model(ref, num_tokens, pick_device(device)) for ref in (target, drafter)}
-    share_frozen(models["drafter"], [models["target"]])
-    warn_of_settings(models["target"])
-    limits = {role: limits_of_loaded(model) for role, model in models.items()}
-    large, small = (decode_model(model, prefill_chunk) for model in models.values())
-    return Pair(shared, large, small, stop_tokens(models["target"]), Runners(compile), limits)
+    model = load_model(target, num_tokens, pick_device(device))
+    warn_of_settings(model)
+    large, limits = decode_model(model, prefill_chunk), {"target": limits_of_loaded(model)}
+    small: DecodeModel
+    if is_head(model_folder(drafter)):  # it turns positions as its target does
+        small = LeanHead(load_head(drafter, model, pick_device(device)), large)
+    else:
+        other = load_model(drafter, num_tokens, pick_device(device))
+        share_frozen(other, [model])
+        small, limits["drafter"] = decode_model(other, prefill_chunk), limits_of_loaded(other)
+    return Pair(shared, large, small, stop_tokens(model), Runners(compile), limits)

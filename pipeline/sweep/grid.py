@@ -10,6 +10,7 @@ from pipeline.axes import MODEL_FREE, NOTHING, Baseline, Cell, DrafterKind, Plac
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Sweep
 from pipeline.decode.sampling import Chance
+from pipeline.kv.policies import WINDOW
 from pipeline.models.load import ModelRef
 
 SELF_POLICIES = ("streaming", "snapkv")
@@ -70,7 +71,11 @@ def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
         return [View(policy, budget) for policy in SELF_POLICIES for budget in sparse]
     if drafter.baseline:
         return [NOTHING]
-    views = [View(policy, budget) for policy in sweep.policies for budget in sweep.budgets]
+    views = [
+        View(policy, budget, sinks=sweep.sinks if policy == WINDOW and budget != "full" else None)
+        for policy in sweep.policies
+        for budget in sweep.budgets
+    ]
     if "other_prompt" in sweep.controls:
         views += [replace(view, control="other_prompt") for view in views if view.budget != 0]
     if "no_prefix" in sweep.controls:

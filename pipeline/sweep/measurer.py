@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.axes import Cell, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, Timed, timed_prefill
-from pipeline.decode.feature_head import HeadDrafts, LeanHead
+from pipeline.decode.feature_head import drafts
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
-from pipeline.decode.sources import SOURCES, DraftSource, ModelDrafts
+from pipeline.decode.sources import SOURCES, DraftSource
 from pipeline.hardware import describe
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round
@@ -54,11 +53,8 @@ class Views:
             tokens = [prompt.tokens for prompt in bench.prompts]
             make = SOURCES[self.drafter.name]
             return make(tokens, bench.room, bench.target.model.num_tokens, bench.device)
-        runner = bench.drafter(self.model, self.kept[view])
-        if isinstance(self.model, LeanHead):
-            last = [kept.last for kept in self.kept[view] if kept.last is not None]
-            return HeadDrafts(runner, torch.cat(last), threshold)
-        return ModelDrafts(runner, threshold)
+        kept = self.kept[view]
+        return drafts(bench.drafter(self.model, kept), kept, threshold)
 
     def kv_bytes(self, view: View) -> list[int]:
         """The bytes kept of each prompt; 0 for a source without a model."""

@@ -53,7 +53,7 @@ class ChainedViews(MultiView):
         on_policy = config.labels.on_policy_fraction > 0
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
-            view_of(self.variant.policy, budget) for budget in drawn.budgets
+            view_of(self.variant.policy, budget, self.variant.sinks) for budget in drawn.budgets
         ]
         # By view and depth, the losses of all windows.
         found: dict[tuple[View, int], list[Tensor]] = {}
@@ -126,7 +126,7 @@ class ChainedViews(MultiView):
         """Replayed acceptance on the validation prompts, by budget."""
         budgets, gamma = self.config.train.validation_budgets, self.config.train.validation_gamma
         views, head = (
-            [view_of(self.variant.policy, budget) for budget in budgets],
+            [view_of(self.variant.policy, budget, self.variant.sinks) for budget in budgets],
             getattr(model, "module", model),
         )
         counts: list[list[Counts]] = [[] for _ in budgets]

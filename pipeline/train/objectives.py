@@ -126,7 +126,7 @@ class MultiView:
         on_policy = config.labels.on_policy_fraction > 0
         drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         views = ([FULL] if self.variant.full_weight > 0 else []) + [
-            view_of(self.variant.policy, budget) for budget in drawn.budgets
+            view_of(self.variant.policy, budget, self.variant.sinks) for budget in drawn.budgets
         ]
         by_view: list[list[Tensor]] = [[] for _ in views]
         proposable: list[Tensor] = []
@@ -167,7 +167,7 @@ class MultiView:
     def validate(self, model: PreTrainedModel) -> dict[str, float]:
         """Replayed acceptance on the validation prompts, by budget."""
         budgets = self.config.train.validation_budgets
-        views = [view_of(self.variant.policy, budget) for budget in budgets]
+        views = [view_of(self.variant.policy, budget, self.variant.sinks) for budget in budgets]
         gamma = self.config.train.validation_gamma
         counts: list[list[Counts]] = [[] for _ in budgets]
         for prompt, continuation in self.validation:

@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import (
 
 from pipeline.axes import View
 from pipeline.kv.policies import SNAP_WINDOW
-from pipeline.kv.views import PrefixView
+from pipeline.kv.views import PrefixView, Span, span_of
 from pipeline.models.draft_vocabulary import DraftRows
 
 MODEL_TYPE = "budgetdraft_head"
@@ -245,6 +245,18 @@ class FeatureHead(PreTrainedModel):
         return normed
 
 
+def rolled_out(span: Span, kept: int, count: int, depth: int, device: torch.device) -> list[Tensor]:
+    """What has left a window at a depth: of the prefix [C, N], of true slots [C, C], of own slots [1] each.
+
+    Slots are numbered from the first kept entry; the chain from token t asks from slot N + t + depth.
+    """
+    asking_C1 = kept + depth + torch.arange(count, device=device).unsqueeze(1)
+    slots = torch.arange(kept + count, device=device)
+    hidden = (slots >= span.sinks) & (slots <= asking_C1 - span.recent)
+    own = [torch.tensor([depth - at >= span.recent], device=device) for at in range(1, depth + 1)]
+    return [hidden[:, :kept], hidden[:, kept:], *own]
+
+
 def cut_slots(view: View, slots: int, query: Tensor, key: Tensor, value: Tensor) -> PrefixView:
     cut = PrefixView(view, slots)
     observed = query[:, :, max(0, slots - SNAP_WINDOW) : slots].unflatten(1, (key.shape[1], -1))
@@ -279,6 +291,9 @@ def chain_attention(
         scores = [q @ keys.transpose(-1, -2) for keys in seen]
         scores[1] = scores[1].masked_fill(future_CC, -torch.inf)
         scores += [(q * keys[part].unsqueeze(2)).sum(-1, keepdim=True) for keys, _ in own]
+        if (span := span_of(view.view)) is not None:
+            for at, hidden in enumerate(rolled_out(span, keys.shape[2], C, len(own), query.device)):
+                scores[at] = scores[at].masked_fill(hidden, -torch.inf)
         sizes = [score.shape[-1] for score in scores]
         exact = torch.promote_types(q.dtype, torch.float32)
         weights = torch.cat(scores, -1).softmax(-1, dtype=exact).to(q.dtype).split(sizes, -1)

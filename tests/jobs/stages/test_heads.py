@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from jobs.executors.choose import NoExecutor
 from jobs.plan.facts import known
 from jobs.stages import pipeline
-from jobs.stages.pipeline import run_pipeline
+from jobs.stages.pipeline import completed, run_pipeline
 from jobs.stages.teach import label_bytes
 from pipeline.config.schema import Config
+from pipeline.data.tokenizer import encode_prompt
 from pipeline.plan.flops import work
+from pipeline.serving import load_pair
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
 from tests.helpers.tiny import assert_same_run, losses
@@ -114,3 +118,17 @@ def test_two_workers_train_it_as_one_does(
     run_pipeline(toy_config(corpus, shared, sharded), "train")
     (other,) = shared.glob("drafter-multi_view-*")
     assert_same_run(other, whole)
+
+
+def test_a_finished_head_continues_prompts(config: Config) -> None:
+    """`generate` and other programs: greedily the target's own text, token for token."""
+    run_pipeline(config, "train")
+    done = completed(config)
+    pair = load_pair(done.target, done.drafters["multi_view"], done.tokenizer)
+    prompts = ["Once upon a time there was a river.", "The lamp in the garden"]
+    told = pair.continue_prompts(prompts, "streaming", 16, 3, 12)
+    plain = AutoModelForCausalLM.from_pretrained(done.target.path, attn_implementation="eager").eval()
+    for prompt, text in zip(prompts, told, strict=True):
+        tokens = torch.tensor([encode_prompt(pair.tokenizer, prompt)])
+        written = plain.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert text == pair.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)

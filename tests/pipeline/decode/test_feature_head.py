@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,14 @@ from pipeline.models.heads.eagle import FeatureHead
 from tests.helpers.feature_heads import OPTIONS, head_pair, prompt, six_layers, trained_head
 from tests.helpers.pairs import NEVER, plain_tokens, rounds_of, tokens_of
 
-GRID = [
+GRID: list[tuple[Any, ...]] = [
     ("full", "full"),
     ("none", 0),
-    *((p, b) for p in ("streaming", "chunk_topk", "snapkv") for b in (16, 32)),
+    ("window", 16),
+    ("window", 24, 4),
+    ("streaming", 16),
+    ("chunk_topk", 24),
+    ("snapkv", 16),
 ]
 GAMMAS = (1, 2, 4, 9)
 PROMPTS = [prompt(length, length) for length in (45, 41, 44, 49)]

@@ -18,7 +18,8 @@ from pipeline.models.heads.eagle import FeatureHead
 from tests.helpers.feature_heads import OPTIONS, six_layers
 from tests.helpers.zoo import our_model, tiny
 
-VIEWS = (FULL, View("streaming", 16), View("chunk_topk", 16), View("snapkv", 16), View("none", 0))
+WINDOWS = (View("window", 16, sinks=0), View("window", 24, sinks=4), View("window", 16, sinks=15))
+VIEWS = (FULL, *WINDOWS, View("streaming", 16), View("chunk_topk", 16), View("snapkv", 16), View("none", 0))
 
 
 def double_head(**options: bool) -> tuple[FeatureHead, Tensor, Tensor]:
@@ -79,7 +80,9 @@ def one_chain(
     observed = torch.stack(queries[:prefix][-16:], 1).unflatten(0, (K, -1)).unsqueeze(0)
     kept = torch.arange(prefix).expand(1, K, prefix)
     if view.budget != "full":
-        kept = select(view.policy, keys.unsqueeze(0).detach(), observed.detach(), view.budget)
+        # A window is held by its definition below: here it may see all.
+        policy, budget = ("none", prefix) if view.policy == "window" else (view.policy, view.budget)
+        kept = select(policy, keys.unsqueeze(0).detach(), observed.detach(), budget)
     outputs: list[Tensor] = []
     g = fused(features[at - 1])
     for step in range(depth):
@@ -88,6 +91,9 @@ def one_chain(
         for number in range(query.shape[0]):
             group = number // (query.shape[0] // K)
             places = [*kept[0, group].tolist(), *range(prefix, at + step)]
+            if view.policy == "window":
+                asking, recent = at - 1 + step, view.budget - view.sinks
+                places = [p for p in places if p < view.sinks or p > asking - recent]
             seen = torch.stack([slots[place][0][group] for place in places])
             weights = ((seen @ query[number]) / D**0.5).softmax(-1)
             heads.append(weights @ torch.stack([slots[place][1][group] for place in places]))
