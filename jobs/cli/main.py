@@ -4,10 +4,10 @@ from __future__ import annotations
 
 # isort: off
 from jobs.cli.app import app
-from jobs.cli import run, use, inspect, registry
+from jobs.cli import run, use, serve, inspect, registry
 # isort: on
 
-COMMANDS = (run, use, inspect, registry)
+COMMANDS = (run, use, serve, inspect, registry)
 
 
 def main() -> None:

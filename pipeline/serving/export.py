@@ -1,0 +1,184 @@
+"""A trained drafter in the layout that a serving engine loads, with its command line on the card.
+
+What is written follows what vLLM 0.32 reads, of which SGLang reads the same but for windows: there they are
+flags of the server. An engine's folder is for that engine; the drafter's own folder stays what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import BadData
+from pipeline.models.draft_vocabulary import FILE as DRAFT_VOCABULARY
+from pipeline.models.draft_vocabulary import read_draft_tokens
+from pipeline.models.heads.begin import default_layers
+from pipeline.models.heads.load import is_head
+from pipeline.store.files import write_text
+
+Engine = Literal["vllm", "sglang"]
+WEIGHTS = "model.safetensors"
+
+
+def export_for(
+    drafter: Path,
+    output: Path,
+    engine: Engine,
+    target_layers: int | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+) -> str:
+    """Write a new folder `output`, whole or not at all; returns the engine's command line.
+
+    Args:
+        drafter: a folder that training made.
+        target_layers: of a head's target, where the head names the layers that it reads.
+        window: W, the most entries that the drafter sees; None is all of them.
+        sinks: how many of them are the first ones.
+
+    Raises:
+        BadData: if the folder holds no drafter, `output` exists, or the engine cannot do what is asked.
+    """
+    if not (drafter / "config.json").is_file() or not (drafter / WEIGHTS).is_file():
+        raise BadData(f"{drafter} holds no drafter: give the model folder of one (config.json, {WEIGHTS})")
+    if output.exists():
+        raise BadData(f"{output} is there already: name a new folder")
+    check_window(engine, window, sinks)
+    given = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if is_head(drafter):
+        config = head_fields(given, engine, target_layers)
+        save_file(head_tensors(drafter, given), temporary / WEIGHTS, {"format": "pt"})
+    else:
+        config = given
+        shutil.copytree(drafter, temporary, ignore=shutil.ignore_patterns("README.md"), dirs_exist_ok=True)
+    if window is not None and engine == "vllm":  # a bare `sliding_window` does nothing for a Llama
+        layers = ["sliding_attention"] * config["num_hidden_layers"]
+        config = config | {"layer_types": layers, "sliding_window": window}
+    write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+    command = command_line(engine, is_head(drafter), output, window, sinks)
+    write_text(temporary / "README.md", card(engine, drafter, command, window, sinks))
+    temporary.rename(output)
+    return command
+
+
+def check_window(engine: Engine, window: int | None, sinks: int) -> None:
+    """Raises BadData for a window that the engine does not have; names the nearest that it has."""
+    if window is None:
+        if sinks:
+            raise BadData("--sinks goes with --window: without one a drafter sees everything")
+        return
+    if not 0 <= sinks < window:
+        raise BadData(f"--sinks {sinks}: of a window of {window} they can be 0 to {window - 1}")
+    if engine == "vllm" and sinks:
+        raise BadData(
+            f"vLLM has windows without sinks: the nearest is --window {window} --sinks 0, of a drafter that "
+            "was trained and evaluated so; SGLang has both"
+        )
+
+
+def head_fields(given: Mapping[str, Any], engine: Engine, target_layers: int | None) -> dict[str, Any]:
+    """The config of a head as engines name its fields.
+
+    Raises:
+        BadData: if the head reads layers that the engine numbers in another way or not at all.
+    """
+    rope = given["rope_parameters"]
+    if rope.get("rope_type", "default") != "default":
+        raise BadData(
+            f"the head turns positions by {rope['rope_type']}, and engines read rope_theta alone of a head: "
+            "take a target of plain rotations"
+        )
+    fields = {
+        name: given[name]
+        for name in (
+            "hidden_size", "target_hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size",
+            "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "norm_before_residual",
+            "fc_norm", "norm_output", "hidden_act",
+        )
+    }  # fmt: skip
+    fields |= {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": "float32",
+    }
+    layers = given["feature_layers"]
+    if target_layers is not None and layers == default_layers(target_layers):
+        return fields
+    if target_layers is None:
+        raise BadData(
+            f"the head reads what layers {layers} read: say --target, the folder of its target, so that it "
+            "is known whether these are the layers that an engine takes by itself"
+        )
+    if engine == "sglang":
+        raise BadData(
+            f"the head reads what layers {layers} read, and SGLang numbers named layers in another way: "
+            f"train it on {default_layers(target_layers)}, which both engines take by themselves"
+        )
+    if len(layers) != 3 or layers != sorted(set(layers)):
+        raise BadData(
+            f"the head reads what layers {layers} read, and vLLM takes three different ones, ascending"
+        )
+    return fields | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": layers}}
+
+
+def head_tensors(drafter: Path, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A head's weights, which have the engines' names already, and its draft vocabulary as they store it."""
+    tensors = {name: weight.contiguous() for name, weight in load_file(drafter / WEIGHTS).items()}
+    tokens_V, whole = read_draft_tokens(drafter), given["vocab_size"]
+    if tokens_V is None:
+        raise BadData(f"{drafter} has no {DRAFT_VOCABULARY}: copy the folder again")
+    if len(tokens_V) < whole:
+        tensors["d2t"] = tokens_V - torch.arange(len(tokens_V))
+        tensors["t2d"] = torch.zeros(whole, dtype=torch.bool).index_fill(0, tokens_V, True)
+    return tensors
+
+
+def command_line(engine: Engine, head: bool, output: Path, window: int | None, sinks: int) -> str:
+    """How the engine is started with the target and this folder; γ is for the user to choose."""
+    if engine == "sglang":
+        kind = "EAGLE3" if head else "STANDALONE"
+        flags = (
+            f" --speculative-draft-window-size {window} --speculative-draft-sink-size {sinks}"
+            if window
+            else ""
+        )
+        return (
+            f"python -m sglang.launch_server --model-path TARGET --speculative-algorithm {kind} "
+            f"--speculative-draft-model-path {output} --speculative-num-steps 3 --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens 4{flags if window else ''}"
+        )
+    method = {
+        "method": "eagle3" if head else "draft_model",
+        "model": str(output),
+        "num_speculative_tokens": 3,
+    }
+    # With the manager a windowed draft model was seen to change the target's text; a windowed head was not.
+    switch = " --disable-hybrid-kv-cache-manager" if window and not head else ""
+    return (
+        "python -m vllm.entrypoints.openai.api_server --model TARGET "
+        f"--speculative-config '{json.dumps(method)}'{switch}"
+    )
+
+
+def card(engine: Engine, drafter: Path, command: str, window: int | None, sinks: int) -> str:
+    name = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
+    seen = "the whole cache" if window is None else f"a window of {window} entries, {sinks} of them the first"
+    tokens = read_draft_tokens(drafter)
+    size = "" if tokens is None or is_head(drafter) else (
+        f"\nIt was trained to propose {len(tokens)} tokens; {name} multiplies its whole head, and may accept "
+        "proposals that were never measured.\n"
+    )  # fmt: skip
+    return f"# A drafter for {name}\n\nBehind {seen}, greedily lossless:\n\n```sh\n{command}\n```\n{size}"
