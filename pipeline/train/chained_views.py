@@ -9,14 +9,13 @@ Shape legend: W windows, B rows, C tokens of a window, T depth of chains, V draf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from pipeline.axes import FULL, View
+from pipeline.axes import View
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
@@ -24,9 +23,8 @@ from pipeline.errors import NotFinite
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
-from pipeline.train.batches import LabelledSequences, Windows, draw, window_labels, windows_of
+from pipeline.train.batches import LabelledSequences, Windows
 from pipeline.train.features import Features
-from pipeline.train.loop import OUTSIDE
 from pipeline.train.losses import LOSSES, States, TargetLabels
 from pipeline.train.objectives import MultiView, acceptances
 
@@ -44,82 +42,32 @@ class ChainedViews(MultiView):
         features: Features,
     ) -> None:
         super().__init__(config, variant, data, validation, device)
-        self.features, self.depth = features, config.chain_steps
+        self.features = features
         decay = config.train.chain_decay or 0.8
-        self.weights = [decay**at for at in range(self.depth)]
+        self.weights = [decay**at for at in range(config.chain_steps)]
 
-    def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        train, config = self.config.train, self.config
-        on_policy = config.labels.on_policy_fraction > 0
-        drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
-        views = ([FULL] if self.variant.full_weight > 0 else []) + [
-            view_of(self.variant.policy, budget, self.variant.sinks) for budget in drawn.budgets
-        ]
-        # By view and depth, the losses of all windows.
-        found: dict[tuple[View, int], list[Tensor]] = {}
-        proposable: list[Tensor] = []
-        for windows in windows_of(self.data, self.rows(step, micro), drawn, train):
-            labels = self.labels(model, windows)
-            if labels.proposable is not None:
-                proposable.append(labels.proposable)
-            for (view, at), scores, learned in self.scores(model, windows, views):
-                if not len(learned):
-                    continue  # an answer with fewer labels than chains are deep
-                name = self.variant.full_loss if view is FULL else self.variant.sparse_loss
-                found.setdefault((view, at), []).append(LOSSES[name](scores, labels.take(learned)))
-        by_view = {view: self.mean([found.get((view, at), []) for at in range(self.depth)]) for view in views}
-        full = by_view.pop(FULL, torch.zeros((), device=self.device))
-        sparse = torch.zeros((), device=self.device)
-        for view, loss in by_view.items():
-            assert view.budget != "full"
-            sparse = sparse + drawn.budgets[view.budget] / self.variant.num_views * loss
-        total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
-        told = {"total": total, "full": full, "sparse": sparse}
-        if proposable:
-            told[OUTSIDE] = 1 - torch.cat(proposable).float().mean()
-        return total, told
-
-    def labels(self, model: Any, windows: Windows) -> TargetLabels:
-        """Labels of all positions of the windows, [W · B · C]."""
-        labels = window_labels(self.data, windows, self.config.train.window_tokens, self.device)
-        head = getattr(model, "module", model)
-        return labels.within(head.lm_head.tokens, head.whole_tokens)
-
-    def scores(
-        self, model: Any, windows: Windows, views: Sequence[View]
-    ) -> Sequence[tuple[tuple[View, int], Tensor | States, Tensor]]:
-        """What the chains say, by view and depth, where it is learned from; and the labels' positions there.
-
-        A chain at depth d that began at token t of its window is about the label of token t + d.
-        """
+    def losses(
+        self, model: Any, windows: Windows, views: Sequence[View], labels: TargetLabels, learned: Tensor
+    ) -> Iterator[tuple[View, int, Tensor]]:
+        """A chain at depth d that began at token t of its window is about the label of token t + d."""
         C, head = self.config.train.window_tokens, getattr(model, "module", model)
         tokens_BL = self.data.tokens.rows(windows.rows).to(self.device)
         features_BLF = self.features.of_rows(windows.rows, tokens_BL)
         parts = len(windows.starts) * len(windows.rows)
-        count = 4 * parts * C * len(views) * self.depth * head.num_tokens
+        count = 4 * parts * C * len(views) * len(self.weights) * head.num_tokens
         sharded = hasattr(head.lm_head.weight, "ds_id")  # by ZeRO-3: whole inside a forward pass only
         whole = sharded or count <= self.config.train.max_logits_mib * 2**20
-        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, self.depth, whole)
+        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, len(self.weights), whole)
         place = torch.arange(parts * C, device=self.device)
-        learned = torch.ones_like(place, dtype=torch.bool)
-        if windows.learned is not None:
-            learned = windows.learned.to(self.device)
-        said: list[tuple[tuple[View, int], Tensor | States, Tensor]] = []
-        for at, output in enumerate(outputs):
-            inside = (place % C + at < C) & learned.roll(-at)
-            begun = place[inside]
+        for depth, output in enumerate(outputs):
+            begun = place[(place % C + depth < C) & learned.roll(-depth)]
+            if not len(begun):
+                continue  # an answer with fewer labels than chains are deep
+            there = labels.take(begun + depth)
             for view, of_view in zip(views, output.chunk(len(views)), strict=True):
                 flat = of_view.flatten(0, 1)[begun]
-                said.append(((view, at), flat if whole else States(flat, head.lm_head.weight), begun + at))
-        return said
-
-    def mean(self, losses: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The weighted mean over depths; a depth that no window reaches counts for nothing."""
-        total, weight = torch.zeros((), device=self.device), 0.0
-        for share, parts in zip(self.weights, losses, strict=True):
-            if parts:
-                total, weight = total + share * torch.cat(list(parts)).mean(), weight + share
-        return total / weight
+                scores = flat if whole else States(flat, head.lm_head.weight)
+                yield view, depth, LOSSES[self.loss_behind(view)](scores, there)
 
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:

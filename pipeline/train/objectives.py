@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.axes import FULL, Budget
+from pipeline.axes import FULL, Budget, View
 from pipeline.config.models import Pretrain
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
@@ -25,13 +25,14 @@ from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import (
     LabelledSequences,
     Shards,
+    Windows,
     batch_indices,
     draw,
     window_labels,
     windows_of,
 )
 from pipeline.train.loop import OUTSIDE, WATCHED
-from pipeline.train.losses import LOSSES
+from pipeline.train.losses import LOSSES, TargetLabels
 from pipeline.train.windows import window_scores
 
 
@@ -112,6 +113,7 @@ class MultiView:
         self.config, self.variant, self.data, self.device = config, variant, data, device
         self.seed = variant.seeds[0] if variant.seeds else config.seed
         self.validation = validation
+        self.weights = [1.0]  # of the depths of what is learned
         train = config.train
         self.tokens_per_micro = train.micro_batch_sequences * train.learned_tokens
 
@@ -121,44 +123,67 @@ class MultiView:
         return indices[micro * train.micro_batch_sequences : (micro + 1) * train.micro_batch_sequences]
 
     def loss(self, model: PreTrainedModel, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        train, config = self.config.train, self.config
-        indices = self.rows(step, micro)
+        train, config, variant = self.config.train, self.config, self.variant
         on_policy = config.labels.on_policy_fraction > 0
-        drawn = draw(self.variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
-        views = ([FULL] if self.variant.full_weight > 0 else []) + [
-            view_of(self.variant.policy, budget, self.variant.sinks) for budget in drawn.budgets
+        drawn = draw(variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
+        views = ([FULL] if variant.full_weight > 0 else []) + [
+            view_of(variant.policy, budget, variant.sinks) for budget in drawn.budgets
         ]
-        by_view: list[list[Tensor]] = [[] for _ in views]
+        found: dict[tuple[View, int], list[Tensor]] = {}  # by view and depth, of all windows
         proposable: list[Tensor] = []
-        for windows in windows_of(self.data, indices, drawn, train):
+        for windows in windows_of(self.data, self.rows(step, micro), drawn, train):
             labels = window_labels(self.data, windows, train.window_tokens, self.device)
             if (tokens_D := draft_tokens(model)) is not None:
                 labels = labels.within(tokens_D, model.whole_tokens)
-            tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
-            scores_by_view = window_scores(
-                model, tokens_BS, windows.starts, train.window_tokens, views, train.max_logits_mib * 2**20
-            )
-            learned = slice(None) if windows.learned is None else windows.learned.to(self.device)
-            for view, scores, losses in zip(views, scores_by_view, by_view, strict=True):
-                name = self.variant.full_loss if view is FULL else self.variant.sparse_loss
-                losses.append(LOSSES[name](scores, labels)[learned])
+            learned = torch.ones_like(labels.argmax, dtype=torch.bool)
+            if windows.learned is not None:
+                learned = windows.learned.to(self.device)
             if labels.proposable is not None:
                 proposable.append(labels.proposable[learned])
+            for view, depth, losses in self.losses(model, windows, views, labels, learned):
+                found.setdefault((view, depth), []).append(losses)
 
-        zero = torch.zeros((), device=self.device)
-        full = sparse = zero
-        for view, losses in zip(views, by_view, strict=True):
-            loss = torch.cat(losses).mean()
+        full = sparse = torch.zeros((), device=self.device)
+        for view in views:
+            loss = self.mean([found.get((view, depth), []) for depth in range(len(self.weights))])
             if view is FULL:
                 full = loss
             else:
                 assert view.budget != "full"
-                sparse = sparse + drawn.budgets[view.budget] / self.variant.num_views * loss
-        total = self.variant.full_weight * full + self.variant.sparse_weight * sparse
+                sparse = sparse + drawn.budgets[view.budget] / variant.num_views * loss
+        total = variant.full_weight * full + variant.sparse_weight * sparse
         told = {"total": total, "full": full, "sparse": sparse}
         if proposable:
             told[OUTSIDE] = 1 - torch.cat(proposable).float().mean()
         return total, told
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        views: Sequence[View],
+        labels: TargetLabels,
+        learned: Tensor,
+    ) -> Iterator[tuple[View, int, Tensor]]:
+        """By view and depth, of which there is one, the losses of what is learned from in some windows."""
+        train = self.config.train
+        tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
+        scores_by_view = window_scores(
+            model, tokens_BS, windows.starts, train.window_tokens, views, train.max_logits_mib * 2**20
+        )
+        for view, scores in zip(views, scores_by_view, strict=True):
+            yield view, 0, LOSSES[self.loss_behind(view)](scores, labels)[learned]
+
+    def loss_behind(self, view: View) -> str:
+        return self.variant.full_loss if view is FULL else self.variant.sparse_loss
+
+    def mean(self, losses: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The weighted mean over depths; one that no window reaches counts for nothing."""
+        total, weight = torch.zeros((), device=self.device), 0.0
+        for share, parts in zip(self.weights, losses, strict=True):
+            if parts:
+                total, weight = total + share * torch.cat(list(parts)).mean(), weight + share
+        return total / weight
 
     def name_batch(self, step: int, micro: int) -> str:
         return name_rows(self.data.tokens, self.rows(step, micro))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from pipeline.config.data import Context
 from pipeline.data.documents import Document, Request
@@ -27,12 +27,8 @@ CALL = {"type": "function", "id": "1", "function": {"name": "clock", "arguments"
 
 
 @pytest.fixture(scope="module")
-def chat(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("chat")
-    tokenizer.save_pretrained(folder)
-    made = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
-    made.chat_template = TEMPLATE
-    return made
+def chat(chat_tokenizer: Callable[[str], Any]) -> Any:
+    return chat_tokenizer(TEMPLATE)
 
 
 def say(role: str, content: Any, **fields: Any) -> dict[str, Any]:
