@@ -49,7 +49,9 @@ def generate(
         decode.compile,
         decode.prefill_chunk,
     )
-    reading = pair.read([prompt], view_of(policy, budget), gamma, max_new_tokens, threshold)
+    reading = pair.read(
+        [prompt], view_of(policy, budget, config.sweep.sinks), gamma, max_new_tokens, threshold
+    )
     bench, chance = reading.bench, Chance(temperature, seed)
 
     # Streamed first, which also warms up; the timed runs print nothing. A token may hold part of a

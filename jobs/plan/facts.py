@@ -214,7 +214,9 @@ def estimate_answers(config: Config, readers: Readers, vocab: int) -> int:
         if not reader.answered or "train" not in reader.source.use:
             continue
         for context, count in reader.training_contexts(most):
-            asked += min(count, int(reader.estimate_texts(per_token, context.tokens)))
+            asked += min(
+                count, config.data.max_sequences, int(reader.estimate_texts(per_token, context.tokens))
+            )
     return asked * config.labels.answers.per_prompt
 
 

@@ -76,7 +76,7 @@ def label_and_continue(
         config.labels.answers.per_prompt * sum(t.last - t.first for t in answering),
     )
     log.info(
-        "teach: %d sequences, %d answers, about %.1f MB of labels → %s",
+        "teach: %d sequences, %d answers, about %.1f MB of labels, features aside → %s",
         sequences,
         answers,
         label_bytes(config, sequences, answers, len(read_tokenizer(prepare.path / TOKENIZER))) / 1e6,

@@ -16,7 +16,7 @@ from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Head, Role
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
-from pipeline.config.train import READ_TOP_K, Labels, Train
+from pipeline.config.train import READ_TOP_K, Answers, Labels, Train
 
 
 class Config(Group):
@@ -70,11 +70,17 @@ class Config(Group):
                 f"{rolling[0]}: window is for drafter.kind: head, whose prefix depends on no attention; take "
                 "streaming, whose entries are the same where the prefix ends"
             )
-        for field, sinks, budgets in (
-            ("sweep.sinks", self.sweep.sinks, self.sweep.budgets),
-            *((f"train.variants.{v.name}.sinks", v.sinks, tuple(v.budgets)) for v in self.train.variants),
+        validated = self.train.validation_budgets
+        for field, sinks, rolls, budgets in (
+            ("sweep.sinks", self.sweep.sinks, "window" in self.sweep.policies, self.sweep.budgets),
+            *(
+                (f"train.variants.{v.name}.sinks", v.sinks, v.policy == "window", (*v.budgets, *validated))
+                for v in self.train.variants
+            ),
         ):
-            if least := [b for b in budgets if b != "full" and 0 < b <= sinks]:
+            if sinks and not rolls:
+                raise ValueError(f"{field} ({sinks}) goes with the policy window")
+            if least := [b for b in budgets if rolls and b != "full" and 0 < b <= sinks]:
                 raise ValueError(f"{field} ({sinks}) leaves nothing of a window of {least[0]}")
         steps = self.chain_steps
         if isinstance(self.drafter, Head) and self.train.window_tokens <= steps:
@@ -107,6 +113,8 @@ class Config(Group):
                 f"data.sequence_tokens ({self.data.sequence_tokens}) is less than train.min_prefix_tokens + "
                 f"windows × window_tokens ({needed})"
             )
+        if self.labels.answers != Answers() and not self.data.asks:
+            raise ValueError("labels.answers: no source of data.sources asks anything of its training split")
         most = self.data.sequence_tokens - self.train.learned_tokens
         for index, source in enumerate(self.data.sources):
             lengths = source.training_prompts if isinstance(source, TextSource) else {}

@@ -157,7 +157,7 @@ def plan_asked(
             reader,
             "train",
             context,
-            count,
+            min(count, config.data.max_sequences),
             answer,
             tuple(part for part in parts if part.source == reader.source.name),
             dropped,

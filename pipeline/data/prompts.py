@@ -111,26 +111,30 @@ def split_template(template: str, hole: str, values: dict[str, str], name: str) 
 def cut_template(document: Document, request: Request, cut: Cut, chat: bool = False) -> list[int] | None:
     """The templated prompt at exactly the context's length, or None (counted) if that cannot be.
 
-    With `chat` it is what a user says, in the tokenizer's chat template.
+    With `chat` it is what a user says, in the tokenizer's chat template, whose parts are encoded apart.
 
     `text end` drops the text's last tokens. `middle` keeps the first and the last half of the whole prompt,
-    as LongBench does; `end` keeps the first tokens whatever they are. The whole prompt is encoded at once, so
-    that tokens across a template's borders are those that a user would get.
+    as LongBench does; `end` keeps the first tokens whatever they are. A prompt that is no chat is encoded at
+    once, so that tokens across a template's borders are those that a user would get.
     """
     head, before, after = bos(request), document.before, document.after
-    if chat:
+    if chat:  # the template's special tokens are meant, and what looks like one in the text is text
         head, (before, after) = [], sides_in_chat(request.tokenizer, before, after, document.source)
-    full = before + document.text + after
-    tokens, starts, ends = encode_with_offsets(request.tokenizer, full, chat)
+        front, back = (encode_chat(request.tokenizer, side) for side in (before, after))
+        tokens = [*front, *encode(request.tokenizer, document.text), *back]
+        num_before, num_after = len(front), len(back)
+    else:
+        full = before + document.text + after
+        tokens, starts, ends = encode_with_offsets(request.tokenizer, full)
+        # A token across a border counts as template, so that the template survives whole.
+        num_before = int(np.searchsorted(starts, len(before)))
+        num_after = len(tokens) - int(np.searchsorted(ends, len(full) - len(after), side="right"))
     room = request.context.tokens - len(head)
     if len(tokens) < room:
         request.skipped[TOO_SHORT] += 1
         return None
     if cut == "end":
         return head + tokens[:room]
-    # A token across a border counts as template, so that the template survives whole.
-    num_before = int(np.searchsorted(starts, len(before)))
-    num_after = len(tokens) - int(np.searchsorted(ends, len(full) - len(after), side="right"))
     first = room - num_after if cut == "text end" else room // 2
     last = room - first
     if first < num_before or last < num_after:

@@ -52,17 +52,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_with_offsets(
-    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False
+    tokenizer: PreTrainedTokenizerBase, text: str
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Like `encode`, with the characters [start, end) that each token covers.
-
-    Args:
-        chat: whether the text is a rendered chat, in which special tokens are meant.
-    """
+    """Like `encode`, with the characters [start, end) that each token covers."""
     coded = tokenizer(
         text,
         add_special_tokens=False,
-        split_special_tokens=not chat,
+        split_special_tokens=True,
         return_attention_mask=False,
         return_offsets_mapping=True,
         verbose=False,

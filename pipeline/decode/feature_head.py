@@ -235,11 +235,15 @@ class HeadDrafts(ModelDrafts):
         super().__init__(runner, threshold)
         self.round: tuple[Tensor, Tensor, Tensor] | None = None
         self.last_BF = last_BF
+        assert isinstance(runner.model, LeanHead)
+        runner.model.read_last = None  # the target's whole view of a prompt is for reading, not for drafting
 
     def propose(
         self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
     ) -> Proposals:
         last_B = step_B + unread_BQ.shape[1] - 1
+        if unread_BQ.shape[1] == 1:  # texts begin with one token, and go on behind two
+            self.round = None
         if self.round is None:
             unread = (unread_BQ, self.last_BF.unsqueeze(1), step_B, torch.zeros_like(step_B))
         else:

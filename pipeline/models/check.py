@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import BadData
 from pipeline.models.build import scratch_config
+from pipeline.models.heads.begin import default_layers
 from pipeline.models.hub import config_folder
 from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, check_model, model_ref, read_config
@@ -37,8 +38,8 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     given, reach = config.models[role], longest_text(config)
     spec = config.target if role == "target" else config.drafter_base
     layers = given.layers if given.kind == "first_layers" else None
-    if given.kind == "head" and given.feature_layers and spec.kind == "pretrained":
-        check_features(spec, given.feature_layers)
+    if given.kind == "head" and spec.kind == "pretrained":
+        check_head(spec, given.feature_layers)
     if spec.kind == "scratch":
         for name, rope in ropes(config, role):
             scaled = spec.model_copy(update={"rope_scaling": rope}) if rope else spec
@@ -57,16 +58,23 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
         check_weights(ref, folder, read_config(ref, folder))
 
 
-def check_features(spec: PretrainedModel, layers: tuple[int, ...]) -> None:
+def check_head(spec: PretrainedModel, layers: tuple[int, ...] | None) -> None:
+    """Raises BadData for a target that no head can be made of, or that has not the layers that it reads."""
     folder = config_folder(spec.path, spec.revision)
     if folder is None:
         return
-    last = (
-        read_config(model_ref(spec, None, "target"), folder).get_text_config(decoder=True).num_hidden_layers
-        - 1
-    )
-    if max(layers) > last:
-        raise BadData(f"drafter.feature_layers: {list(layers)} goes beyond the target's layers, 0 to {last}")
+    given = read_config(model_ref(spec, None, "target"), folder).get_text_config(decoder=True)
+    rope = getattr(given, "rope_parameters", None)
+    if not hasattr(given, "intermediate_size") or not rope or any(isinstance(x, dict) for x in rope.values()):
+        raise BadData(
+            f"drafter.kind: head is for targets whose layers are alike and turn positions in one way, and "
+            f"{spec.path!r} is a {given.model_type}: take another kind"
+        )
+    last, read = given.num_hidden_layers - 1, layers or default_layers(given.num_hidden_layers)
+    if max(read) > last or min(read) < 1:
+        raise BadData(
+            f"drafter.feature_layers: {list(read)} are not all among the target's layers, 1 to {last}"
+        )
 
 
 def check_draft_vocabulary(config: Config, ref: ModelRef, folder: Path) -> None:

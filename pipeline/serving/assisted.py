@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pipeline.axes import check_budget
 from pipeline.decode.model import decode_model
+from pipeline.kv.policies import WINDOW
 from pipeline.kv.view_cache import ATTENTION
 from pipeline.kv.views import PrefixView, view_of
 from pipeline.models.build import prepare_model
@@ -71,6 +72,8 @@ class BudgetedAssistant:
                 "the caches of transformers: load it with AutoModelForCausalLM.from_pretrained"
             )
         self.drafter = prepare_model(drafter, drafter.config.vocab_size)
+        if policy == WINDOW:
+            raise ValueError("window is for heads, which transformers does not run: take streaming")
         self.view = view_of(policy, budget)
         self.generation_config = copy.deepcopy(drafter.generation_config)
         self.generation_config.num_assistant_tokens = gamma

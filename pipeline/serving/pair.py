@@ -22,6 +22,7 @@ from pipeline.decode.runner import Compile, Runners
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.errors import BadData
+from pipeline.kv.policies import WINDOW
 from pipeline.kv.views import view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.heads.load import is_head, load_head
@@ -77,6 +78,7 @@ class Pair:
         threshold: float = 0.0,
         temperature: float = 0.0,
         seed: int = 0,
+        sinks: int = 0,
     ) -> list[str]:
         """The target's own continuations, decoded together: its greedy ones, or samples at a temperature.
 
@@ -88,13 +90,14 @@ class Pair:
             threshold: stop drafting behind a proposal with less probability; 0 drafts γ.
             temperature: 0 is greedy.
             seed: of sampling.
+            sinks: first entries that the policy window, which is for heads, always sees.
 
         Raises:
             BadData: if there is no prompt, an empty one, or one that is too long for either model.
             ValueError: for a policy or budget that does not exist.
         """
         check_budget(budget)
-        reading = self.read(prompts, view_of(policy, budget), gamma, max_new_tokens, threshold)
+        reading = self.read(prompts, view_of(policy, budget, sinks), gamma, max_new_tokens, threshold)
         *_, written = reading.stream(Chance(temperature, seed))
         return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
 
@@ -108,6 +111,8 @@ class Pair:
         """
         if not prompts:
             raise BadData("there is no prompt to continue")
+        if view.policy == WINDOW and not isinstance(self.drafter, LeanHead):
+            raise ValueError("the policy window is for heads, and this drafter is none: take streaming")
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
         self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
         bench = Bench(self.runners, self.target, asked, gamma)

@@ -1,10 +1,10 @@
 """Stage sweep: all cells of a prompt, one typed row each.
 
-A task is a slice of the prompts of one (data set, context). Replay needs the drafters only: a drafter reads
-a prompt once, that gives all views of it, and one more forward gives the acceptance of every budget and γ
-(`replayer.py`). Measuring also loads the target, reads the task's prompts once with it, and times
-autoregressive decoding and the picked cells in turn (`measurer.py`). Calibrating times single steps
-(`step_times.py`).
+A task is a slice of the prompts of one (data set, context). Replay needs the drafters only, and for heads
+the target: a drafter reads a prompt once, that gives all views of it, and one more forward gives the
+acceptance of every budget and γ (`replayer.py`). Measuring also loads the target, reads the task's prompts
+once with it, and times autoregressive decoding and the picked cells in turn (`measurer.py`). Calibrating
+times single steps (`step_times.py`).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Evaluator:
 
     @cached_property
     def target(self) -> tuple[PreTrainedModel, DecodeModel]:
-        """Loaded on first use: replay of trained drafters does not need it."""
+        """Loaded on first use: replay of trained drafters does not need it, but for heads."""
         return self.load(self.target_ref)
 
     def contender(self, drafter: Drafter) -> Contender:

@@ -47,7 +47,13 @@ class ChainedViews(MultiView):
         self.weights = [decay**at for at in range(config.chain_steps)]
 
     def losses(
-        self, model: Any, windows: Windows, views: Sequence[View], labels: TargetLabels, learned: Tensor
+        self,
+        model: Any,
+        windows: Windows,
+        views: Sequence[View],
+        labels: TargetLabels,
+        learned: Tensor,
+        limit: int,
     ) -> Iterator[tuple[View, int, Tensor]]:
         """A chain at depth d that began at token t of its window is about the label of token t + d."""
         C, head = self.config.train.window_tokens, getattr(model, "module", model)
@@ -56,18 +62,19 @@ class ChainedViews(MultiView):
         parts = len(windows.starts) * len(windows.rows)
         count = 4 * parts * C * len(views) * len(self.weights) * head.num_tokens
         sharded = hasattr(head.lm_head.weight, "ds_id")  # by ZeRO-3: whole inside a forward pass only
-        whole = sharded or count <= self.config.train.max_logits_mib * 2**20
+        whole = sharded or count <= limit
         outputs = model(tokens_BL, features_BLF, windows.starts, C, views, len(self.weights), whole)
         place = torch.arange(parts * C, device=self.device)
         for depth, output in enumerate(outputs):
+            # An answer may have fewer labels than chains are deep. What is learned from is then empty, and
+            # stays in the graph: every worker's backward pass has the same parts, which ZeRO-3 counts on.
             begun = place[(place % C + depth < C) & learned.roll(-depth)]
-            if not len(begun):
-                continue  # an answer with fewer labels than chains are deep
             there = labels.take(begun + depth)
             for view, of_view in zip(views, output.chunk(len(views)), strict=True):
                 flat = of_view.flatten(0, 1)[begun]
                 scores = flat if whole else States(flat, head.lm_head.weight)
-                yield view, depth, LOSSES[self.loss_behind(view)](scores, there)
+                name = self.loss_behind(view)
+                yield view, depth, LOSSES[name](scores, there) if len(begun) else flat.sum(-1)
 
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:

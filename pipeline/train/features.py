@@ -17,9 +17,7 @@ from pipeline.decode.model import DecodeModel
 from pipeline.errors import NotFinite
 from pipeline.train.batches import Shards
 
-VALIDATION = (
-    "validation.features.npy"  # of all validation prompts with their continuations, one after another
-)
+VALIDATION = "features"  # folder beside the labels, with a file for each validation prompt
 
 
 class Features(Protocol):
@@ -60,7 +58,9 @@ class GivenFeatures:
         return self.read(tokens_1S)
 
     def read(self, tokens_BS: Tensor) -> Tensor:
-        _, _, features_BSF = self.target.read(tokens_BS, [])
+        # In the target's own precision, as evaluation has it, whatever training computes in.
+        with torch.autocast(tokens_BS.device.type, enabled=False):
+            _, _, features_BSF = self.target.read(tokens_BS, [])
         assert features_BSF is not None
         return features_BSF.float()
 

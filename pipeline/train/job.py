@@ -152,7 +152,8 @@ def distil(
     num_tokens = shared_tokens(tokenizer, start)
     fresh: Callable[[], PreTrainedModel]
     if isinstance(config.drafter, Head):
-        fresh = partial(new_head, config.drafter, start, num_tokens, tokens_D, config.seed)
+        seed = variant.seeds[0] if variant.seeds else config.seed
+        fresh = partial(new_head, config.drafter, start, num_tokens, tokens_D, seed)
     else:
         fresh = partial(load_drafter, start, num_tokens, tokens_D)
     if steps == 0:

@@ -131,7 +131,9 @@ class MultiView:
         ]
         found: dict[tuple[View, int], list[Tensor]] = {}  # by view and depth, of all windows
         proposable: list[Tensor] = []
-        for windows in windows_of(self.data, self.rows(step, micro), drawn, train):
+        groups = windows_of(self.data, self.rows(step, micro), drawn, train)
+        limit = train.max_logits_mib * 2**20 // len(groups)  # their graphs live until one backward pass
+        for windows in groups:
             labels = window_labels(self.data, windows, train.window_tokens, self.device)
             if (tokens_D := draft_tokens(model)) is not None:
                 labels = labels.within(tokens_D, model.whole_tokens)
@@ -140,7 +142,7 @@ class MultiView:
                 learned = windows.learned.to(self.device)
             if labels.proposable is not None:
                 proposable.append(labels.proposable[learned])
-            for view, depth, losses in self.losses(model, windows, views, labels, learned):
+            for view, depth, losses in self.losses(model, windows, views, labels, learned, limit):
                 found.setdefault((view, depth), []).append(losses)
 
         full = sparse = torch.zeros((), device=self.device)
@@ -164,13 +166,16 @@ class MultiView:
         views: Sequence[View],
         labels: TargetLabels,
         learned: Tensor,
+        limit: int,
     ) -> Iterator[tuple[View, int, Tensor]]:
-        """By view and depth, of which there is one, the losses of what is learned from in some windows."""
+        """By view and depth, of which there is one, the losses of what is learned from in some windows.
+
+        Args:
+            limit: bytes of logits that may be made.
+        """
         train = self.config.train
         tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
-        scores_by_view = window_scores(
-            model, tokens_BS, windows.starts, train.window_tokens, views, train.max_logits_mib * 2**20
-        )
+        scores_by_view = window_scores(model, tokens_BS, windows.starts, train.window_tokens, views, limit)
         for view, scores in zip(views, scores_by_view, strict=True):
             yield view, 0, LOSSES[self.loss_behind(view)](scores, labels)[learned]
 
@@ -181,8 +186,11 @@ class MultiView:
         """The weighted mean over depths; one that no window reaches counts for nothing."""
         total, weight = torch.zeros((), device=self.device), 0.0
         for share, parts in zip(self.weights, losses, strict=True):
-            if parts:
-                total, weight = total + share * torch.cat(list(parts)).mean(), weight + share
+            values = torch.cat(list(parts)) if parts else total.new_zeros(0)
+            if len(values):
+                total, weight = total + share * values.mean(), weight + share
+            else:
+                total = total + values.sum()
         return total / weight
 
     def name_batch(self, step: int, micro: int) -> str:

@@ -104,7 +104,7 @@ def whole_prompts(
         if context is None:
             request.skipped["prompt longer than every context"] += 1
         elif len(tokens) < least:
-            request.skipped["prompt shorter than train.min_prefix_tokens"] += 1
+            request.skipped[f"prompt of fewer than {least} tokens"] += 1
         elif context.tokens == request.context.tokens:
             if len(made) < request.count:
                 made.append(make_prompt(request, len(made), document, tokens))

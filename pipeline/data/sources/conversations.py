@@ -48,7 +48,7 @@ class Turn(BaseModel):
 
     @model_validator(mode="after")
     def _known_speaker(self) -> Turn:
-        if self.speaker not in ROLES:
+        if not isinstance(self.speaker, str) or self.speaker not in ROLES:
             known = ", ".join(ROLES)
             raise ValueError(f"`from` is {json.dumps(self.speaker)[:40]}; it can be {known}")
         return self

@@ -246,14 +246,18 @@ class FeatureHead(PreTrainedModel):
 
 
 def rolled_out(span: Span, kept: int, count: int, depth: int, device: torch.device) -> list[Tensor]:
-    """What has left a window at a depth: of the prefix [C, N], of true slots [C, C], of own slots [1] each.
+    """What has left a window at a depth: of the prefix [C, N], true slots [C, C], own slots [C, 1] each.
 
     Slots are numbered from the first kept entry; the chain from token t asks from slot N + t + depth.
     """
     asking_C1 = kept + depth + torch.arange(count, device=device).unsqueeze(1)
     slots = torch.arange(kept + count, device=device)
     hidden = (slots >= span.sinks) & (slots <= asking_C1 - span.recent)
-    own = [torch.tensor([depth - at >= span.recent], device=device) for at in range(1, depth + 1)]
+    first_C1 = kept + torch.arange(count, device=device).unsqueeze(1)
+    own = [
+        (first_C1 + at >= span.sinks) & (first_C1 + at <= asking_C1 - span.recent)
+        for at in range(1, depth + 1)
+    ]
     return [hidden[:, :kept], hidden[:, kept:], *own]
 
 

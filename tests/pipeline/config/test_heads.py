@@ -39,6 +39,16 @@ def test_defaults_are_as_if_the_fields_had_not_been_added() -> None:
             HEAD | {"train.variants": [WINDOW | {"sinks": 20}]},
             r"v.sinks \(20\) leaves nothing of a window of 16",
         ),
+        (HEAD | {"sweep.sinks": 4}, r"sweep.sinks \(4\) goes with the policy window"),
+        (
+            HEAD
+            | {
+                "train.variants": [WINDOW | {"budgets": {32: 1}, "sinks": 20}],
+                "train.validation_budgets": [16],
+            },
+            r"v.sinks \(20\) leaves nothing of a window of 16",
+        ),
+        ({"labels.answers": {"per_prompt": 2, "temperature": 1.0}}, "labels.answers: no source"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Any], words: str) -> None:

@@ -106,6 +106,7 @@ def test_parts_of_a_message_become_one_text(root: Path, chat: Any) -> None:
         ({"messages": [say("user", "a")], "conversations": [shared("human", "a")]}, "either a non-empty"),
         ({"conversations": [shared("narrator", "a")]}, r"conversations.0: .from. is .narrator."),
         ({"conversations": [{"value": "a"}]}, "`from` is null"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "`from` is"),
         ({"conversations": [{"from": "human"}]}, "conversations.0.value"),
         ({"messages": [say("user", "a")], "functions": [{}]}, "`functions`"),
         ({"messages": [say("user", [{"type": "image"}])]}, "no text"),

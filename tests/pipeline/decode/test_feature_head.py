@@ -95,6 +95,14 @@ def test_rows_accept_one_by_one(target: PreTrainedModel, head: FeatureHead) -> N
 
 
 @torch.no_grad()
+def test_a_source_that_is_used_again_begins_anew(target: PreTrainedModel, head: FeatureHead) -> None:
+    both = head_pair(target, head, PROMPTS[:2], View("streaming", 16), 30)
+    source = both.source()
+    first, again = (rounds_of(both.pair, 4, 24, source=source) for _ in range(2))
+    assert first == again == rounds_of(both.pair, 4, 24, source=both.source())
+
+
+@torch.no_grad()
 @pytest.mark.slow
 def test_compiled_steps_are_the_plain_ones(target: PreTrainedModel) -> None:
     head, view, limit = trained_head(target, PROMPTS), View("streaming", 16), 24
