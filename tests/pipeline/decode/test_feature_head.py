@@ -105,7 +105,9 @@ def test_a_source_that_is_used_again_begins_anew(target: PreTrainedModel, head: 
 @torch.no_grad()
 @pytest.mark.slow
 def test_compiled_steps_are_the_plain_ones(target: PreTrainedModel) -> None:
-    head, view, limit = trained_head(target, PROMPTS), View("streaming", 16), 24
+    view, limit = View("streaming", 16), 24
+    with torch.enable_grad():
+        head = trained_head(target, PROMPTS)
     plain = head_pair(target, head, PROMPTS[:2], view, limit + 4)
     compiled = head_pair(target, head, PROMPTS[:2], view, limit + 4, "inductor")
     for gamma in (1, 3):
