@@ -48,6 +48,12 @@ def head(request: pytest.FixtureRequest, target: PreTrainedModel) -> FeatureHead
     return trained_head(target, PROMPTS, **request.param)
 
 
+@pytest.fixture(scope="module")
+def new_head(target: PreTrainedModel) -> FeatureHead:
+    """Of 3.1's form, for what does not depend on the form."""
+    return trained_head(target, PROMPTS, **OPTIONS[1])
+
+
 @torch.no_grad()
 def test_text_is_autoregressive_and_replay_is_decoding_round_by_round(
     target: PreTrainedModel, head: FeatureHead
@@ -82,21 +88,21 @@ def test_text_is_autoregressive_and_replay_is_decoding_round_by_round(
 
 
 @torch.no_grad()
-def test_rows_accept_one_by_one(target: PreTrainedModel, head: FeatureHead) -> None:
+def test_rows_accept_one_by_one(target: PreTrainedModel, new_head: FeatureHead) -> None:
     """Prompts of several lengths together are each as alone, also where some end early."""
     prompts, view, limit = PROMPTS, View("streaming", 16), 30
-    together = head_pair(target, head, prompts, view, limit + 5)
+    together = head_pair(target, new_head, prompts, view, limit + 5)
     texts = plain_tokens(together.pair, limit)
     eos = frozenset({texts[0][6], texts[2][14]})
     rows = rounds_of(together.pair, 4, limit, eos, source=together.source())
     for row, one in enumerate(prompts):
-        alone = head_pair(target, head, [one], view, limit + 5)
+        alone = head_pair(target, new_head, [one], view, limit + 5)
         assert rounds_of(alone.pair, 4, limit, eos, source=alone.source()) == [rows[row]]
 
 
 @torch.no_grad()
-def test_a_source_that_is_used_again_begins_anew(target: PreTrainedModel, head: FeatureHead) -> None:
-    both = head_pair(target, head, PROMPTS[:2], View("streaming", 16), 30)
+def test_a_source_that_is_used_again_begins_anew(target: PreTrainedModel, new_head: FeatureHead) -> None:
+    both = head_pair(target, new_head, PROMPTS[:2], View("streaming", 16), 30)
     source = both.source()
     first, again = (rounds_of(both.pair, 4, 24, source=source) for _ in range(2))
     assert first == again == rounds_of(both.pair, 4, 24, source=both.source())
@@ -118,10 +124,10 @@ def test_compiled_steps_are_the_plain_ones(target: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_drafting_that_stops_when_unsure(target: PreTrainedModel, head: FeatureHead) -> None:
+def test_drafting_that_stops_when_unsure(target: PreTrainedModel, new_head: FeatureHead) -> None:
     limit, lengths = 30, set()
     tokens, view = PROMPTS[3], View("chunk_topk", 16)
-    both = head_pair(target, head, [tokens], view, limit + 6)
+    both = head_pair(target, new_head, [tokens], view, limit + 6)
     (plain,) = plain_tokens(both.pair, limit)
     for threshold in (0.0, 0.3, 0.7, 0.99):
         (rounds,) = rounds_of(both.pair, 6, limit, source=both.source(threshold))
@@ -130,8 +136,8 @@ def test_drafting_that_stops_when_unsure(target: PreTrainedModel, head: FeatureH
         large = both.pair.target.model
         _, _, features = large.read(torch.cat([tokens, torch.tensor([plain[:-1]])], 1), [])
         assert features is not None
-        kept = head.prefix(tokens, features[:, :49], [(49, view)])
-        told = tell_chains(head, kept, plain, features[0, 48:-1], 6, surely=True)
+        kept = new_head.prefix(tokens, features[:, :49], [(49, view)])
+        told = tell_chains(new_head, kept, plain, features[0, 48:-1], 6, surely=True)
         stops = [[sure < threshold for sure in chain] for chain in told.sure[0]]
         replayed = replay.rounds(told.match[0], plain, 6, limit, False, stops if threshold else None)
         for ours, theirs in zip(replayed, rounds, strict=True):
@@ -141,12 +147,12 @@ def test_drafting_that_stops_when_unsure(target: PreTrainedModel, head: FeatureH
 
 
 @torch.no_grad()
-def test_sampling_has_the_targets_law(target: PreTrainedModel, head: FeatureHead) -> None:
+def test_sampling_has_the_targets_law(target: PreTrainedModel, new_head: FeatureHead) -> None:
     """The first three tokens of many samples, with speculation and without: a chi-square test of the second
     and third, at one part in ten thousand."""
     count, rows, limit = 1800, 300, 4
     tokens, view = PROMPTS[2], View("streaming", 16)
-    both = head_pair(target, head, [tokens] * rows, view, limit + 3)
+    both = head_pair(target, new_head, [tokens] * rows, view, limit + 3)
     seen: dict[str, Counter[tuple[int, ...]]] = {"plain": Counter(), "drafted": Counter()}
     firsts = both.pair.firsts
     for turn in range(count // rows):
@@ -170,10 +176,10 @@ def test_sampling_has_the_targets_law(target: PreTrainedModel, head: FeatureHead
 
 
 @torch.no_grad()
-def test_expected_rounds_of_samples_are_their_means(target: PreTrainedModel, head: FeatureHead) -> None:
+def test_expected_rounds_of_samples_are_their_means(target: PreTrainedModel, new_head: FeatureHead) -> None:
     """Replay's estimate over sampled texts against decoding that samples: tokens a round, within 6 %."""
     rows, limit, gamma, tokens, view = 200, 20, 3, PROMPTS[2], View("streaming", 16)
-    both = head_pair(target, head, [tokens] * rows, view, limit + gamma)
+    both = head_pair(target, new_head, [tokens] * rows, view, limit + gamma)
     sampler = Chance(0.7, 1).sampler([str(row) for row in range(rows)])
     rounds = rounds_of(both.pair, gamma, limit, sampler=sampler, source=both.source())
     decoded = Counts.pooled([Counts.of(row, gamma) for row in rounds])
@@ -186,9 +192,9 @@ def test_expected_rounds_of_samples_are_their_means(target: PreTrainedModel, hea
         text = [first, *(noted.token for noted in column)]
         _, _, features = large.read(torch.cat([tokens, torch.tensor([text[:-1]])], 1), [])
         assert features is not None
-        kept = head.prefix(tokens, features[:, :44], [(44, view)])
+        kept = new_head.prefix(tokens, features[:, :44], [(44, view)])
         log_probs = [0.0, *(noted.log_prob for noted in column)]
-        told = tell_chains(head, kept, text, features[0, 43:-1], gamma, 0.7, log_probs)
+        told = tell_chains(new_head, kept, text, features[0, 43:-1], gamma, 0.7, log_probs)
         assert told.chances is not None
         expected += replay.expect(told.chances, gamma, limit, False)
     pooled = Counts.pooled(expected)
