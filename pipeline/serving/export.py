@@ -39,7 +39,7 @@ def export_for(
 
     Args:
         drafter: a folder that training made.
-        target_layers: of a head's target, where the head names the layers that it reads.
+        target_layers: how many a head's target has; they decide which of them an engine reads by itself.
         window: W, the most entries that the drafter sees; None is all of them.
         sinks: how many of them are the first ones.
 
@@ -51,21 +51,21 @@ def export_for(
     if output.exists():
         raise BadData(f"{output} is there already: name a new folder")
     check_window(engine, window, sinks)
-    given = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if is_head(drafter):
-        config = head_fields(given, engine, target_layers)
-        save_file(head_tensors(drafter, given), temporary / WEIGHTS, {"format": "pt"})
-    else:
-        config = given
-        shutil.copytree(drafter, temporary, ignore=shutil.ignore_patterns("README.md"), dirs_exist_ok=True)
+    given, head = json.loads((drafter / "config.json").read_text(encoding="utf-8")), is_head(drafter)
+    config = head_fields(given, engine, target_layers) if head else given
     if window is not None and engine == "vllm":  # a bare `sliding_window` does nothing for a Llama
         layers = ["sliding_attention"] * config["num_hidden_layers"]
         config = config | {"layer_types": layers, "sliding_window": window}
+    tensors = head_tensors(drafter, given) if head else {}
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if head:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
+    else:
+        shutil.copytree(drafter, temporary, ignore=shutil.ignore_patterns("README.md"))
     write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-    command = command_line(engine, is_head(drafter), output, window, sinks)
+    command = command_line(engine, head, output, window, sinks)
     write_text(temporary / "README.md", card(engine, drafter, command, window, sinks))
     temporary.rename(output)
     return command

@@ -80,10 +80,8 @@ class ChainedViews(MultiView):
     def validate(self, model: Any) -> dict[str, float]:
         """Replayed acceptance on the validation prompts, by budget."""
         budgets, gamma = self.config.train.validation_budgets, self.config.train.validation_gamma
-        views, head = (
-            [view_of(self.variant.policy, budget, self.variant.sinks) for budget in budgets],
-            getattr(model, "module", model),
-        )
+        views = [view_of(self.variant.policy, budget, self.variant.sinks) for budget in budgets]
+        head = getattr(model, "module", model)
         counts: list[list[Counts]] = [[] for _ in budgets]
         for number, (prompt, continuation) in enumerate(self.validation):
             if len(continuation.tokens) < 2:
