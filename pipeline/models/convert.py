@@ -126,9 +126,11 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with a pickle. torch's own text goes on to advise running the code that it holds."""
-    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return reason.split("\n")[0].split(". Please")[0][:200] or type(error).__name__
+    """What is wrong with a pickle, without torch's advice to run the code that it holds."""
+    said = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+    advice = ("Weights only load failed", "Check the documentation")
+    reasons = [line.strip() for line in said if line.strip() and not line.startswith(advice)]
+    return reasons[0].split(". Please")[0][:200] if reasons else type(error).__name__
 
 
 def pickled_files(folder: Path) -> list[Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,12 +208,29 @@ def test_a_half_precision_checkpoint_stays_one(tmp_path: Path) -> None:
 
 
 class Harmful:
+    """Code that a pickle would run."""
+
+    def __init__(self, function: Callable[..., Any], argument: str) -> None:
+        self.code = function, (argument,)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("code ran",)
+        return self.code
 
 
-def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = pickled(tmp_path / "old", tiny("llama"), lambda _: {"model.norm.weight": Harmful()})
-    with pytest.raises(BadData, match="Unsupported global: GLOBAL print"):
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (os.mkdir, "Trying to load unsupported GLOBAL posix.mkdir whose module posix is blocked"),
+        (shutil.rmtree, "Unsupported global: GLOBAL shutil.rmtree was not an allowed global by default"),
+    ],
+)
+def test_a_pickle_with_code_is_refused(tmp_path: Path, function: Callable[..., Any], named: str) -> None:
+    folder = tmp_path / "touched"
+    if function is shutil.rmtree:
+        folder.mkdir()
+    harmful = Harmful(function, str(folder))
+    source = pickled(tmp_path / "old", tiny("llama"), lambda _: {"model.norm.weight": harmful})
+    before = folder.exists()
+    with pytest.raises(BadData, match=f"not a whole checkpoint of tensors: {re.escape(named)}"):
         convert(source, tmp_path / "new")
-    assert "code ran" not in capsys.readouterr().out and not (tmp_path / "new").exists()
+    assert folder.exists() == before and not (tmp_path / "new").exists()

@@ -25,7 +25,16 @@ from tests.helpers.training import CPU
 
 LENGTH, WINDOW, WINDOWS = 96, 12, 2
 LENGTHS = (40, 40, 33, 40, 57)
+ASKING = {
+    "kind": "text",
+    "name": "code",
+    "files": ["stdlib"],
+    "ask": "What is this?\n\n{text}",
+    "training_prompts": {40: len(LENGTHS)},
+}
 CONFIG = {
+    "data.sources": [ASKING],
+    "data.sequence_tokens": LENGTH,
     "labels.top_k": 5,
     "labels.batch_sequences": 4,
     "train.window_tokens": WINDOW,
