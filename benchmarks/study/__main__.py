@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.study import checks as checked
 from benchmarks.study import tables
-from benchmarks.study.runs import CONFIGS, study
+from benchmarks.study.runs import CONFIGS, FOLDER, study
 from pipeline.store import layout
 from pipeline.store.files import write_text
 from pipeline.store.layout import SUMMARY
@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="fields of every config, such as run.executor=inline")
     given = parser.parse_args()
-    studies = {name: study(name, given.storage, given.overrides) for name in CONFIGS}
+    studies = {name: study(Path(FOLDER) / f"{name}.yaml", given.storage, given.overrides) for name in CONFIGS}
     checks = [
         *checked.own_checks(studies["table-1"]),
         *checked.headline_checks(studies["table-1"].summary.families, tables.PAPER),

@@ -1,4 +1,4 @@
-"""The runs of conf/paper-small: made stage by stage, read back, and what their manifests say of them."""
+"""The runs of a study: made stage by stage, read back, and what their manifests say of them."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ class Study:
         return [self.swept.parent / f"drafter-{name}-{made}" for name, made in drafters.items()]
 
 
-def study(name: str, storage: str, overrides: Sequence[str]) -> Study:
+def study(file: Path, storage: str, overrides: Sequence[str]) -> Study:
     """Run what is not complete of a config, each stage in a process of its own, and read the results."""
-    file = Path(FOLDER) / f"{name}.yaml"
     given = [*overrides, f"storage={json.dumps(storage)}"]
     for stage in ("teach", "train", "sweep"):
         subprocess.run([sys.executable, "-m", "jobs", stage, str(file), *given], check=True)
@@ -86,15 +85,16 @@ def commits(studies: Mapping[str, Study]) -> dict[str, str]:
     by_stage: dict[str, set[str]] = defaultdict(set)
     for run in studies.values():
         target = manifest(run.taught)["inputs"]["target"]
+        pretrained = run.swept.parent / f"pretrain-target-{target}"
         folders = {
-            "pretrain": [run.swept.parent / f"pretrain-target-{target}"],
+            "pretrain": [pretrained] if pretrained.exists() else [],
             "teach": [run.taught],
             "train": run.trained,
             "sweep": [run.swept],
         }
         for stage, made in folders.items():
             by_stage[stage] |= {commit_of(manifest(folder)["provenance"]) for folder in made}
-    return {stage: ", ".join(sorted(made)) for stage, made in by_stage.items()}
+    return {stage: ", ".join(sorted(made)) for stage, made in by_stage.items() if made}
 
 
 def commit_of(provenance: Mapping[str, Any]) -> str:

@@ -151,10 +151,15 @@ class Coverage(Row):
 
 
 class Check(Row):
-    """A goal: the value that was reached, the target in words, and whether it was met."""
+    """A goal: the value that was reached, the target in words, and whether it was met (None: not measured).
+
+    `low` and `high` are the value's 95 % interval, where it has one.
+    """
 
     row: str
     value: float | None
+    low: float | None = None
+    high: float | None = None
     target: str
     met: bool | None
     note: str = ""

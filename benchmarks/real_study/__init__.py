@@ -1,0 +1,1 @@
+"""A study of a real target, from its config to its page."""

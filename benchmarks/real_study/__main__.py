@@ -1,0 +1,103 @@
+"""A study of a real target: run its config, then write its page, its figures and `summary.json` with checks.
+
+    python -m benchmarks.real_study conf/smollm2/study.yaml --output docs/results/smollm2 \\
+        --costs docs/results/real.json
+
+What is complete in the storage is reused, so that a second call only writes. Every figure comes from the
+report of the run; nothing is typed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from benchmarks.page_parts import check_table
+from benchmarks.real_study import tables
+from benchmarks.real_study.checks import all_checks
+from benchmarks.study import speed as speeds
+from benchmarks.study.runs import Study, commits, study
+from pipeline.results.summary import Check
+from pipeline.store import layout
+from pipeline.store.files import write_text
+from pipeline.store.layout import SUMMARY
+from pipeline.store.provenance import provenance
+
+FIGURES = {"acceptance": "acceptance_by_budget_chunk_topk", "speed": "speedup_by_gamma"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real_study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--costs", type=Path, help="rows of `python -m benchmarks --only real`, for the checks"
+    )
+    parser.add_argument("overrides", nargs="*", help="fields of the config, such as data.root=DIR")
+    given = parser.parse_args(arguments)
+    run = study(given.config, given.storage, given.overrides)
+    checks = all_checks(run, given.costs)
+    given.output.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for name, figure in FIGURES.items():
+        source = run.report / layout.FIGURES / f"{figure}.png"
+        if source.exists():
+            shutil.copyfile(source, given.output / f"{name}.png")
+            drawn[name] = f"{name}.png"
+    write_text(given.output / "README.md", page(run, checks, given.config, given.output, drawn))
+    write_text(given.output / SUMMARY, short_summary(run, checks))
+    print(given.output)
+
+
+def page(run: Study, checks: list[Check], file: Path, output: Path, figures: dict[str, str]) -> str:
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("benchmarks.real_study", "."), undefined=jinja2.StrictUndefined
+    ).get_template("page.md.j2")
+    config = run.config
+    return (
+        template.render(
+            config=config,
+            file=file,
+            output=output,
+            made=provenance(),
+            commits=commits({run.config.name: run}),
+            checks=check_table([check.model_dump() for check in checks]),
+            gamma=tables.leading_gamma(run),
+            smallest=tables.smallest(run),
+            costs=tables.costs(run),
+            looping=tables.looping_table(run),
+            headline=tables.headline_table(run),
+            headline_words=tables.headline_words(run),
+            grids=[(tables.when(t), tables.grid_table(run, t)) for t in config.sweep.temperatures],
+            context_use=tables.context_table(run),
+            ar=speeds.ar_table(run.summary.ar_tokens_per_s),
+            measured=speeds.measured_table(run.cells),
+            advice=tables.advice_table(run),
+            figures=figures,
+        )
+        + "\n"
+    )
+
+
+def short_summary(run: Study, checks: list[Check]) -> str:
+    """The run's summary with the checks; of γ only the one of the page, and six digits of every figure."""
+    summary, gamma = run.summary.model_dump(mode="json"), tables.leading_gamma(run)
+    for name in ("acceptance", "headline", "families", "controls"):
+        summary[name] = [row for row in summary[name] if row["cell"]["gamma"] == gamma]
+    content = {**summary, "checks": [check.model_dump() for check in checks]}
+    short = json.loads(json.dumps(content), parse_float=lambda x: round(float(x), 6))
+    return json.dumps(short, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    main()
