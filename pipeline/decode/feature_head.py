@@ -18,37 +18,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.axes import FULL, View
+from pipeline.axes import View
 from pipeline.decode.lean import Lean, LeanLayer, fuse
-from pipeline.decode.model import DecodeModel
 from pipeline.decode.products import choose_forms
 from pipeline.decode.runner import Runner, compiled
 from pipeline.decode.sampling import Rule, Sampler
 from pipeline.decode.sources import ModelDrafts, Proposals
-from pipeline.errors import BadData
-from pipeline.kv.slot_cache import Geometry, SlotCache, slots_for
+from pipeline.decode.target_reader import TargetReader
+from pipeline.kv.slot_cache import Geometry, SlotCache
 from pipeline.kv.views import PrefixView
 from pipeline.models.draft_vocabulary import among_all
 from pipeline.models.heads.eagle import FeatureHead
 
 
 class LeanHead(Lean):
-    """A head over a target that decodes beside it; `prefill` has the target read the prompt.
+    """A head over a target that decodes beside it; `prefill` has the target read the prompt, or finds that it
+    has done so for another head or before: then reading is the head's own alone.
 
     Raises:
         BadData: if the target already gives other features, to another head.
     """
 
-    def __init__(self, module: FeatureHead, target: DecodeModel) -> None:
+    def __init__(self, module: FeatureHead, reader: TargetReader) -> None:
         config, layer = module.config, module.midlayer
-        wanted = tuple(config.feature_layers)
-        if target.feature_layers not in ((), wanted):
-            raise BadData(
-                f"the head {module.name_or_path!r} reads features of layers {list(wanted)}, and another of "
-                f"{list(target.feature_layers)}: heads that are evaluated together need the same"
-            )
-        target.feature_layers = wanted
-        self.module, self.target = module, target
+        reader.give(config.feature_layers, module.name_or_path)
+        self.module, self.reader = module, reader
         self.name = module.name_or_path or "head"
         self.num_tokens = module.whole_tokens
         self.feature_layers: tuple[int, ...] = ()
@@ -73,7 +67,6 @@ class LeanHead(Lean):
         self.hidden_norm, self.norm = layer.hidden_norm.weight.detach(), module.norm.weight.detach()
         products = (self.layer.query_key_value, self.layer.output, self.layer.gate_up, self.layer.down)
         choose_forms([self.fc, self.head, *products])
-        self.read_last: tuple[Tensor, PrefixView, Tensor, Tensor] | None = None
 
     def fuse(self, features: Tensor) -> Tensor:
         """As `FeatureHead.fuse`."""
@@ -106,41 +99,18 @@ class LeanHead(Lean):
         return among_all(self.head(hidden), self.draft_tokens, self.num_tokens)
 
     def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
-        """The views' slots, and the target's logits. The features of the prompt that was read last are
-        remembered: reading it again is the head's own reading, as where the target has read it anyway."""
+        """The views' slots, and the target's logits."""
         return self.read(tokens_BS, cuts)[:2]
 
     @torch.no_grad()
     def read(
         self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
     ) -> tuple[list[PrefixView], Tensor, Tensor | None]:
-        _, _, logits_BV, features_BSF = self.target_read(tokens_BS)
+        logits_BV, features_BSF = self.reader.read(tokens_BS)
         views = self.module.prefix(tokens_BS, features_BSF.to(self.module.dtype), cuts)
         for view in views:
             view.last = features_BSF[:, view.prefix_tokens]
         return views, logits_BV, features_BSF
-
-    def target_read(self, tokens_BS: Tensor) -> tuple[Tensor, PrefixView, Tensor, Tensor]:
-        """The tokens, the target's whole view of them, its logits behind them, and its features of them."""
-        if self.read_last is None or not torch.equal(self.read_last[0], tokens_BS):
-            self.read_last = None  # a prompt at a time
-            (view,), logits_BV, features_BSF = self.target.read(tokens_BS, [(tokens_BS.shape[1], FULL)])
-            assert features_BSF is not None
-            self.read_last = (tokens_BS, view, logits_BV, features_BSF)
-        return self.read_last
-
-    @torch.no_grad()
-    def text_features(self, tokens_1S: Tensor, continuation: Sequence[int]) -> Tensor:
-        """[Q, F] the target's features of the token before each of the first Q = M - 1 of a continuation."""
-        _, view, _, features_1SF = self.target_read(tokens_1S)
-        count = len(continuation) - 1
-        runner = Runner(self.target, 1, slots_for(tokens_1S.shape[1]), count, "none")
-        runner.cache.load([view])
-        tokens_1Q = torch.tensor([continuation[:-1]], device=tokens_1S.device)
-        step_B = torch.zeros(1, dtype=torch.long, device=tokens_1S.device)
-        _, read_1QF = self.target.hidden_and_features(tokens_1Q, step_B, runner.cache)
-        assert read_1QF is not None
-        return torch.cat([features_1SF[0, -1:], read_1QF[0, :-1]])
 
     def hidden(self, tokens_BQ: Tensor, step_B: Tensor, cache: SlotCache) -> Tensor:
         raise AssertionError("a head reads features beside its tokens")
@@ -236,7 +206,7 @@ class HeadDrafts(ModelDrafts):
         self.round: tuple[Tensor, Tensor, Tensor] | None = None
         self.last_BF = last_BF
         assert isinstance(runner.model, LeanHead)
-        runner.model.read_last = None  # the target's whole view of a prompt is for reading, not for drafting
+        runner.model.reader.drop_view()
 
     def propose(
         self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]

@@ -21,6 +21,7 @@ from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Compile, Runners
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
+from pipeline.decode.target_reader import TargetReader
 from pipeline.errors import BadData
 from pipeline.kv.policies import WINDOW
 from pipeline.kv.views import view_of
@@ -200,7 +201,7 @@ def load_pair(
     large, limits = decode_model(model, prefill_chunk), {"target": limits_of_loaded(model)}
     small: DecodeModel
     if is_head(model_folder(drafter)):  # it turns positions as its target does
-        small = LeanHead(load_head(drafter, model, pick_device(device)), large)
+        small = LeanHead(load_head(drafter, model, pick_device(device)), TargetReader(large))
     else:
         other = load_model(drafter, num_tokens, pick_device(device))
         share_frozen(other, [model])

@@ -25,6 +25,7 @@ from pipeline.decode.bench import Bench
 from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
+from pipeline.decode.target_reader import TargetReader
 from pipeline.models.generation import stop_tokens
 from pipeline.models.heads.load import load_head
 from pipeline.models.layers import share_frozen
@@ -132,12 +133,17 @@ class Evaluator:
         """Loaded on first use: replay of trained drafters does not need it, but for heads."""
         return self.load(self.target_ref)
 
+    @cached_property
+    def reader(self) -> TargetReader:
+        """What heads read is read once for all of them."""
+        return TargetReader(self.target[1])
+
     def contender(self, drafter: Drafter) -> Contender:
         if drafter.ref is None:
             return Contender(drafter, None, None)
         if drafter.kind == "head":
             head = load_head(drafter.ref, self.target[0], self.device)
-            return Contender(drafter, head, LeanHead(head, self.target[1]))
+            return Contender(drafter, head, LeanHead(head, self.reader))
         pair = self.target if drafter.role == "target" else self.load(drafter.ref)
         return Contender(drafter, *pair)
 

@@ -49,7 +49,7 @@ class PromptReplay:
         if not continuations:
             return  # the prefill's token ended the text: there is nothing to draft
         views, of_prompt = views_of(self.sweep, self.drafter), self.views.of(prompt)
-        # Before another prompt is read: what the target knows of this one is then at hand.
+        # Before another prompt is read: the target's view of this one is then at hand.
         features = [self.views.features(prompt, continuation) for continuation in continuations]
         partner = None
         if any(view.control == "other_prompt" for view in views):
@@ -191,11 +191,11 @@ class PromptViews:
         return self.recent[key]
 
     def features(self, prompt: Prompt, continuation: Continuation) -> torch.Tensor | None:
-        """[Q, F] what a head reads along a continuation of the prompt that was read last; else None."""
+        """[Q, F] what a head reads along a continuation of a prompt; None for other drafters."""
         if not isinstance(self.model, LeanHead):
             return None
         tokens_1S = torch.tensor([prompt.tokens], device=self.model.geometry.device)
-        return self.model.text_features(tokens_1S, continuation.tokens)
+        return self.model.reader.text_features(tokens_1S, continuation.tokens)
 
     def partner(self, prompt: Prompt) -> Prompt | None:
         """The next prompt of the file from another document that is as long or longer, cut to this length.

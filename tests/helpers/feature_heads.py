@@ -14,6 +14,7 @@ from pipeline.axes import FULL, View
 from pipeline.decode.feature_head import HeadDrafts, LeanHead
 from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Compile, Runner
+from pipeline.decode.target_reader import TargetReader
 from pipeline.kv.slot_cache import slots_for
 from pipeline.kv.view_cache import ATTENTION
 from pipeline.models.build import prepare_model
@@ -99,7 +100,7 @@ def head_pair(
 ) -> HeadPair:
     """One row for each prompt [1, S]."""
     large = decode_model(target)
-    small = LeanHead(head, large)
+    small = LeanHead(head, TargetReader(large))
     full, kept, firsts = [], [], []
     for prompt in prompts:
         (whole,), logits = large.prefill(prompt, [(prompt.shape[1], FULL)])

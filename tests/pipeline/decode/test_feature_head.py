@@ -13,14 +13,11 @@ from transformers import PreTrainedModel
 from pipeline.axes import View
 from pipeline.decode import replay
 from pipeline.decode.chain_replay import tell_chains
-from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.loop import autoregressive_noted
 from pipeline.decode.model import decode_model
 from pipeline.decode.sampling import Chance
-from pipeline.errors import BadData
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
-from pipeline.models.heads.begin import head_of
 from pipeline.models.heads.eagle import FeatureHead
 from tests.helpers.feature_heads import OPTIONS, head_pair, prompt, six_layers, trained_head
 from tests.helpers.pairs import NEVER, plain_tokens, rounds_of, tokens_of
@@ -199,10 +196,3 @@ def test_expected_rounds_of_samples_are_their_means(target: PreTrainedModel, new
         expected += replay.expect(told.chances, gamma, limit, False)
     pooled = Counts.pooled(expected)
     assert pooled.tau == pytest.approx(decoded.tau, rel=0.06)
-
-
-def test_heads_of_one_target_need_the_same_features(target: PreTrainedModel) -> None:
-    large = decode_model(target)
-    LeanHead(head_of(target, torch.arange(20), [1, 2, 3]), large)
-    with pytest.raises(BadData, match=r"\[2, 3, 4\].*\[1, 2, 3\]"):
-        LeanHead(head_of(target, torch.arange(20), [2, 3, 4]), large)
