@@ -32,8 +32,8 @@ Exit codes:
   3    bad data: an input is missing or cannot be used
   4    incomplete: some work failed or diverged, a disk is full, MLflow is out of reach; what is done is
        kept, and the same command does the rest (doctor: a check failed)
-  5    gate: the candidate is worse than what is tolerated
-  6    gate: not enough evidence
+  5    gate, check-server: worse than what is tolerated
+  6    gate, check-server: not enough evidence
   130  interrupted (Ctrl-C); the same command resumes
   143  terminated (SIGTERM); the same command resumes
 """

@@ -1,4 +1,4 @@
-"""Commands for what serves a drafter: export."""
+"""Commands for what serves a drafter: export, check-server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.cli.app import app
+from jobs.cli.app import app, set_up_logging
 
 
 @app.command("export", short_help="Write a drafter as vLLM or SGLang loads it.")
@@ -35,3 +35,45 @@ def export_drafter(
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise BadData(f"--target {target}: it holds no config.json of a model ({error!r})") from error
     typer.echo(export_for(drafter, output, engine, layers, window, sinks))
+
+
+@app.command("check-server", short_help="Compare what a server accepts with what replay promised.")
+def check_a_server(
+    url: Annotated[str, typer.Argument(metavar="URL", help="An OpenAI-compatible server that speculates.")],
+    results: Annotated[
+        Path, typer.Option(metavar="REPORT", help="Report folder of a finished run, or its summary.json.")
+    ],
+    gamma: Annotated[int, typer.Option(min=1, max=128, help="Tokens that it drafts per round.")],
+    drafter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What it drafts with; default: the run's last drafter."),
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Entries that it sees; default: all.")] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="How many of them are the first ones.")] = 0,
+    plain: Annotated[
+        str | None, typer.Option(metavar="URL", help="A server of the same target without speculation.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Of each data set and context.")] = 8,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="How much less acceptance is tolerated, as a share.")
+    ] = 0.02,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 600.0,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where check.json, check.md and check.png go.")
+    ] = Path("check"),
+) -> None:
+    """Send a run's prompts to a server; compare acceptance with replay. Exit code 5: fail, 6: not known."""
+    set_up_logging()
+    from jobs.commands.check_server import JSON, check_server, served_view
+    from jobs.registry.gate import EXIT_CODES
+    from pipeline.gate.evidence import open_results
+    from pipeline.serving.client import Server
+
+    found = open_results(results, drafter)
+    view = served_view(window, sinks)
+    servers = Server(url, model, limit), Server(plain, model, limit) if plain else None
+    check = check_server(*servers, found, view, gamma, prompts, margin, output)
+    typer.echo("\n".join([check.verdict.replace("_", " "), *check.reasons]), err=True)
+    typer.echo((output / JSON).resolve())
+    raise typer.Exit(EXIT_CODES[check.verdict])
