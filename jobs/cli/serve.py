@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.cli.app import app, set_up_logging
+from jobs.cli.registry import LOCAL, TrackingOption
 
 
 @app.command("export", short_help="Write a drafter as vLLM or SGLang loads it.")
@@ -53,7 +54,10 @@ def check_a_server(
     plain: Annotated[
         str | None, typer.Option(metavar="URL", help="A server of the same target without speculation.")
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
+    served_as: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The server's name of the model; default: its only one."),
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Of each data set and context.")] = 8,
     margin: Annotated[
         float, typer.Option(min=0, max=1, help="How much less acceptance is tolerated, as a share.")
@@ -62,18 +66,28 @@ def check_a_server(
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where check.json, check.md and check.png go.")
     ] = Path("check"),
+    registered: Annotated[
+        str | None,
+        typer.Option(metavar="REFERENCE", help="The drafter in the registry, to keep this with it."),
+    ] = None,
+    tracking_uri: TrackingOption = LOCAL,
 ) -> None:
     """Send a run's prompts to a server; compare acceptance with replay. Exit code 5: fail, 6: not known."""
     set_up_logging()
     from jobs.commands.check_server import JSON, check_server, served_view
     from jobs.registry.gate import EXIT_CODES
+    from jobs.registry.served import attach
+    from jobs.registry.versions import resolve
     from pipeline.gate.evidence import open_results
     from pipeline.serving.client import Server
 
     found = open_results(results, drafter)
     view = served_view(window, sinks)
-    servers = Server(url, model, limit), Server(plain, model, limit) if plain else None
+    servers = Server(url, served_as, limit), Server(plain, served_as, limit) if plain else None
+    version = resolve(tracking_uri, None, registered) if registered else None
     check = check_server(*servers, found, view, gamma, prompts, margin, output)
+    if version is not None:
+        typer.echo(f"{version} has it under {attach(version, check, output)}", err=True)
     typer.echo("\n".join([check.verdict.replace("_", " "), *check.reasons]), err=True)
     typer.echo((output / JSON).resolve())
     raise typer.Exit(EXIT_CODES[check.verdict])

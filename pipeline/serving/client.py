@@ -98,7 +98,7 @@ class Server:
     def only_model(self) -> str:
         names = [str(one["id"]) for one in self.get("/v1/models").json()["data"]]
         if len(names) != 1:
-            raise BadData(f"{self.url} serves {', '.join(names) or 'no model'}: name one with --model")
+            raise BadData(f"{self.url} serves {', '.join(names) or 'no model'}: name one with --served-as")
         return names[0]
 
     def get(self, path: str) -> requests.Response:

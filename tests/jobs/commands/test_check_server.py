@@ -199,7 +199,7 @@ def test_a_server_that_is_not_there_and_one_of_several_models(fake: Making) -> N
     with pytest.raises(Incomplete, match="does not answer"):
         Server("http://127.0.0.1:9/v1")
     with serving(fake(models=("a", "b"))) as server:
-        with pytest.raises(BadData, match="serves a, b: name one with --model"):
+        with pytest.raises(BadData, match="serves a, b: name one with --served-as"):
             Server(server.url)
         assert Server(f"{server.url}/v1/", "b").model == "b"
 

@@ -23,10 +23,13 @@ from typer.testing import CliRunner
 from jobs.cli.main import app
 from jobs.executors.ray_job import JOB_CONFIG
 from jobs.registry import register as registering
+from jobs.registry.served import attach
 from jobs.registry.versions import Version, evidence_of, pull, resolve
 from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData, Incomplete
 from pipeline.gate.evidence import read_evidence
+from pipeline.intervals import Interval
+from pipeline.serving.served import ServerCheck
 from tests.helpers.clock import patience
 from tests.helpers.mlflow_server import free_port
 from tests.helpers.paths import ROOT
@@ -364,3 +367,30 @@ def test_a_drafter_that_is_not_evaluated_cannot_be_registered(corpus: Path, tmp_
 
     with pytest.raises(ValidationError, match=r"evaluated \['multi_view'\]"):
         toy_config(corpus, tmp_path, change)
+
+
+# ── what is added to a version ────────────────────────────────────────────────────────────────────
+
+
+def test_a_check_of_a_server_is_kept_with_the_version(done: Done, tmp_path: Path) -> None:
+    half = Interval(0.5, 0.4, 0.6)
+    check = ServerCheck(
+        verdict="pass", reasons=["fine"], url="http://x", plain_url=None, model="m", drafter="multi_view",
+        view="full", gamma=4, margin=0.02, served=half, replayed=half, difference=Interval(0.0, -0.01, 0.01),
+        by_position=[], tokens_per_s=30.5, plain_tokens_per_s=None, speedup=None, prompts=[],
+    )  # fmt: skip
+    for name in ("check.json", "check.md", "check.png"):
+        (tmp_path / name).write_text(name)
+    version = resolve(done.uri, MODEL, "1")
+    place = attach(version, check, tmp_path)
+    client = done.mlflow()
+    kept = [file.path for file in client.list_artifacts(version.run_id, place)]
+    assert kept == [f"{place}/{name}" for name in ("check.json", "check.md", "check.png")]
+    metrics = client.get_run(version.run_id).data.metrics
+    served = {name: value for name, value in metrics.items() if name.startswith("served/")}
+    assert served == {
+        "served/acceptance": 0.5, "served/replayed_acceptance": 0.5, "served/difference": 0.0,
+        "served/tokens_per_s": 30.5,
+    }  # fmt: skip
+    assert resolve(done.uri, MODEL, "1").tags["served"] == "pass"
+    client.delete_model_version_tag(MODEL, "1", "served")
