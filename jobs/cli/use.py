@@ -114,11 +114,15 @@ def recommend_cell(
     min_acceptance: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Least share of proposals that are accepted.")
     ] = None,
+    engine: Annotated[
+        Literal["vllm", "sglang"] | None,
+        typer.Option("--for", help="Of what this engine can serve alone, with its flags."),
+    ] = None,
 ) -> None:
     """What to deploy at a context, with the expected speedup, or why not to speculate there."""
     from jobs.commands.recommend import advise
 
-    for line in advise(results, context, dataset, memory_gb, concurrency, min_acceptance):
+    for line in advise(results, context, dataset, memory_gb, concurrency, min_acceptance, engine):
         typer.echo(line)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.axes import Place
+from pipeline.axes import MODEL_FREE, Place
 from pipeline.errors import BadData
 from pipeline.results.recommend import (
     Choice,
@@ -18,6 +19,7 @@ from pipeline.results.recommend import (
     settings_text,
 )
 from pipeline.results.summary import Summary, read_summary
+from pipeline.serving.flags import NAMES, Engine, lacks, of_cell
 from pipeline.store.files import read_rows
 from pipeline.store.layout import AGAIN, CELLS, RUN_OFF, SUMMARY
 from pipeline.store.rows import CellRow
@@ -31,11 +33,13 @@ def advise(
     memory_gb: float | None,
     concurrency: int,
     min_acceptance: float | None,
+    engine: Engine | None = None,
 ) -> Iterator[str]:
     """Lines of text: for every data set what to deploy at a context, or why not to speculate.
 
     Args:
         results: `summary.json`, or the report folder that holds it.
+        engine: take cells alone that this engine can serve, and give its flags.
 
     Raises:
         BadData: if the results lack what is asked: the context, the data set, speeds, sizes.
@@ -69,9 +73,18 @@ def advise(
         if cell.cell.context == context and dataset in (None, cell.cell.dataset)
     }
     for place in (Place(name, context) for name in sorted(swept)):
-        advice = recommend(place, here.get(place, []), summary.least_documents, needs, sizes)
+        ranking = here.get(place, [])
+        advice = recommend(place, servable(engine, ranking), summary.least_documents, needs, sizes)
         yield from lines(advice, needs, sizes, place)
+        if engine:
+            yield from engine_lines(engine, advice, ranking)
+            yield from context_lines(engine, place, ranked, summary, needs, sizes)
     yield "This is for greedy decoding."
+    if engine:
+        yield (
+            f"Speedups are of this project's engine: {NAMES[engine]}'s steps cost otherwise. "
+            "`budgetdraft check-server` says what it accepts."
+        )
     yield "Speedups are those of decoding: both prefills are left out, and *end to end* has them in it."
     yield "Memory is that of weights and KV: working memory (activations, logits) is not in it."
     if concurrency > 1:
@@ -83,6 +96,55 @@ def advise(
         yield (
             "Speeds were taken of prompts decoded alone: decoded together, verification costs more and "
             "speculation gains less."
+        )
+
+
+def servable(engine: Engine | None, ranking: Sequence[Choice]) -> list[Choice]:
+    return [choice for choice in ranking if engine is None or not lacks(engine, choice.cell)]
+
+
+def engine_lines(engine: Engine, advice: Recommendation, ranking: Sequence[Choice]) -> Iterator[str]:
+    """The engine's flags for what is recommended, and what was left out for it."""
+    reasons = [why for choice in ranking if (why := lacks(engine, choice.cell))]
+    for why in dict.fromkeys(reasons):
+        yield f"  {'out':<8}{reasons.count(why)} measured cells: {why}"
+    if advice.choice is None:
+        return
+    cell = advice.choice.cell
+    yield f"  {'flags':<8}{of_cell(engine, cell, 'EXPORTED')}"
+    if cell.drafter not in MODEL_FREE:
+        window = "" if cell.budget == "full" else f" --window {cell.budget} --sinks {cell.view.sinks or 0}"
+        target = " --target TARGET" if cell.kind == "head" else ""
+        command = f"budgetdraft export DRAFTER EXPORTED --for {engine}{window}{target}"
+        yield f"  {'':<8}EXPORTED is made by: {command}"
+
+
+def context_lines(
+    engine: Engine,
+    place: Place,
+    ranked: Mapping[Place, Sequence[Choice]],
+    summary: Summary,
+    needs: Needs,
+    sizes: Sizes,
+) -> Iterator[str]:
+    """At which of the measured contexts to speculate and with which γ. By batch size nothing is known: an
+    engine drafts γ tokens at every size unless it is told otherwise."""
+    said = []
+    for name, tokens in summary.contexts.items():
+        here = servable(engine, ranked.get(Place(place.dataset, name), []))
+        if not here:
+            continue
+        at = replace(needs, prompt_tokens=tokens)
+        choice = recommend(Place(place.dataset, name), here, summary.least_documents, at, sizes).choice
+        said.append(f"{name}: " + (f"γ = {choice.cell.gamma}" if choice else "off"))
+    if len(said) > 1:
+        yield f"  {'by':<8}context, measured: {'; '.join(said)}"
+    together = sorted({choice.prompts_together for choice in ranked.get(place, [])})
+    if together:
+        sizes_text = ", ".join(map(str, together))
+        yield (
+            f"  {'':<8}batch size: measured at {sizes_text} alone, so no schedule of γ; a study with other "
+            "sweep.measure.prompts_together tells when to turn it off"
         )
 
 

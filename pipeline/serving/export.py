@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +21,9 @@ from pipeline.models.draft_vocabulary import FILE as DRAFT_VOCABULARY
 from pipeline.models.draft_vocabulary import read_draft_tokens
 from pipeline.models.heads.begin import default_layers
 from pipeline.models.heads.load import is_head
+from pipeline.serving.flags import NAMES, Engine, speculation
 from pipeline.store.files import write_text
 
-Engine = Literal["vllm", "sglang"]
 WEIGHTS = "model.safetensors"
 
 
@@ -148,33 +148,15 @@ def head_tensors(drafter: Path, given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def command_line(engine: Engine, head: bool, output: Path, window: int | None, sinks: int) -> str:
     """How the engine is started with the target and this folder; γ is for the user to choose."""
-    if engine == "sglang":
-        kind = "EAGLE3" if head else "STANDALONE"
-        flags = (
-            f" --speculative-draft-window-size {window} --speculative-draft-sink-size {sinks}"
-            if window
-            else ""
-        )
-        return (
-            f"python -m sglang.launch_server --model-path TARGET --speculative-algorithm {kind} "
-            f"--speculative-draft-model-path {output} --speculative-num-steps 3 --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens 4{flags if window else ''}"
-        )
-    method = {
-        "method": "eagle3" if head else "draft_model",
-        "model": str(output),
-        "num_speculative_tokens": 3,
-    }
-    # With the manager a windowed draft model was seen to change the target's text; a windowed head was not.
-    switch = " --disable-hybrid-kv-cache-manager" if window and not head else ""
-    return (
-        "python -m vllm.entrypoints.openai.api_server --model TARGET "
-        f"--speculative-config '{json.dumps(method)}'{switch}"
-    )
+    program = {
+        "vllm": "python -m vllm.entrypoints.openai.api_server --model TARGET",
+        "sglang": "python -m sglang.launch_server --model-path TARGET",
+    }[engine]
+    return f"{program} {speculation(engine, 'head' if head else 'lm', 3, str(output), window, sinks)}"
 
 
 def card(engine: Engine, drafter: Path, command: str, window: int | None, sinks: int) -> str:
-    name = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
+    name = NAMES[engine]
     seen = "the whole cache" if window is None else f"a window of {window} entries, {sinks} of them the first"
     tokens = read_draft_tokens(drafter)
     size = "" if tokens is None or is_head(drafter) else (

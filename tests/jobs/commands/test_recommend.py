@@ -15,6 +15,7 @@ from jobs.tracking.store import Run, Store
 from jobs.tracking.tracker import Tracker
 from pipeline.errors import BadData
 from pipeline.results.summary import Summary
+from pipeline.serving.flags import Engine
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import CellRow, PromptRow
 from tests.helpers.configs import MINIMAL
@@ -98,6 +99,64 @@ def test_batches_and_differing_texts_are_said(tmp_path: Path) -> None:
     assert "Speeds were taken of up to 2 prompts decoded together." in text
     assert "tales, 64:\n  do not speculate here: no cell was measured" in text
     assert "decoded alone" not in "\n".join(advise(folder, 64, None, None, 4, None))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two contexts: at the first a window, the full cache and chunks pay, at the second nothing does."""
+    cells: list[tuple[dict[str, Any], float]] = [
+        ({"policy": "chunk_topk", "budget": 16}, 1.0),
+        ({"policy": "window", "budget": 32, "sinks": 0}, 1.5),
+        ({"policy": "window", "budget": 32, "sinks": 4, "gamma": 2}, 1.2),
+        ({"policy": "chunk_topk", "budget": "full", "gamma": 2}, 2.0),
+    ]
+    rows = [
+        varied(measured(prompt=n, decode_s=[s, s]), kind="head", **cell)
+        for cell, s in cells
+        for n in range(12)
+    ]
+    rows += [measured(prompt=n, context="128", budget="full", decode_s=[4.0, 4.0]) for n in range(12)]
+    storage = tmp_path_factory.mktemp("served")
+    contexts = [{"name": "64", "tokens": 64}, {"name": "128", "tokens": 128}]
+    prepare, teach, sweep = artifacts(storage, rows, [])
+    given = config(storage, data={**MINIMAL["data"], "contexts": contexts})
+    return report(given, ReportInputs(prepare, teach, sweep, stages=[])).path
+
+
+@pytest.mark.parametrize(
+    ("engine", "deploy", "flags", "out"),
+    [
+        (
+            "vllm",
+            "window, B = 32, γ = 4: 2.00×",
+            '--speculative-config \'{"method": "eagle3", "model": "EXPORTED", "num_speculative_tokens": 4}\'',
+            "vLLM has windows without sinks",
+        ),
+        (
+            "sglang",
+            "window, B = 32, γ = 2: 2.50×",
+            "--speculative-algorithm EAGLE3 --speculative-draft-model-path EXPORTED "
+            "--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3 "
+            "--speculative-draft-window-size 32 --speculative-draft-sink-size 4",
+            "SGLang has windows and the full cache, and no chunk_topk",
+        ),
+    ],
+)
+def test_an_engine_gets_flags_for_the_best_cell_that_it_can_serve(
+    served: Path, engine: Engine, deploy: str, flags: str, out: str
+) -> None:
+    text = list(advise(served, 64, None, None, 1, None, engine))
+    assert text[1].startswith(f"  deploy  full_only, {deploy}")
+    assert f"  flags   {flags}" in text
+    assert f"  out     1 measured cells: {out}" in text
+    sinks = 0 if engine == "vllm" else 4
+    wanted = f"budgetdraft export DRAFTER EXPORTED --for {engine} --window 32 --sinks {sinks} --target TARGET"
+    assert any(line.endswith(wanted) for line in text)
+    gamma = 4 if engine == "vllm" else 2
+    assert f"  by      context, measured: 64: γ = {gamma}; 128: off" in text
+    assert any("measured at 1 alone, so no schedule" in line for line in text)
+    assert next(iter(advise(served, 64, None, None, 1, None)))  # without an engine
+    assert "chunk_topk, B = 16" in list(advise(served, 64, None, None, 1, None))[1]
 
 
 def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
