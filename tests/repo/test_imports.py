@@ -21,7 +21,7 @@ from tests.helpers.paths import ROOT
 PACKAGES = ("kernels", "pipeline", "jobs")
 
 # Where the distribution's name is not the module's.
-MODULE_OF = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
+MODULE_OF = {"prometheus-client": "prometheus_client", "huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
 # Modules of distributions that come with a dependency, released together with it.
 COMES_ALONG = {"pydantic_core"}
 # Library → the files that may import it, as patterns.
