@@ -22,6 +22,7 @@ from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.report.published import CAVEAT, ar_beside, published_beside
 from pipeline.results.axes import Axes
+from pipeline.results.brief import answers
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import Estimate, Summary
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow
@@ -91,6 +92,7 @@ def render(inputs: PageInputs) -> str:
         contexts=config.data.contexts,
         max_new_tokens=config.data.max_new_tokens,
         summary=inputs.summary,
+        answers=answers(inputs.summary, inputs.cells),
         gains=[gain for gain in gains if gain.cell.gamma == axes.gamma],
         other_gains=[gain for gain in gains if gain.cell.gamma != axes.gamma],
         families=[gain for gain in families if gain.cell.gamma == axes.gamma],
