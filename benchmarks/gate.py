@@ -1,4 +1,4 @@
-"""How often the gate errs, by resampling real rows: `multi_view` against `full_only` of the demo.
+"""How often the gate errs, by resampling real rows: `multi_view` against `full_only` of the quickstart.
 
 A trial draws documents with replacement and asks the gate for its verdict. The documents are first given a
 known true difference, with all their spread and the ties between budgets kept:
@@ -36,7 +36,7 @@ World = Callable[[Floats, np.random.Generator], Floats]
 
 
 def gate_rows(storage: str, trials: int = TRIALS) -> list[Row]:
-    """All rows; runs the demo into `storage` first if it is not there."""
+    """All rows; runs the quickstart into `storage` first if it is not there."""
     from jobs.stages.pipeline import run_pipeline
     from pipeline.config.files import load_config
 

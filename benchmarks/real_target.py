@@ -1,4 +1,4 @@
-"""A real target on a CPU: SmolLM2-135M of `make smollm2`, and drafters of its own layers.
+"""A real target on a CPU: SmolLM2-135M of `make demo`, and drafters of its own layers.
 
 What a step costs decides whether speculation pays, so these rows are costs: autoregressive decoding against
 Hugging Face and against the memory's speed, verification and draft steps against an autoregressive step.
