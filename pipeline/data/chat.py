@@ -14,6 +14,7 @@ from pipeline.errors import BadData
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CALLS = "tool_calls"  # of a message
 MARK = "\ue000\ue001\ue000"  # for private use: in no text and no template
 
 
@@ -41,8 +42,28 @@ def render(
     """A chat as text, up to where the assistant's answer begins.
 
     Raises:
-        BadData: if the template refuses it; names the row.
+        BadData: if the template refuses it, or leaves out its tools or its calls of them; names the row.
     """
+    text = rendered(tokenizer, messages, tools, source, where)
+    calls = any(message.get(CALLS) for message in messages)
+    without = [{name: part for name, part in message.items() if name != CALLS} for message in messages]
+    for field, there, rest, others in (("tools", tools, messages, None), (CALLS, calls, without, tools)):
+        # A template that cannot do without the field does say it.
+        if there and same_text(tokenizer, rest, others, text):
+            raise BadData(
+                f"source {source!r}: the tokenizer's chat template leaves out `{field}` of {where}: take the "
+                "field out of the row, or take a model whose template has it"
+            )
+    return text
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    source: str,
+    where: str,
+) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -54,6 +75,19 @@ def render(
             f"source {source!r}: the tokenizer's chat template refuses {where}: "
             f"{' '.join(str(error).split())[:200]}. Change this row, or take it out"
         ) from error
+
+
+def same_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    text: str,
+) -> bool:
+    """Whether this chat reads as `text`; one that the template refuses does not."""
+    try:
+        return rendered(tokenizer, messages, tools, "", "") == text
+    except BadData:
+        return False
 
 
 def sides_in_chat(

@@ -31,6 +31,7 @@ PARTS = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}</s>{% endfor %}"
 )
+PLAIN = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"  # as SmolLM2's
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "id": "1", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
 
@@ -142,6 +143,24 @@ def test_all_of_a_chat_reaches_the_template(tmp_path: Path, chat: Any, row: dict
     )
     assert rendered(tmp_path, chat, row) == [expected]
     assert len(expected) > 20
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (asked(say("What time is it?"), tools=TOOLS), "tools"),
+        (asked(say("Time?"), say("", "assistant", tool_calls=[CALL]), say("12:00", "tool")), "tool_calls"),
+    ],
+)
+def test_a_template_that_leaves_out_a_part_is_refused_by_row_and_field(
+    tmp_path: Path, chat: Any, row: dict[str, Any], field: str
+):
+    chat.chat_template = PLAIN
+    with pytest.raises(BadData, match=rf"leaves out `{field}` of .*p\.jsonl:1: take the field out"):
+        rendered(tmp_path, chat, row)
+    del row[field if field == "tools" else "messages"]
+    row.setdefault("messages", [say("Time?"), say("", "assistant", tool_calls=None)])
+    assert rendered(tmp_path, chat, row), "empty fields are no parts"
 
 
 def test_parts_of_content_are_one_text(tmp_path: Path, chat: Any):

@@ -37,8 +37,7 @@ def test_where_it_pays_and_where_it_does_not(tmp_path: Path) -> None:
         "Not for tales at 64 (the best is 0.75× [0.75, 0.75])."
     )
     assert (
-        what
-        == "The drafter full_only behind 16 prefix entries (chunk_topk), 4 tokens a round: code at 64."
+        what == "The drafter full_only behind 16 prefix entries (chunk_topk), 4 tokens a round: code at 64."
     )
     assert why.startswith("24 of 24 measured texts are the target's own, token for token. Replay counted as")
     assert "over at least 6 documents a place, measured once" in why
