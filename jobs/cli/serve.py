@@ -76,18 +76,20 @@ def check_a_server(
     set_up_logging()
     from jobs.commands.check_server import JSON, check_server, served_view
     from jobs.registry.gate import EXIT_CODES
-    from jobs.registry.served import attach
+    from jobs.registry.served import attach, must_be_of
     from jobs.registry.versions import resolve
     from pipeline.gate.evidence import open_results
     from pipeline.serving.client import Server
 
     found = open_results(results, drafter)
     view = served_view(window, sinks)
-    servers = Server(url, served_as, limit), Server(plain, served_as, limit) if plain else None
     version = resolve(tracking_uri, None, registered) if registered else None
+    if version is not None:
+        must_be_of(version, found)
+    servers = Server(url, served_as, limit), Server(plain, None, limit) if plain else None
     check = check_server(*servers, found, view, gamma, prompts, margin, output)
+    typer.echo("\n".join([check.verdict.replace("_", " "), *check.reasons]), err=True)
     if version is not None:
         typer.echo(f"{version} has it under {attach(version, check, output)}", err=True)
-    typer.echo("\n".join([check.verdict.replace("_", " "), *check.reasons]), err=True)
     typer.echo((output / JSON).resolve())
     raise typer.Exit(EXIT_CODES[check.verdict])

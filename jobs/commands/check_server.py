@@ -20,16 +20,16 @@ from pipeline.kv.views import view_of
 from pipeline.markdown import table
 from pipeline.observe.progress import progress
 from pipeline.serving.client import Server
-from pipeline.serving.served import (
-    Promise,
+from pipeline.serving.judged import (
     ServerCheck,
-    ask_one,
     by_position,
+    comparable,
     difference_of,
     judge,
     share,
     speeds,
 )
+from pipeline.serving.served import Promise, ServedPrompt, ask
 from pipeline.store.files import atomic_path, read_rows, write_json, write_text
 from pipeline.store.layout import CONTINUATIONS, PROMPTS
 from pipeline.store.rows import Continuation, Prompt, PromptRow
@@ -58,18 +58,21 @@ def check_server(
         margin: how much less acceptance than promised is tolerated, as a share.
 
     Raises:
-        BadData: if the run has no such cell, or the server drafts more tokens a round.
+        BadData: if the run has no such cell.
     """
     promises = promises_of(results, view, gamma, prompts)
     log.info("check-server: %d prompts, one after the other, to %s", len(promises), server.url)
     told = []
     with progress(len(promises), "ask") as bar:
         for promise in promises:
-            told.append(ask_one(promise, server, plain, gamma))
+            told.append(ask(promise, server, plain))
             bar.update()
-    verdict, reasons = judge(told, margin, results.summary.least_documents)
-    counted = [prompt for prompt in told if prompt.told_by]
-    proposed = [prompt for prompt in counted if prompt.proposed]
+    verdict, reasons = judge(told, gamma, margin, results.summary.least_documents)
+    counted = comparable(told)
+
+    def promised(prompt: ServedPrompt) -> tuple[float, float]:
+        return sum(prompt.replayed_at), gamma * prompt.replayed_rounds
+
     with_it, without, ratio = speeds(told)
     check = ServerCheck(
         verdict=verdict,
@@ -78,12 +81,12 @@ def check_server(
         plain_url=plain.url if plain else None,
         model=server.model,
         drafter=results.name,
-        view=view.name,
+        view=view_text(view),
         gamma=gamma,
         margin=margin,
-        served=share(proposed, lambda p: (p.accepted, p.proposed)) if proposed else None,
-        replayed=share(counted, lambda p: (p.replayed_accepted, p.replayed_proposed)) if counted else None,
-        difference=difference_of(counted),
+        served=share(counted, lambda p: (sum(p.accepted_at), gamma * p.rounds)) if counted else None,
+        replayed=share(counted, promised) if counted else None,
+        difference=difference_of(counted, gamma) if counted else None,
         by_position=by_position(counted, gamma),
         tokens_per_s=with_it,
         plain_tokens_per_s=without,
@@ -105,6 +108,10 @@ def served_view(window: int | None, sinks: int) -> View:
     return FULL if window is None else view_of("window", window, sinks)
 
 
+def view_text(view: View) -> str:
+    return f"{view.name} with {view.sinks} sinks" if view.sinks else view.name
+
+
 def promises_of(results: Results, view: View, gamma: int, prompts: int) -> list[Promise]:
     """The first prompts of every place that were replayed in this cell, greedily, behind their own context.
 
@@ -118,9 +125,9 @@ def promises_of(results: Results, view: View, gamma: int, prompts: int) -> list[
             if (cell.drafter, row.mode, cell.control, cell.threshold) == (results.name, "replay", None, 0.0):
                 cells[cell.view.kept, cell.gamma][row.prompt_id] = row
     if (view.kept, gamma) not in cells:
-        there = ", ".join(sorted(f"{behind.name} at γ = {of}" for behind, of in cells))
+        there = ", ".join(sorted(f"{view_text(behind)} at γ = {of}" for behind, of in cells))
         raise BadData(
-            f"{results.report.path} has no replay of {results.name} behind {view.name} at γ = {gamma}; "
+            f"{results.report.path} has no replay of {results.name} behind {view_text(view)} at γ = {gamma}; "
             f"there are {there or 'none of it'}"
         )
     return list(with_texts(results, cells[view.kept, gamma], prompts))
@@ -152,11 +159,11 @@ def markdown(check: ServerCheck) -> str:
     lines = [head, "", what, "", *(f"- {reason}" for reason in check.reasons), ""]
     if check.by_position:
         rows: list[list[object]] = [
-            ["all", text_of(check.served), text_of(check.replayed)],
-            *([p.position, text_of(p.served), text_of(p.replayed)] for p in check.by_position),
+            ["all", percent_of(check.served), percent_of(check.replayed)],
+            *([p.position, percent_of(p.served), percent_of(p.replayed)] for p in check.by_position),
         ]
         lines += [
-            "Acceptance in percent; at a position, acceptances ÷ rounds:",
+            "Acceptances in percent of γ × rounds; at a position, of rounds:",
             "",
             table(["position", "served", "replayed"], rows),
             "",
@@ -169,7 +176,8 @@ def markdown(check: ServerCheck) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text_of(interval: Interval | None) -> str:
+def percent_of(interval: Interval | None) -> str:
+    """In percent, with its interval."""
     if interval is None:
         return ""
     return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

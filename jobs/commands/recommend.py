@@ -74,16 +74,23 @@ def advise(
     }
     for place in (Place(name, context) for name in sorted(swept)):
         ranking = here.get(place, [])
-        advice = recommend(place, servable(engine, ranking), summary.least_documents, needs, sizes)
+        able = servable(engine, ranking)
+        if engine and ranking and not able:
+            yield f"{place.dataset}, {place.context}:"
+            yield f"  nothing that was measured can be served by {NAMES[engine]}"
+            yield from engine_lines(engine, None, ranking)
+            continue
+        advice = recommend(place, able, summary.least_documents, needs, sizes)
         yield from lines(advice, needs, sizes, place)
         if engine:
-            yield from engine_lines(engine, advice, ranking)
-            yield from context_lines(engine, place, ranked, summary, needs, sizes)
+            yield from engine_lines(engine, advice.choice, ranking)
+            if advice.choice:
+                yield from context_lines(advice.choice, place, ranked, summary, needs, sizes)
     yield "This is for greedy decoding."
     if engine:
         yield (
-            f"Speedups are of this project's engine: {NAMES[engine]}'s steps cost otherwise. "
-            "`budgetdraft check-server` says what it accepts."
+            f"Speedups are of this project's engine: {NAMES[engine]}'s steps cost otherwise. What it accepts "
+            "of a trained drafter's tokens `budgetdraft check-server` tells."
         )
     yield "Speedups are those of decoding: both prefills are left out, and *end to end* has them in it."
     yield "Memory is that of weights and KV: working memory (activations, logits) is not in it."
@@ -103,14 +110,14 @@ def servable(engine: Engine | None, ranking: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in ranking if engine is None or not lacks(engine, choice.cell)]
 
 
-def engine_lines(engine: Engine, advice: Recommendation, ranking: Sequence[Choice]) -> Iterator[str]:
+def engine_lines(engine: Engine, chosen: Choice | None, ranking: Sequence[Choice]) -> Iterator[str]:
     """The engine's flags for what is recommended, and what was left out for it."""
     reasons = [why for choice in ranking if (why := lacks(engine, choice.cell))]
     for why in dict.fromkeys(reasons):
         yield f"  {'out':<8}{reasons.count(why)} measured cells: {why}"
-    if advice.choice is None:
+    if chosen is None:
         return
-    cell = advice.choice.cell
+    cell = chosen.cell
     yield f"  {'flags':<8}{of_cell(engine, cell, 'EXPORTED')}"
     if cell.drafter not in MODEL_FREE:
         window = "" if cell.budget == "full" else f" --window {cell.budget} --sinks {cell.view.sinks or 0}"
@@ -120,32 +127,42 @@ def engine_lines(engine: Engine, advice: Recommendation, ranking: Sequence[Choic
 
 
 def context_lines(
-    engine: Engine,
+    chosen: Choice,
     place: Place,
     ranked: Mapping[Place, Sequence[Choice]],
     summary: Summary,
     needs: Needs,
     sizes: Sizes,
 ) -> Iterator[str]:
-    """At which of the measured contexts to speculate and with which γ. By batch size nothing is known: an
-    engine drafts γ tokens at every size unless it is told otherwise."""
+    """At which measured contexts the recommended drafter, behind its view, should draft, and how much.
+
+    A server has one drafter and one view; γ can be changed, and speculation turned off.
+    """
     said = []
     for name, tokens in summary.contexts.items():
-        here = servable(engine, ranked.get(Place(place.dataset, name), []))
-        if not here:
-            continue
+        here = [
+            choice for choice in ranked.get(Place(place.dataset, name), []) if same_server(choice, chosen)
+        ]
         at = replace(needs, prompt_tokens=tokens)
-        choice = recommend(Place(place.dataset, name), here, summary.least_documents, at, sizes).choice
-        said.append(f"{name}: " + (f"γ = {choice.cell.gamma}" if choice else "off"))
+        advice = recommend(Place(place.dataset, name), here, summary.least_documents, at, sizes)
+        if advice.choice:
+            said.append(f"{name}: γ = {advice.choice.cell.gamma}")
+        else:
+            known = here and advice.runner_up and advice.why.startswith("do not speculate")
+            said.append(f"{name}: {'off' if known else 'not known'}")
     if len(said) > 1:
         yield f"  {'by':<8}context, measured: {'; '.join(said)}"
     together = sorted({choice.prompts_together for choice in ranked.get(place, [])})
-    if together:
-        sizes_text = ", ".join(map(str, together))
-        yield (
-            f"  {'':<8}batch size: measured at {sizes_text} alone, so no schedule of γ; a study with other "
-            "sweep.measure.prompts_together tells when to turn it off"
-        )
+    measured = ", ".join(map(str, together))
+    yield (
+        f"  {'':<8}batch size: measured at {measured} alone, so no schedule of γ; a study with other "
+        "sweep.measure.prompts_together tells when to turn it off"
+    )
+
+
+def same_server(choice: Choice, chosen: Choice) -> bool:
+    one, two = choice.cell, chosen.cell
+    return (one.drafter, one.view.kept, one.threshold) == (two.drafter, two.view.kept, two.threshold)
 
 
 def why_none(cells: Sequence[CellRow], context: str, dataset: str | None) -> str:

@@ -6,9 +6,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.registry.versions import Version, registry
-from pipeline.serving.served import ServerCheck
+from pipeline.errors import BadData
+from pipeline.gate.evidence import Results
+from pipeline.serving.judged import ServerCheck
 
 SERVED = "served"  # folder of artifacts, prefix of metrics, and tag of the version
+
+
+def must_be_of(version: Version, results: Results) -> None:
+    """Raises BadData if a version is another drafter than the one of these results."""
+    if version.tags.get("drafter_artifact") != results.drafter.fingerprint:
+        raise BadData(
+            f"{version} is {version.tags.get('drafter')} of another training than {results.name} of "
+            f"{results.report.path}: name the version that came of it"
+        )
 
 
 def attach(version: Version, check: ServerCheck, folder: Path) -> str:

@@ -206,7 +206,7 @@ class HeadDrafts(ModelDrafts):
         self.round: tuple[Tensor, Tensor, Tensor] | None = None
         self.last_BF = last_BF
         assert isinstance(runner.model, LeanHead)
-        runner.model.reader.drop_view()
+        runner.model.reader.forget()
 
     def propose(
         self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]

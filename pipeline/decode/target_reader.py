@@ -18,7 +18,7 @@ from pipeline.errors import BadData
 from pipeline.kv.slot_cache import slots_for
 from pipeline.kv.views import PrefixView
 
-HELD_BYTES = 2**29  # of features; what was read first is dropped first
+HELD_BYTES = 2**29  # of features, of prompts and of texts; what was read first is dropped first
 
 
 class Reading(NamedTuple):
@@ -29,9 +29,8 @@ class Reading(NamedTuple):
 
 
 class TargetReader:
-    """A target that reads each prompt once, whichever heads ask; the whole view of the last one is kept too.
-
-    Its memory is the features' of some prompts, and the KV of one batch of them until `drop_view`.
+    """A target that remembers what it read, for whichever heads ask: each prompt is read once as long as all
+    of them fit into `HELD_BYTES`. The whole view of the last one is kept beside, for reading on behind it.
     """
 
     def __init__(self, target: DecodeModel) -> None:
@@ -64,11 +63,20 @@ class TargetReader:
         assert features_BSF is not None
         reading = Reading(logits_BV, features_BSF)
         self.last, self.held[key] = (key, view), reading
-        while len(self.held) > 1 and sum(r.features_BSF.nbytes for r in self.held.values()) > HELD_BYTES:
+        self.make_room()
+        return reading, view
+
+    def make_room(self) -> None:
+        """Drop the oldest prompts and their texts; the last prompt stays whatever its size."""
+        while len(self.held) > 1 and self.num_bytes > HELD_BYTES:
             dropped = next(iter(self.held))
             del self.held[dropped]
             self.texts = {text: read for text, read in self.texts.items() if text[0] != dropped}
-        return reading, view
+
+    @property
+    def num_bytes(self) -> int:
+        prompts = sum(reading.features_BSF.nbytes for reading in self.held.values())
+        return prompts + sum(features.nbytes for features in self.texts.values())
 
     @torch.no_grad()
     def text_features(self, tokens_1S: Tensor, continuation: Sequence[int]) -> Tensor:
@@ -86,12 +94,17 @@ class TargetReader:
             step_B = torch.zeros(1, dtype=torch.long, device=tokens_1S.device)
             _, read_1QF = self.target.hidden_and_features(tokens_1Q, step_B, runner.cache)
             assert read_1QF is not None
-            self.texts[text] = torch.cat([reading.features_BSF[0, -1:], read_1QF[0, :-1]])
+            features_QF = torch.cat([reading.features_BSF[0, -1:], read_1QF[0, :-1]])
+            self.texts[text] = features_QF
+            self.make_room()
+            return features_QF
         return self.texts[text]
 
-    def drop_view(self) -> None:
-        """Free the whole view: it is for reading on behind a prompt, not for drafting."""
+    def forget(self) -> None:
+        """Free everything: what was read is for reading on, not for drafting."""
         self.last = None
+        self.held.clear()
+        self.texts.clear()
 
 
 def key_of(tokens_BS: Tensor) -> bytes:

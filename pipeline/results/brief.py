@@ -27,24 +27,25 @@ def answers(summary: Summary, cells: Sequence[CellRow]) -> list[Answer]:
 
 
 def worth(summary: Summary) -> str:
-    advised = [advice for advice in summary.recommendations if advice.choice]
     if not summary.recommendations:
         return "Nothing was timed, so this says how often proposals are accepted and not what that is worth."
-    yes = [f"{where(advice)} ({times(advice.choice.expected)})" for advice in advised if advice.choice]
-    no = [f"{where(advice)} ({reason(advice)})" for advice in summary.recommendations if not advice.choice]
+    yes, no, unknown = [], [], []
+    for advice in summary.recommendations:
+        if advice.choice:
+            yes.append(f"{where(advice)} ({times(advice.choice.expected)})")
+        elif advice.why.startswith("do not speculate"):
+            best = f" (the best is {times(advice.runner_up.expected)})" if advice.runner_up else ""
+            no.append(f"{where(advice)}{best}")
+        else:
+            unknown.append(f"{where(advice)} ({advice.why.partition(':')[0].partition(' (')[0]})")
     said = []
     if yes:
         said.append(f"Yes for {', '.join(yes)}: so many times as fast as autoregressive decoding.")
     if no:
         said.append(f"{'Not' if yes else 'No, not'} for {', '.join(no)}.")
+    if unknown:
+        said.append(f"Not known for {', '.join(unknown)}.")
     return " ".join(said)
-
-
-def reason(advice: Recommendation) -> str:
-    """Of a place where nothing is recommended."""
-    best = advice.runner_up
-    few = "too few documents to say, " if advice.why.startswith("too few documents") else ""
-    return f"{few}the best is {times(best.expected)}" if best else advice.why
 
 
 def with_what(advised: Sequence[Recommendation]) -> str:
@@ -53,9 +54,10 @@ def with_what(advised: Sequence[Recommendation]) -> str:
     for advice in advised:
         if advice.choice:
             by_settings.setdefault(source_text(advice.choice), []).append(where(advice))
-    if not by_settings:
-        return "With none of what was tried."
-    return ". ".join(f"{text}: {', '.join(places)}" for text, places in by_settings.items()) + "."
+    if by_settings:
+        return ". ".join(f"{text}: {', '.join(places)}" for text, places in by_settings.items()) + "."
+    known = any(advice.why.startswith("do not speculate") for advice in advised)
+    return "With none of what was timed." if known else "That is not known."
 
 
 def source_text(choice: Choice) -> str:
@@ -92,7 +94,8 @@ def why(summary: Summary, cells: Sequence[CellRow]) -> str:
             texts[row.cell.place] = max(texts.get(row.cell.place, (0, 0)), here)
     prompts, looping = sum(count for count, _ in texts.values()), sum(loops for _, loops in texts.values())
     if prompts:
-        said.append(f"Of {prompts} greedy texts {looping} loop, which flatters every drafter.")
+        flattery = ", which flatters every drafter" if looping else ""
+        said.append(f"Of {prompts} greedy texts {looping} loop{flattery}.")
     return " ".join(said) or "There are no rows yet."
 
 

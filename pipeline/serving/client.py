@@ -1,6 +1,7 @@
 """A client of an OpenAI-compatible server: completions with their clock, and what the server says of drafts.
 
-Nothing is sent anywhere but to the server's own address: no proxies, no redirects.
+Nothing is sent anywhere but to the server's own address: no proxies, no redirects. Whatever a server answers
+that is not as it should be becomes one of two errors, both of which name the server.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +23,12 @@ ROUNDS, PROPOSED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_draft_to
 ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos"
 TOKENS = ("vllm:generation_tokens", "sglang:generation_tokens")
 SETTLED_S = 2.0  # within which the counters of a request that has ended are up to date
+# Greedy, whatever the model's generation_config.json says: vLLM would take penalties from it.
+GREEDY = {"temperature": 0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Refused(BadData):
-    """A request that the server did not take; the text has its words."""
+    """A request that the server did not take, or an answer that is none; the text has its words."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class Reply:
     drafted: Drafted | None = None
 
     @property
-    def seconds_a_token(self) -> float | None:
-        behind = self.num_tokens - self.first_tokens
-        return self.decode_s / behind if behind > 0 else None
+    def decoded(self) -> int:
+        """Tokens that came after the first ones, in `decode_s`."""
+        return max(0, self.num_tokens - self.first_tokens)
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,6 @@ class Scrape:
     proposed: float | None = None
     accepted_at: dict[int, float] = field(default_factory=dict)
     tokens: float | None = None
-
-    @property
-    def speculates(self) -> bool:
-        return self.rounds is not None and self.proposed is not None
 
 
 class Server:
@@ -96,7 +96,9 @@ class Server:
         self.model = model or self.only_model()
 
     def only_model(self) -> str:
-        names = [str(one["id"]) for one in self.get("/v1/models").json()["data"]]
+        answer = self.get("/v1/models")
+        with self.understood():
+            names = [str(one["id"]) for one in answer.json()["data"]]
         if len(names) != 1:
             raise BadData(f"{self.url} serves {', '.join(names) or 'no model'}: name one with --served-as")
         return names[0]
@@ -110,6 +112,16 @@ class Server:
             raise Incomplete(f"{self.url}{path} answers {answer.status_code}: {answer.text[:200]}")
         return answer
 
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Turns what reading an odd answer raises into `Refused`."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, BadData):
+                raise
+            raise Refused(f"{self.url} answers what is not understood ({error!r:.200})") from error
+
     def scrape(self) -> Scrape | None:
         """The counters of the metrics page; None where there is no such page."""
         try:
@@ -118,23 +130,26 @@ class Server:
             return None
         sums: dict[str, float] = {}
         accepted_at: dict[int, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name = sample.name.removesuffix("_total")
-                if name == ACCEPTED_AT and "position" in sample.labels:
-                    position = int(sample.labels["position"])
-                    accepted_at[position] = accepted_at.get(position, 0.0) + sample.value
-                elif name in (ROUNDS, PROPOSED, *TOKENS):
-                    sums[name] = sums.get(name, 0.0) + sample.value
+        try:
+            samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+        except ValueError:  # another page
+            return None
+        for sample in samples:
+            name = sample.name.removesuffix("_total")
+            if name == ACCEPTED_AT and sample.labels.get("position", "").isdecimal():
+                position = int(sample.labels["position"])
+                accepted_at[position] = accepted_at.get(position, 0.0) + sample.value
+            elif name in (ROUNDS, PROPOSED, *TOKENS):
+                sums[name] = sums.get(name, 0.0) + sample.value
         tokens = next((sums[name] for name in TOKENS if name in sums), None)
         return Scrape(sums.get(ROUNDS), sums.get(PROPOSED), accepted_at, tokens)
 
-    def settled(self, before: Scrape | None, num_tokens: int) -> Scrape | None:
+    def settled(self, before: Scrape, num_tokens: int) -> Scrape | None:
         """A later look, once the counters have the tokens of the request in between, or after seconds."""
         ends = time.perf_counter() + SETTLED_S
         while True:
             after = self.scrape()
-            if before is None or after is None or before.tokens is None or after.tokens is None:
+            if after is None or before.tokens is None or after.tokens is None:
                 return after
             if after.tokens - before.tokens >= num_tokens or time.perf_counter() > ends:
                 return after
@@ -148,28 +163,28 @@ class Server:
             Incomplete: if it is too slow, or ends in the middle.
         """
         asked = {
-            "model": self.model, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0,
-            "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True,
+            "model": self.model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True,
+            "stream_options": {"include_usage": True}, "return_token_ids": True, **GREEDY,
         }  # fmt: skip
         reply, began, last = Reply(), time.perf_counter(), 0.0
         usage: dict[str, Any] = {}
-        for event in self.events(asked, began):
-            usage = event.get("usage") or usage
-            told = (event.get("metrics") or {}).get("speculative_decoding")
-            reply.drafted = drafted_of(told) if told else reply.drafted
-            for choice in event.get("choices", [])[:1]:
-                ids = choice.get("token_ids")
-                if not (choice.get("text") or ids):
-                    continue
-                last = time.perf_counter() - began
-                if not reply.first_s:
-                    reply.first_s, reply.first_tokens = last, len(ids) if ids else 1
-                reply.text += choice.get("text") or ""
-                if ids:
-                    reply.tokens = [*(reply.tokens or []), *ids]
-        reply.decode_s = last - reply.first_s
-        reply.num_tokens = int(usage.get("completion_tokens") or len(reply.tokens or []))
-        read = usage.get("prompt_tokens")
+        with self.understood():
+            for event in self.events(asked, began):
+                usage = event.get("usage") or usage
+                told = (event.get("metrics") or {}).get("speculative_decoding")
+                reply.drafted = drafted_of(told) if told else reply.drafted
+                for choice in (event.get("choices") or [])[:1]:
+                    text, ids = choice.get("text") or "", list(choice.get("token_ids") or [])
+                    if not (text or ids):
+                        continue
+                    last = time.perf_counter() - began
+                    if not reply.first_s:
+                        reply.first_s, reply.first_tokens = last, len(ids) or 1
+                    reply.text += text
+                    reply.tokens = [*(reply.tokens or []), *ids] if ids else reply.tokens
+            reply.decode_s = max(0.0, last - reply.first_s)
+            reply.num_tokens = int(usage.get("completion_tokens") or len(reply.tokens or []))
+            read = usage.get("prompt_tokens")
         if read is not None and read != len(prompt):
             raise Refused(
                 f"{self.url} read {read} tokens of a prompt of {len(prompt)}: it does not take token ids, or "
@@ -220,18 +235,21 @@ def drafted_of(told: dict[str, Any]) -> Drafted:
 
 
 def between(before: Scrape, after: Scrape, num_tokens: int) -> tuple[Drafted | None, str]:
-    """What a request added to a server's counters; or None, and why they say nothing of it."""
-    if not (before.speculates and after.speculates):
+    """What a request of so many tokens added to a server's counters; or None, and why they do not say."""
+    if None in (before.rounds, before.proposed, after.rounds, after.proposed):
         return None, "the metrics page has no counters of drafts"
-    assert before.rounds is not None and after.rounds is not None
-    assert before.proposed is not None and after.proposed is not None
     positions = sorted(after.accepted_at)
     accepted_at = [after.accepted_at[at] - before.accepted_at.get(at, 0.0) for at in positions]
-    rounds, proposed = after.rounds - before.rounds, after.proposed - before.proposed
+    rounds = (after.rounds or 0.0) - (before.rounds or 0.0)
+    proposed = (after.proposed or 0.0) - (before.proposed or 0.0)
     if min(rounds, proposed, *accepted_at, 0.0) < 0:
         return None, "the server's counters restarted"
-    if before.tokens is not None and after.tokens is not None and after.tokens - before.tokens > num_tokens:
+    if before.tokens is None or after.tokens is None or not num_tokens:
+        return None, "how many tokens the answer has is not known, so neither is what else was counted"
+    if after.tokens - before.tokens > num_tokens:
         return None, "other requests were on the same counters"
+    if after.tokens - before.tokens < num_tokens:
+        return None, f"the counters were behind for {SETTLED_S:g} s"
     return Drafted(int(rounds), int(proposed), tuple(map(int, accepted_at))), ""
 
 

@@ -27,10 +27,7 @@ def speculation(
     """
     if engine == "sglang":
         if kind == "prompt_lookup":
-            return (
-                f"--speculative-algorithm NGRAM --speculative-num-draft-tokens {gamma + 1} "
-                f"--speculative-ngram-max-match-window-size {LONGEST_MATCH}"
-            )
+            return f"--speculative-algorithm NGRAM --speculative-num-draft-tokens {gamma + 1}"
         flags = (
             f"--speculative-algorithm {'EAGLE3' if kind == 'head' else 'STANDALONE'} "
             f"--speculative-draft-model-path {folder} --speculative-num-steps {gamma} "

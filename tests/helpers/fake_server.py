@@ -23,7 +23,7 @@ class Fake:
         text: of a prompt, the tokens that it answers with.
         drafts: of a prompt, the rounds of the answer.
         tells: whether counts come with the answer, are on the metrics page, or nowhere.
-        fault: "refuse", "cut", "hang", "no_ids", "other_tokenizer", "restart" or "traffic"; "" is none.
+        fault: what goes wrong with a request; "" is nothing.
         only: the number of the request that goes wrong; None: all of them.
     """
 
@@ -88,6 +88,8 @@ def serving(fake: Fake) -> Iterator[Fake]:
         def do_GET(self) -> None:
             if self.path == "/v1/models":
                 self.answer(json.dumps({"data": [{"id": name} for name in fake.models]}))
+            elif self.path == "/metrics" and fake.tells == "page":
+                self.answer("<html>a { page } of something else</html>")
             elif self.path == "/metrics" and fake.tells != "nothing":
                 self.answer(fake.page())
             else:
@@ -97,10 +99,17 @@ def serving(fake: Fake) -> Iterator[Fake]:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fake.asked.append(asked)
             wrong, prompt = fake.goes_wrong(), asked["prompt"]
+            broken = {
+                "no_json": b"data: {half of it\n\n",
+                "error": b'data: {"error": {"message": "out of memory"}}\n\n',
+            }.get(wrong)
             if wrong == "refuse":
                 return self.answer('{"message": "the prompt is longer than the model can take"}', 400)
             self.send_response(200)
             self.end_headers()
+            if broken:
+                self.wfile.write(broken)
+                return None
             tokens = fake.text(prompt)
             for at in range(0, len(tokens), 3):
                 part = tokens[at : at + 3]
@@ -116,14 +125,16 @@ def serving(fake: Fake) -> Iterator[Fake]:
             drafts = fake.drafts(prompt)
             if wrong == "restart":
                 fake.rounds, fake.proposed, fake.accepted_at, fake.tokens = 0, 0, [0] * 4, 0
-            fake.count(prompt, len(tokens))
+            fake.count(prompt, len(tokens) - (5 if wrong == "behind" else 0))
             if wrong == "traffic":
                 fake.count(prompt, 50)
             read = len(prompt) + (2 if wrong == "other_tokenizer" else 0)
             usage = {"prompt_tokens": read, "completion_tokens": len(tokens)}
             last: dict[str, Any] = {"choices": [], "usage": usage}
             if fake.tells == "request":
-                told = {"acceptance_histogram": histogram(drafts), "num_draft_tokens": drafts[1]}
+                told: dict[str, Any] = {"num_draft_tokens": drafts[1]}
+                if wrong != "no_histogram":
+                    told["acceptance_histogram"] = histogram(drafts)
                 last["metrics"] = {"speculative_decoding": told}
             self.event(last)
             self.wfile.write(b"data: [DONE]\n\n")

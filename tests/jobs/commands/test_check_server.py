@@ -13,12 +13,15 @@ from typer.testing import CliRunner
 
 from jobs.cli.main import app
 from jobs.commands.check_server import promises_of, served_view
+from jobs.registry.served import must_be_of
+from jobs.registry.versions import Version
 from pipeline.axes import FULL, View
 from pipeline.errors import BadData, Incomplete
 from pipeline.gate.evidence import Results, open_results
 from pipeline.serving import client
 from pipeline.serving.client import Server
-from pipeline.serving.served import Promise, ServerCheck, ask_one, judge
+from pipeline.serving.judged import ServerCheck, judge
+from pipeline.serving.served import Promise, ask
 from tests.helpers.fake_server import Drafts, Fake, serving
 from tests.helpers.toys import artifact
 
@@ -38,16 +41,19 @@ def promises(results: Results) -> list[Promise]:
 
 @pytest.fixture
 def fake(promises: list[Promise]) -> Making:
-    """A server that does what was promised, or `worse`: so many acceptances fewer at the first position."""
+    """A server that does what was promised.
+
+    Or `worse`: so many acceptances fewer at the first position; or one that drafts another number a round.
+    """
     known = {tuple(promise.prompt.tokens): promise for promise in promises}
 
-    def make(worse: int = 0, **changes: object) -> Fake:
+    def make(worse: int = 0, drafted: int = GAMMA, **changes: object) -> Fake:
         def drafts(prompt: list[int]) -> Drafts:
             counts = known[tuple(prompt)].row.counts
             first, *others = (int(count) for count in counts.kept)
             fewer = max(first - worse, max(others, default=0))
-            assert counts.num_proposed is not None
-            return int(counts.num_rounds), int(counts.num_proposed), [fewer, *others]
+            rounds = int(counts.num_rounds)
+            return rounds, drafted * rounds, [fewer, *others]
 
         return Fake(lambda prompt: known[tuple(prompt)].text.tokens, drafts, **changes)  # type: ignore[arg-type]
 
@@ -99,7 +105,8 @@ def test_a_margin_that_the_interval_straddles_decides_nothing(
 @pytest.mark.parametrize(
     ("tells", "why"),
     [
-        ("nothing", "the server has no metrics page, and its answers tell nothing of drafts"),
+        ("nothing", "there is no metrics page with counters, and answers tell nothing of drafts"),
+        ("page", "there is no metrics page with counters, and answers tell nothing of drafts"),
         ("", "the metrics page has no counters of drafts"),
     ],
 )
@@ -116,11 +123,19 @@ def test_without_counts_there_is_no_evidence(
     [
         ("restart", "the server's counters restarted"),
         ("traffic", "other requests were on the same counters"),
+        ("behind", "the counters were behind for 0.2 s"),
     ],
 )
 def test_a_prompt_whose_counters_tell_of_something_else_is_left_out_and_named(
-    fake: Making, results: Results, promises: list[Promise], tmp_path: Path, fault: str, why: str
+    fake: Making,
+    results: Results,
+    promises: list[Promise],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    why: str,
 ) -> None:
+    monkeypatch.setattr(client, "SETTLED_S", 0.2)
     _, said, _ = check(fake(tells="metrics", fault=fault, only=1), results, tmp_path)
     assert [prompt.note for prompt in said.prompts].count(why) == 1 and said.prompts[1].note == why
     assert not said.prompts[1].told_by
@@ -143,25 +158,46 @@ def test_a_prompt_whose_counters_tell_of_something_else_is_left_out_and_named(
 def test_a_prompt_without_an_answer_is_named_and_the_others_count(
     fake: Making, results: Results, tmp_path: Path, fault: str, why: str
 ) -> None:
-    _, said, _ = check(fake(fault=fault, only=1), results, tmp_path, "--limit", "2")
+    code, said, _ = check(fake(fault=fault, only=1), results, tmp_path, "--limit", "2")
+    assert code == 6, "not every prompt has an answer"
     failed = [prompt for prompt in said.prompts if prompt.failed]
     assert [prompt.prompt_id for prompt in failed] == [said.prompts[1].prompt_id]
     assert re.search(why, failed[0].failed), failed[0].failed
     assert said.difference and said.difference.mean == 0
 
 
-def test_a_text_that_parts_is_named_with_its_gap(promises: list[Promise], fake: Making) -> None:
-    promise = promises[0]
-    begun = promise.text.tokens[:3]
+@pytest.mark.parametrize(("gap", "verdict"), [(0.5, "fail"), (0.05, "pass")])
+def test_a_text_that_parts_fails_but_for_a_tie(
+    promises: list[Promise], fake: Making, gap: float, verdict: str
+) -> None:
+    """Rounds of a text that is not the target's count towards nothing."""
+    told = []
     with serving(fake()) as server:
-        other = replace(promise, text=promise.text.model_copy(update={"tokens": [*begun, 1]}))
-        told = ask_one(other, Server(server.url), None, GAMMA)
-        assert (told.parts_at, told.gap) == (3, promise.text.gaps[3])
-        shorter = replace(promise, text=promise.text.model_copy(update={"tokens": begun}))
-        assert ask_one(shorter, Server(server.url), None, GAMMA).parts_at == 3
-    _, reasons = judge([told], 0.02, 1)
-    said = f"parts from it at token 3, where its two best logits are {told.gap:.2g} apart"
-    assert any(said in reason for reason in reasons)
+        for number, promise in enumerate(promises):
+            begun, gaps = promise.text.tokens[:3], [*promise.text.gaps[:3], gap]
+            other = promise.text.model_copy(update={"tokens": [*begun, 1, 1, 1], "gaps": gaps})
+            given = replace(promise, text=other) if number == 0 else promise
+            told.append(ask(given, Server(server.url), None))
+    assert (told[0].parts_at, told[0].gap) == (3, gap)
+    said, reasons = judge(told, GAMMA, 0.02, 5)
+    assert said == verdict
+    named = f"parts from it at token 3, where its two best logits are {gap:.2g} apart"
+    assert any(named in reason for reason in reasons) == (verdict == "fail")
+    assert any("1 part from it where" in reason for reason in reasons) == (verdict == "pass")
+    over = len({one.document_id for one in (told[1:] if verdict == "fail" else told)})
+    assert f"over {over} documents" in reasons[0]
+
+
+def test_a_text_that_ends_elsewhere_is_no_pass(promises: list[Promise], fake: Making) -> None:
+    told = []
+    with serving(fake()) as server:
+        for number, promise in enumerate(promises):
+            shorter = promise.text.model_copy(update={"tokens": promise.text.tokens[:3]})
+            told.append(
+                ask(replace(promise, text=shorter) if number == 0 else promise, Server(server.url), None)
+            )
+    assert (told[0].parts_at, told[0].gap) == (3, None)
+    assert judge(told, GAMMA, 0.02, 5)[0] == "not_enough_evidence"
 
 
 def test_text_alone_is_compared_where_there_are_no_ids(fake: Making, promises: list[Promise]) -> None:
@@ -169,8 +205,8 @@ def test_text_alone_is_compared_where_there_are_no_ids(fake: Making, promises: l
     spelled = "".join(f" {token}" for token in promise.text.tokens)
     with serving(fake(fault="no_ids")) as server:
         same = replace(promise, text=promise.text.model_copy(update={"text": spelled}))
-        assert ask_one(same, Server(server.url), None, GAMMA).parts_at is None
-        assert ask_one(promise, Server(server.url), None, GAMMA).parts_at == 0
+        assert ask(same, Server(server.url), None).parts_at is None
+        assert ask(promise, Server(server.url), None).parts_at == 0
 
 
 def test_speed_is_told_against_the_server_without_speculation(
@@ -191,7 +227,8 @@ def test_prompts_are_greedy_token_ids_and_go_nowhere_else(
     server = fake()
     check(server, results, tmp_path, "--prompts", "1")
     first = server.asked[0]
-    assert first["prompt"] == promises[0].prompt.tokens and first["temperature"] == 0
+    assert first["prompt"] == promises[0].prompt.tokens
+    assert (first["temperature"], first["repetition_penalty"], first["presence_penalty"]) == (0, 1, 0)
     assert len(server.asked) == len({promise.prompt.dataset + promise.prompt.context for promise in promises})
 
 
@@ -204,10 +241,43 @@ def test_a_server_that_is_not_there_and_one_of_several_models(fake: Making) -> N
         assert Server(f"{server.url}/v1/", "b").model == "b"
 
 
-def test_a_server_that_drafts_more_is_refused(fake: Making, promises: list[Promise]) -> None:
-    with serving(fake()) as server, pytest.raises(BadData, match="more than 1 tokens a round"):
-        for promise in promises:
-            ask_one(promise, Server(server.url), None, 1)
+@pytest.mark.parametrize("drafted", [GAMMA - 1, GAMMA + 1])
+def test_another_number_of_drafts_a_round_is_no_pass(
+    fake: Making, results: Results, tmp_path: Path, drafted: int
+) -> None:
+    code, said, _ = check(fake(drafted=drafted), results, tmp_path)
+    assert code == 6
+    assert (
+        said.reasons[0]
+        == f"the server drafts {drafted:.2f} tokens a round, and {GAMMA} were promised: see --gamma"
+    )
+
+
+def test_a_server_that_drafts_nothing_is_no_pass(
+    fake: Making, results: Results, promises: list[Promise], tmp_path: Path
+) -> None:
+    silent = fake()
+    silent.drafts = lambda prompt: (0, 0, [0] * GAMMA)
+    code, said, _ = check(silent, results, tmp_path)
+    assert code == 6 and said.served is None and not said.by_position
+    count = len(promises)
+    assert f"{count} of {count} prompts tell nothing of drafts: the server drafted nothing" in said.reasons
+
+
+def test_a_failing_server_without_speculation_costs_the_speedup_alone(
+    fake: Making, results: Results, tmp_path: Path
+) -> None:
+    with serving(fake(fault="refuse")) as plain:
+        code, said, _ = check(fake(), results, tmp_path, "--plain", plain.url)
+    assert (code, said.speedup) == (0, None) and said.tokens_per_s
+    assert any("without speculation: " in reason and "answers 400" in reason for reason in said.reasons)
+
+
+def test_a_version_of_another_training_is_refused(results: Results) -> None:
+    made = {"drafter": "multi_view", "drafter_artifact": results.drafter.fingerprint}
+    must_be_of(Version("", "m", 1, "r", made), results)
+    with pytest.raises(BadData, match="m version 1 is multi_view of another training than multi_view of"):
+        must_be_of(Version("", "m", 1, "r", {**made, "drafter_artifact": "other"}), results)
 
 
 def test_cells_that_were_not_replayed_are_refused_with_those_that_were(results: Results) -> None:

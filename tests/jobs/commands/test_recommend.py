@@ -115,7 +115,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for cell, s in cells
         for n in range(12)
     ]
-    rows += [measured(prompt=n, context="128", budget="full", decode_s=[4.0, 4.0]) for n in range(12)]
+    longer = [({"policy": "window", "budget": 32, "sinks": 0}, 4.0), ({"budget": 16}, 1.0)]
+    rows += [
+        varied(measured(prompt=n, decode_s=[s, s]), kind="head", context="128", **cell)
+        for cell, s in longer
+        for n in range(12)
+    ]
     storage = tmp_path_factory.mktemp("served")
     contexts = [{"name": "64", "tokens": 64}, {"name": "128", "tokens": 128}]
     prepare, teach, sweep = artifacts(storage, rows, [])
@@ -152,11 +157,25 @@ def test_an_engine_gets_flags_for_the_best_cell_that_it_can_serve(
     sinks = 0 if engine == "vllm" else 4
     wanted = f"budgetdraft export DRAFTER EXPORTED --for {engine} --window 32 --sinks {sinks} --target TARGET"
     assert any(line.endswith(wanted) for line in text)
-    gamma = 4 if engine == "vllm" else 2
-    assert f"  by      context, measured: 64: γ = {gamma}; 128: off" in text
+    by = "64: γ = 4; 128: off" if engine == "vllm" else "64: γ = 2; 128: not known"
+    assert f"  by      context, measured: {by}" in text, "of the drafter and view that the flags are of"
     assert any("measured at 1 alone, so no schedule" in line for line in text)
     assert next(iter(advise(served, 64, None, None, 1, None)))  # without an engine
     assert "chunk_topk, B = 16" in list(advise(served, 64, None, None, 1, None))[1]
+
+
+def test_a_place_whose_cells_an_engine_cannot_serve_says_so(made: Path) -> None:
+    text = list(advise(made, 64, None, None, 1, None, "vllm"))
+    assert "  nothing that was measured can be served by vLLM" not in text, "the full cache can"
+    assert "  out     1 measured cells: vLLM drafts γ tokens in every round" in text
+
+
+def test_where_nothing_can_be_served(tmp_path: Path) -> None:
+    rows = [measured(prompt=n) for n in range(12)]
+    folder = report(config(tmp_path), ReportInputs(*artifacts(tmp_path, rows, []), stages=[])).path
+    text = list(advise(folder, 64, None, None, 1, None, "sglang"))
+    assert text[1] == "  nothing that was measured can be served by SGLang"
+    assert text[2] == "  out     1 measured cells: SGLang has windows and the full cache, and no chunk_topk"
 
 
 def test_the_tag_in_mlflow_says_it_too(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

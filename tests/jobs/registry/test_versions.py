@@ -29,7 +29,7 @@ from jobs.stages.pipeline import run_pipeline
 from pipeline.errors import BadData, Incomplete
 from pipeline.gate.evidence import read_evidence
 from pipeline.intervals import Interval
-from pipeline.serving.served import ServerCheck
+from pipeline.serving.judged import ServerCheck
 from tests.helpers.clock import patience
 from tests.helpers.mlflow_server import free_port
 from tests.helpers.paths import ROOT

@@ -79,7 +79,7 @@ def test_a_view_that_is_gone_is_read_anew_for_another_text(
     small = LeanHead(head(target), reader)
     small.prefill(PROMPTS[0], [(45, FULL)])
     first = reader.text_features(PROMPTS[0], TEXT)
-    reader.drop_view()
+    reader.last = None
     torch.testing.assert_close(reader.text_features(PROMPTS[0], TEXT), first)
     assert read == [45], "the text's features are held"
     other = reader.text_features(PROMPTS[0], [*TEXT[:2], 5, 6])
@@ -92,14 +92,16 @@ def test_no_more_is_held_than_fits(
 ) -> None:
     reader, read = counted
     small = LeanHead(head(target), reader)
-    one = 45 * len(LAYERS) * target.config.hidden_size * 4
+    one = (45 + len(TEXT) - 1) * len(LAYERS) * target.config.hidden_size * 4
     monkeypatch.setattr(target_reader, "HELD_BYTES", 2 * one)
     for tokens in (*PROMPTS, PROMPTS[1], PROMPTS[0]):
         small.prefill(tokens, [(tokens.shape[1], FULL)])
         reader.text_features(tokens, TEXT)
-        assert sum(held.features_BSF.nbytes for held in reader.held.values()) <= 2 * one
+        assert reader.num_bytes <= 2 * one
         assert {key for key, _ in reader.texts} <= set(reader.held)
     assert read == [45, 41, 45, 45], "the second is still there, the first is not"
+    reader.forget()
+    assert reader.num_bytes == 0 and reader.last is None
 
 
 def test_heads_of_other_layers_are_refused_together(target: PreTrainedModel) -> None:

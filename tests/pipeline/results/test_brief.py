@@ -47,13 +47,19 @@ def test_where_it_pays_and_where_it_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompts", [2, 4])
 def test_few_documents_are_no_verdict(tmp_path: Path, prompts: int) -> None:
     worth, what, _ = told(tmp_path, [measured(prompt=n) for n in range(prompts)])
-    assert worth == "No, not for code at 64 (too few documents to say, the best is 1.50× [1.50, 1.50])."
-    assert what == "With none of what was tried."
+    assert (worth, what) == ("Not known for code at 64 (too few documents to rank).", "That is not known.")
+
+
+def test_where_nothing_pays(tmp_path: Path) -> None:
+    worth, what, _ = told(tmp_path, [measured(prompt=n, decode_s=[4.0, 4.0]) for n in range(12)])
+    assert worth == "No, not for code at 64 (the best is 0.75× [0.75, 0.75])."
+    assert what == "With none of what was timed."
 
 
 def test_without_a_clock_nothing_is_worth_anything(tmp_path: Path) -> None:
-    worth, _, why = told(tmp_path, [row(prompt=n) for n in range(12)])
-    assert worth.startswith("Nothing was timed") and "Of 12 greedy texts 0 loop" in why
+    worth, what, why = told(tmp_path, [row(prompt=n) for n in range(12)])
+    assert worth.startswith("Nothing was timed") and what == "That is not known."
+    assert why.endswith("Of 12 greedy texts 0 loop.")
 
 
 def test_prompt_lookup_is_named_in_words(tmp_path: Path) -> None:
