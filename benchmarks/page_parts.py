@@ -10,14 +10,18 @@ from pipeline.store.rows import CellRow
 
 
 def check_table(checks: Sequence[Mapping[str, object]]) -> str:
-    def value(given: object) -> str:
-        return "" if given is None else f"{given:.3g}"
+    def value(check: Mapping[str, object]) -> str:
+        shown = [check.get(name) for name in ("value", "low", "high")]
+        if shown[0] is None:
+            return ""
+        mean, *interval = (f"{number:.3g}" for number in shown if number is not None)
+        return f"{mean} [{', '.join(interval)}]" if interval else mean
 
-    met = {True: "yes", False: "**no**", None: "not measured"}
+    met = {True: "yes", False: "**no**", None: "not decided"}
     return table(
         ["what", "value", "target", "met", "note"],
         [
-            [c["row"], value(c["value"]), c["target"], met[c["met"]], c["note"]]  # type: ignore[index]
+            [c["row"], value(c), c["target"], met[c["met"]], c["note"]]  # type: ignore[index]
             for c in checks
         ],
     )

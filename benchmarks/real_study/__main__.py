@@ -26,7 +26,6 @@ from pipeline.results.summary import Check
 from pipeline.store import layout
 from pipeline.store.files import write_text
 from pipeline.store.layout import SUMMARY
-from pipeline.store.provenance import provenance
 
 FIGURES = {"acceptance": "acceptance_by_budget_chunk_topk", "speed": "speedup_by_gamma"}
 
@@ -69,7 +68,7 @@ def page(run: Study, checks: list[Check], file: Path, output: Path, figures: dic
             config=config,
             file=file,
             output=output,
-            made=provenance(),
+            machine=tables.machine(run),
             commits=commits({run.config.name: run}),
             checks=check_table([check.model_dump() for check in checks]),
             gamma=tables.leading_gamma(run),

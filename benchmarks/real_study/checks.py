@@ -28,7 +28,14 @@ LOOPING, FASTER, ENOUGH = 0.3, 1.4, 20
 
 
 def all_checks(run: Study, costs: Path | None) -> list[Check]:
-    return [*own(run), *looping(run), *faster(run), *gained(run), *costs_of_steps(costs)]
+    return [
+        *own(run),
+        *looping(run),
+        *faster(run),
+        *half_of_the_places(run),
+        *gained(run),
+        *costs_of_steps(costs),
+    ]
 
 
 def own(run: Study) -> Iterator[Check]:
@@ -62,7 +69,7 @@ def looping(run: Study) -> Iterator[Check]:
             row=f"looping texts, {' '.join(place)}",
             value=share,
             target=f"at most {LOOPING:g}, or it is no headline",
-            met=share <= LOOPING,
+            met=enough(row.num_documents, share <= LOOPING),
             note=f"{row.num_looping} of {row.num_prompts} texts of {run.config.data.max_new_tokens} tokens"
             + few(row.num_documents),
         )
@@ -70,6 +77,10 @@ def looping(run: Study) -> Iterator[Check]:
 
 def few(documents: int) -> str:
     return "" if documents >= ENOUGH else f"; too few documents for a verdict: {documents} of {ENOUGH}"
+
+
+def enough(documents: int, met: bool) -> bool | None:
+    return met if documents >= ENOUGH else None
 
 
 def faster(run: Study) -> Iterator[Check]:
@@ -103,8 +114,8 @@ def gained(run: Study) -> Iterator[Check]:
             value=gain.value.mean,
             low=gain.value.low,
             high=gain.value.high,
-            target="above 0 by its interval, in half of the places",
-            met=gain.value.low > 0,
+            target="above 0 by its interval",
+            met=enough(gain.num_documents, gain.value.low > 0),
             note=f"{points(gain.value)} points"
             + (f", of which {points(other.lost)} need the context" if other and other.lost else "")
             + few(gain.num_documents),
@@ -120,8 +131,24 @@ def gained(run: Study) -> Iterator[Check]:
                 low=gap.value.low,
                 high=gap.value.high,
                 target="above 0 by its interval",
-                met=gap.value.low > 0,
+                met=enough(gap.num_documents, gap.value.low > 0),
                 note=f"{points(gap.value)} points" + few(gap.num_documents),
+            )
+
+
+def half_of_the_places(run: Study) -> Iterator[Check]:
+    """Of the places with enough documents, in how many several views are worth it, and use the context."""
+    for temperature in run.config.sweep.temperatures:
+        gains = [g for g in compared(run) if g.cell.temperature == temperature and g.num_documents >= ENOUGH]
+        if gains:
+            clear = sum(gain.value.low > 0 for gain in gains)
+            yield Check(
+                row=f"places where {OURS} is clearly above {PLAIN} at {budget_text(smallest(run))}, "
+                f"{when(temperature)}",
+                value=clear / len(gains),
+                target="at least half",
+                met=2 * clear >= len(gains),
+                note=f"{clear} of {len(gains)} places with {ENOUGH} documents or more",
             )
 
 

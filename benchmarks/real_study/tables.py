@@ -84,6 +84,8 @@ def headline_words(run: Study) -> str:
             f"{when(temperature)} `{OURS}` is accepted clearly more in {more} of {len(gains)} places and "
             f"clearly less in {less}, and in {needs} of them part of the difference needs the context"
         )
+    if not said:
+        return f"There is no pair of `{OURS}` and `{PLAIN}` to compare."
     text = "; ".join(said)
     return f"{text[:1].upper()}{text[1:]}. Clear means that the interval leaves out 0."
 
@@ -178,6 +180,16 @@ def advice_table(run: Study) -> str:
             ]
         )
     return table(["data", "context", "deploy", "decode speedup", "end to end", "documents"], rows)
+
+
+def machine(run: Study) -> str:
+    """What the sweep ran on, and with which versions, by its manifest."""
+    made = manifest(run.swept)["provenance"]
+    versions = made["versions"]
+    return (
+        f"{made['platform']}, {made['cpus']} CPUs, no GPU; Python {made['python']}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}"
+    )
 
 
 def costs(run: Study) -> dict[str, float]:

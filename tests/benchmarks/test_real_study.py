@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.page_parts import acceptance
+from benchmarks.page_parts import acceptance, check_table
 from benchmarks.real_study import __main__ as real_study
 from benchmarks.real_study import checks, tables
 from benchmarks.study import runs
@@ -38,10 +38,11 @@ def test_a_place_whose_texts_loop_is_no_headline_and_few_documents_are_no_verdic
         replayed("multi_view", num_prompts=20, num_looping=20, num_documents=20),
         replayed("full_only", dataset="y", num_prompts=10, num_looping=4, num_documents=9),
     ]
-    fine, looping = checks.looping(study(cells=rows))
+    rows += [replayed("full_only", dataset="z", num_prompts=20, num_looping=7, num_documents=20)]
+    fine, few, looping = checks.looping(study(cells=rows))
     assert (fine.value, fine.met) == (0.3, True), "the drafter does not matter: texts are the target's"
-    assert (looping.value, looping.met) == (0.4, False)
-    assert "too few documents for a verdict: 9 of 20" in looping.note and "too few" not in fine.note
+    assert (few.value, few.met) == (0.4, None) and (looping.value, looping.met) == (0.35, False)
+    assert "too few documents for a verdict: 9 of 20" in few.note and "too few" not in fine.note
 
 
 def test_the_fastest_cell_is_judged_on_fresh_repeats_alone() -> None:
@@ -65,12 +66,30 @@ def test_gains_are_of_the_smallest_budget_and_say_what_needs_the_context() -> No
     run = study(summary=summary(headline=[one, under, elsewhere]))
     assert tables.smallest(run) == 64
     (row,) = checks.gained(run)
-    assert (row.value, row.low, row.met) == (0.08, 0.06, True)
+    assert (row.value, row.low, row.met) == (0.08, 0.06, None), "of nine documents"
     assert row.note.startswith("+8.0 [+6.0, +9.0] points, of which +2.0 [+1.0, +3.0] need the context")
+    assert not list(checks.half_of_the_places(run))
+    wide = [g.model_copy(update={"num_documents": 20}) for g in (one, under)]
+    lower = wide[0].model_copy(update={"value": Interval(0.01, -0.01, 0.02)})
+    others = [lower.model_copy(update={"cell": lower.cell.vary(dataset=name)}) for name in "yz"]
+    (half,) = checks.half_of_the_places(study(summary=summary(headline=[*wide, *others])))
+    assert (half.value, half.met, half.note[:6]) == (1 / 3, False, "1 of 3")
     words = tables.headline_words(run)
     assert words.startswith(
         "Greedy `multi_view` is accepted clearly more in 1 of 1 places and clearly less in 0, and in 1"
     )
+
+
+def test_a_check_shows_its_interval_and_what_is_not_decided() -> None:
+    table = check_table(
+        [
+            Check(row="a", value=1.234, low=1.0, high=1.5, target="t", met=None).model_dump(),
+            Check(row="b", value=None, target="t", met=None).model_dump(),
+            {"row": "c", "value": 2.0, "target": "t", "met": True, "note": ""},
+        ]
+    )
+    assert "| a | 1.23 [1, 1.5] | t | not decided |  |" in table
+    assert "| b |  | t |" in table and "| c | 2 | t | yes |" in table
 
 
 def test_families_come_before_single_drafters() -> None:
