@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from jobs.cli.app import app
+from jobs.cli.engines import EngineOption, SinksOption, TargetOption, WindowOption, exported
 from pipeline.config.files import load_group
 from pipeline.config.gate import GateConfig
+from pipeline.errors import ConfigError
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Registered model; default: the only one.")
@@ -72,14 +75,27 @@ def pull_drafter(
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    engine: EngineOption = None,
+    target: TargetOption = None,
+    window: WindowOption = None,
+    sinks: SinksOption = 0,
     model: ModelOption = None,
     tracking_uri: TrackingOption = LOCAL,
 ) -> None:
-    """Fetch a registered drafter into a new folder that plain from_pretrained loads; files are checked."""
+    """Fetch a registered drafter into a new folder that plain from_pretrained loads, or an engine; files are
+    checked."""
     from jobs.registry.versions import pull, resolve
 
+    if engine is None and (window is not None or sinks):
+        raise ConfigError("--window and --sinks are for an engine: name it with --for")
     version = resolve(tracking_uri, model, reference)
-    made = pull(version, folder)
+    if engine is None:
+        made = pull(version, folder)
+    else:
+        with TemporaryDirectory(prefix="budgetdraft-") as temporary:
+            pulled = pull(version, Path(temporary) / "pulled")
+            typer.echo(exported(pulled, folder, engine, target, window, sinks), err=True)
+        made = folder
     typer.echo(f"{version}: {version.tags['drafter']}, trained for {version.tags['budgets']}", err=True)
     typer.echo(made)
 

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from jobs.cli.app import app, set_up_logging
+from jobs.cli.engines import LayoutName, SinksOption, TargetOption, WindowOption, exported
 from jobs.cli.registry import LOCAL, TrackingOption
 
 
-@app.command("export", short_help="Write a drafter as vLLM or SGLang loads it.")
+@app.command("export", short_help="Write a drafter as vLLM, SGLang or speculators loads it.")
 def export_drafter(
     drafter: Annotated[Path, typer.Argument(metavar="DRAFTER", help="Model folder of a trained drafter.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder.")],
-    engine: Annotated[Literal["vllm", "sglang"], typer.Option("--for", help="The engine.")],
-    target: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The target's folder, which a head needs.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Entries that it sees; default: all.")] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="How many of them are the first ones.")] = 0,
+    engine: Annotated[LayoutName, typer.Option("--for", help="The engine, or format.")],
+    target: TargetOption = None,
+    window: WindowOption = None,
+    sinks: SinksOption = 0,
 ) -> None:
     """Write a drafter in the layout of a serving engine, and print how the engine is started with it."""
-    from pipeline.errors import BadData
-    from pipeline.serving.export import export_for
-
-    layers = None
-    if target is not None:
-        try:
-            layers = int(
-                json.loads((target / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-            )
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise BadData(f"--target {target}: it holds no config.json of a model ({error!r})") from error
-    typer.echo(export_for(drafter, output, engine, layers, window, sinks))
+    typer.echo(exported(drafter, output, engine, target, window, sinks))
 
 
 @app.command("check-server", short_help="Compare what a server accepts with what replay promised.")
@@ -49,8 +36,8 @@ def check_a_server(
         str | None,
         typer.Option(metavar="NAME", help="What it drafts with; default: the run's last drafter."),
     ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Entries that it sees; default: all.")] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="How many of them are the first ones.")] = 0,
+    window: WindowOption = None,
+    sinks: SinksOption = 0,
     plain: Annotated[
         str | None, typer.Option(metavar="URL", help="A server of the same target without speculation.")
     ] = None,

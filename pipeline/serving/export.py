@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,24 +24,30 @@ from pipeline.models.heads.load import is_head
 from pipeline.serving.flags import NAMES, Engine, speculation
 from pipeline.store.files import write_text
 
+Layout = Engine | Literal["speculators"]
 WEIGHTS = "model.safetensors"
+SPECULATORS = "0.9.0"  # whose format it is
 
 
 def export_for(
     drafter: Path,
     output: Path,
-    engine: Engine,
+    engine: Layout,
     target_layers: int | None = None,
     window: int | None = None,
     sinks: int = 0,
+    target: Path | None = None,
 ) -> str:
     """Write a new folder `output`, whole or not at all; returns the engine's command line.
+
+    The format of speculators is the head's alone, and vLLM loads it.
 
     Args:
         drafter: a folder that training made.
         target_layers: how many a head's target has; they decide which of them an engine reads by itself.
         window: W, the most entries that the drafter sees; None is all of them.
         sinks: how many of them are the first ones.
+        target: the target's folder, which the format of speculators names.
 
     Raises:
         BadData: if the folder holds no drafter, `output` exists, or the engine cannot do what is asked.
@@ -50,13 +56,19 @@ def export_for(
         raise BadData(f"{drafter} holds no drafter: give the model folder of one (config.json, {WEIGHTS})")
     if output.exists():
         raise BadData(f"{output} is there already: name a new folder")
-    check_window(engine, window, sinks)
+    reader: Engine = "vllm" if engine == "speculators" else engine
+    check_window(reader, window, sinks)
     given, head = json.loads((drafter / "config.json").read_text(encoding="utf-8")), is_head(drafter)
-    config = head_fields(given, engine, target_layers) if head else given
-    if window is not None and engine == "vllm":  # a bare `sliding_window` does nothing for a Llama
+    if engine == "speculators" and not head:
+        raise BadData("speculators has heads and no draft models: export this one --for vllm")
+    config = head_fields(given, reader, target_layers) if head else given
+    if window is not None and reader == "vllm":  # a bare `sliding_window` does nothing for a Llama
         layers = ["sliding_attention"] * config["num_hidden_layers"]
         config = config | {"layer_types": layers, "sliding_window": window}
     tensors = head_tensors(drafter, given) if head else {}
+    if engine == "speculators":
+        config = as_speculators(config, given["feature_layers"], target)
+        tensors = {name.replace("midlayer.", "layers.0."): weight for name, weight in tensors.items()}
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if head:
@@ -65,7 +77,7 @@ def export_for(
     else:
         shutil.copytree(drafter, temporary, ignore=shutil.ignore_patterns("README.md"))
     write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-    command = command_line(engine, head, output, window, sinks)
+    command = command_line(reader, head, output, window, sinks)
     write_text(temporary / "README.md", card(engine, drafter, command, window, sinks))
     temporary.rename(output)
     return command
@@ -134,6 +146,29 @@ def head_fields(given: Mapping[str, Any], engine: Engine, target_layers: int | N
     return fields | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": layers}}
 
 
+def as_speculators(head: Mapping[str, Any], layers: list[int], target: Path | None) -> dict[str, Any]:
+    """A head's config in the format of speculators: what is the layer's lies in a config of its own."""
+    own = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "fc_norm", "norm_output")
+    engines = ("architectures", "eagle_config", "torch_dtype", *own)
+    method = {"proposal_type": "greedy", "speculative_tokens": 3}
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "proposal_methods": [method],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": None if target is None else str(target), "architectures": []},
+        },
+        "transformer_layer_config": {name: value for name, value in head.items() if name not in engines},
+        "eagle_aux_hidden_state_layer_ids": layers,
+        "tie_word_embeddings": False,
+        "torch_dtype": head["torch_dtype"],
+        **{name: head[name] for name in own},
+    }
+
+
 def head_tensors(drafter: Path, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """A head's weights, which have the engines' names already, and its draft vocabulary as they store it."""
     tensors = {name: weight.contiguous() for name, weight in load_file(drafter / WEIGHTS).items()}
@@ -155,8 +190,8 @@ def command_line(engine: Engine, head: bool, output: Path, window: int | None, s
     return f"{program} {speculation(engine, 'head' if head else 'lm', 3, str(output), window, sinks)}"
 
 
-def card(engine: Engine, drafter: Path, command: str, window: int | None, sinks: int) -> str:
-    name = NAMES[engine]
+def card(engine: Layout, drafter: Path, command: str, window: int | None, sinks: int) -> str:
+    name = "speculators" if engine == "speculators" else NAMES[engine]
     seen = "the whole cache" if window is None else f"a window of {window} entries, {sinks} of them the first"
     tokens = read_draft_tokens(drafter)
     size = "" if tokens is None or is_head(drafter) else (

@@ -40,6 +40,19 @@ def replayed(
     return rounds
 
 
+def test_a_head_in_the_format_of_speculators_is_the_same_head(
+    target: PreTrainedModel, folder: Path, texts: list[list[int]], tmp_path: Path
+) -> None:
+    head = trained_head(target, PROMPTS, **OPTIONS[1])
+    export_model(head, tiny_tokenizer(), tmp_path / "head")
+    export_for(tmp_path / "head", tmp_path / "served", "speculators", 6, 16, target=folder)
+    asked = {"method": "eagle3", "model": str(tmp_path / "served"), "num_speculative_tokens": GAMMA}
+    served = serve(tmp_path, folder, asked)
+    assert served.tokens == [text[:LIMIT] for text in texts]
+    view = View("window", 16, sinks=0)
+    assert served.told == counted(replayed(target, head, view, texts))
+
+
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "eagle3")
 def test_a_served_head_is_the_replayed_one(

@@ -369,6 +369,18 @@ def test_a_drafter_that_is_not_evaluated_cannot_be_registered(corpus: Path, tmp_
         toy_config(corpus, tmp_path, change)
 
 
+def test_pull_writes_for_an_engine(done: Done, tmp_path: Path) -> None:
+    where = ["--model", MODEL, "--tracking-uri", done.uri]
+    folder = tmp_path / "served"
+    made = CliRunner().invoke(app, ["pull", "1", str(folder), "--for", "vllm", "--window", "32", *where])
+    assert made.exit_code == 0, made.output
+    assert json.loads((folder / "config.json").read_text())["sliding_window"] == 32
+    assert f'"model": "{folder}"' in (folder / "README.md").read_text()
+    alone = CliRunner().invoke(app, ["pull", "1", str(tmp_path / "other"), "--window", "32", *where])
+    assert alone.exit_code == 2 and "name it with --for" in alone.output
+    assert {path.name for path in tmp_path.iterdir()} == {"served"}
+
+
 # ── what is added to a version ────────────────────────────────────────────────────────────────────
 
 

@@ -165,6 +165,40 @@ def test_the_folder_is_the_contract(target: PreTrainedModel, tmp_path: Path) -> 
     assert command in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_format_of_speculators_holds_the_same_head(target: PreTrainedModel, tmp_path: Path) -> None:
+    """Its config keeps the layer's apart, and its tensors name the layer otherwise; vLLM loads both."""
+    saved_head(target, tmp_path / "ours", fc_norm=True, norm_output=True)
+    command = export_for(tmp_path / "ours", tmp_path / "native", "vllm", 8, 64)
+    other = export_for(tmp_path / "ours", tmp_path / "out", "speculators", 8, 64, target=Path("verifier"))
+    assert other == command.replace("native", "out"), "named by its method, which vLLM wants to be told"
+    native, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("native", "out"))
+    assert ours.keys() == {name.replace("midlayer", "layers.0") for name in native}
+    for name, tensor in native.items():
+        assert torch.equal(ours[name.replace("midlayer", "layers.0")], tensor)
+    flat, nested = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("native", "out"))
+    layer = nested["transformer_layer_config"]
+    assert nested["speculators_model_type"] == "eagle3" and layer["model_type"] == "llama"
+    assert nested["speculators_config"]["verifier"]["name_or_path"] == "verifier"
+    for name in (
+        "hidden_size",
+        "num_attention_heads",
+        "vocab_size",
+        "rope_theta",
+        "sliding_window",
+        "layer_types",
+    ):
+        assert layer[name] == flat[name]
+    for name in ("draft_vocab_size", "norm_before_residual", "fc_norm", "norm_output"):
+        assert nested[name] == flat[name] and name not in layer
+    assert nested["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+
+
+def test_the_format_of_speculators_is_for_heads(tmp_path: Path, make_model: Any) -> None:
+    export_model(make_model(layers=2, seed=1), tiny_tokenizer(), tmp_path / "ours")
+    with pytest.raises(BadData, match="heads and no draft models: export this one --for vllm"):
+        export_for(tmp_path / "ours", tmp_path / "out", "speculators")
+
+
 def test_a_whole_vocabulary_needs_no_map(target: PreTrainedModel, tmp_path: Path) -> None:
     saved_head(target, tmp_path / "ours", torch.arange(VOCABULARY))
     export_for(tmp_path / "ours", tmp_path / "out", "sglang", 8, 64, 4)
