@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--costs", type=Path, help="rows of `python -m benchmarks --only real`, for the checks"
     )
     parser.add_argument("overrides", nargs="*", help="fields of the config, such as data.root=DIR")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     run = study(given.config, given.storage, given.overrides)
     checks = all_checks(run, given.costs)
     given.output.mkdir(parents=True, exist_ok=True)
