@@ -75,6 +75,8 @@ def page(run: Study, checks: list[Check], file: Path, output: Path, figures: dic
             smallest=tables.smallest(run),
             costs=tables.costs(run),
             looping=tables.looping_table(run),
+            in_short=tables.in_short(run),
+            timed=any(row.speed for row in run.cells),
             headline=tables.headline_table(run),
             headline_words=tables.headline_words(run),
             grids=[(tables.when(t), tables.grid_table(run, t)) for t in config.sweep.temperatures],

@@ -120,6 +120,27 @@ def grid_table(run: Study, temperature: float) -> str:
     return table(["data", "context", "B", *drafters, *free], rows)
 
 
+def in_short(run: Study) -> str:
+    """Acceptance of every source over the places, behind the smallest budget where it has one."""
+    rows = replayed(run, 0.0, control=None)
+    parts = []
+    for name in dict.fromkeys(row.cell.drafter for row in rows):
+        budget = None if name in BASELINES else smallest(run)
+        means = [
+            100 * row.acceptance.mean
+            for row in rows
+            if row.cell.drafter == name and row.acceptance and budget in (None, row.cell.budget)
+        ]
+        parts.append(f"`{name}` {min(means):.1f} to {max(means):.1f} %")
+    texts = {row.cell.place: (row.num_looping, row.num_prompts) for row in rows}
+    looping, prompts = (sum(pair[at] for pair in texts.values()) for at in (0, 1))
+    return (
+        f"Over the {len(texts)} places and greedily, at γ = {leading_gamma(run)} and behind "
+        f"{budget_text(smallest(run))}, accepted are of {', of '.join(parts)}. Of {prompts} texts {looping} "
+        "loop, which flatters every source and prompt lookup most."
+    )
+
+
 def context_table(run: Study) -> str:
     """Acceptance with the real prefix minus that with another document's at the same positions."""
     gaps = {

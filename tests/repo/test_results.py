@@ -132,3 +132,42 @@ def test_the_sentences_of_readme_are_those_of_the_committed_studies() -> None:
     shown = " ".join(section.split())
     for part in sentences(summary_of("paper-small"), summary_of("paper-small-800")):
         assert part in shown, f"README does not say: {part}"
+
+
+def real_sentences(summary: Summary) -> list[str]:
+    """The figures of README's sentences on the real target."""
+    at_four = {
+        (e.cell.drafter, e.cell.place): 100 * e.value.mean
+        for e in summary.acceptance
+        if not e.cell.control and (e.cell.budget in (0, 64) or e.cell.drafter == "prompt_lookup")
+    }
+    ranges = {
+        name: span([value for (drafter, _), value in at_four.items() if drafter == name], ".1f")
+        for name in ("multi_view", "untrained", "prompt_lookup")
+    }
+    gains = [
+        gain
+        for gain in summary.headline
+        if (gain.cell.drafter, gain.baseline, gain.cell.budget) == ("multi_view", "full_only", 64)
+        and (gain.cell.control, gain.prompts, gain.cell.temperature) == (None, "all", 0.0)
+    ]
+    shown = [
+        check.note.split(" texts ")[0].split(" of ") for check in summary.checks if "looping" in check.row
+    ]
+    loops, texts = (sum(int(pair[at]) for pair in shown) for at in (0, 1))
+    difference = span([100 * gain.value.mean for gain in gains], "+.1f")
+    unclear = [gain for gain in gains if gain.value.low <= 0 <= gain.value.high]
+    assert all(gain.value.high < 0 for gain in gains if gain not in unclear)
+    return [
+        f"`multi_view` has {ranges['multi_view']} % of its proposals accepted",
+        f"untrained layers have {ranges['untrained']} %",
+        f"for nothing, {ranges['prompt_lookup']} %",
+        f"is {difference} points, clear in {len(gains) - len(unclear)} of {len(gains)} places",
+        f"Of the {texts} texts {loops} loop",
+    ]
+
+
+def test_the_sentences_of_readme_on_the_real_target_are_its_studys() -> None:
+    shown = " ".join(text_of("README.md").split("## Results")[1].split("**On toy models**")[0].split())
+    for part in real_sentences(summary_of("smollm2")):
+        assert part in shown, f"README does not say: {part}"
