@@ -39,10 +39,6 @@ class Drafted:
     proposed: int
     accepted_at: tuple[int, ...]
 
-    @property
-    def accepted(self) -> int:
-        return sum(self.accepted_at)
-
 
 @dataclass
 class Reply:

@@ -370,8 +370,7 @@ def test_a_drafter_that_is_not_evaluated_cannot_be_registered(corpus: Path, tmp_
 
 
 def test_pull_writes_for_an_engine(done: Done, tmp_path: Path) -> None:
-    where = ["--model", MODEL, "--tracking-uri", done.uri]
-    folder = tmp_path / "served"
+    where, folder = ["--model", MODEL, "--tracking-uri", done.uri], tmp_path / "served"
     made = CliRunner().invoke(app, ["pull", "1", str(folder), "--for", "vllm", "--window", "32", *where])
     assert made.exit_code == 0, made.output
     assert json.loads((folder / "config.json").read_text())["sliding_window"] == 32
@@ -385,24 +384,17 @@ def test_pull_writes_for_an_engine(done: Done, tmp_path: Path) -> None:
 
 
 def test_a_check_of_a_server_is_kept_with_the_version(done: Done, tmp_path: Path) -> None:
-    half = Interval(0.5, 0.4, 0.6)
-    check = ServerCheck(
-        verdict="pass", reasons=["fine"], url="http://x", plain_url=None, model="m", drafter="multi_view",
-        view="full", gamma=4, margin=0.02, served=half, replayed=half, difference=Interval(0.0, -0.01, 0.01),
-        by_position=[], tokens_per_s=30.5, plain_tokens_per_s=None, speedup=None, prompts=[],
-    )  # fmt: skip
-    for name in ("check.json", "check.md", "check.png"):
+    half, none = Interval(0.5, 0.4, 0.6), Interval(0.0, -0.01, 0.01)
+    figures = {"served": half, "replayed": half, "difference": none, "tokens_per_s": 30.5, "speedup": None}
+    check = ServerCheck.model_construct(verdict="pass", **figures)
+    for name in (names := ("check.json", "check.md", "check.png")):
         (tmp_path / name).write_text(name)
-    version = resolve(done.uri, MODEL, "1")
+    version, client = resolve(done.uri, MODEL, "1"), done.mlflow()
     place = attach(version, check, tmp_path)
-    client = done.mlflow()
-    kept = [file.path for file in client.list_artifacts(version.run_id, place)]
-    assert kept == [f"{place}/{name}" for name in ("check.json", "check.md", "check.png")]
-    metrics = client.get_run(version.run_id).data.metrics
-    served = {name: value for name, value in metrics.items() if name.startswith("served/")}
-    assert served == {
-        "served/acceptance": 0.5, "served/replayed_acceptance": 0.5, "served/difference": 0.0,
-        "served/tokens_per_s": 30.5,
-    }  # fmt: skip
+    assert [f.path for f in client.list_artifacts(version.run_id, place)] == [f"{place}/{n}" for n in names]
+    metrics = client.get_run(version.run_id).data.metrics.items()
+    served = {name: value for name, value in metrics if name.startswith("served/")}
+    told = {"acceptance": 0.5, "replayed_acceptance": 0.5, "difference": 0.0, "tokens_per_s": 30.5}
+    assert served == {f"served/{name}": value for name, value in told.items()}
     assert resolve(done.uri, MODEL, "1").tags["served"] == "pass"
     client.delete_model_version_tag(MODEL, "1", "served")
