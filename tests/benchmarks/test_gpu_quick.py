@@ -44,6 +44,7 @@ def test_the_whole_script_at_toy_size_on_a_bare_machine(tmp_path: Path) -> None:
     assert len(rates) == 16 and len(set(rates)) > 4  # each row accepts by itself
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long_says_so(tmp_path: Path) -> None:
     given = argparse.Namespace(out=tmp_path, toy=True)
     failed = start_part("of no name", given, patience(60))

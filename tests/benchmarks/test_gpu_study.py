@@ -222,6 +222,7 @@ def test_what_comes_back_is_small_and_reports_elsewhere(
     assert all(stage.cached for stage in ours.stages[:-1]) and not ours.stages[-1].cached
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_reached_and_what_not(here: Here, uninterrupted: Path, tmp_path: Path) -> None:
     best = row(
         "GPU speculation ÷ our graphed AR, 4K, γ = 8",

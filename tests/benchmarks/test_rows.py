@@ -162,6 +162,7 @@ def test_a_storage_counts_once() -> None:
     assert storage_bytes([whole], [whole[:5], torch.zeros(3)], [whole[5:]]) == [40, 12, 0]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_scanned_resumed_and_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 40th of its cells, in this process: what the rows claim of real work is asserted as they are made."""
     monkeypatch.setattr(scale, "apart", lambda function, *given: function(*given))

@@ -305,6 +305,7 @@ def apply(edit: Edit, code: Path) -> None:
     file.write_text(before + edit.anchor + edit.new + behind[0], encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("added", [POLICY, DATA_SET, LOSS, DRAFT_SOURCE], ids=lambda added: added.section)
 def test_what_is_added_as_contributing_says_works(added: Addition, tmp_path: Path) -> None:
     asked = asked_for(added.section)

@@ -91,6 +91,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, server: MlflowServer) -> Run:
     return made
 
 
+@pytest.mark.slow
 def test_secrets_reach_no_file_and_no_output(run: Run, server: MlflowServer) -> None:
     kept = {"stdout": run.done.stdout, "stderr": run.done.stderr}
     for folder in (run.storage, server.folder):
@@ -107,6 +108,7 @@ def test_secrets_reach_no_file_and_no_output(run: Run, server: MlflowServer) -> 
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_a_run_writes_into_its_storage_only(run: Run) -> None:
     written = run.files() - run.before
     assert len(written) > 20

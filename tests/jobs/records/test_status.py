@@ -203,6 +203,7 @@ def running(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_told_from_a_running_one(
     running: tuple[subprocess.Popen[str], Path], tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
         yield server
 
 
+@pytest.mark.slow
 def test_out_of_reach_is_incomplete_and_a_rerun_registers_once(
     corpus: Path, storage: Path, server: MlflowServer, tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_out_of_reach_is_incomplete_and_a_rerun_registers_once(
     assert not planted(storage, server.folder, fetched.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["413", "500"])
 def test_artifacts_that_are_refused_are_incomplete(
     corpus: Path, storage: Path, server: MlflowServer, tmp_path: Path, status: str

@@ -34,6 +34,7 @@ with Tracker.start(config) as tracker, tracker.stage_run("prepare"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_new_database(tmp_path: Path) -> None:
     storage, go = tmp_path / "storage", tmp_path / "go"
     config = Config.model_validate(MINIMAL | {"storage": str(storage), "tracking": {"experiment": "both"}})

@@ -105,6 +105,7 @@ def test_writes_fail_often(
     assert not planted(tmp_path, server.folder)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back(
     start: Start,
     server: MlflowServer,
@@ -131,6 +132,7 @@ def test_a_server_that_is_killed_and_comes_back(
     assert "pa55word" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", [1, 5, 9, 13, 22])
 def test_giving_up_and_the_same_command_again(
     start: Start, proxy: Proxy, server: MlflowServer, tmp_path: Path, writes: int

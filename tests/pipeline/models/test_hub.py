@@ -135,7 +135,8 @@ def load(hub: Hub, home: Path, trust: bool, copies: int = 1, offline: bool = Fal
     return done.stdout.splitlines()[-copies:]
 
 
-@pytest.mark.parametrize("trust", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("trust", [False, True])
 def test_three_processes_fetch_each_file_once(hub: Hub, tmp_path: Path, trust: bool) -> None:
     total = sum(
         tensor.double().sum().item() for tensor in load_file(tmp_path / "made" / "model.safetensors").values()
