@@ -29,6 +29,7 @@ Backend = Literal["triton", "torch"]
 Choice = Literal["auto", "triton", "torch"]
 
 
+ALL = 2**31 - 1  # recent tokens of a window that is none
 _choice: Choice = "auto"
 
 
@@ -93,15 +94,18 @@ def verify_attention(
     scaling: float,
     mask_B1MS: Tensor | None,
     length_B: Tensor | None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention [B, H·G, Q, D] of the last Q of the first `length_B` stored tokens, as in `reference`.
 
     Args:
         mask_B1MS: additive, M = G·Q, for torch.
         length_B: for Triton, which needs no mask.
+        window: for Triton; a mask has it in it.
     """
     if length_B is not None:
-        return _verify_attention(query, key_BHSD, value_BHSD, scaling, length_B)
+        sinks, recent = window or (0, ALL)
+        return _verify_attention(query, key_BHSD, value_BHSD, scaling, length_B, sinks, recent)
     # The query heads of one key/value head are folded into the query length: keys are not repeated.
     folded = query.reshape(query.shape[0], key_BHSD.shape[1], -1, query.shape[-1])
     output = F.scaled_dot_product_attention(folded, key_BHSD, value_BHSD, attn_mask=mask_B1MS, scale=scaling)
@@ -136,15 +140,30 @@ def rejection_accept(
 
 @torch.library.custom_op("budgetdraft::verify_attention", mutates_args=())
 def _verify_attention(
-    query: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, scaling: float, length_B: Tensor
+    query: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    scaling: float,
+    length_B: Tensor,
+    sinks: int,
+    recent: int,
 ) -> Tensor:
     from kernels import verify_attention
 
-    return verify_attention.verify_attention(query, key_BHSD, value_BHSD, scaling, length_B)
+    window = None if recent == ALL else (sinks, recent)
+    return verify_attention.verify_attention(query, key_BHSD, value_BHSD, scaling, length_B, window=window)
 
 
 @_verify_attention.register_fake
-def _(query: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, scaling: float, length_B: Tensor) -> Tensor:
+def _(
+    query: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    scaling: float,
+    length_B: Tensor,
+    sinks: int,
+    recent: int,
+) -> Tensor:
     B, heads, Q, D = query.shape
     return query.new_empty(B, Q, heads, D).transpose(1, 2)
 

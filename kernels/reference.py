@@ -186,7 +186,12 @@ def chunk_select(
 
 
 def verify_attention(
-    query: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, scaling: float, length: int | Tensor
+    query: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    scaling: float,
+    length: int | Tensor,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention of the last Q of the first `length` stored tokens; each sees itself and all before it.
 
@@ -196,6 +201,7 @@ def verify_attention(
     Args:
         query: [B, H·G, Q, D], the query heads of one key/value head side by side.
         length: tokens stored, at most S: an int, a 0-d tensor, or [B] for rows of different lengths.
+        window: of these a query sees the first `window[0]` and its own last `window[1]`.
 
     Returns:
         [B, H·G, Q, D] in the type of `query`; computed in fp32.
@@ -206,6 +212,9 @@ def verify_attention(
     position = torch.arange(S, device=query.device)
     last_BQ = length_B.unsqueeze(1) - Q + torch.arange(Q, device=query.device)
     hidden_BQS = position > last_BQ.unsqueeze(-1)
+    if window is not None:
+        sinks, recent = window
+        hidden_BQS |= (position >= sinks) & (position <= last_BQ.unsqueeze(-1) - recent)
     stored_BS = position < length_B.unsqueeze(1)
     key = key_BHSD.float().repeat_interleave(heads // H, dim=1)
     value = value_BHSD.float().masked_fill(~stored_BS[:, None, :, None], 0.0)

@@ -8,6 +8,9 @@ positions 0 .. n - Q + i:
 
     out[i] = Σ_j w[i, j] · value[j]        w[i, ·] = softmax over the seen j of scaling · query[i] · key[j]
 
+Through a window of S sinks and R recent tokens it sees, of those, the first S and its own last R. What no
+query of the call sees is not read.
+
 1. `_attend_split`: a program takes a tile of the M rows of one (row, head) and one of P equal shares of the
    n keys, and runs the online softmax over them. It leaves its sum of values, unnormalised, with its maximum
    and its denominator, in fp32.
@@ -59,12 +62,12 @@ class Tiles:
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "sinks", "recent"])
 def _attend_split(  # type: ignore[no-untyped-def]
-    query, key, value, length, part, top, total,
+    query, key, value, length, sinks, recent, part, top, total,
     query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
     length_b, scale_log2, H, G, Q, D,
-    LENGTH_ON_DEVICE: tl.constexpr, UPCAST: tl.constexpr, SPLITS: tl.constexpr,
+    LENGTH_ON_DEVICE: tl.constexpr, ROLLS: tl.constexpr, UPCAST: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Tiles of the same keys are neighbours in the grid, so that they find each other's keys in L2.
@@ -97,6 +100,8 @@ def _attend_split(  # type: ignore[no-untyped-def]
         position = start + n
         at = position.to(tl.int64)
         here = position < end
+        if ROLLS:
+            here = here & ((position < sinks) | (position > stored - Q - recent))
         keys = tl.load(key_DN + (at * key_s)[None, :], mask=inside_D[:, None] & here[None, :], other=0.0)
         values = tl.load(
             value_ND + (at * value_s)[:, None], mask=here[:, None] & inside_D[None, :], other=0.0
@@ -104,7 +109,10 @@ def _attend_split(  # type: ignore[no-untyped-def]
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         logits = tl.dot(query_MD, keys, input_precision="ieee") * scale_log2
-        logits = tl.where(position[None, :] <= last_M[:, None], logits, float("-inf"))
+        seen = position[None, :] <= last_M[:, None]
+        if ROLLS:
+            seen = seen & ((position < sinks)[None, :] | (position[None, :] > last_M[:, None] - recent))
+        logits = tl.where(seen, logits, float("-inf"))
         higher_M = tl.maximum(top_M, tl.max(logits, axis=1))
         # A row that has seen nothing yet has no maximum to subtract: -inf - -inf would be NaN.
         shift_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)
@@ -192,6 +200,7 @@ def verify_attention(
     scaling: float,
     length: int | Tensor,
     tiles: Tiles | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention of the last Q of the first `length` stored tokens; each sees itself and all before it.
 
@@ -204,6 +213,7 @@ def verify_attention(
         length: tokens stored: an int, or an integer tensor on the device of `query`, 0-d or [B] for rows of
             different lengths. What a tensor holds is not checked: that would wait for the device.
         tiles: how the work is cut; `choose_tiles` where none are given.
+        window: sinks and recent tokens that a query sees; all where there is none.
 
     Returns:
         [B, H·G, Q, D] in the type of `query`, stored as [B, Q, H·G, D].
@@ -235,11 +245,12 @@ def verify_attention(
     part = query.new_empty(B * H, G * Q, tiles.splits, D, dtype=torch.float32)
     top, total = query.new_empty(2, B * H, G * Q, tiles.splits, dtype=torch.float32)
     _attend_split[(triton.cdiv(G * Q, tiles.block_m), tiles.splits, B * H)](
-        query, key_BHSD, value_BHSD, length, part, top, total,
+        query, key_BHSD, value_BHSD, length, *(window or (0, 0)), part, top, total,
         *query.stride(), *key_BHSD.stride(), *value_BHSD.stride(),
         length.stride(0) if isinstance(length, Tensor) and length.dim() else 0,
         scaling * LOG2_E, H, G, Q, D,
         LENGTH_ON_DEVICE=on_device,
+        ROLLS=window is not None,
         UPCAST=query.dtype == torch.bfloat16 and not query.is_cuda,  # the interpreter's bf16 dot is wrong
         SPLITS=tiles.splits, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

@@ -63,13 +63,6 @@ class Config(Group):
         ):
             if value is not None and not isinstance(self.drafter, Head):
                 raise ValueError(f"{field} is for drafter.kind: head, and it is {self.drafter.kind}")
-        rolling = [f"train.variants.{v.name}.policy" for v in self.train.variants if v.policy == "window"]
-        rolling += ["sweep.policies"] if "window" in self.sweep.policies else []
-        if rolling and not isinstance(self.drafter, Head):
-            raise ValueError(
-                f"{rolling[0]}: window is for drafter.kind: head, whose prefix depends on no attention; take "
-                "streaming, whose entries are the same where the prefix ends"
-            )
         validated = self.train.validation_budgets
         for field, sinks, rolls, budgets in (
             ("sweep.sinks", self.sweep.sinks, "window" in self.sweep.policies, self.sweep.budgets),

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.axes import View
 from pipeline.decode.products import Linear, choose_forms
-from pipeline.kv.attention import causal_attention, suffix_attention
+from pipeline.kv.attention import Span, causal_attention, suffix_attention, windowed_attention
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, SlotCache, SlotIndex
-from pipeline.kv.views import PrefixView
+from pipeline.kv.views import PrefixView, readings
 from pipeline.models.draft_vocabulary import among_all, draft_tokens
 
 
@@ -117,7 +117,8 @@ class Lean:
         query = query_BQhD.transpose(1, 2)
         keys, values = cache.keys[number], cache.values[number]
         scaling = self.geometry.width**-0.5
-        out = dispatch.verify_attention(query, keys, values, scaling, place.mask_B1MS, place.stored_B)
+        stored = place.mask_B1MS, place.stored_B, place.span
+        out = dispatch.verify_attention(query, keys, values, scaling, *stored)
         return out.transpose(1, 2).flatten(2)
 
     def mlp(self, layer: LeanLayer, x: Tensor) -> Tensor:
@@ -188,9 +189,19 @@ class LeanModel(Lean):
     def read(
         self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
     ) -> tuple[list[PrefixView], Tensor, Tensor | None]:
+        views = [PrefixView(view, start) for start, view in cuts]
+        behind = [
+            self.read_through(span, tokens_BS, [views[number] for number in numbers])
+            for span, numbers in readings(cuts).items()
+        ]
+        return views, *behind[0]
+
+    def read_through(
+        self, rolling: Span | None, tokens_BS: Tensor, views: Sequence[PrefixView]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fill the views that one pass gives: with full attention, or through a window."""
         B, S = tokens_BS.shape
         H, D = self.geometry.kv_heads, self.geometry.width
-        views = [PrefixView(view, start) for start, view in cuts]
         positions_1S = torch.arange(S, device=tokens_BS.device).unsqueeze(0)
         chunks = [slice(at, min(at + self.prefill_chunk, S)) for at in range(0, S, self.prefill_chunk)]
         features: dict[int, Tensor] = {}
@@ -216,12 +227,15 @@ class LeanModel(Lean):
             for span in chunks if layer is not self.layers[-1] else [slice(S - 1, S)]:
                 query = projected(layer, span)[0]
                 seen = keys[:, :, : span.stop], values[:, :, : span.stop]
-                attention = causal_attention if span.start == 0 else suffix_attention
-                out = attention(query, *seen, D**-0.5).transpose(1, 2).flatten(2)
-                x_BSC[:, span] += layer.output(out)
+                if rolling is not None:
+                    out = windowed_attention(query, *seen, D**-0.5, rolling)
+                else:
+                    attention = causal_attention if span.start == 0 else suffix_attention
+                    out = attention(query, *seen, D**-0.5)
+                x_BSC[:, span] += layer.output(out.transpose(1, 2).flatten(2))
                 x_BSC[:, span] += self.mlp(layer, x_BSC[:, span])
         logits_BV = self.logits(self.rms_norm(x_BSC[:, -1], self.norm))
-        return views, logits_BV, side_by_side(features, self.feature_layers)
+        return logits_BV, side_by_side(features, self.feature_layers)
 
 
 def side_by_side(features: dict[int, Tensor], layers: Sequence[int]) -> Tensor | None:

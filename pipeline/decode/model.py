@@ -150,6 +150,7 @@ class SlotWriter(NamedTuple):
             scaling,
             self.place.mask_B1MS,
             self.place.stored_B,
+            self.place.span,
         )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 512  # queries whose window is masked at a time
 
 # What an architecture's attention may be given beside queries, keys and values, and views have not.
 BEYOND_A_PRODUCT = {
@@ -14,6 +18,13 @@ BEYOND_A_PRODUCT = {
     "head_mask": "a mask of heads (head_mask)",
     "attention_bias": "biases on attention scores (attention_bias)",
 }
+
+
+class Span(NamedTuple):
+    """What a query sees through a window: of all that is stored, the first `sinks` and the last `recent`."""
+
+    sinks: int
+    recent: int
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -44,10 +55,36 @@ def suffix_attention(
     return output.reshape(query.shape)
 
 
-def suffix_mask(query: Tensor, key: Tensor) -> Tensor | None:
-    """Which of the stored tokens the last Q of them see, [G·Q, S]; None where Q is 1."""
+def suffix_mask(query: Tensor, key: Tensor, span: Span | None = None) -> Tensor | None:
+    """Which of the stored tokens the last Q of them see, [G·Q, S]; None where a single one sees all."""
     Q, stored, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    if Q == 1:
+    if Q == 1 and span is None:
         return None
-    mask = torch.ones(Q, stored, dtype=torch.bool, device=query.device).tril(stored - Q)
+    before = torch.ones(Q, stored, dtype=torch.bool, device=query.device)
+    mask = before.tril(stored - Q)
+    if span is not None:
+        beyond = before.tril(stored - Q - span.recent)
+        beyond[:, : span.sinks] = False
+        mask &= ~beyond
     return mask.repeat(groups, 1)
+
+
+def windowed_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, span: Span) -> Tensor:
+    """As `suffix_attention`, each query through its window.
+
+    A block of queries is given the sinks and what its windows reach, so that scores grow with the window and
+    not with all that is stored.
+    """
+    parts: list[Tensor] = []
+    first = key.shape[2] - query.shape[2]  # the slot of a block's first query
+    for block in query.split(BLOCK, 2):
+        end, begin = first + block.shape[2], max(first + 1 - span.recent, span.sinks)
+        keys, values = (
+            # Distances behind the sinks stay what they were.
+            torch.cat([part[:, :, : span.sinks], part[:, :, begin:end]], 2)
+            for part in (key[:, :, :end], value[:, :, :end])
+        )
+        mask = suffix_mask(block, keys, span)
+        parts.append(suffix_attention(block, keys, values, scaling, mask))
+        first = end
+    return torch.cat(parts, 2)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kernels import dispatch
 from pipeline.axes import View
-from pipeline.kv.views import PrefixView, Span, span_of
+from pipeline.kv.attention import Span
+from pipeline.kv.views import PrefixView, span_of
 
 ROUND_SLOTS = 64  # prefixes of nearly equal length share their shapes, and with them compiled steps
 
@@ -42,7 +43,8 @@ class Geometry(NamedTuple):
 class SlotIndex(NamedTuple):
     """Where Q new tokens of each row go, and what they see.
 
-    Torch's attention takes the mask, the Triton kernel the number of tokens stored with the new ones.
+    Torch's attention takes the mask, the Triton kernel the number of tokens stored with the new ones, and the
+    window.
     """
 
     rows_B1: Tensor
@@ -50,6 +52,7 @@ class SlotIndex(NamedTuple):
     slots_BQ: Tensor
     mask_B1MS: Tensor | None
     stored_B: Tensor | None
+    span: Span | None = None
 
 
 Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -116,9 +119,9 @@ class SlotCache:
         """Q = `num_tokens` tokens of each row, the first of them being continuation token `step_B`."""
         steps_BQ = step_B.unsqueeze(1) + self.step_R[:num_tokens]
         slots_BQ = steps_BQ + self.kept_B.unsqueeze(1)
-        if self.backend == "triton" and self.span is None:
+        if self.backend == "triton":
             stored_B = self.kept_B + step_B + num_tokens
-            return SlotIndex(self.rows_B1, steps_BQ, slots_BQ, None, stored_B)
+            return SlotIndex(self.rows_B1, steps_BQ, slots_BQ, None, stored_B, self.span)
         hidden_BQS = self.slot_S > slots_BQ.unsqueeze(2)
         if self.span is not None:
             # Behind the sinks a prefix's entries are its last: slots are as far apart as positions.

@@ -1,9 +1,9 @@
 """Views of a prefix, and the budgeted cache that the same views serve in training, replay and decoding.
 
-`read_prefix` runs one full-attention forward over a prefix and keeps, layer by layer, the KV entries that
-each requested view selects; a layer's other KV are freed before the next layer runs. `ViewCache` holds the
-kept entries of one or many views and the continuation KV behind them, which are appended at their true
-positions and never evicted. Keys are kept as rotated, at their original positions.
+`read_prefix` runs one forward over a prefix and keeps, layer by layer, the KV entries that each requested
+view selects; a layer's other KV are freed before the next layer runs. `ViewCache` holds the kept entries of
+one or many views and the continuation KV behind them, which are appended at their true positions and never
+evicted. Keys are kept as rotated, at their original positions.
 
 Both are transformers caches. Attention over them is `attend`, registered with transformers as
 "budgetdraft"; the cache travels to it as the keyword `view_cache`.
@@ -23,20 +23,29 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.axes import View
-from pipeline.kv.attention import BEYOND_A_PRODUCT, causal_attention, suffix_attention, suffix_mask
+from pipeline.kv.attention import (
+    BEYOND_A_PRODUCT,
+    Span,
+    causal_attention,
+    suffix_attention,
+    suffix_mask,
+    windowed_attention,
+)
 from pipeline.kv.policies import SNAP_WINDOW
-from pipeline.kv.views import PrefixView
+from pipeline.kv.views import PrefixView, readings, span_of
 
 ATTENTION = "budgetdraft"
 WHOLE = "sees_whole_texts"  # attribute of attention modules whose window no text reaches
 
 
 class PrefixReader(Cache):
-    """Records the requested views while a model reads a prefix with full attention."""
+    """Records the requested views while a model reads a prefix: with full attention, and once through each
+    window that a view has, in further rows of the same batch."""
 
     def __init__(self, cuts: Sequence[tuple[int, View]]) -> None:
         super().__init__(layers=[])
         self.views = [PrefixView(view, start) for start, view in cuts]
+        self.readings = readings(cuts)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -44,22 +53,37 @@ class PrefixReader(Cache):
         return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        queries_BHGSD = query.unflatten(1, (key.shape[1], -1))
-        for view in self.views:
-            start = view.prefix_tokens
-            observed = queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start]
-            view.cut(key, value, observed)
-        return causal_attention(query, key, value, scaling)
+        outputs, count = [], len(self.readings)
+        rows = zip(query.chunk(count), key.chunk(count), value.chunk(count), strict=True)
+        for (span, numbers), (queries, keys, values) in zip(self.readings.items(), rows, strict=True):
+            queries_BHGSD = queries.unflatten(1, (keys.shape[1], -1))
+            for view in (self.views[number] for number in numbers):
+                start = view.prefix_tokens
+                view.cut(keys, values, queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start])
+            if span is None:
+                outputs.append(causal_attention(queries, keys, values, scaling))
+            else:
+                outputs.append(windowed_attention(queries, keys, values, scaling, span))
+        return outputs[0] if count == 1 else torch.cat(outputs)
+
+
+Masks = dict[tuple[int, int, Span | None], Tensor | None]  # by Q, tokens stored, and window
 
 
 class ViewLayer(CacheLayerMixin):
-    """One layer's buffers: for each group of rows the kept KV, then room for `capacity` more tokens."""
+    """One layer's buffers: for each group of rows the kept KV, then room for `capacity` more tokens.
+
+    Args:
+        spans: the window that each group sees what is stored through; None sees all.
+    """
 
     is_croppable = True
 
-    def __init__(self, groups: list[list[tuple[Tensor, Tensor]]], capacity: int) -> None:
+    def __init__(
+        self, groups: list[list[tuple[Tensor, Tensor]]], spans: Sequence[Span | None], capacity: int
+    ) -> None:
         super().__init__()
-        self.capacity, self.appended = capacity, 0
+        self.capacity, self.appended, self.spans = capacity, 0, spans
         self.buffers: list[tuple[Tensor, Tensor]] = []
         self.kept: list[int] = []
         for group in groups:
@@ -103,19 +127,19 @@ class ViewLayer(CacheLayerMixin):
         used = self.kept[0] + self.appended
         return self.buffers[0][0][:, :, :used], self.buffers[0][1][:, :, :used]
 
-    def attend(self, query: Tensor, scaling: float, masks: dict[tuple[int, int], Tensor | None]) -> Tensor:
+    def attend(self, query: Tensor, scaling: float, masks: Masks) -> Tensor:
         """Attention of the last Q appended tokens over their kept KV and, causally, the continuation.
 
         Args:
-            masks: those that other layers have made, by Q and tokens stored.
+            masks: those that other layers have made.
         """
         outputs, row = [], 0
-        for (keys, values), kept in zip(self.buffers, self.kept, strict=True):
+        for (keys, values), kept, span in zip(self.buffers, self.kept, self.spans, strict=True):
             used = kept + self.appended
             rows = slice(row, row + keys.shape[0])
             seen = keys[:, :, :used], values[:, :, :used]
-            if (place := (query.shape[2], used)) not in masks:
-                masks[place] = suffix_mask(query, seen[0])
+            if (place := (query.shape[2], used, span)) not in masks:
+                masks[place] = suffix_mask(query, seen[0], span)
             outputs.append(suffix_attention(query[rows], *seen, scaling, masks[place]))
             row += keys.shape[0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -133,8 +157,8 @@ class ViewLayer(CacheLayerMixin):
 class ViewCache(Cache):
     """Kept prefix KV of one or several views, and room for `capacity` continuation tokens behind each.
 
-    Rows are the views' rows in order. Neighbouring views with equally many kept entries share one attention
-    call, so put views of the same budget side by side.
+    Rows are the views' rows in order. Neighbouring views with equally many kept entries, and one window if
+    they roll, share one attention call, so put views of the same budget side by side.
     """
 
     layers: list[ViewLayer]
@@ -142,20 +166,26 @@ class ViewCache(Cache):
     def __init__(self, views: Sequence[PrefixView], capacity: int) -> None:
         groups: list[list[PrefixView]] = []
         for view in views:
-            if groups and groups[-1][0].kept == view.kept:
+            if groups and alike(groups[-1][0], view):
                 groups[-1].append(view)
             else:
                 groups.append([view])
         num_layers = len(views[0].layers)
+        spans = [span_of(group[0].view) for group in groups]
         layers: list[Any] = [
-            ViewLayer([[view.layers[layer] for view in group] for group in groups], capacity)
+            ViewLayer([[view.layers[layer] for view in group] for group in groups], spans, capacity)
             for layer in range(num_layers)
         ]
         super().__init__(layers=layers)
-        self.masks: dict[tuple[int, int], Tensor | None] = {}
+        self.masks: Masks = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         return self.layers[layer].attend(query, scaling, self.masks)
+
+
+def alike(one: PrefixView, other: PrefixView) -> bool:
+    """Whether attention over two views is masked alike."""
+    return one.kept == other.kept and span_of(one.view) == span_of(other.view)
 
 
 def attend(
@@ -191,7 +221,7 @@ AttentionInterface.register(ATTENTION, attend)
 def read_prefix(
     model: PreTrainedModel, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
 ) -> tuple[list[PrefixView], Tensor]:
-    """One full-attention forward over prefixes of equal length.
+    """One forward over prefixes of equal length: with full attention, and through each window of the views.
 
     Args:
         model: a causal language model loaded with `models.load.load_model`.
@@ -199,11 +229,12 @@ def read_prefix(
         cuts: (prefix length <= S, view) pairs; each gives one `PrefixView` of that many first tokens.
 
     Returns:
-        The views in the order of `cuts`, and the logits [B, V] after the last token.
+        The views in the order of `cuts`, and the logits [B, V] after the last token; of full attention,
+        unless all views are windows shorter than their prefix.
     """
     reader = PrefixReader(cuts)
     output = model(
-        input_ids=tokens_BS,
+        input_ids=tokens_BS.repeat(len(reader.readings), 1),
         past_key_values=reader,
         view_cache=reader,
         use_cache=True,
@@ -215,7 +246,7 @@ def read_prefix(
             f"{type(model).__name__} does not pass `view_cache` to its attention function: "
             "this architecture is not supported"
         )
-    return reader.views, output.logits[:, -1, : model.num_tokens]
+    return reader.views, output.logits[: len(tokens_BS), -1, : model.num_tokens]
 
 
 def read_continuation(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor
 
 from kernels import dispatch
 from pipeline.axes import Budget, View
+from pipeline.kv.attention import Span
 from pipeline.kv.policies import WINDOW, select
 
 
@@ -17,18 +18,25 @@ def view_of(policy: str, budget: Budget, sinks: int = 0) -> View:
     return View(policy, budget, sinks=sinks if policy == WINDOW else None).kept
 
 
-class Span(NamedTuple):
-    """What a query sees through a window: of all that is stored, the first `sinks` and the last `recent`."""
-
-    sinks: int
-    recent: int
-
-
 def span_of(view: View) -> Span | None:
     """Of a view that rolls; None of one that only grows."""
     if view.policy != WINDOW or view.budget == "full":
         return None
     return Span(view.sinks or 0, view.budget - (view.sinks or 0))
+
+
+def readings(cuts: Sequence[tuple[int, View]]) -> dict[Span | None, list[int]]:
+    """The numbers of the cuts that each reading of a prefix gives, by the window that it is read through.
+
+    A model of several layers has other entries behind a window: what a token attends to changes what the next
+    layer stores of it. So each window is a reading of its own; None reads all that comes before a token, as
+    every other view has it, and a window that holds the whole prefix.
+    """
+    found: dict[Span | None, list[int]] = {}
+    for number, (start, view) in enumerate(cuts):
+        rolls = view.budget != "full" and view.budget < start
+        found.setdefault(span_of(view) if rolls else None, []).append(number)
+    return dict(sorted(found.items(), key=lambda item: item[0] is not None)) or {None: []}
 
 
 @dataclass

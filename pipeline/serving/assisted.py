@@ -73,7 +73,7 @@ class BudgetedAssistant:
             )
         self.drafter = prepare_model(drafter, drafter.config.vocab_size)
         if policy == WINDOW:
-            raise ValueError("window is for heads, which transformers does not run: take streaming")
+            raise ValueError("a window rolls, which these caches of transformers do not: take streaming")
         self.view = view_of(policy, budget)
         self.generation_config = copy.deepcopy(drafter.generation_config)
         self.generation_config.num_assistant_tokens = gamma

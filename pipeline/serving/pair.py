@@ -23,7 +23,6 @@ from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.decode.target_reader import TargetReader
 from pipeline.errors import BadData
-from pipeline.kv.policies import WINDOW
 from pipeline.kv.views import view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.heads.load import is_head, load_head
@@ -91,7 +90,7 @@ class Pair:
             threshold: stop drafting behind a proposal with less probability; 0 drafts γ.
             temperature: 0 is greedy.
             seed: of sampling.
-            sinks: first entries that the policy window, which is for heads, always sees.
+            sinks: first entries that the policy window always sees.
 
         Raises:
             BadData: if there is no prompt, an empty one, or one that is too long for either model.
@@ -112,8 +111,6 @@ class Pair:
         """
         if not prompts:
             raise BadData("there is no prompt to continue")
-        if view.policy == WINDOW and not isinstance(self.drafter, LeanHead):
-            raise ValueError("the policy window is for heads, and this drafter is none: take streaming")
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
         self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
         bench = Bench(self.runners, self.target, asked, gamma)

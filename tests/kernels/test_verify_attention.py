@@ -49,6 +49,24 @@ def test_equals_the_oracle(B, H, G, Q, length, D, dtype):
     assert_close(out, query, key, value, D**-0.5, length)
 
 
+@pytest.mark.parametrize("window", [(0, 1), (0, 20), (4, 12), (5, 70), (80, 3)])
+@pytest.mark.parametrize("lengths", [(77, 77), (77, 9)])
+def test_a_window_is_a_mask(window, lengths):
+    """Of rows of different lengths too; the last window has all that is stored as sinks."""
+    query, key, value = made(2, 2, 2, 5, 77, 90, 16)
+    length_B = torch.tensor(lengths, device=DEVICE)
+    out = verify_attention(query, key, value, 0.25, length_B, SMALL, window)
+    expected = reference.verify_attention(query, key, value, 0.25, length_B, window)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    queries = torch.arange(77)[-5:].unsqueeze(1)
+    keys = torch.arange(77)
+    seen = (keys <= queries) & ((keys < window[0]) | (keys > queries - window[1]))
+    masked = F.scaled_dot_product_attention(
+        query[:1], key[:1, :, :77], value[:1, :, :77], attn_mask=seen.to(DEVICE), scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(out[:1], masked, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("G", "Q", "D"), [(1, 128, 16), (4, 33, 16), (4, 1, 128)])
 def test_equals_the_oracle_with_the_default_tiles(G, Q, D):
     query, key, value = made(1, 1, G, Q, 301, 600, D)

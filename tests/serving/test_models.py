@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.axes import FULL
+from pipeline.axes import FULL, View
 from pipeline.decode import replay
 from pipeline.decode.model import decode_model
 from pipeline.models.build import prepare_model
@@ -42,33 +42,31 @@ def asked(flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @torch.no_grad()
-def test_a_served_draft_model_is_the_replayed_one(
-    folder: Path, drafter: Path, plain: Served, texts: list[list[int]], tmp_path: Path
-) -> None:
-    export_for(drafter, tmp_path / "served", "vllm")
-    given, engine = asked(speculation("vllm", "first_layers", GAMMA, str(tmp_path / "served")))
-    served = serve(tmp_path, folder, given, **engine)
-    assert served.tokens == plain.tokens == [text[:LIMIT] for text in texts]
+def promised(drafter: Path, texts: list[list[int]], view: View) -> Any:
+    """The counts of replay behind a view."""
     model = prepare_model(AutoModelForCausalLM.from_pretrained(drafter), VOCABULARY).eval()
     rounds = []
     for tokens, text in zip(PROMPTS, texts, strict=True):
-        kept, _ = decode_model(model).prefill(tokens, [(tokens.shape[1], FULL)])
+        kept, _ = decode_model(model).prefill(tokens, [(tokens.shape[1], view)])
         told = replay.tell(replay.view_logits(model, kept, text), text, 0.0, (), False)
         rounds.append(replay.rounds(told.match[0], text, GAMMA, len(text), False))
-    promised = counted(rounds)
-    assert served.told == promised and promised[2][0] > 3, promised
+    return counted(rounds)
 
 
-def test_a_windowed_draft_model_keeps_the_text_with_the_switch(
-    folder: Path, drafter: Path, plain: Served, tmp_path: Path
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_served_draft_model_is_the_replayed_one(
+    folder: Path, drafter: Path, plain: Served, texts: list[list[int]], window: int | None, tmp_path: Path
 ) -> None:
-    export_for(drafter, tmp_path / "served", "vllm", window=16)
-    given, engine = asked(speculation("vllm", "first_layers", GAMMA, str(tmp_path / "served"), 16))
-    assert engine == {"disable_hybrid_kv_cache_manager": True}
+    """Behind a window with the switch that `speculation` asks for."""
+    export_for(drafter, tmp_path / "served", "vllm", window=window)
+    given, engine = asked(speculation("vllm", "first_layers", GAMMA, str(tmp_path / "served"), window))
+    assert engine == ({} if window is None else {"disable_hybrid_kv_cache_manager": True})
     served = serve(tmp_path, folder, given, **engine)
-    assert served.tokens == plain.tokens
-    whole = serve(tmp_path, folder, {**given, "model": str(drafter)})
-    assert served.told != whole.told, "the window acts"
+    assert served.tokens == plain.tokens == [text[:LIMIT] for text in texts]
+    whole = promised(drafter, texts, FULL)
+    expected = whole if window is None else promised(drafter, texts, View("window", window, sinks=0))
+    assert served.told == expected and expected[2][0] > 3, expected
+    assert window is None or expected != whole, "the window acts"
 
 
 def test_without_the_switch_the_text_is_not_the_targets(

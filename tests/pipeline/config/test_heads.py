@@ -26,8 +26,6 @@ def test_defaults_are_as_if_the_fields_had_not_been_added() -> None:
     [
         ({"labels.features": "stored"}, "labels.features is for drafter.kind: head"),
         ({"train.chain_steps": 3}, "train.chain_steps is for drafter.kind: head"),
-        ({"sweep.policies": ["window"]}, "sweep.policies: window is for drafter.kind: head"),
-        ({"train.variants": [WINDOW]}, "train.variants.v.policy: window is for drafter.kind: head"),
         (
             HEAD | {"drafter": {"kind": "head", "feature_layers": [1, 9]}},
             r"feature_layers: \[1, 9\] goes beyond",

@@ -44,6 +44,7 @@ def test_autoregressive_equals_transformers_generate(target: PreTrainedModel) ->
         ("snapkv", 32),
         ("none", 0),
         ("x", "full"),
+        ("window", 16),
     ],
 )
 @pytest.mark.parametrize("gamma", [1, 2, 5, 17])

@@ -20,7 +20,10 @@ from tests.helpers.models import random_tokens
 from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of
 
 POLICIES = ("chunk_topk", "streaming", "snapkv")
-GRID = [("chunk_topk", 16), ("chunk_topk", 32), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full")]
+GRID: list[tuple[Any, ...]] = [
+    ("chunk_topk", 16), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full"), ("window", 16),
+    ("window", 24, 4),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("ends", [pytest.param(False, marks=pytest.mark.slow), True])

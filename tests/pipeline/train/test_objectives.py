@@ -20,7 +20,7 @@ from pipeline.axes import FULL, View
 from pipeline.config.schema import Config
 from pipeline.kv.policies import SNAP_WINDOW, select
 from pipeline.kv.view_cache import WHOLE
-from pipeline.kv.views import view_of
+from pipeline.kv.views import span_of, view_of
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.train.losses import States
 from pipeline.train.objectives import MultiView
@@ -50,7 +50,10 @@ def dense_attention(
     B, H, T, _ = key.shape
     queries = query.unflatten(1, (H, -1))
     seen = torch.ones(T, T, dtype=torch.bool).tril().expand(B, H, T, T).clone()
-    if view.budget != "full":
+    if (span := span_of(view)) is not None:
+        query_T1, key_T = torch.arange(T).unsqueeze(1), torch.arange(T)
+        seen &= (key_T < span.sinks) | (key_T > query_T1 - span.recent)
+    elif view.budget != "full":
         observed = queries[:, :, :, max(0, start - SNAP_WINDOW) : start]
         kept = select(view.policy, key[:, :, :start].detach(), observed.detach(), view.budget)
         prefix = torch.zeros(B, H, start, dtype=torch.bool).scatter_(2, kept, True)
@@ -127,12 +130,14 @@ def oracle_loss(
         ]
         return torch.stack(terms).mean() if terms else torch.zeros(())
 
-    sparse = [view_of(variant.policy, b) for b, times in drawn.budgets.items() for _ in range(times)]
+    sparse = [
+        view_of(variant.policy, b, variant.sinks) for b, times in drawn.budgets.items() for _ in range(times)
+    ]
     full = variant.full_weight * branch(variant.full_loss, [FULL])
     return full + variant.sparse_weight * branch(variant.sparse_loss, sparse)
 
 
-@pytest.mark.parametrize("policy", ["chunk_topk", "chunk_topk_paper", "streaming", "snapkv"])
+@pytest.mark.parametrize("policy", ["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window"])
 def test_window_logits_are_those_of_separate_dense_forwards(model: PreTrainedModel, policy: str) -> None:
     tokens = torch.from_numpy(numbers(2, SEQUENCE, seed=3).astype(np.int64))
     starts, views = (61, 37, 25), [FULL, view_of(policy, 32), view_of(policy, 24), view_of(policy, 0)]
@@ -157,6 +162,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"sparse_weight": 0.5, "budgets": {0: 0.5, 16: 0.5}, "num_views": 5, "policy": "streaming"},
     {"full_weight": 0, "sparse_weight": 2.0, "budgets": {16: 1.0}, "policy": "chunk_topk_paper"},
     {"full_loss": "kl", "sparse_loss": "total_variation", "budgets": {16: 0.5, 32: 0.5}},
+    {"budgets": {16: 0.5, 24: 0.5}, "num_views": 3, "policy": "window", "sinks": 4},
     {"full_weight": 0.3, "full_loss": "total_variation", "sparse_loss": "kl", "budgets": {16: 1.0}},
 ]
 
