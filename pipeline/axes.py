@@ -22,6 +22,12 @@ MODEL_FREE: tuple[str, ...] = get_args(ModelFree)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 
 
+def kept_positions(config: object) -> Positions:
+    """Where a drafter finds what is kept, as its training has written into its model's config."""
+    found: Positions = getattr(config, "kept_positions", "true")
+    return found
+
+
 def family(drafter: str) -> str:
     """The variant that a drafter belongs to: `multi_view` of `multi_view~43`, trained with seed 43."""
     return drafter.partition("~")[0]
@@ -62,7 +68,8 @@ class View:
         control: `other_prompt` has the kept entries of another document in their place, `no_prefix` has none.
         sinks: S of a window; None where the policy has no such choice.
         refresh: after how many rounds the entries are chosen again; None is never.
-        positions: which positions the kept entries are given.
+        positions: where the kept entries stand. The drafter decides it, as it was trained, so views are not
+            compared by it.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
@@ -72,7 +79,7 @@ class View:
     control: Control | None = None
     sinks: int | None = None
     refresh: int | None = None
-    positions: Positions = "true"
+    positions: Positions = field(default="true", compare=False)
 
     @property
     def kept(self) -> View:

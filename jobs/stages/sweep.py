@@ -107,4 +107,5 @@ def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
         pretrained = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
         pretrained = own_positions(drafter_ref(config, scratch))
-    return max(pretrained, config.data.sequence_tokens if config.train.steps_of(variant) else 0)
+    trained = variant.served_tokens or config.data.sequence_tokens
+    return max(pretrained, trained if config.train.steps_of(variant) else 0)

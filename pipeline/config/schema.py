@@ -91,6 +91,13 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
+        for variant in self.train.variants:
+            served = variant.served_tokens
+            if served is not None and served < self.data.sequence_tokens:
+                raise ValueError(
+                    f"train.variants.{variant.name}.served_tokens ({served}) is less than "
+                    f"data.sequence_tokens ({self.data.sequence_tokens}), on which it trains"
+                )
         names = {v.name for v in (*self.train.variants, *self.train.drafters)}
         for where, drafters in (
             ("sweep.drafters", self.sweep.drafters),

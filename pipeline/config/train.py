@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.axes import Baseline, check_budget
+from pipeline.axes import Baseline, Positions, check_budget
 from pipeline.config.group import Group
 from pipeline.config.rope import RopeScaling
 from pipeline.config.sweep import Policy
@@ -69,6 +69,18 @@ class Variant(Group):
         exclude_if=lambda sinks: sinks == 0,
         description="first entries that the policy window always sees",
     )
+    positions: Positions = Field(
+        "true",
+        exclude_if=lambda positions: positions == "true",
+        description="of kept entries: true; rebased, moved together before what follows them, in training "
+        "and after; anchor_offset, where training moves the sinks back by as much as longer texts would",
+    )
+    served_tokens: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda tokens: tokens is None,
+        description="of anchor_offset: the longest text that the drafter is to serve",
+    )
     budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
     num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
     rope_scaling: RopeScaling | None = Field(
@@ -102,6 +114,10 @@ class Variant(Group):
             raise ValueError("sparse_weight > 0 needs budgets; for L_A alone set sparse_weight: 0")
         if self.full_weight == 0 and self.sparse_weight == 0:
             raise ValueError("full_weight and sparse_weight are both 0: there is nothing to train on")
+        if (self.positions == "anchor_offset") != (self.served_tokens is not None):
+            raise ValueError("served_tokens goes with positions: anchor_offset, which needs it")
+        if self.positions == "rebased" and self.policy == "window":
+            raise ValueError("positions: rebased is for views that keep their entries, and a window rolls")
         if self.name in RESERVED:
             raise ValueError(f"{self.name!r} is what results call something else: choose another name")
         twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]

@@ -222,7 +222,7 @@ class LeanModel(Lean):
                 start = view.prefix_tokens
                 last = slice(max(0, start - SNAP_WINDOW), start)
                 observed = projected(layer, last)[0] if view.view.policy == "snapkv" else keys[:, :, :0]
-                view.cut(keys, values, observed.unflatten(1, (H, -1)))
+                view.cut(keys, values, observed.unflatten(1, (H, -1)), self.frequencies)
             # Of the last layer only the last position is needed.
             for span in chunks if layer is not self.layers[-1] else [slice(S - 1, S)]:
                 query = projected(layer, span)[0]

@@ -32,6 +32,7 @@ from pipeline.kv.attention import (
     windowed_attention,
 )
 from pipeline.kv.policies import SNAP_WINDOW
+from pipeline.kv.positions import frequencies_of
 from pipeline.kv.views import PrefixView, readings, span_of
 
 ATTENTION = "budgetdraft"
@@ -42,8 +43,11 @@ class PrefixReader(Cache):
     """Records the requested views while a model reads a prefix: with full attention, and once through each
     window that a view has, in further rows of the same batch."""
 
-    def __init__(self, cuts: Sequence[tuple[int, View]]) -> None:
+    def __init__(
+        self, cuts: Sequence[tuple[int, View]], frequencies: Tensor | None = None, offset: int = 0
+    ) -> None:
         super().__init__(layers=[])
+        self.frequencies, self.offset = frequencies, offset
         self.views = [PrefixView(view, start) for start, view in cuts]
         self.readings = readings(cuts)
 
@@ -59,7 +63,8 @@ class PrefixReader(Cache):
             queries_BHGSD = queries.unflatten(1, (keys.shape[1], -1))
             for view in (self.views[number] for number in numbers):
                 start = view.prefix_tokens
-                view.cut(keys, values, queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start])
+                observed = queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start]
+                view.cut(keys, values, observed, self.frequencies, self.offset)
             if span is None:
                 outputs.append(causal_attention(queries, keys, values, scaling))
             else:
@@ -219,7 +224,7 @@ AttentionInterface.register(ATTENTION, attend)
 
 @torch.no_grad()
 def read_prefix(
-    model: PreTrainedModel, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
+    model: PreTrainedModel, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], offset: int = 0
 ) -> tuple[list[PrefixView], Tensor]:
     """One forward over prefixes of equal length: with full attention, and through each window of the views.
 
@@ -227,12 +232,13 @@ def read_prefix(
         model: a causal language model loaded with `models.load.load_model`.
         tokens_BS: [B, S] tokens from position 0.
         cuts: (prefix length <= S, view) pairs; each gives one `PrefixView` of that many first tokens.
+        offset: positions by which the sinks of every view are moved back.
 
     Returns:
         The views in the order of `cuts`, and the logits [B, V] after the last token; of full attention,
         unless all views are windows shorter than their prefix.
     """
-    reader = PrefixReader(cuts)
+    reader = PrefixReader(cuts, frequencies_of(getattr(model, "module", model)), offset)
     output = model(
         input_ids=tokens_BS.repeat(len(reader.readings), 1),
         past_key_values=reader,
@@ -249,6 +255,13 @@ def read_prefix(
     return reader.views, output.logits[: len(tokens_BS), -1, : model.num_tokens]
 
 
+def check_attention(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose attention would see other entries than a view's."""
+    own = getattr(model, "module", model).config._attn_implementation
+    if own != ATTENTION:
+        raise ValueError(f"the model attends by {own!r}, which knows no views: load it with models.load")
+
+
 def read_continuation(
     model: PreTrainedModel, cache: ViewCache, tokens_RQ: Tensor, positions_RQ: Tensor
 ) -> Tensor:
@@ -256,7 +269,11 @@ def read_continuation(
 
     Args:
         positions_RQ: true positions of the tokens, [R, Q] or [1, Q].
+
+    Raises:
+        ValueError: if the model was not loaded with `models.load.load_model`.
     """
+    check_attention(model)
     output = model(
         input_ids=tokens_RQ,
         position_ids=positions_RQ,
@@ -269,6 +286,7 @@ def read_continuation(
 
 def read_hidden(model: PreTrainedModel, cache: ViewCache, tokens_RQ: Tensor, positions_RQ: Tensor) -> Tensor:
     """The final hidden states [R, Q, C] from which `read_continuation` makes its logits."""
+    check_attention(model)
     output = model.base_model(
         input_ids=tokens_RQ,
         position_ids=positions_RQ,

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from kernels import dispatch
-from pipeline.axes import Budget, View
+from pipeline.axes import Budget, Positions, View
 from pipeline.kv.attention import Span
 from pipeline.kv.policies import WINDOW, select
+from pipeline.kv.positions import moves, turn
 
 
-def view_of(policy: str, budget: Budget, sinks: int = 0) -> View:
+def view_of(policy: str, budget: Budget, sinks: int = 0, positions: Positions = "true") -> View:
     """The view of a (policy, budget) pair, under the one name of its entries; `sinks` are a window's."""
-    return View(policy, budget, sinks=sinks if policy == WINDOW else None).kept
+    return placed(View(policy, budget, sinks=sinks if policy == WINDOW else None), positions).kept
+
+
+def placed(view: View, positions: Positions) -> View:
+    """A view as a drafter of such `positions` has it: of some entries, where gaps between them may close.
+
+    An offset of the sinks is for training alone.
+    """
+    gaps = view.budget not in ("full", 0) and view.policy != WINDOW
+    return replace(view, positions=positions) if gaps and positions == "rebased" else view
 
 
 def span_of(view: View) -> Span | None:
@@ -56,15 +67,30 @@ class PrefixView:
     def num_bytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
-    def cut(self, keys_BHSD: Tensor, values_BHSD: Tensor, observed: Tensor) -> None:
+    def cut(
+        self,
+        keys_BHSD: Tensor,
+        values_BHSD: Tensor,
+        observed: Tensor,
+        frequencies: Tensor | None = None,
+        offset: int = 0,
+    ) -> None:
         """Add a layer: what the view keeps of the first `prefix_tokens` entries.
 
         Args:
             observed: queries [B, H, G, W, D] of the last positions of the prefix, which `snapkv` asks for.
+            frequencies: as `positions.frequencies_of` gives them; for entries that are moved.
+            offset: positions by which the sinks are moved back.
+
+        Raises:
+            ValueError: if entries are to be moved and there are no frequencies.
         """
-        keys = keys_BHSD[:, :, : self.prefix_tokens]
-        values = values_BHSD[:, :, : self.prefix_tokens]
+        S = self.prefix_tokens
+        keys, values = keys_BHSD[:, :, :S], values_BHSD[:, :, :S]
+        kept_BHN = torch.arange(S, device=keys.device).expand(*keys.shape[:2], S)
         if self.view.budget != "full":
             kept_BHN = select(self.view.policy, keys, observed, self.view.budget, self.view.sinks or 0)
             keys, values = dispatch.gather_kept(keys, values, kept_BHN)
+        if (moves_BHN := moves(self.view, kept_BHN, S, offset)) is not None:
+            keys = turn(keys, moves_BHN, frequencies)
         self.layers.append((keys, values))

@@ -11,6 +11,7 @@ from pipeline.errors import BadData
 from pipeline.models.build import scratch_config
 from pipeline.models.heads.begin import default_layers
 from pipeline.models.hub import config_folder
+from pipeline.models.layers import FAMILY
 from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, check_model, model_ref, read_config
 from pipeline.models.support import problem_of
@@ -52,6 +53,7 @@ def check_role(config: Config, role: Role, weights: bool = True) -> None:
     ref = replace(model_ref(spec, None, role, reach), layers=layers)
     if role == "drafter":
         check_draft_vocabulary(config, ref, folder)
+        check_positions(config, ref, folder)
     for name, rope in ropes(config, role):
         check_model(replace(ref, rope_scaling=rope, role=name) if rope else ref, folder)
     if weights and with_home(spec.path).is_dir():  # of the hub, they may not be here yet
@@ -83,6 +85,17 @@ def check_draft_vocabulary(config: Config, ref: ModelRef, folder: Path) -> None:
         tokens := read_config(ref, folder).get_text_config(decoder=True).vocab_size
     ):
         raise BadData(f"train.draft_vocabulary: {size} must be less than the {tokens} tokens of {ref.path!r}")
+
+
+def check_positions(config: Config, ref: ModelRef, folder: Path) -> None:
+    """Raises BadData for a variant that moves kept entries in a model that does not rotate whole keys."""
+    kind = read_config(ref, folder).get_text_config(decoder=True).model_type
+    for variant in config.train.variants:
+        if variant.positions != "true" and kind not in FAMILY:
+            raise BadData(
+                f"train.variants.{variant.name}.positions: {variant.positions} is for {', '.join(FAMILY)}, "
+                f"and {ref.path!r} is a {kind}: leave it out"
+            )
 
 
 def ropes(config: Config, role: Role) -> Iterator[tuple[str, RopeScaling | None]]:

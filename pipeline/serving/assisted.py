@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pipeline.axes import check_budget
+from pipeline.axes import check_budget, kept_positions
 from pipeline.decode.model import decode_model
 from pipeline.kv.policies import WINDOW
 from pipeline.kv.view_cache import ATTENTION
@@ -74,7 +74,7 @@ class BudgetedAssistant:
         self.drafter = prepare_model(drafter, drafter.config.vocab_size)
         if policy == WINDOW:
             raise ValueError("a window rolls, which these caches of transformers do not: take streaming")
-        self.view = view_of(policy, budget)
+        self.view = view_of(policy, budget, positions=kept_positions(drafter.config))
         self.generation_config = copy.deepcopy(drafter.generation_config)
         self.generation_config.num_assistant_tokens = gamma
         self.generation_config.num_assistant_tokens_schedule = "constant"

@@ -59,6 +59,11 @@ def export_for(
     reader: Engine = "vllm" if engine == "speculators" else engine
     check_window(reader, window, sinks)
     given, head = json.loads((drafter / "config.json").read_text(encoding="utf-8")), is_head(drafter)
+    if given.get("kept_positions", "true") != "true":
+        raise BadData(
+            f"{drafter} was trained with positions: {given['kept_positions']}, which no engine has: the "
+            "nearest is anchor_offset, which is served as it is"
+        )
     if engine == "speculators" and not head:
         raise BadData("speculators has heads and no draft models: export this one --for vllm")
     config = head_fields(given, reader, target_layers) if head else given

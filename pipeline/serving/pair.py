@@ -12,7 +12,7 @@ from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.axes import View, check_budget
+from pipeline.axes import Positions, View, check_budget, kept_positions
 from pipeline.data.tokenizer import encode_prompt
 from pipeline.decode.bench import Bench, timed_prefill
 from pipeline.decode.feature_head import LeanHead, drafts
@@ -23,7 +23,7 @@ from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.decode.target_reader import TargetReader
 from pipeline.errors import BadData
-from pipeline.kv.views import view_of
+from pipeline.kv.views import placed, view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.heads.load import is_head, load_head
 from pipeline.models.hub import model_folder
@@ -58,7 +58,8 @@ class Reading:
 class Pair:
     """A target and a drafter, the tokenizer that they share, and the caches that they decode with.
 
-    `limits` say, by role, how long a text either model can read.
+    `limits` say, by role, how long a text either model can read; `positions` where the drafter was trained to
+    find what is kept.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ class Pair:
     eos: frozenset[int]
     runners: Runners = field(repr=False)
     limits: Mapping[str, Sequence[Limit]] = field(default_factory=dict, repr=False)
+    positions: Positions = "true"
 
     def continue_prompts(
         self,
@@ -114,7 +116,8 @@ class Pair:
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
         self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
         bench = Bench(self.runners, self.target, asked, gamma)
-        views = [timed_prefill(self.drafter, prompt, [view])[0][0] for prompt in asked]
+        wanted = [placed(view, self.positions)]
+        views = [timed_prefill(self.drafter, prompt, wanted)[0][0] for prompt in asked]
         source = drafts(bench.drafter(self.drafter, views), views, threshold)
         return Reading(bench, source, gamma, self.eos)
 
@@ -198,9 +201,11 @@ def load_pair(
     large, limits = decode_model(model, prefill_chunk), {"target": limits_of_loaded(model)}
     small: DecodeModel
     if is_head(model_folder(drafter)):  # it turns positions as its target does
-        small = LeanHead(load_head(drafter, model, pick_device(device)), TargetReader(large))
+        other = load_head(drafter, model, pick_device(device))
+        small = LeanHead(other, TargetReader(large))
     else:
         other = load_model(drafter, num_tokens, pick_device(device))
         share_frozen(other, [model])
         small, limits["drafter"] = decode_model(other, prefill_chunk), limits_of_loaded(other)
-    return Pair(shared, large, small, stop_tokens(model), Runners(compile), limits)
+    at = kept_positions(other.config)
+    return Pair(shared, large, small, stop_tokens(model), Runners(compile), limits, at)

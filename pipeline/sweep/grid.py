@@ -6,11 +6,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.axes import MODEL_FREE, NOTHING, Baseline, Cell, DrafterKind, Place, View, family
+from pipeline.axes import (
+    MODEL_FREE,
+    NOTHING,
+    Baseline,
+    Cell,
+    DrafterKind,
+    Place,
+    Positions,
+    View,
+    family,
+)
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Sweep
 from pipeline.decode.sampling import Chance
 from pipeline.kv.policies import WINDOW
+from pipeline.kv.views import placed
 from pipeline.models.load import ModelRef
 
 SELF_POLICIES = ("streaming", "snapkv")
@@ -20,7 +31,8 @@ SELF_POLICIES = ("streaming", "snapkv")
 class Drafter:
     """A draft source to evaluate: a trained model, with the positions it was trained on, or a baseline.
 
-    `ref` is the target's for self-speculation, and None for a source without a model.
+    `ref` is the target's for self-speculation, and None for a source without a model. `positions` are those
+    that the drafter was trained with.
     """
 
     name: str
@@ -28,6 +40,7 @@ class Drafter:
     trained_positions: int
     baseline: Baseline | None = None
     trained_kind: DrafterKind = "lm"
+    positions: Positions = "true"
 
     @property
     def kind(self) -> DrafterKind:
@@ -53,13 +66,12 @@ def chosen_drafter(name: str, selection: Sequence[str]) -> bool:
 
 def draft_sources(config: Config) -> list[Drafter]:
     """The draft sources of a sweep, not yet with their models: trained drafters, then baselines."""
-    names = [drafter.name for drafter in config.train.drafters]
     given = config.drafter.kind
     kind: DrafterKind = given if given in ("first_layers", "head") else "lm"
     trained = [
-        Drafter(name, None, 0, trained_kind=kind)
-        for name in names
-        if chosen_drafter(name, config.sweep.drafters)
+        Drafter(variant.name, None, 0, trained_kind=kind, positions=variant.positions)
+        for variant in config.train.drafters
+        if chosen_drafter(variant.name, config.sweep.drafters)
     ]
     return trained + [Drafter(name, None, 0, name) for name in config.sweep.baselines]
 
@@ -72,7 +84,10 @@ def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
     if drafter.baseline:
         return [NOTHING]
     views = [
-        View(policy, budget, sinks=sweep.sinks if policy == WINDOW and budget != "full" else None)
+        placed(
+            View(policy, budget, sinks=sweep.sinks if policy == WINDOW and budget != "full" else None),
+            drafter.positions,
+        )
         for policy in sweep.policies
         for budget in sweep.budgets
     ]

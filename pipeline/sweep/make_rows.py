@@ -46,10 +46,18 @@ def make_row(
         num_left_out=num_left_out,
         repetition_rate=repetition,
         looping=repetition > looping_rate,
-        in_trained_range=len(prompt.tokens) + prompt.max_new_tokens <= drafter.trained_positions,
+        in_trained_range=reach(cell.view, prompt) <= drafter.trained_positions,
         drafter_kv_bytes=kv_bytes,
         timing=timing,
     )
+
+
+def reach(view: View, prompt: Prompt) -> int:
+    """The positions that a drafter gets by; rebased entries stand as if nothing lay between them."""
+    prefix = len(prompt.tokens)
+    if view.positions == "rebased" and view.budget != "full":
+        prefix = min(prefix, view.budget)
+    return prefix + prompt.max_new_tokens
 
 
 def all_cells(sweep: Sweep, drafter: Drafter, prompt: Prompt, view: View = ALL_VIEWS) -> Cell:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from pipeline.axes import BASELINES, NOTHING, Cell, Place, View, budget_order, family
+from pipeline.axes import BASELINES, NOTHING, Cell, Place, budget_order, family
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Measure, Sweep
 from pipeline.store.rows import PredictedRow
-from pipeline.sweep.grid import Drafter, cells_at, cells_behind, chosen, chosen_drafter
+from pipeline.sweep.grid import Drafter, cells_at, cells_behind, chosen, chosen_drafter, views_of
 
 
 def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) -> list[Cell]:
@@ -127,7 +127,8 @@ def plane_picks(sweep: Sweep, place: Place, drafters: Sequence[Drafter]) -> list
     drafter = next(drafter for drafter in drafters if chosen_drafter(drafter.name, [plane.drafter]))
     return [
         cell
-        for budget in sweep.budgets
-        for cell in cells_behind(sweep, drafter, place, View(sweep.policies[0], budget))
+        for view in views_of(sweep, drafter)
+        if view.policy == sweep.policies[0] and not view.control
+        for cell in cells_behind(sweep, drafter, place, view)
         if not cell.threshold
     ]

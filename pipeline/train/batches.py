@@ -104,10 +104,12 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Draw:
-    """The random choices of one micro-batch: where its windows start, and how often each budget was drawn."""
+    """The random choices of one micro-batch: where its windows start, how often each budget was drawn, and by
+    how many positions the sinks are moved back."""
 
     starts: tuple[int, ...]
     budgets: dict[int, int]
+    offset: int = 0
 
 
 def start_phases(train: Train, sequence_tokens: int) -> list[int]:
@@ -142,13 +144,13 @@ def draw(
     C = train.window_tokens
     if on_policy:
         starts = tuple(sequence_tokens - (place + 1) * C for place in range(train.windows))
-        return Draw(starts, draw_budgets(variant, rng))
+        return Draw(starts, draw_budgets(variant, rng), draw_offset(variant, sequence_tokens, rng))
     # A start must leave the prefix long enough, and its window (inputs start .. start+C-1) inside.
     offset = int(rng.choice(start_phases(train, sequence_tokens)))
     places = (sequence_tokens - offset - train.min_prefix_tokens) // C
     chosen = np.sort(rng.choice(places, size=train.windows, replace=False))
     starts = tuple(int(sequence_tokens - offset - (place + 1) * C) for place in chosen)
-    return Draw(starts, draw_budgets(variant, rng))
+    return Draw(starts, draw_budgets(variant, rng), draw_offset(variant, sequence_tokens, rng))
 
 
 def draw_budgets(variant: Variant, rng: np.random.Generator) -> dict[int, int]:
@@ -161,6 +163,13 @@ def draw_budgets(variant: Variant, rng: np.random.Generator) -> dict[int, int]:
         for budget in sorted(drawn.tolist(), reverse=True):
             counts[budget] = counts.get(budget, 0) + 1
     return counts
+
+
+def draw_offset(variant: Variant, sequence_tokens: int, rng: np.random.Generator) -> int:
+    """Up to what makes of a sequence a text of the length that the drafter is to serve."""
+    if variant.served_tokens is None:
+        return 0
+    return int(rng.integers(0, variant.served_tokens - sequence_tokens, endpoint=True))
 
 
 @dataclass(frozen=True)

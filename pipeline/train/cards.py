@@ -54,7 +54,7 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
         f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
         f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "
-        f"policy {variant.policy}\n"
+        f"policy {variant.policy}; positions {variant.positions}\n"
         f"- Steps: {steps} of {config.train.batch_sequences} sequences of "
         f"{config.data.sequence_tokens} tokens\n"
         f"- Training data: {describe_data(config)}\n\n{acceptance}\n"

@@ -20,13 +20,12 @@ from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.errors import NotFinite
-from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows
 from pipeline.train.features import Features
 from pipeline.train.losses import LOSSES, States, TargetLabels
-from pipeline.train.objectives import MultiView, acceptances
+from pipeline.train.objectives import MultiView, acceptances, view_in
 
 
 class ChainedViews(MultiView):
@@ -54,6 +53,7 @@ class ChainedViews(MultiView):
         labels: TargetLabels,
         learned: Tensor,
         limit: int,
+        offset: int,
     ) -> Iterator[tuple[View, int, Tensor]]:
         """A chain at depth d that began at token t of its window is about the label of token t + d."""
         C, head = self.config.train.window_tokens, getattr(model, "module", model)
@@ -63,7 +63,8 @@ class ChainedViews(MultiView):
         count = 4 * parts * C * len(views) * len(self.weights) * head.num_tokens
         sharded = hasattr(head.lm_head.weight, "ds_id")  # by ZeRO-3: whole inside a forward pass only
         whole = sharded or count <= limit
-        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, len(self.weights), whole)
+        depth = len(self.weights)
+        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, depth, whole, offset)
         place = torch.arange(parts * C, device=self.device)
         for depth, output in enumerate(outputs):
             # An answer may have fewer labels than chains are deep. What is learned from is then empty, and
@@ -80,7 +81,7 @@ class ChainedViews(MultiView):
     def validate(self, model: Any) -> dict[str, float]:
         """Replayed acceptance on the validation prompts, by budget."""
         budgets, gamma = self.config.train.validation_budgets, self.config.train.validation_gamma
-        views = [view_of(self.variant.policy, budget, self.variant.sinks) for budget in budgets]
+        views = [view_in(self.variant, budget) for budget in budgets]
         head = getattr(model, "module", model)
         counts: list[list[Counts]] = [[] for _ in budgets]
         for number, (prompt, continuation) in enumerate(self.validation):

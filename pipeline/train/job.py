@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kernels import dispatch
 from pipeline.config.models import Head, ScratchModel
 from pipeline.config.schema import Config
+from pipeline.config.train import Variant
 from pipeline.decode.model import decode_model
 from pipeline.errors import BadData
 from pipeline.models.build import build_scratch
@@ -158,7 +159,8 @@ def distil(
         fresh = partial(load_drafter, start, num_tokens, tokens_D)
     if steps == 0:
         if is_first_worker():
-            write_model(fresh(), tokenizer, folder, drafter_card(config, variant, steps, {}))
+            card = drafter_card(config, variant, steps, {})
+            write_model(placing(fresh(), variant), tokenizer, folder, card)
         return
     schedule = Schedule(config.train, config.train, steps)
     model = fresh()
@@ -175,7 +177,15 @@ def distil(
             for key, value in read_metrics(folder / METRICS)[-1].items()
             if key.startswith("validation/")
         }
-        export(fresh(), tokenizer, folder, trained, drafter_card(config, variant, steps, scores))
+        card = drafter_card(config, variant, steps, scores)
+        export(placing(fresh(), variant), tokenizer, folder, trained, card)
+
+
+def placing(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
+    """Let a model's config say where its kept entries stand, for those who load it."""
+    if variant.positions == "rebased":
+        model.config.kept_positions = variant.positions
+    return model
 
 
 def load_drafter(start: ModelRef, num_tokens: int, tokens_D: Tensor | None = None) -> PreTrainedModel:

@@ -95,6 +95,11 @@ def next_token_loss(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
 
 
+def view_in(variant: Variant, budget: Budget) -> View:
+    """What a variant's drafter sees of a prefix at a budget."""
+    return view_of(variant.policy, budget, variant.sinks, variant.positions)
+
+
 class MultiView:
     """L = w·L_A + λ·L_C over windows of labelled sequences (paper section 3).
 
@@ -127,7 +132,7 @@ class MultiView:
         on_policy = config.labels.on_policy_fraction > 0
         drawn = draw(variant, train, config.data.sequence_tokens, self.seed, step, micro, on_policy)
         views = ([FULL] if variant.full_weight > 0 else []) + [
-            view_of(variant.policy, budget, variant.sinks) for budget in drawn.budgets
+            view_in(variant, budget) for budget in drawn.budgets
         ]
         found: dict[tuple[View, int], list[Tensor]] = {}  # by view and depth, of all windows
         proposable: list[Tensor] = []
@@ -142,7 +147,8 @@ class MultiView:
                 learned = windows.learned.to(self.device)
             if labels.proposable is not None:
                 proposable.append(labels.proposable[learned])
-            for view, depth, losses in self.losses(model, windows, views, labels, learned, limit):
+            found_here = self.losses(model, windows, views, labels, learned, limit, drawn.offset)
+            for view, depth, losses in found_here:
                 found.setdefault((view, depth), []).append(losses)
 
         full = sparse = torch.zeros((), device=self.device)
@@ -167,15 +173,18 @@ class MultiView:
         labels: TargetLabels,
         learned: Tensor,
         limit: int,
+        offset: int,
     ) -> Iterator[tuple[View, int, Tensor]]:
         """By view and depth, of which there is one, the losses of what is learned from in some windows.
 
         Args:
             limit: bytes of logits that may be made.
+            offset: positions by which the sinks are moved back.
         """
         train = self.config.train
         tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
-        scores_by_view = window_scores(model, tokens_BS, windows.starts, train.window_tokens, views, limit)
+        read = (model, tokens_BS, windows.starts, train.window_tokens, views, limit, offset)
+        scores_by_view = window_scores(*read)
         for view, scores in zip(views, scores_by_view, strict=True):
             yield view, 0, LOSSES[self.loss_behind(view)](scores, labels)[learned]
 
@@ -200,7 +209,7 @@ class MultiView:
     def validate(self, model: PreTrainedModel) -> dict[str, float]:
         """Replayed acceptance on the validation prompts, by budget."""
         budgets = self.config.train.validation_budgets
-        views = [view_of(self.variant.policy, budget, self.variant.sinks) for budget in budgets]
+        views = [view_in(self.variant, budget) for budget in budgets]
         gamma = self.config.train.validation_gamma
         counts: list[list[Counts]] = [[] for _ in budgets]
         for prompt, continuation in self.validation:

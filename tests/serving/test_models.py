@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.axes import FULL, View
 from pipeline.decode import replay
 from pipeline.decode.model import decode_model
+from pipeline.kv.view_cache import ATTENTION
 from pipeline.models.build import prepare_model
 from pipeline.models.export import export_model
 from pipeline.models.layers import keep_layers
@@ -44,7 +45,8 @@ def asked(flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
 @torch.no_grad()
 def promised(drafter: Path, texts: list[list[int]], view: View) -> Any:
     """The counts of replay behind a view."""
-    model = prepare_model(AutoModelForCausalLM.from_pretrained(drafter), VOCABULARY).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(drafter, attn_implementation=ATTENTION)
+    model = prepare_model(loaded, VOCABULARY)
     rounds = []
     for tokens, text in zip(PROMPTS, texts, strict=True):
         kept, _ = decode_model(model).prefill(tokens, [(tokens.shape[1], view)])

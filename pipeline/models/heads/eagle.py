@@ -176,7 +176,15 @@ class FeatureHead(PreTrainedModel):
         slots = torch.arange(tokens_BS.shape[1] - 1, device=tokens_BS.device).unsqueeze(0)
         g = self.fuse(features_BSF[:, :-1])
         query, key, value, _ = self.project(tokens_BS[:, 1:], g, slots)
-        return [cut_slots(view, length - 1, query, key, value) for length, view in cuts]
+        return [self.cut(view, length - 1, query, key, value) for length, view in cuts]
+
+    def cut(
+        self, view: View, slots: int, query: Tensor, key: Tensor, value: Tensor, offset: int = 0
+    ) -> PrefixView:
+        cut = PrefixView(view, slots)
+        observed = query[:, :, max(0, slots - SNAP_WINDOW) : slots].unflatten(1, (key.shape[1], -1))
+        cut.cut(key, value, observed, self.rotary.inv_freq, offset)
+        return cut
 
     def forward(
         self,
@@ -187,11 +195,13 @@ class FeatureHead(PreTrainedModel):
         views: Sequence[View],
         depth: int,
         logits: bool = False,
+        offset: int = 0,
     ) -> list[Tensor]:
         """Normed outputs of the chains of all tokens of windows, behind each view of what comes before.
 
         A window with start s has tokens s .. s+C-1; its prefix are the tokens before. Prefixes are projected
-        once, and views are cut from them with their gradients; which entries are kept has none.
+        once, and views are cut from them with their gradients; which entries are kept has none. The sinks of
+        every view are moved back by `offset` positions.
 
         Returns:
             For each depth up to `depth`, [len(views) · len(starts) · B, C, H] (views outermost, then
@@ -203,7 +213,7 @@ class FeatureHead(PreTrainedModel):
         slots = torch.arange(read - 1, device=tokens_BS.device).unsqueeze(0)
         g = self.fuse(features_BSF[:, : read - 1])
         query, key, value, residual = self.project(tokens_BS[:, 1:read], g, slots)
-        kept = [cut_slots(view, start - 1, query, key, value) for view in views for start in starts]
+        kept = [self.cut(view, start - 1, query, key, value, offset) for view in views for start in starts]
         rows = [slice(start - 1, start - 1 + length) for start in starts] * len(views)
         outputs = self.chains(
             kept,
@@ -260,13 +270,6 @@ def rolled_out(span: Span, kept: int, count: int, depth: int, device: torch.devi
         for at in range(1, depth + 1)
     ]
     return [hidden[:, :kept], hidden[:, kept:], *own]
-
-
-def cut_slots(view: View, slots: int, query: Tensor, key: Tensor, value: Tensor) -> PrefixView:
-    cut = PrefixView(view, slots)
-    observed = query[:, :, max(0, slots - SNAP_WINDOW) : slots].unflatten(1, (key.shape[1], -1))
-    cut.cut(key, value, observed)
-    return cut
 
 
 def chain_attention(

@@ -1,4 +1,4 @@
-"""What of a config is for heads alone, and what leaves a head nothing to do."""
+"""What of a config is for heads or some views alone, and what leaves a head nothing to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def test_defaults_are_as_if_the_fields_had_not_been_added() -> None:
     dumped = tiny_config().model_dump(mode="json")
     assert "features" not in dumped["labels"] and "answers" not in dumped["labels"]
     assert not {"chain_steps", "chain_decay"} & dumped["train"].keys()
-    assert "sinks" not in dumped["sweep"] and "sinks" not in dumped["train"]["variants"][0]
+    assert "sinks" not in dumped["sweep"]
+    assert not {"sinks", "positions", "served_tokens"} & dumped["train"]["variants"][0].keys()
     assert not {"ask", "training_prompts", "chat_template"} & dumped["data"]["sources"][0].keys()
 
 
@@ -45,6 +46,26 @@ def test_defaults_are_as_if_the_fields_had_not_been_added() -> None:
                 "train.validation_budgets": [16],
             },
             r"v.sinks \(20\) leaves nothing of a window of 16",
+        ),
+        (
+            {"train.variants": [WINDOW | {"positions": "rebased"}]},
+            "positions: rebased is for views that keep their entries, and a window rolls",
+        ),
+        (
+            {"train.variants": [{"name": "v", "budgets": {16: 1}, "positions": "anchor_offset"}]},
+            "served_tokens goes with positions: anchor_offset",
+        ),
+        (
+            {"train.variants": [{"name": "v", "budgets": {16: 1}, "served_tokens": 500}]},
+            "served_tokens goes with positions: anchor_offset",
+        ),
+        (
+            {
+                "train.variants": [
+                    {"name": "v", "budgets": {16: 1}, "positions": "anchor_offset", "served_tokens": 20}
+                ]
+            },
+            r"train.variants.v.served_tokens \(20\) is less than data.sequence_tokens \(96\)",
         ),
         ({"labels.answers": {"per_prompt": 2, "temperature": 1.0}}, "labels.answers: no source"),
     ],

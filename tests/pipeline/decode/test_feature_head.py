@@ -29,7 +29,7 @@ GRID: list[tuple[Any, ...]] = [
     ("window", 24, 4),
     ("streaming", 16),
     ("chunk_topk", 24),
-    ("snapkv", 16),
+    ("snapkv", 16, 0, "rebased"),
 ]
 GAMMAS = (1, 2, 4, 9)
 PROMPTS = [prompt(length, length) for length in (45, 41, 44, 49)]

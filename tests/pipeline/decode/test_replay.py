@@ -22,7 +22,7 @@ from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of
 POLICIES = ("chunk_topk", "streaming", "snapkv")
 GRID: list[tuple[Any, ...]] = [
     ("chunk_topk", 16), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full"), ("window", 16),
-    ("window", 24, 4),
+    ("window", 24, 4), ("chunk_topk", 24, 0, "rebased"),
 ]  # fmt: skip
 
 

@@ -87,6 +87,16 @@ def test_sparse_view_equals_a_dense_mask(make_model, policy: str) -> None:  # ty
 
 
 @torch.no_grad()
+def test_a_model_with_another_attention_is_refused(target: PreTrainedModel) -> None:
+    """It would see a view's entries, if at all, without what hides the others."""
+    tokens = random_tokens(1, 30)
+    views, _ = read_prefix(target, tokens[:, :20], [(20, view_of("window", 16))])
+    cache = ViewCache(views, capacity=10)
+    with pytest.raises(ValueError, match="attends by 'eager', which knows no views"):
+        read_continuation(eager_twin(target), cache, tokens[:, 20:], torch.arange(20, 30).unsqueeze(0))
+
+
+@torch.no_grad()
 def test_token_by_token_equals_at_once(drafter: PreTrainedModel) -> None:
     tokens, S = random_tokens(1, 80), 64
     views, _ = read_prefix(drafter, tokens[:, :S], [(S, view_of("chunk_topk", 16))])

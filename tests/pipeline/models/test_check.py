@@ -102,6 +102,18 @@ def test_rope_scaling_that_cannot_act(tmp_path: Path, name: str, words: str) -> 
     )
 
 
+def test_entries_are_moved_in_models_that_rotate_whole_keys(tmp_path: Path) -> None:
+    variants = [{"name": "b", "positions": "rebased", "budgets": {16: 1}}]
+    for name, refuses in (("gpt_neox", True), ("qwen3", False)):
+        spec = pretrained(tmp_path / name, tiny(name, max_position_embeddings=128))
+        config = tiny_config({"drafter": spec, "train.variants": variants})
+        if refuses:
+            told = refused(config)
+            assert "train.variants.b.positions: rebased is for llama, " in told and "is a gpt_neox" in told
+        else:
+            check_models(config)
+
+
 @pytest.mark.parametrize(
     ("values", "part"),
     [

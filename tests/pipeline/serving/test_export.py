@@ -251,6 +251,17 @@ def test_a_window_that_an_engine_has_not_is_refused_with_the_nearest(
     assert not (tmp_path / "out").exists()
 
 
+def test_rebased_positions_are_no_engines(tmp_path: Path, make_model: Any) -> None:
+    model = make_model(layers=1)
+    model.config.kept_positions = "rebased"
+    model.save_pretrained(tmp_path / "made")
+    with pytest.raises(
+        BadData, match="positions: rebased, which no engine has: the nearest is anchor_offset"
+    ):
+        export_for(tmp_path / "made", tmp_path / "served", "sglang", window=16)
+    assert not (tmp_path / "served").exists()
+
+
 def test_a_folder_that_is_none_or_is_there_is_named(target: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(BadData, match="holds no drafter"):
         export_for(tmp_path, tmp_path / "out", "vllm")

@@ -128,6 +128,16 @@ def test_budgets_are_drawn_by_weight() -> None:
     assert chi_square < 16.27
 
 
+def test_offsets_reach_the_longest_text_and_change_nothing_else() -> None:
+    near = Variant(name="v", budgets={16: 1.0, 32: 1.0})
+    far = near.model_copy(update={"positions": "anchor_offset", "served_tokens": 100})
+    drawn = [draw(far, train(1, 16), 96, 0, step, 0) for step in range(300)]
+    assert {one.offset for one in drawn} == set(range(5)), "up to 96 + 4 tokens"
+    for step, one in enumerate(drawn):
+        same = draw(near, train(1, 16), 96, 0, step, 0)
+        assert (one.starts, one.budgets) == (same.starts, same.budgets) and same.offset == 0
+
+
 def test_no_budgets_are_drawn_without_a_sparse_branch() -> None:
     assert draw(FULL_ONLY, train(1, 16), 96, 0, 0, 0).budgets == {}
 
