@@ -110,8 +110,9 @@ class Sweep(Group):
     rules: tuple[AcceptanceRule, ...] = Field(
         ("exact",),
         exclude_if=lambda rules: rules == ("exact",),
-        description="how proposals are accepted; dropmatch is lossy: the cells that measure names are decoded "
-        "by it too, and their text is not the target's. It has no replay, and is never recommended unasked",
+        description="how proposals are accepted; dropmatch is lossy: the cells that measure names are "
+        "decoded by it too, and their text is not the target's. It has no replay, and is recommended only "
+        "where it is asked for",
     )
     dropmatch: DropMatchRule = Field(
         DropMatchRule(), exclude_if=lambda rule: rule == DropMatchRule(), description="of the rule dropmatch"
@@ -168,7 +169,6 @@ class Sweep(Group):
                 )
         return self
 
-
     def _rules_fit(self) -> None:
         """Raises ValueError where a lossy rule cannot be measured, or has nothing to stand beside."""
         if "exact" not in self.rules:
@@ -179,8 +179,8 @@ class Sweep(Group):
             return
         if self.mode == "replay":
             raise ValueError(
-                "rules: dropmatch has no replay, since its text is not the target's own: set mode: measure or "
-                "both, or leave it out"
+                "rules: dropmatch has no replay, since its text is not the target's own: set mode: measure "
+                "or both, or leave it out"
             )
         if any(self.temperatures):
             raise ValueError(

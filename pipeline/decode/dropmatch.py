@@ -1,12 +1,12 @@
 """DropMatch, an acceptance rule that is lossy: what it emits is not the target's own text (arXiv 2603.03333).
 
-The target's last hidden state is read through its head K times more, each time behind another dropout mask. A
-proposal stands if one of these arg-maxes gives it, or the target's own arg-max does, which would be emitted
-anyhow. Behind the last proposal that stands comes the target's own arg-max, without dropout. The paper's second
-test, by Jensen-Shannon divergence, is not here. Greedy decoding only.
+The target's last hidden state is read through its head K times more, each time behind another dropout mask.
+A proposal stands if one of these arg-maxes gives it, or the target's own arg-max does, which would be emitted
+anyhow. Behind the last proposal that stands comes the target's own arg-max, without dropout. The paper's
+second test, by Jensen-Shannon divergence, is not here. Greedy decoding only.
 
-A mask depends on a seed, its number, and the absolute position of the token that is judged, so that a text can
-be decoded again. There is no replay: the text depends on the proposals, and is not the target's.
+A mask depends on a seed, its number, and the absolute position of the token that is judged, so that a text
+can be decoded again. There is no replay: the text depends on the proposals, and is not the target's.
 
 Shape legend: B rows, T proposals of a round, T1 is T + 1, C hidden width, V vocabulary.
 """
@@ -29,7 +29,7 @@ LOW = 2**32 - 1  # the 32 low bits
 
 @dataclass(frozen=True)
 class DropMatch:
-    """K `masks` that each drop a share `dropout` of the hidden state's channels; the `seed` is of the masks."""
+    """K `masks`, each of which drops a share `dropout` of the hidden state's channels, drawn by `seed`."""
 
     masks: int
     dropout: float

@@ -306,9 +306,7 @@ def earlier(task: SweepTask) -> Evaluated | None:
 
 
 def evaluated(rows: Sequence[PromptRow], failed: int = 0, retried: int = 0) -> Evaluated:
-    """The counts of a task. Rows whose proposals replay cannot know, and rows of a lossy rule, count towards no
-    acceptance.
-    """
+    """The counts of a task. Rows whose proposals replay cannot know, and lossy ones, are in no acceptance."""
     accepted: dict[tuple[str, str], tuple[float, float]] = {}
     for row in rows:
         if row.cell.control is None and not row.cell.lossy and row.counts.num_proposed is not None:

@@ -147,8 +147,8 @@ class Trial:
             expected = plain[0].tokens[row]
             if len(expected) < 2:
                 continue  # the prefill's token ended the text: there is nothing to time
-            # Sampling draws other tokens than AR from the same distribution, and a lossy rule has other texts:
-            # only exact greedy cells compare.
+            # Sampling draws other tokens than AR from the same distribution, and a lossy rule has other
+            # texts: only exact greedy cells compare.
             compared = chance.temperature == 0 and not cell.lossy
             if compared:
                 rounds = before_divergence(rounds, expected)

@@ -39,7 +39,9 @@ def given(model: PreTrainedModel, tokens: list[int], rule: DropMatch) -> tuple[l
     return best, masked
 
 
-def check(model: PreTrainedModel, prompt: Tensor, text: list[int], rounds: list[Round], rule: DropMatch) -> int:
+def check(
+    model: PreTrainedModel, prompt: Tensor, text: list[int], rounds: list[Round], rule: DropMatch
+) -> int:
     """Every round accepts what the oracle says, and no more; how many proposals stand by a mask alone."""
     before = prompt[0].tolist()
     best, masked = given(model, before + text, rule)
