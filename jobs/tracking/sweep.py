@@ -61,4 +61,4 @@ class Sweep:
 
 def lossy_tag(cell: Cell) -> dict[str, str]:
     """A tag that only points of a lossy rule have: what their text is not."""
-    return {"lossy": f"{cell.rule}: {WARNING}"} if cell.lossy else {}
+    return {"lossy": f"{cell.rule}, {WARNING}"} if cell.lossy else {}
