@@ -112,7 +112,8 @@ class Cell:
         seed: of sampling.
         kind: what sort of model drafts; a baseline is a kind of its own. The drafter's name decides the kind,
             so cells are not compared by it.
-        rule: `exact` is lossless; `dropmatch` is not.
+        rule: by which proposals are accepted. `exact` gives the target's own text; `dropmatch` is lossy,
+            measured only, and kept apart from all that is said of exact cells.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
@@ -137,6 +138,11 @@ class Cell:
     @property
     def place(self) -> Place:
         return Place(self.dataset, self.context)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the text is another than the target's own."""
+        return self.rule != "exact"
 
     @property
     def policy(self) -> str:

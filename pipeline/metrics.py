@@ -1,4 +1,4 @@
-"""Every metric of decoding, defined once: rounds, counts, acceptance, τ, repetition. numpy only.
+"""Every metric of decoding, defined once: rounds, counts, acceptance, τ, departure, repetition. numpy only.
 
 Rates are pooled: the sum of the numerators over the sum of the denominators, never a mean of ratios, so a
 prompt weighs as much as the draft tokens it saw. Their confidence intervals are in `intervals.py`.
@@ -111,6 +111,83 @@ class Counts:
         seen = int(np.count_nonzero(reached))
         assert np.all(reached[:seen] > 0), "a draft position was reached without the one before it"
         return [float(rate) for rate in kept[:seen] / reached[:seen]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A text as the target reads it: its tokens behind the first, the target's arg-max in place of each of
+    them, and the natural logarithm of the probability that the target gives it at temperature 1."""
+
+    tokens: Sequence[int]
+    best: Sequence[int]
+    log_probs: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """How far texts of a lossy rule are from the target's own, greedy ones: sums, and what follows from them.
+
+    The token that the prefill gives is the same in both and not counted. Positions are compared up to the
+    shorter length. `first_difference` is the number of the first token that differs, the prefill's being 0;
+    None where none does, and of several texts the earliest. Logarithms are natural ones.
+    """
+
+    num_compared: int
+    num_same: int
+    first_difference: int | None
+    num_tokens: int
+    num_not_best: int
+    log_prob: float
+    num_ar_tokens: int
+    ar_log_prob: float
+
+    @staticmethod
+    def of(text: Scored, ar: Scored) -> Departure:
+        same = [a == b for a, b in zip(text.tokens, ar.tokens, strict=False)]
+        return Departure(
+            num_compared=len(same),
+            num_same=sum(same),
+            first_difference=next((number for number, one in enumerate(same, start=1) if not one), None),
+            num_tokens=len(text.tokens),
+            num_not_best=sum(a != b for a, b in zip(text.tokens, text.best, strict=True)),
+            log_prob=sum(text.log_probs),
+            num_ar_tokens=len(ar.tokens),
+            ar_log_prob=sum(ar.log_probs),
+        )
+
+    @staticmethod
+    def pooled(parts: Sequence[Departure]) -> Departure:
+        firsts = [part.first_difference for part in parts if part.first_difference is not None]
+        return Departure(
+            num_compared=sum(part.num_compared for part in parts),
+            num_same=sum(part.num_same for part in parts),
+            first_difference=min(firsts, default=None),
+            num_tokens=sum(part.num_tokens for part in parts),
+            num_not_best=sum(part.num_not_best for part in parts),
+            log_prob=sum(part.log_prob for part in parts),
+            num_ar_tokens=sum(part.num_ar_tokens for part in parts),
+            ar_log_prob=sum(part.ar_log_prob for part in parts),
+        )
+
+    @property
+    def same(self) -> float:
+        """Share of positions at which the text is the target's own."""
+        return self.num_same / self.num_compared
+
+    @property
+    def not_best(self) -> float:
+        """Share of tokens that are not the target's arg-max behind the tokens before them."""
+        return self.num_not_best / self.num_tokens
+
+    @property
+    def mean_log_prob(self) -> float:
+        """The target's log-likelihood of the text, a token."""
+        return self.log_prob / self.num_tokens
+
+    @property
+    def ar_mean_log_prob(self) -> float:
+        """The same of the target's own text."""
+        return self.ar_log_prob / self.num_ar_tokens
 
 
 def sum_of_known(values: Iterable[Number | None]) -> Number | None:

@@ -10,7 +10,7 @@ import typer
 
 from jobs.cli.app import ConfigPath, ExecutorOption, Overrides, StorageOption, app, load, set_up_logging
 from jobs.commands.doctor import check_name_clash
-from pipeline.axes import check_budget
+from pipeline.axes import AcceptanceRule, check_budget
 from pipeline.config.sweep import Policy
 from pipeline.errors import BadData, ConfigError
 
@@ -49,10 +49,16 @@ def generate_text(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: data.max_new_tokens of the config.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling, or of dropmatch's masks.")] = 0,
+    rule: Annotated[
+        AcceptanceRule,
+        typer.Option(help="How proposals are accepted; by dropmatch the text is not the target's."),
+    ] = "exact",
 ) -> None:
     """Continue one prompt by speculation, streamed, with acceptance, tau and speed against plain decoding."""
     loaded = load(config, overrides, executor, storage)
+    if rule == "dropmatch" and temperature > 0:
+        raise ConfigError(f"--rule dropmatch is for greedy decoding: leave out --temperature {temperature:g}")
     chosen_budget = loaded.sweep.budgets[0] if budget is None else _parse_budget(budget)
     check_name_clash()
     prompt = _read_prompt(prompt_file)
@@ -70,6 +76,7 @@ def generate_text(
         temperature=temperature,
         max_new_tokens=max_new_tokens or loaded.data.max_new_tokens,
         seed=seed,
+        rule=rule,
     )
 
 
@@ -118,11 +125,15 @@ def recommend_cell(
         Literal["vllm", "sglang"] | None,
         typer.Option("--for", help="Of what this engine can serve alone, with its flags."),
     ] = None,
+    lossy: Annotated[
+        bool,
+        typer.Option("--lossy", help="Of cells alone whose text is not the target's, by sweep.rules."),
+    ] = False,
 ) -> None:
     """What to deploy at a context, with the expected speedup, or why not to speculate there."""
     from jobs.commands.recommend import advise
 
-    for line in advise(results, context, dataset, memory_gb, concurrency, min_acceptance, engine):
+    for line in advise(results, context, dataset, memory_gb, concurrency, min_acceptance, engine, lossy):
         typer.echo(line)
 
 

@@ -6,11 +6,14 @@ from typing import Literal
 
 from jobs.stages.pipeline import completed
 from kernels import dispatch
+from pipeline.axes import AcceptanceRule
 from pipeline.config.schema import Config
+from pipeline.decode.dropmatch import DropMatch
 from pipeline.decode.sampling import Chance
 from pipeline.errors import BadData
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
+from pipeline.results.lossy import WARNING, departure_text
 from pipeline.serving.pair import load_pair
 
 UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
@@ -27,10 +30,12 @@ def generate(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    rule: AcceptanceRule = "exact",
 ) -> None:
     """Stream a continuation to stdout, then acceptance, τ and the speed against autoregressive decoding.
 
-    The prompt is decoded again without output, both ways, and timed.
+    The prompt is decoded again without output, both ways, and timed. By a lossy rule, which is greedy, a last
+    line says that the text is not the target's, and how far from it.
 
     Raises:
         BadData: if the prompt is empty or the drafter's name unknown.
@@ -52,7 +57,10 @@ def generate(
     reading = pair.read(
         [prompt], view_of(policy, budget, config.sweep.sinks), gamma, max_new_tokens, threshold
     )
-    bench, chance = reading.bench, Chance(temperature, seed)
+    masks = None
+    if rule == "dropmatch":
+        masks = DropMatch(config.sweep.dropmatch.masks, config.sweep.dropmatch.dropout, seed)
+    bench, chance = reading.bench, Chance(temperature, seed, masks)
 
     # Streamed first, which also warms up; the timed runs print nothing. A token may hold part of a
     # character, so the whole text is decoded, and its new end printed without an unfinished character.
@@ -84,3 +92,6 @@ def generate(
             else "]"
         )
     )
+    if masks:
+        departure = bench.departure(0, plain.tokens[0], timed.tokens[0])
+        print(f"[{rule}, {WARNING}: {departure_text(departure)}]")

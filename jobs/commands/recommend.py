@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.axes import MODEL_FREE, Place
 from pipeline.errors import BadData
+from pipeline.results.lossy import departure_text
 from pipeline.results.recommend import (
     Choice,
     Needs,
@@ -34,12 +35,14 @@ def advise(
     concurrency: int,
     min_acceptance: float | None,
     engine: Engine | None = None,
+    lossy: bool = False,
 ) -> Iterator[str]:
     """Lines of text: for every data set what to deploy at a context, or why not to speculate.
 
     Args:
         results: `summary.json`, or the report folder that holds it.
         engine: take cells alone that this engine can serve, and give its flags.
+        lossy: take the cells of a lossy rule alone, whose text is not the target's, not the exact ones.
 
     Raises:
         BadData: if the results lack what is asked: the context, the data set, speeds, sizes.
@@ -48,8 +51,10 @@ def advise(
     summary = summary_of(folder)
     context = context_name(summary, context_tokens)
     sizes = {model.name: model for model in summary.models}
-    cells = read_rows(folder / CELLS, CellRow)
-    ranked = choices(cells, read_rows(folder / RUN_OFF, CellRow), read_rows(folder / AGAIN, CellRow))
+    cells = [row for row in read_rows(folder / CELLS, CellRow) if row.cell.lossy == lossy]
+    if lossy and not cells:
+        raise BadData(f"{folder} has no cell of a lossy rule: add dropmatch to sweep.rules and run it again")
+    ranked = choices(cells, read_rows(folder / RUN_OFF, CellRow), read_rows(folder / AGAIN, CellRow), lossy)
     here = {
         place: ranking
         for place, ranking in ranked.items()
@@ -216,6 +221,8 @@ def lines(advice: Recommendation, needs: Needs, sizes: Sizes, place: Place) -> I
 
 def cell_lines(what: str, choice: Choice, needs: Needs, sizes: Sizes) -> Iterator[str]:
     yield f"  {what:<8}{cell_text(choice)}"
+    if choice.departure:
+        yield f"  {'':<8}{departure_text(choice.departure)}"
     yield f"  {'':<8}{memory_text(choice, needs, sizes)}"
 
 

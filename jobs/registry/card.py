@@ -39,7 +39,7 @@ def accepted(results: Results) -> list[Accepted]:
     rows = [
         row for row in read_rows(results.report.path / CELLS, CellRow)
         if row.cell.drafter == results.name and row.cell.gamma == gamma and row.acceptance is not None
-        and not row.cell.threshold
+        and not row.cell.threshold and not row.cell.lossy
     ]  # fmt: skip
     seeds = {
         row.cell.temperature: min(r.cell.seed for r in rows if r.cell.temperature == row.cell.temperature)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from jobs.tracking.store import Run, Store
 from jobs.tracking.writer import Refused
+from pipeline.axes import Cell
+from pipeline.results.lossy import WARNING
 from pipeline.results.points import axes, is_measured, point_key, point_metrics, point_name, point_value
 from pipeline.store.rows import CellRow
 
@@ -21,7 +23,9 @@ class Sweep:
         tags = {"stage": "cell", "sweep_id": sweep_id}
         self.query = f"tags.sweep_id = '{sweep_id}' AND tags.stage = 'cell'"
         self.runs = {
-            key: Run(point_name(cells[0].cell), tags | {"cell_key": key}, stage_run)
+            key: Run(
+                point_name(cells[0].cell), tags | {"cell_key": key} | lossy_tag(cells[0].cell), stage_run
+            )
             for key, cells in self.cells.items()
         }
         self.present: dict[str, str] | None = None  # key → run id
@@ -48,9 +52,13 @@ class Sweep:
         self.present[key] = run.id
 
     def best(self, most: int) -> list[str]:
-        """Run ids of the fastest points or, if none was measured, of those with the highest acceptance."""
+        """Run ids of the fastest exact points or, if none was measured, of those that accept most."""
         present = self.present or {}
-        ranked = sorted(
-            (key for key in self.cells if key in present), key=lambda key: -point_value(self.cells[key])
-        )
+        exact = (key for key, cells in self.cells.items() if key in present and not cells[0].cell.lossy)
+        ranked = sorted(exact, key=lambda key: -point_value(self.cells[key]))
         return [present[key] for key in ranked[:most]]
+
+
+def lossy_tag(cell: Cell) -> dict[str, str]:
+    """A tag that only points of a lossy rule have: what their text is not."""
+    return {"lossy": f"{cell.rule}, {WARNING}"} if cell.lossy else {}

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.axes import Baseline, check_budget
+from pipeline.axes import AcceptanceRule, Baseline, check_budget
 from pipeline.config.group import Group
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window"]
 Control = Literal["other_prompt", "no_prefix"]
 SWEPT = (
     "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",
-    "controls",
+    "controls", "rules",
 )  # fmt: skip
 
 
@@ -68,6 +68,13 @@ class Decode(Group):
     )
 
 
+class DropMatchRule(Group):
+    """The lossy rule `dropmatch`: a proposal stands that the arg-max behind any of the masks gives."""
+
+    masks: int = Field(5, ge=1, le=64, description="dropout masks on the target's last hidden state")
+    dropout: float = Field(0.3, gt=0, lt=1, description="share of its channels that a mask drops")
+
+
 class Sweep(Group):
     mode: Literal["replay", "measure", "both"] = "both"
     drafters: tuple[str, ...] = Field((), description="variants to evaluate; empty: all")
@@ -100,6 +107,16 @@ class Sweep(Group):
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0,), min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="sampling seeds; greedy uses the first")
     controls: tuple[Control, ...] = ("other_prompt", "no_prefix")
+    rules: tuple[AcceptanceRule, ...] = Field(
+        ("exact",),
+        exclude_if=lambda rules: rules == ("exact",),
+        description="how proposals are accepted; dropmatch is lossy: the cells that measure names are "
+        "decoded by it too, and their text is not the target's. It has no replay, and is recommended only "
+        "where it is asked for",
+    )
+    dropmatch: DropMatchRule = Field(
+        DropMatchRule(), exclude_if=lambda rule: rule == DropMatchRule(), description="of the rule dropmatch"
+    )
     measure: Measure = Measure()
     num_evaluators: int = Field(1, ge=1, description="actors that replay at once; measuring uses one")
     looping_rate: float = Field(
@@ -124,6 +141,7 @@ class Sweep(Group):
         for context in self.max_gammas:
             if not self.gammas_of(context):
                 raise ValueError(f"max_gammas.{context} is below every one of gammas")
+        self._rules_fit()
         if self.predicts and (0.0 not in self.temperatures or 0.0 not in self.thresholds):
             raise ValueError(
                 "measure.predict is for greedy cells that always draft γ: add 0.0 to temperatures and "
@@ -150,6 +168,25 @@ class Sweep(Group):
                     f"{', '.join(map(str, swept))}"
                 )
         return self
+
+    def _rules_fit(self) -> None:
+        """Raises ValueError where a lossy rule cannot be measured, or has nothing to stand beside."""
+        if "exact" not in self.rules:
+            raise ValueError("rules lacks exact: what a lossy rule gives is measured beside it")
+        if "dropmatch" not in self.rules:
+            if self.dropmatch != DropMatchRule():
+                raise ValueError("dropmatch goes with the rule dropmatch: add it to rules")
+            return
+        if self.mode == "replay":
+            raise ValueError(
+                "rules: dropmatch has no replay, since its text is not the target's own: set mode: measure "
+                "or both, or leave it out"
+            )
+        if any(self.temperatures):
+            raise ValueError(
+                f"rules: dropmatch is for greedy decoding, and temperatures has {max(self.temperatures):g}: "
+                "sweep it apart, at 0.0 alone"
+            )
 
 
 class Report(Group):

@@ -19,7 +19,7 @@ from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
 from pipeline.kv.slot_cache import capacity_of, slots_for
 from pipeline.kv.views import PrefixView
-from pipeline.metrics import Round
+from pipeline.metrics import Departure, Round, Scored
 
 if TYPE_CHECKING:  # rows need pydantic, which a bare machine lacks
     from pipeline.store.rows import Prompt
@@ -189,6 +189,21 @@ class Bench:
         at_once_TV = model.logits(model.hidden(tokens_BT, zero_B, cache))[row].float()
         best = singly[-1].topk(2).values
         return float(best[0] - best[1]), float((torch.stack(singly) - at_once_TV).abs().max())
+
+    def departure(self, row: int, plain: Sequence[int], lossy: Sequence[int]) -> Departure:
+        """How far a text that a lossy rule gave of a prompt is from the target's own, `plain`."""
+        return Departure.of(self.scored(row, lossy), self.scored(row, plain))
+
+    @torch.no_grad()
+    def scored(self, row: int, tokens: Sequence[int]) -> Scored:
+        """A prompt's text of at least two tokens, read by the target in one pass; it overwrites the cache."""
+        cache, model = self.target.cache, self.target.model
+        read_BT = torch.tensor(tokens[:-1], device=self.device).repeat(len(self.prompts), 1)
+        hidden_BTC = model.hidden(read_BT, torch.zeros_like(cache.kept_B), cache)
+        log_p_TV = model.logits(hidden_BTC[row : row + 1])[0].float().log_softmax(-1)
+        given_T1 = torch.tensor(tokens[1:], device=self.device).unsqueeze(1)
+        log_probs_T = log_p_TV.gather(1, given_T1).squeeze(1)
+        return Scored(tokens[1:], log_p_TV.argmax(-1).tolist(), log_probs_T.tolist())
 
     def begin(self) -> float:
         if self.device.type == "cuda":

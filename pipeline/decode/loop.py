@@ -93,7 +93,8 @@ def speculate(
     """Yield rounds until each row has `limit` tokens, its first included, or has emitted EOS.
 
     Each round gives one `Round` of every row; None for a row that has ended. Rows accept independently.
-    Greedy rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's.
+    Greedy rounds emit the tokens of `autoregressive`; sampled ones are distributed as the target's. With
+    `Rule.dropmatch` neither holds.
 
     Args:
         gamma: most proposals of a round; a source may have fewer.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch, reference
 from kernels.dispatch import Backend
+from pipeline.decode.dropmatch import DropMatch
 
 
 def fold(*numbers: int) -> int:
@@ -21,10 +22,14 @@ def fold(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """How tokens are chosen and proposals accepted: by the arg-max at temperature 0, else by sampling."""
+    """How tokens are chosen and proposals accepted: by the arg-max at temperature 0, else by sampling.
+
+    With `dropmatch`, which is greedy and lossy, that decides which proposals stand.
+    """
 
     temperature: float = 0.0
     never: tuple[int, ...] = ()  # tokens that are never chosen
+    dropmatch: DropMatch | None = None
 
     @property
     def greedy(self) -> bool:
@@ -113,9 +118,12 @@ class Chance:
 
     temperature: float
     seed: int
+    dropmatch: DropMatch | None = None
 
     def sampler(self, prompt_ids: Sequence[str], device: torch.device | str = "cpu") -> Sampler:
         """One row for each prompt."""
+        if self.dropmatch:
+            return Sampler(Rule(dropmatch=self.dropmatch))
         seeds = [fold(self.seed, zlib.crc32(prompt_id.encode())) for prompt_id in prompt_ids]
         return Sampler.seeded(self.temperature, seeds, device)
 

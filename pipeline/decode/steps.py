@@ -120,7 +120,19 @@ def verify(
     tokens_BT1 = torch.cat([pair_B2[:, 1:], draft_BT], 1)
     hidden, features = model.hidden_and_features(tokens_BT1, step_B, cache)
     logits_BT1V = model.logits(hidden)
-    accepted_B, next_B = rule.accept(draft_BT, q_BTV, logits_BT1V, uniforms_BT1, lengths_B, cache.backend)
+    if rule.dropmatch is None:
+        accepted_B, next_B = rule.accept(draft_BT, q_BTV, logits_BT1V, uniforms_BT1, lengths_B, cache.backend)
+    else:
+        steps_B1 = (cache.prefix_B + step_B + 1).unsqueeze(1)
+        accepted_B, next_B = rule.dropmatch.accept(
+            model.logits,
+            hidden[:, :-1],
+            draft_BT,
+            logits_BT1V.argmax(-1),
+            steps_B1 + cache.step_R[: draft_BT.shape[1]],
+            lengths_B,
+            cache.backend,
+        )
     # -1 means that nothing could be drawn and is no token; the host sees it by the logits' finiteness.
     accepted_B1, next_B1 = accepted_B.unsqueeze(1), next_B.clamp_min(0).unsqueeze(1)
     finite_B = [values.isfinite().all(1, keepdim=True).long() for values in (logits_BT1V.amax(-1), best_BT)]

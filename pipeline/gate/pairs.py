@@ -197,6 +197,7 @@ def by_side(key: Cell, side: str) -> Cell:
 def compared(key: Cell, config: GateConfig) -> bool:
     return (
         key.control is None
+        and not key.lossy
         and not key.threshold
         and key.gamma in config.gammas
         and key.temperature in config.temperatures

@@ -63,7 +63,8 @@ def count_sweep(config: Config, prompts: Mapping[Place, int]) -> SweepCounts:
         cells += len(replaying | {at_chance(pick, chance) for pick in named for chance in timed_chances})
         together = batches(measure, count)
         timed = sum(last - first for first, last in together)
-        fastest = min(FASTEST_MEASURED, len(picks)) if measures_again(sweep) else 0
+        exact = sum(not pick.lossy for pick in picks)
+        fastest = min(FASTEST_MEASURED, exact) if measures_again(sweep) else 0
         measured += timed * len(picks) * len(timed_chances)
         rechecked += timed * len(MEASURED_AGAIN) * fastest
         plain = len(

@@ -70,7 +70,7 @@ def draw_all(
     """Write the PNGs into `folder`. Returns each figure's name → "" where drawn, else why it is not.
 
     With several temperatures or seeds, figures show the lowest temperature and its first seed, and of a
-    variant that was trained with several seeds the first drafter.
+    variant that was trained with several seeds the first drafter. Cells of a lossy rule are in none.
     """
     sampling = min(((e.cell.temperature, e.cell.seed) for e in acceptance), default=(0.0, 0))
     firsts = {family(drafter): drafter for drafter in reversed(axes.drafters)}.values()
@@ -83,6 +83,7 @@ def draw_all(
         if c.speed is not None
         and c.cell.control is None
         and not c.cell.threshold
+        and not c.cell.lossy
         and (c.cell.temperature, c.cell.seed) == sampling
     ]
     draws: dict[str, Callable[[], Drawn]] = {

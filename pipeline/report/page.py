@@ -23,6 +23,7 @@ from pipeline.config.train import Variant
 from pipeline.report.published import CAVEAT, ar_beside, published_beside
 from pipeline.results.axes import Axes
 from pipeline.results.brief import answers
+from pipeline.results.lossy import WARNING
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import Estimate, Summary
 from pipeline.store.rows import CellRow, Continuation, FailedCell, PredictedRow
@@ -83,6 +84,7 @@ class Sample:
 def render(inputs: PageInputs) -> str:
     """The page as HTML text."""
     config, axes = inputs.config, Axes.of(inputs.config)
+    exact = [row for row in inputs.cells if not row.cell.lossy]
     gains, families = inputs.summary.headline, inputs.summary.families
     return _template().render(
         name=config.name,
@@ -101,12 +103,14 @@ def render(inputs: PageInputs) -> str:
         matrices=_matrices(inputs.summary.acceptance, inputs.cells, axes),
         predicted=_fastest(inputs.predicted),
         num_predicted=len(inputs.predicted),
-        measured=[row for row in inputs.cells if row.speed][:MOST_CELLS],
-        cells=inputs.cells[:MOST_CELLS],
+        measured=[row for row in exact if row.speed][:MOST_CELLS],
+        lossy=[row for row in inputs.cells if row.cell.lossy],
+        lossy_warning=WARNING,
+        cells=exact[:MOST_CELLS],
         sampled=any(cell.cell.temperature > 0 for cell in inputs.cells),
         adaptive=any(cell.cell.threshold > 0 for cell in inputs.cells),
         decode=config.decode,
-        num_cells=len(inputs.cells),
+        num_cells=len(exact),
         failed=inputs.failed[:MOST_FAILED],
         num_failed=len(inputs.failed),
         figures=[_figure(name, why, inputs.figure_folder) for name, why in inputs.figures.items()],

@@ -202,7 +202,7 @@ def published_beside(
     drafters, datasets, contexts = same_drafters(config), same_datasets(config), same_contexts(config)
 
     def place_of(cell: Cell) -> tuple[str, str, str, int] | None:
-        greedy = cell.temperature == 0 and cell.threshold == 0
+        greedy = cell.temperature == 0 and cell.threshold == 0 and not cell.lossy
         viewed = cell.policy == "chunk_topk" and cell.control is None
         known = cell.drafter in drafters and cell.dataset in datasets and cell.context in contexts
         if greedy and viewed and known and cell.budget != "full" and cell.budget in BUDGETS:

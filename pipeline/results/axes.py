@@ -49,7 +49,7 @@ class Axes:
         return (
             self.datasets.index(cell.dataset), self.contexts[cell.context], cell.context, cell.policy,
             self.drafter_order(cell.drafter), cell.temperature, cell.seed, cell.control or "",
-            budget_order(cell.budget), cell.gamma, cell.threshold,
+            budget_order(cell.budget), cell.gamma, cell.threshold, cell.lossy,
         )  # fmt: skip
 
     def drafter_order(self, name: str) -> int:

@@ -89,7 +89,7 @@ def why(summary: Summary, cells: Sequence[CellRow]) -> str:
         said.append(f"Speeds are over at least {min(documents)} documents a place, {fresh}.")
     texts: dict[Place, tuple[int, int]] = {}  # of the cell with the most prompts, how many there are and loop
     for row in cells:
-        if row.cell.temperature == 0 and row.cell.control is None:
+        if row.cell.temperature == 0 and row.cell.control is None and not row.cell.lossy:
             here = row.num_prompts, row.num_looping
             texts[row.cell.place] = max(texts.get(row.cell.place, (0, 0)), here)
     prompts, looping = sum(count for count, _ in texts.values()), sum(loops for _, loops in texts.values())

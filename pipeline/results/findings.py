@@ -13,6 +13,7 @@ from pipeline.axes import Cell, budget_text, family
 from pipeline.intervals import Interval
 from pipeline.results.axes import Axes, Cells
 from pipeline.results.differences import Resampling, control_gaps, family_gains, gains
+from pipeline.results.lossy import lossy_findings
 from pipeline.results.pool import (
     acceptances,
     lossless,
@@ -69,6 +70,7 @@ def summarise(
         *untimed_findings(untimed(cells, predictions)),
         *speed_findings(summary),
         *exactness_findings(summary),
+        *lossy_findings(cells),
         *doubt_findings(by_cell, cells, failed),
         *range_findings(cells, axes),
         *looping_findings(by_cell, axes),

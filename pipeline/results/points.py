@@ -41,6 +41,8 @@ def point_name(cell: Cell) -> str:
         parts.append(f"c{cell.threshold:g}")
     if cell.temperature:
         parts += [f"t{cell.temperature:g}", f"s{cell.seed}"]
+    if cell.lossy:
+        parts.append(cell.rule)
     return "|".join(parts)
 
 
@@ -58,6 +60,13 @@ def row_metrics(row: CellRow) -> dict[str, float]:
     }
     if row.exact_prompts is not None:
         values["quality/exact_share"] = row.exact_prompts / row.num_prompts
+    if row.departure:
+        values |= {
+            "quality/same_as_ar_share": row.departure.same,
+            "quality/not_best_share": row.departure.not_best,
+            "quality/log_prob": row.departure.mean_log_prob,
+            "quality/ar_log_prob": row.departure.ar_mean_log_prob,
+        }
     values |= bounds("accept/rate", row.acceptance)
     if row.speed:
         values |= bounds("speed/speedup", row.speed.speedup)

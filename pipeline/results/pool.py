@@ -13,7 +13,7 @@ from operator import attrgetter
 from pipeline import intervals
 from pipeline.axes import Cell, Place
 from pipeline.errors import BadData
-from pipeline.metrics import Counts, Number
+from pipeline.metrics import Counts, Departure, Number
 from pipeline.results.axes import Axes, Cells, PromptRows
 from pipeline.results.speed import speed_of
 from pipeline.results.summary import Estimate, Lossless, ReplayCheck
@@ -47,10 +47,10 @@ def replayed_or_measured(rows: Sequence[PromptRow]) -> Cells:
     """Rows by cell and prompt: replayed or estimated where there are any (they are more), else measured.
 
     Cells that stop drafting early are left out: what they propose depends on the drafter's confidence, so
-    that their acceptance cannot be compared.
+    that their acceptance cannot be compared. So are those of a lossy rule, whose texts are others.
     """
     cells = group(rows, "measure") | group(rows, "estimate") | group(rows, "replay")
-    return {cell: prompts for cell, prompts in cells.items() if not cell.threshold}
+    return {cell: prompts for cell, prompts in cells.items() if not cell.threshold and not cell.lossy}
 
 
 def accepted_of_proposed(rows: Sequence[PromptRow]) -> tuple[list[Number], list[Number]]:
@@ -93,6 +93,7 @@ def _cell_row(cell: Cell, mode: Mode, rows: list[PromptRow], samples: int, seed:
         )
         not_looping = Counts.pooled([row.counts for row in rows if not row.looping]).acceptance
     timings = [row.timing for row in rows if row.timing]
+    departures = [row.departure for row in rows if row.departure]
     compared = [timing.exact for timing in timings if timing.exact is not None]
     return CellRow(
         cell=cell,
@@ -112,6 +113,7 @@ def _cell_row(cell: Cell, mode: Mode, rows: list[PromptRow], samples: int, seed:
         prompts_together=max((timing.prompts_together for timing in timings), default=1),
         peak_memory_bytes=_most(timing.peak_memory_bytes for timing in timings),
         speed=speed_of(cell, rows, samples, seed) if mode == "measure" else None,
+        departure=Departure.pooled(departures) if departures else None,
     )
 
 
@@ -122,11 +124,13 @@ def _most(values: Iterable[int | None]) -> int | None:
 
 
 def acceptances(cells: Sequence[CellRow]) -> list[Estimate]:
-    """Acceptance of every cell: replayed or estimated where it was, else measured."""
+    """Acceptance of every exact cell: replayed or estimated where it was, else measured."""
     chosen: dict[Cell, CellRow] = {}
     for row in cells:
         present = chosen.get(row.cell)
-        if not row.cell.threshold and (not present or MODES.index(present.mode) < MODES.index(row.mode)):
+        if row.cell.threshold or row.cell.lossy:
+            continue
+        if not present or MODES.index(present.mode) < MODES.index(row.mode):
             chosen[row.cell] = row
     return [
         Estimate(
@@ -138,7 +142,7 @@ def acceptances(cells: Sequence[CellRow]) -> list[Estimate]:
 
 
 def speedups(cells: Sequence[CellRow]) -> list[Estimate]:
-    """Speedup of every measured cell."""
+    """Speedup of every measured exact cell."""
     return [
         Estimate(
             cell=row.cell,
@@ -147,7 +151,7 @@ def speedups(cells: Sequence[CellRow]) -> list[Estimate]:
             num_documents=row.speed.num_clocked,
         )
         for row in cells
-        if row.speed is not None
+        if row.speed is not None and not row.cell.lossy
     ]
 
 

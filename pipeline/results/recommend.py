@@ -6,6 +6,8 @@ first time, the run-off, decides their order. The second time, the fresh repeats
 shown to be faster than autoregressive decoding: its interval has to lie above 1. The repeats use the same
 prompts: they remove the luck of the clock, not that of the prompts. First measurements count only where no
 allowed cell was measured again, and the advice says so.
+
+Cells of a lossy rule are no choices unless they are asked for, and then alone: they are never measured again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from operator import itemgetter
 from pipeline.axes import BASELINES, MODEL_FREE, Cell, Place
 from pipeline.errors import BadData
 from pipeline.intervals import Interval
+from pipeline.metrics import Departure
+from pipeline.results.lossy import WARNING
 from pipeline.store.rows import CellRow, Mode, ModelSize, OfCell, Row, Speed
 from pipeline.units import gigabytes
 
@@ -30,7 +34,7 @@ class Choice(OfCell):
     `end_to_end` includes the prefills; it and `num_documents` are of the fresh repeats where there are any.
     `acceptance` is the replay's, over all prompts, or the measured one where replay cannot know it:
     `acceptance_mode` says which. `prompts_together` is how many prompts were decoded at once. The texts of
-    `num_inexact` prompts differ from those of autoregressive decoding.
+    `num_inexact` prompts differ from those of autoregressive decoding. `departure` is that of a lossy rule.
     """
 
     speedup: Interval
@@ -43,6 +47,7 @@ class Choice(OfCell):
     acceptance: float | None
     acceptance_mode: Mode | None = None
     drafter_kv_bytes: int
+    departure: Departure | None = None
 
     @property
     def order(self) -> tuple[bool, float]:
@@ -76,9 +81,11 @@ Sizes = Mapping[str, ModelSize]
 
 
 def settings_text(cell: Cell) -> str:
-    """What to set for a cell: draft source, policy, budget, γ, and the threshold where there is one."""
+    """What to set for a cell: draft source, policy, budget, γ, and the threshold and a lossy rule where there
+    is one."""
     stops = f", stopping under {cell.threshold:g}" if cell.threshold else ""
-    return f"{cell.drafter}, {cell.policy}, B = {cell.budget}, γ = {cell.gamma}{stops}"
+    rule = f", {cell.rule} ({WARNING})" if cell.lossy else ""
+    return f"{cell.drafter}, {cell.policy}, B = {cell.budget}, γ = {cell.gamma}{stops}{rule}"
 
 
 def models_of(cell: Cell) -> tuple[str, ...]:
@@ -168,13 +175,13 @@ class Needs:
 
 
 def choices(
-    cells: Iterable[CellRow], run_off: Iterable[CellRow], again: Iterable[CellRow]
+    cells: Iterable[CellRow], run_off: Iterable[CellRow], again: Iterable[CellRow], lossy: bool = False
 ) -> dict[Place, list[Choice]]:
-    """Every measured greedy cell of each place, in the order of `Choice.order`."""
+    """Every measured greedy cell of each place, exact or `lossy`, in the order of `Choice.order`."""
     replayed: dict[Cell, CellRow] = {}
     measured: dict[Cell, tuple[CellRow, Speed]] = {}
     for row in cells:
-        if row.cell.control is None and row.cell.temperature == 0:
+        if row.cell.control is None and row.cell.temperature == 0 and row.cell.lossy == lossy:
             if row.speed is not None:
                 measured[row.cell] = row, row.speed
             else:
@@ -202,6 +209,7 @@ def choices(
                 acceptance=accepted.acceptance.mean if accepted.acceptance else None,
                 acceptance_mode=accepted.mode,
                 drafter_kv_bytes=run.drafter_kv_bytes,
+                departure=run.departure,
             )
         )
     return {place: sorted(here, key=lambda choice: choice.order) for place, here in choices_by_place.items()}

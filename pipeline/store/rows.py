@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from pipeline.axes import Budget, Cell
 from pipeline.intervals import Interval
-from pipeline.metrics import Counts
+from pipeline.metrics import Counts, Departure
 from pipeline.store import old_rows
 
 # replay is exact, estimate the expectation over sampled continuations, measure has been decoded.
@@ -107,7 +107,8 @@ class PromptRow(OfCell):
     """One prompt of one cell; measured ones have a `timing`.
 
     An `estimate` has expected counts. Where a greedy row is not exact, the rounds from the first token that
-    differs are left out of all counts; `num_left_out` is the number of their tokens.
+    differs are left out of all counts; `num_left_out` is the number of their tokens. A row of a lossy rule is
+    neither exact nor not: all its rounds count, and `departure` says how far its text is from the target's.
     """
 
     mode: Mode
@@ -120,6 +121,7 @@ class PromptRow(OfCell):
     in_trained_range: bool
     drafter_kv_bytes: int
     timing: Timing | None = None
+    departure: Departure | None = None
 
     @property
     def batch(self) -> str:
@@ -189,7 +191,7 @@ class Speed(Row):
 class CellRow(OfCell):
     """One cell over all its prompts: pooled acceptance and, where measured, speed, with 95 % intervals.
 
-    `prompts_together` were decoded at once.
+    `prompts_together` were decoded at once. `departure` is that of a lossy rule's texts, over all prompts.
     """
 
     mode: Mode
@@ -208,6 +210,7 @@ class CellRow(OfCell):
     exact_prompts: int | None = None
     peak_memory_bytes: int | None = None
     speed: Speed | None = None
+    departure: Departure | None = None
 
 
 class ModelSize(Row):

@@ -306,10 +306,10 @@ def earlier(task: SweepTask) -> Evaluated | None:
 
 
 def evaluated(rows: Sequence[PromptRow], failed: int = 0, retried: int = 0) -> Evaluated:
-    """The counts of a task. Rows whose proposals replay cannot know count towards no acceptance."""
+    """The counts of a task. Rows whose proposals replay cannot know, and lossy ones, are in no acceptance."""
     accepted: dict[tuple[str, str], tuple[float, float]] = {}
     for row in rows:
-        if row.cell.control is None and row.counts.num_proposed is not None:
+        if row.cell.control is None and not row.cell.lossy and row.counts.num_proposed is not None:
             key = row.cell.drafter, row.cell.dataset
             kept, proposed = accepted.get(key, (0.0, 0.0))
             accepted[key] = kept + row.counts.num_accepted, proposed + row.counts.num_proposed

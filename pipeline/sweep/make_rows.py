@@ -10,7 +10,7 @@ import torch
 from pipeline.axes import Cell, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.sampling import Chance
-from pipeline.metrics import Counts, repetition_rate
+from pipeline.metrics import Counts, Departure, repetition_rate
 from pipeline.store.rows import FailedCell, Mode, Prompt, PromptRow, Timing
 from pipeline.sweep.grid import Drafter
 
@@ -35,6 +35,7 @@ def make_row(
     looping_rate: float,
     num_left_out: int = 0,
     timing: Timing | None = None,
+    departure: Departure | None = None,
 ) -> PromptRow:
     repetition = repetition_rate(tokens)
     return PromptRow(
@@ -49,6 +50,7 @@ def make_row(
         in_trained_range=reach(cell.view, prompt) <= drafter.trained_positions,
         drafter_kv_bytes=kv_bytes,
         timing=timing,
+        departure=departure,
     )
 
 

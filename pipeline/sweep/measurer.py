@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.axes import Cell, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, Timed, timed_prefill
+from pipeline.decode.dropmatch import DropMatch
 from pipeline.decode.feature_head import drafts
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
@@ -122,6 +123,10 @@ class Trial:
     def run(self, cell: Cell | None, chance: Chance) -> Timed:
         if cell is None:
             return self.bench.autoregressive(chance, self.eos)
+        if cell.rule == "dropmatch":
+            settings = self.sweep.dropmatch
+            masks = DropMatch(settings.masks, settings.dropout, chance.seed)
+            chance = replace(chance, dropmatch=masks)
         source = self.views.source(cell.view, cell.threshold)
         return self.bench.speculative(source, cell.gamma, chance, self.eos)
 
@@ -142,13 +147,15 @@ class Trial:
             expected = plain[0].tokens[row]
             if len(expected) < 2:
                 continue  # the prefill's token ended the text: there is nothing to time
-            if chance.temperature == 0:
+            # Sampling draws other tokens than AR from the same distribution, and a lossy rule has other
+            # texts: only exact greedy cells compare.
+            compared = chance.temperature == 0 and not cell.lossy
+            if compared:
                 rounds = before_divergence(rounds, expected)
             counts = Counts.of(rounds, cell.gamma)
-            # Sampling draws other tokens than AR from the same distribution: only greedy compares.
             others = [run.tokens[row] for run in [*runs, *plain] if run.tokens[row] != expected]
             gap = noise = None
-            if others and chance.temperature == 0:
+            if others and compared:
                 gap, noise = bench.divergence(row, expected, others[0])
             timing = Timing(
                 decode_s=[run.seconds * share for run in runs],
@@ -161,7 +168,7 @@ class Trial:
                 together_with=bench.prompts[0].prompt_id,
                 target_kv_bytes=bench.kv_bytes[row],
                 peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
-                exact=None if chance.temperature else not others,
+                exact=not others if compared else None,
                 divergence_gap=gap,
                 logit_noise=noise,
                 hardware=hardware,
@@ -178,6 +185,7 @@ class Trial:
                 self.sweep.looping_rate,
                 len(ours) - 1 - counts.num_tokens,
                 timing,
+                bench.departure(row, expected, ours) if cell.lossy else None,
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from pipeline.axes import BASELINES, NOTHING, Cell, Place, budget_order, family
 from pipeline.config.schema import Config
@@ -13,16 +14,17 @@ from pipeline.sweep.grid import Drafter, cells_at, cells_behind, chosen, chosen_
 
 
 def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) -> list[Cell]:
-    """The cells that the config names for measuring, of every baseline too."""
+    """The cells that the config names for measuring, of every baseline too, by each rule of acceptance."""
     measure = sweep.measure
     return [
-        cell
+        replace(cell, rule=rule)
         for drafter in drafters
         if drafter.baseline or chosen_drafter(drafter.name, measure.drafters)
         for cell in cells_at(sweep, drafter, place)
         if not cell.control
         and (cell.view == NOTHING or chosen(cell.budget, measure.budgets))
         and chosen(cell.gamma, measure.gammas)
+        for rule in sweep.rules
     ]
 
 

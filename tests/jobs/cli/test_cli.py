@@ -237,7 +237,15 @@ def test_generate_passes_settings(minimal: str, tmp_path: Path, settings: dict[s
         "temperature": 0.5,
         "max_new_tokens": 9,
         "seed": 3,
+        "rule": "exact",
     }
+
+
+def test_generate_by_a_lossy_rule_is_greedy(minimal: str, settings: dict[str, Any]) -> None:
+    done = call("generate", minimal, "--rule", "dropmatch", "--temperature", "0.5", stdin=b"Once")
+    assert done.exit_code == 2 and "--rule dropmatch is for greedy decoding" in done.stderr and not settings
+    assert call("generate", minimal, "--rule", "dropmatch", stdin=b"Once").exit_code == 0
+    assert settings["rule"] == "dropmatch"
 
 
 def test_generate_reads_standard_input_and_defaults_from_the_config(

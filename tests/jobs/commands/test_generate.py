@@ -39,6 +39,26 @@ def test_generate_prints_the_targets_own_text(
     ), stats
 
 
+def test_by_a_lossy_rule_it_says_that_the_text_is_not_the_targets(
+    corpus: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a last line, with how far from it the text is."""
+    settings = {"masks": 8, "dropout": 0.5}
+    config = toy_config(
+        corpus,
+        finished,
+        lambda values: values["sweep"].update(rules=["exact", "dropmatch"], dropmatch=settings),
+    )
+    generate(config, story(3)[:150], None, "chunk_topk", 16, 3, 0.0, 0.0, 20, 0, rule="dropmatch")
+    *_, last = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert re.fullmatch(
+        r"\[dropmatch, lossy: the text is not the target's own: [\d.]+ % of positions hold what "
+        r"autoregressive decoding has there, [\d.]+ % of tokens are not the target's arg-max; the target's "
+        r"mean log-likelihood a token is -[\d.]+, and of its own text -[\d.]+\]",
+        last,
+    ), last
+
+
 def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: Path) -> None:
     def call(storage: Path, drafter: str | None) -> None:
         generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.3, 0.0, 4, 0)

@@ -17,6 +17,7 @@ from jobs.tracking.tracker import Tracker
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.intervals import Interval
+from pipeline.metrics import Departure
 from pipeline.observe import logs, training
 from pipeline.store.provenance import provenance
 from tests.helpers.clock import wait_for
@@ -220,6 +221,24 @@ def test_sweep_runs(config: Config, client: MlflowClient) -> None:
     assert "searchFilter=tags.sweep_id = 'abc123'" in sweep and "metrics.`speed/best_speedup`" in sweep
     ids = json.loads(compare.split("runs=")[1].split("&")[0])
     assert ids[0] == run.info.run_id and set(ids) == {runs[name].info.run_id for name in names}
+
+
+def test_points_of_a_lossy_rule_are_marked_and_compared_with_none(
+    config: Config, client: MlflowClient
+) -> None:
+    departure = Departure(100, 60, 3, 100, 20, -150.0, 100, -100.0)
+    rows = [timed(1.5), timed(9.0, rule="dropmatch", departure=departure)]
+    with Tracker.start(config) as tracker, tracker.stage_run("sweep") as stage:
+        tracker.log_sweep(stage, "lossy1", rows)
+    *_, compare = map(unquote, tracker.links())
+    runs = runs_by_name(client, config)
+    exact = runs["multi_view|chunk_topk|b256|4K|pg19"]
+    lossy = runs["multi_view|chunk_topk|b256|4K|pg19|dropmatch"]
+    assert lossy.data.tags["lossy"] == "dropmatch, lossy: the text is not the target's own"
+    assert lossy.data.params["rule"] == "dropmatch"
+    assert curve(client, lossy, "quality/same_as_ar_share") == {4: 0.6}
+    assert "lossy" not in exact.data.tags and "rule" not in exact.data.params
+    assert json.loads(compare.split("runs=")[1].split("&")[0]) == [exact.info.run_id]
 
 
 def test_sweep_is_mirrored_once(config: Config, client: MlflowClient) -> None:
