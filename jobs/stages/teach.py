@@ -13,6 +13,7 @@ import numpy as np
 
 from jobs.executors.base import Executor
 from jobs.stages.train import model_identity, target_ref
+from kernels.reference import CHUNK
 from pipeline.config.models import Head
 from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer
@@ -21,13 +22,14 @@ from pipeline.models.load import pick_device
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import ASKED, LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.sweep.grid import texts
+from pipeline.train.batches import window_starts
+from pipeline.train.labelling import smallest_uint
 from pipeline.train.teacher import (
     AnswerTask,
     ContinueTask,
     LabelTask,
     TeachCounts,
     Teacher,
-    smallest_uint,
 )
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,16 @@ def taught(
     }
     if isinstance(config.drafter, Head):
         inputs["features"] = list(config.drafter.feature_layers or ()), config.labels.features
+    if config.is_guided:
+        inputs["guides"] = guides_identity(config)
     return open_artifact(Path(config.storage), "teach", inputs), inputs
+
+
+def guides_identity(config: Config) -> list[int]:
+    """What the target's guides depend on: those of prompts on nothing, those of training on where windows may
+    start and on how many chunks are kept."""
+    train, most = config.train, config.guide_chunks
+    return [most, train.window_tokens, train.windows, train.min_prefix_tokens] if most else []
 
 
 def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]) -> Artifact:
@@ -109,6 +120,8 @@ def sample(
         "target": model_identity(config.target, scratch.get("target")),
         "chances": [[chance.temperature, chance.seed] for chance in chances],
     }
+    if config.is_guided:
+        inputs["guides"] = []
     artifact = open_artifact(Path(config.storage), "sample", inputs)
     with artifact.claim() as unfinished:
         if not unfinished:
@@ -174,4 +187,7 @@ def label_bytes(config: Config, sequences: int, answers: int, vocab: int, featur
     per_label = size + min(config.labels.top_k, vocab) * (size + 2)
     tokens = (sequences + answers) * config.data.sequence_tokens
     labels = sequences * config.data.sequence_tokens + answers * config.train.learned_tokens
-    return tokens * (size + 2 * features) + labels * per_label + 8 * answers
+    places = sequences * len(window_starts(config.train, config.data.sequence_tokens))
+    chunk = np.dtype(smallest_uint(config.data.sequence_tokens // CHUNK + 1)).itemsize
+    guides = (places + answers * config.train.windows) * config.guide_chunks * chunk
+    return tokens * (size + 2 * features) + labels * per_label + 8 * answers + guides

@@ -26,6 +26,7 @@ from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
 from pipeline.decode.target_reader import TargetReader
+from pipeline.kv.views import are_guided
 from pipeline.models.generation import stop_tokens
 from pipeline.models.heads.load import load_head
 from pipeline.models.layers import share_frozen
@@ -182,7 +183,7 @@ class Evaluator:
                     self.sweep,
                     contender.drafter,
                     contender.model,
-                    PromptViews(contender.fast, prompts, views),
+                    PromptViews(contender.fast, prompts, views, [first.guide for first, *_ in texts]),
                 )
             for at in range(task.first, task.last):
                 try:
@@ -226,6 +227,7 @@ class Evaluator:
                     max(self.sweep.gammas),
                     list(dict.fromkeys(self_views)),
                     rehearse=True,
+                    guided=are_guided(pick.view for pick in picks),
                 )
                 trial = Trial(
                     self.sweep,

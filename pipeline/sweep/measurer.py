@@ -16,7 +16,7 @@ from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES, DraftSource
 from pipeline.hardware import describe
-from pipeline.kv.views import PrefixView
+from pipeline.kv.views import PrefixView, are_guided
 from pipeline.metrics import Counts, Round
 from pipeline.store.rows import FailedCell, PromptRow, Timing
 from pipeline.sweep.grid import Drafter, texts
@@ -26,7 +26,8 @@ from pipeline.sweep.make_rows import CELL_ERRORS, at_chance, make_failure, make_
 class Views:
     """What a draft source keeps of each prompt of a bench, view by view.
 
-    `prefill_s` is the time of reading each prompt, beside the target's prefill: 0 where there is no model.
+    `prefill_s` is the time of reading each prompt, and of the target's guide where a view asks for one,
+    beside the target's prefill: 0 where there is no model.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Views:
                 prefix_views = [bench.self_kept[row][view] for view in self.kept]
                 self.prefill_s[row] = bench.self_prefill_s[row]
             else:
-                wanted = [view.kept for view in self.kept]
-                prefix_views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
+                wanted, guides = [view.kept for view in self.kept], bench.guides[row]
+                prefix_views, _, seconds = timed_prefill(model, prompt, wanted, bench.rehearse, guides)
+                self.prefill_s[row] = seconds + (bench.guide_s[row] if are_guided(self.kept) else 0.0)
             for kept, view in zip(self.kept.values(), prefix_views, strict=True):
                 kept.append(view)
 

@@ -20,6 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.errors import NotFinite
+from pipeline.kv.views import stored_guide
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows
@@ -64,7 +65,8 @@ class ChainedViews(MultiView):
         sharded = hasattr(head.lm_head.weight, "ds_id")  # by ZeRO-3: whole inside a forward pass only
         whole = sharded or count <= limit
         depth = len(self.weights)
-        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, depth, whole, offset)
+        read = (tokens_BL, features_BLF, windows.starts, C, views, depth, whole, offset)
+        outputs = model(*read, self.guides(windows))
         place = torch.arange(parts * C, device=self.device)
         for depth, output in enumerate(outputs):
             # An answer may have fewer labels than chains are deep. What is learned from is then empty, and
@@ -90,7 +92,8 @@ class ChainedViews(MultiView):
             text, start, count = continuation.tokens, len(prompt.tokens), len(continuation.tokens) - 1
             tokens_1S = torch.tensor([prompt.tokens + text[:-1]], device=self.device)
             features = self.features.of_text(number, tokens_1S)
-            outputs = model(tokens_1S, features, [start], count, views, gamma, True)
+            guides = stored_guide(start, continuation.guide, self.device)
+            outputs = model(tokens_1S, features, [start], count, views, gamma, True, guides=guides)
             if not all(torch.isfinite(output).all() for output in outputs):
                 raise NotFinite(f"validation of {self.variant.name}: logits not finite")
             proposed = torch.stack(

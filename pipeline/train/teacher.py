@@ -8,12 +8,15 @@ To a prompt of the training split it writes its own answers, of at most A tokens
 `.tokens.npy` is [N, L], prompt and answer from the left, and the labels are of the answers alone, [N, A, …];
 `.prefix.npy` [N] are the tokens of the prompts, and of `.supervised.npy` [N] first labels each is learned
 from: what follows the end of a text has none.
+
+Where drafters are trained with `target_guided`, `.guide.npy` [N, P, R] has the target's ranking of the chunks
+before each of the P places where windows may start, as many chunks as the largest budget holds; of shorter
+prefixes what is left over names a chunk that there is not.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +27,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
+from kernels.reference import CHUNK
 from pipeline.axes import FULL
 from pipeline.config.models import Head
 from pipeline.config.schema import Config
-from pipeline.config.train import Labels
-from pipeline.decode.lean import side_by_side
 from pipeline.decode.loop import Noted, autoregressive_noted
-from pipeline.decode.model import DecodeModel, decode_model, kept_inputs
+from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
 from pipeline.decode.steps import note
@@ -43,9 +45,9 @@ from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
+from pipeline.train.batches import answer_starts, window_starts
 from pipeline.train.features import VALIDATION, half
-
-POSITIONS = 1024  # positions whose logits are labelled at a time
+from pipeline.train.labelling import Ranking, label_logits, label_sequences, smallest_uint
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Teacher:
         self.writer = decode_model(self.target, config.decode.prefill_chunk)
         if isinstance(config.drafter, Head) and config.labels.features != "recomputed":
             self.writer.feature_layers = features_of(config.drafter, self.target)
+        self.ranking: Ranking | None = None
+        if config.guide_chunks:
+            places = window_starts(config.train, config.data.sequence_tokens)
+            self.ranking = Ranking(places, config.guide_chunks, config.data.sequence_tokens // CHUNK)
 
     def __call__(self, task: LabelTask | AnswerTask | ContinueTask) -> TeachCounts:
         if isinstance(task, AnswerTask):
@@ -144,7 +150,7 @@ class Teacher:
                     self.writer, prefixes, data.sequence_tokens - start, frozenset(), sampler
                 )
                 rows[batch, start:] = [[noted.token for noted in text] for text in written]
-            arrays = label_sequences(self.target, rows, labels, self.writer.feature_layers)
+            arrays = label_sequences(self.target, rows, labels, self.writer.feature_layers, self.ranking)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
                 write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array)
@@ -176,7 +182,7 @@ class Teacher:
             for copy in range(asked.per_prompt)
         ]
         sampler = Sampler.seeded(asked.temperature, seeds, device)
-        runner, logits_RV, features_RSF = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
+        runner, logits_RV, features_RSF, _ = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
         texts = write_on(runner, logits_RV, count, eos, sampler)
         written_RA = torch.zeros(len(texts), count, dtype=torch.long, device=device)
         for row, text in enumerate(texts):
@@ -197,8 +203,13 @@ class Teacher:
         if features_RSF is not None and features_RAF is not None:
             both = torch.cat([features_RSF, features_RAF], 1)
             features["features"] = half(F.pad(both, (0, 0, 0, tokens_RL.shape[1] - both.shape[1])))
+        guides: dict[str, np.ndarray] = {}
+        if self.ranking:
+            texts_RL = torch.cat([prefixes_RS, written_RA], 1)
+            guides["guide"] = self.ranking.of_texts(self.target, texts_RL, answer_starts(config.train, S))
         return {
             **features,
+            **guides,
             "tokens": tokens_RL,
             "prefix": np.full(len(texts), S, np.int32),
             "supervised": np.array([len(text) - (text[-1].token in eos) for text in texts], np.int32),
@@ -243,9 +254,12 @@ class Teacher:
         eos = stop_tokens(self.target)
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.target.device)
         sampler = chance.sampler([prompt.prompt_id for prompt in prompts], self.target.device)
-        written = write_ahead(self.writer, tokens_BS, prompts[0].max_new_tokens, eos, sampler)
+        count, guided = prompts[0].max_new_tokens, self.config.is_guided
+        runner, logits_BV, _, guide_BC = behind_prefixes(self.writer, tokens_BS, count, guided=guided)
+        written = write_on(runner, logits_BV, count, eos, sampler)
+        guides = guide_BC.tolist() if guide_BC is not None else [[] for _ in prompts]
         rows = []
-        for prompt, chosen in zip(prompts, written, strict=True):
+        for prompt, chosen, guide in zip(prompts, written, guides, strict=True):
             tokens = [noted.token for noted in chosen]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             rows.append(
@@ -267,6 +281,7 @@ class Teacher:
                     temperature=chance.temperature,
                     seed=chance.seed,
                     log_probs=[] if sampler.rule.greedy else [noted.log_prob for noted in chosen],
+                    guide=guide,
                 )
             )
         return rows
@@ -303,59 +318,6 @@ def equal_length_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]
     return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
 
 
-def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
-    return np.uint16 if num_tokens <= 1 << 16 else np.uint32
-
-
-@torch.inference_mode()
-def label_sequences(
-    target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels, feature_layers: Sequence[int] = ()
-) -> dict[str, np.ndarray]:
-    """The target's labels at every position of N sequences, and features; `argmax` is the last entry.
-
-    Raises:
-        NotFinite: if a logit is NaN or infinite.
-    """
-    num_tokens = int(target.num_tokens)
-    kind = smallest_uint(num_tokens)
-    batches: list[dict[str, np.ndarray]] = []
-    for at in range(0, len(rows_NL), labels.batch_sequences):
-        tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
-        with kept_inputs(target, feature_layers) as kept:
-            logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
-        # In slices, so that what is computed from the logits stays small beside them.
-        pieces = [
-            label_logits(target.name_or_path, logits_BPV, labels, kind)
-            for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1)
-        ]
-        features = side_by_side(kept, feature_layers)
-        given = {} if features is None else {"features": half(features)}
-        batches.append(
-            given | {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
-        )
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def label_logits(
-    name: str, logits_BPV: Tensor, labels: Labels, kind: type[np.unsignedinteger]
-) -> dict[str, np.ndarray]:
-    """The labels that a target's logits give, by the names of their files; `argmax` is the last entry.
-
-    Raises:
-        NotFinite: if a logit is NaN or infinite.
-    """
-    if not torch.isfinite(logits_BPV).all():
-        raise NotFinite(f"{name}: logits not finite while labelling")
-    made: dict[str, np.ndarray] = {}
-    if labels.top_k:
-        top = logits_BPV.topk(min(labels.top_k, logits_BPV.shape[-1]), dim=-1)
-        total_BP1 = (logits_BPV.float() / labels.temperature).logsumexp(-1, keepdim=True)
-        log_probs_BPK = top.values.float() / labels.temperature - total_BP1
-        made["ids"] = top.indices.cpu().numpy().astype(kind)
-        made["log_probs"] = log_probs_BPK.cpu().numpy().astype(np.float16)
-    return {**made, "argmax": logits_BPV.argmax(-1).cpu().numpy().astype(kind)}
-
-
 def write_ahead(
     target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
 ) -> list[list[Noted]]:
@@ -368,10 +330,10 @@ def write_ahead(
 
 
 def behind_prefixes(
-    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1
-) -> tuple[Runner, Tensor, Tensor | None]:
+    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1, guided: bool = False
+) -> tuple[Runner, Tensor, Tensor | None, Tensor | None]:
     """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there; the
-    features [R, S, F] of the prefixes where the target gives some."""
+    features [R, S, F] of the prefixes where the target gives some; if `guided` the guide [B, C] of each."""
     B, S = tokens_BS.shape
     (view,), logits_BV, features_BSF = target.read(tokens_BS, [(S, FULL)])
     runner = Runner(target, B * copies, slots_for(S), room, "none")
@@ -380,7 +342,8 @@ def behind_prefixes(
     if not torch.isfinite(logits_BV).all():
         raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
     repeated = None if features_BSF is None else features_BSF.repeat_interleave(copies, 0)
-    return runner, logits_BV.repeat_interleave(copies, 0), repeated
+    guide_BC = view.guiding()[S] if guided else None
+    return runner, logits_BV.repeat_interleave(copies, 0), repeated, guide_BC
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pipeline.axes import View
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_hidden, read_prefix
+from pipeline.kv.views import UNGUIDED, Guides
 from pipeline.models.head import plain_head
 from pipeline.train.losses import States
 
@@ -27,12 +28,13 @@ def window_scores(
     views: Sequence[View],
     max_logits_bytes: int,
     offset: int = 0,
+    guides: Guides = UNGUIDED,
 ) -> Sequence[Tensor | States]:
     """Logits of every window behind every view, from one prefill and one forward with gradients.
 
     A window with start s reads tokens s .. s+length-1 at their true positions, behind the views of the
     prefix [0, s); its logits predict tokens s+1 .. s+length. The sinks of every view are moved back by
-    `offset` positions.
+    `offset` positions. `guides` are those of the prefixes.
 
     Returns:
         Per view, logits [len(starts) · B · length, V] (windows outermost); where all of them together would
@@ -42,7 +44,7 @@ def window_scores(
     # The prefix is read a little further than it is kept, so that training has few shapes: for every new one
     # a backend may compile, and keep what it compiled.
     read = -(-max(starts) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
-    kept, _ = read_prefix(model, tokens_BS[:, :read], cuts, offset)
+    kept, _ = read_prefix(model, tokens_BS[:, :read], cuts, offset, guides)
     windows_RQ = torch.cat([tokens_BS[:, start : start + length] for start in starts]).repeat(len(views), 1)
     offsets = torch.arange(length, device=tokens_BS.device)
     positions_RQ = torch.cat([(start + offsets).expand(tokens_BS.shape[0], -1) for start in starts])
