@@ -54,7 +54,9 @@ def texts(device: str, compile: Compile, view: View, prompt: Tensor) -> tuple[li
         runner.cache.load([behind])
         runners.append(runner)
     first = int(logits.argmax())
-    plain = [first] + [tokens[0] for tokens in autoregressive(runners[0], [first], limit, NEVER, GREEDY)]
+    plain = [first]
+    for (token,) in autoregressive(runners[0], [first], limit, NEVER, GREEDY):
+        plain += [] if token is None else [token]
     assert kept[0].last is not None
     source, drafted = HeadDrafts(runners[1], kept[0].last), [first]
     for (one,) in speculate(runners[0], source, [first], gamma, limit, NEVER, GREEDY):

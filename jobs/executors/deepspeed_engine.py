@@ -147,7 +147,8 @@ class DeepSpeedEngine:
 def problem_of_zero(settings: dict[str, Any]) -> str:
     """What DeepSpeed has against ZeRO settings, by field; "" where it takes them."""
     # In a process that does not train, DeepSpeed has nothing to say about accelerators.
-    said, _ = logging.root.manager.disable, logging.disable(logging.WARNING)
+    said = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     finally:
