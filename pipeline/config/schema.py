@@ -65,6 +65,13 @@ class Config(Group):
                 raise ValueError(f"{field} is for drafter.kind: head, and it is {self.drafter.kind}")
         rolling = [f"train.variants.{v.name}.policy" for v in self.train.variants if v.policy == "window"]
         rolling += ["sweep.policies"] if "window" in self.sweep.policies else []
+        if cascade := self.sweep.cascade:
+            if isinstance(self.drafter, Head):
+                raise ValueError(
+                    "sweep.cascade: a head drafts from what the target itself has read, so it cannot draft for "
+                    "a middle model; leave cascade out of sweep.baselines"
+                )
+            rolling += ["sweep.cascade.policy"] if cascade.policy == "window" else []
         if rolling and not isinstance(self.drafter, Head):
             raise ValueError(
                 f"{rolling[0]}: window is for drafter.kind: head, whose prefix depends on no attention; take "
@@ -107,6 +114,11 @@ class Config(Group):
                 raise ValueError(
                     f"{where}: {sorted(set(drafters) - names)} are not among train.variants {sorted(names)}"
                 )
+        trained = [drafter.name for drafter in self.train.drafters]
+        if self.sweep.cascade and self.sweep.cascade.drafter not in trained:
+            raise ValueError(
+                f"sweep.cascade.drafter: {self.sweep.cascade.drafter!r} is not among the drafters {trained}"
+            )
         needed = self.train.min_prefix_tokens + self.train.learned_tokens
         if self.data.sequence_tokens < needed:
             raise ValueError(
@@ -179,7 +191,7 @@ class Config(Group):
         if self.decode.compile == "cudagraphs" and self.run.device == "cpu":
             raise ValueError("decode.compile is cudagraphs, which needs a GPU, but run.device is cpu")
         if self.registry:
-            swept, trained = self.sweep.drafters, [drafter.name for drafter in self.train.drafters]
+            swept = self.sweep.drafters
             evaluated = [name for name in trained if not swept or name in swept or family(name) in swept]
             self.registry.check(evaluated, self.tracking.enabled)
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}

@@ -49,6 +49,8 @@ def lacks(engine: Engine, cell: Cell) -> str:
     name = NAMES[engine]
     if cell.drafter == "self_speculation":
         return f"{name} has no target that drafts for itself behind a budget"
+    if cell.drafter == "cascade":
+        return f"{name} has no drafter that drafts for a middle model"
     if cell.threshold:
         return f"{name} drafts γ tokens in every round"
     if cell.drafter == "prompt_lookup" or cell.budget == "full":

@@ -20,7 +20,8 @@ SELF_POLICIES = ("streaming", "snapkv")
 class Drafter:
     """A draft source to evaluate: a trained model, with the positions it was trained on, or a baseline.
 
-    `ref` is the target's for self-speculation, and None for a source without a model.
+    `ref` is the target's for self-speculation and the middle of a cascade, whose small drafter is `inner`; and
+    None for a source without a model.
     """
 
     name: str
@@ -28,10 +29,17 @@ class Drafter:
     trained_positions: int
     baseline: Baseline | None = None
     trained_kind: DrafterKind = "lm"
+    inner: ModelRef | None = None
 
     @property
     def kind(self) -> DrafterKind:
         return self.baseline or self.trained_kind
+
+    @property
+    def predictable(self) -> bool:
+        """Whether its speed follows from single steps and replay: how often the middle of a cascade is asked
+        depends on the text."""
+        return self.baseline != "cascade"
 
     @property
     def role(self) -> Literal["target", "drafter"] | None:
@@ -66,7 +74,7 @@ def draft_sources(config: Config) -> list[Drafter]:
 
 def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
     """The views of a drafter, then its controls; a baseline has no controls."""
-    if drafter.baseline == "self_speculation":
+    if drafter.role == "target":
         sparse = [budget for budget in sweep.budgets if budget != "full" and budget > 0]
         return [View(policy, budget) for policy in SELF_POLICIES for budget in sparse]
     if drafter.baseline:

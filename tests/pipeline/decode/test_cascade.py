@@ -102,6 +102,7 @@ def test_the_drafters_cache_is_that_of_the_text(target: PreTrainedModel, tempera
     assert whole, "all that a drafter proposed was accepted by both, and it went on behind that"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_compiled_cascades_emit_the_same_tokens(
     target: PreTrainedModel, drafter: PreTrainedModel, temperature: float
