@@ -68,8 +68,8 @@ class Config(Group):
         if cascade := self.sweep.cascade:
             if isinstance(self.drafter, Head):
                 raise ValueError(
-                    "sweep.cascade: a head drafts from what the target itself has read, so it cannot draft for "
-                    "a middle model; leave cascade out of sweep.baselines"
+                    "sweep.cascade: a head reads what the target itself has made of the text, so it cannot "
+                    "draft for a middle model; leave cascade out of sweep.baselines"
                 )
             rolling += ["sweep.cascade.policy"] if cascade.policy == "window" else []
         if rolling and not isinstance(self.drafter, Head):

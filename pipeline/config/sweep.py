@@ -164,8 +164,8 @@ class Sweep(Group):
             )
         if ("cascade" in self.baselines) != (self.cascade is not None):
             raise ValueError(
-                "baselines: cascade goes with the field cascade, which says what drafts within it, such as "
-                "cascade: {drafter: NAME, budget: 256, gamma: 2}; set both or neither"
+                "cascade among sweep.baselines goes with sweep.cascade, which says what drafts within it "
+                "({drafter: NAME, budget: 256, gamma: 2}): set both or neither"
             )
         for field in SWEPT:
             values = getattr(self, field)

@@ -93,8 +93,8 @@ def measure_memory(
 
     Beside the caches are the views that they are loaded from: the target's full views of the prompt that is
     read and of the prompt before it; for self-speculation and cascades all the target's sparse views, and one
-    more full view that is read with them; and the views of the drafter that is measured at the time. A cascade
-    has caches of its own for its middle and its drafter.
+    more full view that is read with them; and the views of the drafter that is measured at the time. The
+    middle of a cascade and its drafter have caches of their own.
     """
     sweep, prefix, sources = config.sweep, max(config.data.context_tokens.values()), draft_sources(config)
     room = config.data.max_new_tokens + max(sweep.gammas)

@@ -20,8 +20,8 @@ SELF_POLICIES = ("streaming", "snapkv")
 class Drafter:
     """A draft source to evaluate: a trained model, with the positions it was trained on, or a baseline.
 
-    `ref` is the target's for self-speculation and the middle of a cascade, whose small drafter is `inner`; and
-    None for a source without a model.
+    `ref` is the target's for self-speculation and for a cascade, whose small drafter is `inner`; it is None
+    for a source without a model.
     """
 
     name: str
