@@ -99,8 +99,9 @@ class CascadeDrafts(DraftSource):
         uniforms_BK = sampler.uniforms(gamma * (2 * T + 1))
         uniforms = [None] * gamma if uniforms_BK is None else uniforms_BK.split(2 * T + 1, 1)
         for drawn in uniforms:
-            drafting_TB = None if drawn is None else drawn[:, :T].T
-            verifying_BT1 = None if drawn is None else drawn[:, T:]
+            # Contiguous, as other sources' are: compiled steps are then shared with them.
+            drafting_TB = None if drawn is None else drawn[:, :T].T.contiguous()
+            verifying_BT1 = None if drawn is None else drawn[:, T:].contiguous()
             draft_BT, *beside = self.drafter.draft(rule, T, unread_BQ, step_B, drafting_TB)
             given = (unread_BQ, draft_BT, step_B, *beside, verifying_BT1)
             made_BT1, emitted_B, best_BT1, q_BT1V = self.middle.run(verify_inner, rule, given)
@@ -117,5 +118,8 @@ class CascadeDrafts(DraftSource):
                 break
         # Where the drafter's last proposal was accepted as the one before the γ-th, it has not read it yet.
         self.drafter.run(read, rule, (unread_BQ, step_B))
-        probabilities_BTV = None if q_BNV is None else q_BNV[:, 1 : gamma + 1]
-        return Proposals(chain_BN[:, 1 : gamma + 1], best_BN[:, 1 : gamma + 1], probabilities_BTV)
+        proposed = slice(1, gamma + 1)
+        probabilities_BTV = None if q_BNV is None else q_BNV[:, proposed].contiguous()
+        return Proposals(
+            chain_BN[:, proposed].contiguous(), best_BN[:, proposed].contiguous(), probabilities_BTV
+        )

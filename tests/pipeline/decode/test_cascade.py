@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from kernels import dispatch
 from pipeline.axes import FULL, View
 from pipeline.decode import replay
 from pipeline.decode.cascade import CascadeDrafts
@@ -121,6 +123,32 @@ def test_compiled_cascades_emit_the_same_tokens(
         )
         sampler = Sampler.seeded(temperature, [1])
         found.append(rounds_of(held.pair, 4, LIMIT, sampler=sampler, source=held.source))
+    assert found[0] == found[1]
+
+
+@pytest.fixture
+def backends() -> Iterator[tuple[dispatch.Backend, ...]]:
+    yield "triton", "torch"
+    dispatch.choose("auto")
+
+
+@pytest.mark.slow
+def test_triton_kernels_decode_the_same_text(
+    target: PreTrainedModel, drafter: PreTrainedModel, backends: tuple[dispatch.Backend, ...]
+) -> None:
+    """Through the interpreter where there is no GPU, two rows together, greedily and sampled."""
+    device, limit = "cuda" if torch.cuda.is_available() else "cpu", 6
+    large, small = (copy.deepcopy(model).to(device) for model in (target, drafter))
+    prompts = [random_tokens(1, length, seed).to(device) for seed, length in enumerate((30, 41))]
+    found = []
+    for backend in backends:
+        dispatch.choose(backend)
+        held = make_cascade(large, small, prompts, MIDDLES[1], INNERS[0], 2, limit + 3)
+        assert held.source.middle.cache.backend == backend
+        found.append([
+            rounds_of(held.pair, 3, limit, sampler=sampler, source=held.source)
+            for sampler in (GREEDY, Sampler.seeded(1.2, [1, 2], device))
+        ])  # fmt: skip
     assert found[0] == found[1]
 
 
@@ -239,7 +267,7 @@ def test_proposals_and_their_verification_have_the_joint_law(toys: Toys) -> None
             exact[*drafts, GAMMA, following] = chance * float(toys.target_law((FIRST, *drafts))[following])
     seen: Counter[tuple[int, ...]] = Counter()
     held = toys.cascade(ROWS, GAMMA + 2)
-    for turn in range(3):
+    for turn in range(2):
         offers: list[Proposals] = []
         source = Recorded(held.source, offers)
         sampler = Sampler.seeded(TEMPERATURE, range(turn * ROWS, (turn + 1) * ROWS))
