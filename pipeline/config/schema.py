@@ -63,6 +63,11 @@ class Config(Group):
         ):
             if value is not None and not isinstance(self.drafter, Head):
                 raise ValueError(f"{field} is for drafter.kind: head, and it is {self.drafter.kind}")
+        if self.sweep.cascade and isinstance(self.drafter, Head):
+            raise ValueError(
+                "sweep.cascade: a head reads what the target itself has made of the text, so it cannot "
+                "draft for a middle model; leave cascade out of sweep.baselines"
+            )
         validated = self.train.validation_budgets
         for field, sinks, rolls, budgets in (
             ("sweep.sinks", self.sweep.sinks, "window" in self.sweep.policies, self.sweep.budgets),
@@ -107,6 +112,11 @@ class Config(Group):
                 raise ValueError(
                     f"{where}: {sorted(set(drafters) - names)} are not among train.variants {sorted(names)}"
                 )
+        trained = [drafter.name for drafter in self.train.drafters]
+        if self.sweep.cascade and self.sweep.cascade.drafter not in trained:
+            raise ValueError(
+                f"sweep.cascade.drafter: {self.sweep.cascade.drafter!r} is not among the drafters {trained}"
+            )
         needed = self.train.min_prefix_tokens + self.train.learned_tokens
         if self.data.sequence_tokens < needed:
             raise ValueError(
@@ -184,7 +194,7 @@ class Config(Group):
         if self.decode.compile == "cudagraphs" and self.run.device == "cpu":
             raise ValueError("decode.compile is cudagraphs, which needs a GPU, but run.device is cpu")
         if self.registry:
-            swept, trained = self.sweep.drafters, [drafter.name for drafter in self.train.drafters]
+            swept = self.sweep.drafters
             evaluated = [name for name in trained if not swept or name in swept or family(name) in swept]
             self.registry.check(evaluated, self.tracking.enabled)
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}

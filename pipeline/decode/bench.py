@@ -115,10 +115,14 @@ class Bench:
         first, cache = self.prompts[0], self.target.cache
         return (first.dataset, first.context, cache.rows, cache.capacity, cache.room)
 
-    def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Runner:
-        """A drafter behind one view of each prompt; a later call for an equal shape reuses its cache."""
+    def drafter(self, model: DecodeModel, views: Sequence[PrefixView], beyond: int = 0) -> Runner:
+        """A drafter behind one view of each prompt; a later call for an equal shape reuses its cache.
+
+        Args:
+            beyond: tokens that it may read beyond the proposals of a round.
+        """
         capacity = capacity_of(views[0].view, max(view.kept for view in views))
-        runner = self.runners.get("drafter", model, len(views), capacity, self.room)
+        runner = self.runners.get("drafter", model, len(views), capacity, self.room + beyond)
         for row, view in enumerate(views):
             runner.cache.load_row(row, view)
         return runner

@@ -85,7 +85,12 @@ def most_timed(config: Config, place: Place) -> set[Cell]:
     sources = {source.name: source for source in draft_sources(config)}
     named, most = set(picks_at(config.sweep, list(sources.values()), place)), set[Cell]()
     timed, names = {cell.drafter for cell in named}, first_seeds(list(sources))
-    swept = [cell for name in names for cell in cells_at(config.sweep, sources[name], place)]
+    swept = [
+        cell
+        for name in names
+        if sources[name].predictable
+        for cell in cells_at(config.sweep, sources[name], place)
+    ]
     cells = [cell for cell in swept if not cell.control and not cell.threshold]
     trained = [cell for cell in cells if not sources[cell.drafter].baseline] if config.sweep.predicts else []
     for plane in dict.fromkeys(map(plane_of, trained)):

@@ -80,7 +80,7 @@ def step_times(
     if drafter.baseline is None:  # another policy keeps other entries, but as many
         behind = [view for view in behind if view.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
-    self_views = behind if drafter.baseline == "self_speculation" else []
+    self_views = behind if drafter.role == "target" else []
     bench = Bench(runners, target, [prompt], max(sweep.gammas), self_views, new_tokens)
     views = Views(bench, drafter, model, behind)
     # A source without a model takes one step a round, however many tokens it proposes.

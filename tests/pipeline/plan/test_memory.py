@@ -150,6 +150,47 @@ def test_measuring_by_hand() -> None:
     assert peak.kv == TARGET.kv_bytes(64 + 20 + 64) + DRAFTER.kv_bytes(16 + 20 + 16)
 
 
+CASCADE: dict[str, Any] = {
+    "mode": "both", "baselines": ["self_speculation", "cascade"], "drafters": ["full_only"],
+    "cascade": {"drafter": "multi_view", "budget": 24, "gamma": 3}, "measure": {"drafters": ["full_only"]},
+}  # fmt: skip
+
+
+def test_a_cascade_by_hand() -> None:
+    """Its middle is replayed, and timed behind the named budget. Its drafter, which is not swept, is loaded
+    beside the one that is, and keeps 24 entries; both read 3 tokens beyond what others read."""
+    measure = {"drafters": ["full_only"], "budgets": [32], "gammas": [4], "predict": False}
+    config, place = config_with(sweep=CASCADE | {"measure": measure}), Place("code", "64")
+    weights = 4 * (2 * 1000 + 5000)
+    deep = replace(TARGET, layers=20)
+    peak = replay_memory(config, {"target": deep, "drafter": DRAFTER}, GPU)
+    views = 2 * 2
+    assert peak.kv == deep.kv_bytes(2 * 3 * (16 + 32) + views * 16) + DRAFTER.kv_bytes(2 * 24)
+    assert peak.weights == weights
+    peak = measure_memory(config, SHAPES, [place], GPU)
+    own, cascade = 32 + 20, 32 + 20 + 3
+    held = 2 * 32  # of both policies, for both sources
+    assert peak.kv == TARGET.kv_bytes(64 + 20 + 2 * 64 + own + cascade + held) + DRAFTER.kv_bytes(
+        32 + 20 + (24 + 20 + 3) + 32
+    )
+    assert peak.weights == weights
+    counts = count_sweep(config, {place: 2})
+    assert counts.replayed == 2 * ((3 + 3 + 1) * 2 + 2 * (2 * 2) * 2)
+    assert counts.measured == 2 * (1 + 2 + 2)
+    # Timed prompts are read by the target, by the drafter, once more for both that draft, and by the drafter
+    # within; each time twice.
+    assert Counter(part.role for part in prefills(config, SHAPES, {place: 2})) == {"target": 2, "drafter": 2}
+
+
+def test_predictions_point_at_no_cascade() -> None:
+    """The cells that they may add are those of the other sources."""
+    config, place = config_with(sweep=CASCADE), Place("code", "64")
+    named = {"budgets": ["full"], "gammas": [2]}
+    config = config_with(sweep=CASCADE | {"measure": CASCADE["measure"] | named})
+    drafting = {cell.drafter for cell in most_timed(config, place)}
+    assert drafting == {"full_only", "self_speculation"}
+
+
 def test_rows_by_hand() -> None:
     """2 data sets of 3 and 5 prompts, 2 drafters, budgets 16, 32 and full, and a plane in one of them."""
     sources = [{**MINIMAL["data"]["sources"][0], "name": name} for name in ("tales", "more")]
