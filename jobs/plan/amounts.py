@@ -13,8 +13,8 @@ from jobs.stages.train import drafters, scratch_models
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import FP32, Shape
-from pipeline.plan.sweep_counts import SweepCounts
 from pipeline.store.artifacts import Artifact
+from pipeline.sweep.counts import SweepCounts
 
 GB = 1e9
 # Copies on disk of a trained model's fp32 weights: the model itself, and two checkpoints of weights and two

@@ -16,7 +16,7 @@ from pipeline.errors import BadData
 from pipeline.plan.flops import MEASURING, hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
 from pipeline.plan.shapes import PARTS
-from pipeline.plan.sweep_counts import count_sweep
+from pipeline.sweep.counts import count_sweep
 from pipeline.sweep.picks import unranked
 
 

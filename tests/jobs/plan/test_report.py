@@ -26,10 +26,10 @@ from pipeline.data.sources.registry import make_readers
 from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
 from pipeline.plan.shapes import Device, Shape
-from pipeline.plan.sweep_counts import count_sweep
 from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
+from pipeline.sweep.counts import count_sweep
 from tests.helpers.configs import MINIMAL, SCRATCH
 from tests.helpers.documents import story
 from tests.helpers.paths import ROOT

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import random
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from pipeline.axes import Place
 from pipeline.config.models import ScratchModel
-from pipeline.config.schema import Config
-from pipeline.intervals import Interval
 from pipeline.models.build import build_scratch
 from pipeline.plan import shapes as costs
 from pipeline.plan import train_memory
 from pipeline.plan.flops import hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
 from pipeline.plan.shapes import Device, Shape, Sharding, Vocabulary
-from pipeline.plan.sweep_counts import count_sweep, most_timed
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
-from pipeline.store.rows import PredictedRow
-from pipeline.sweep import picks
-from pipeline.sweep.grid import cells_behind, draft_sources, views_of
-from pipeline.sweep.picks import configured_picks
-from tests.helpers.configs import MINIMAL, SCRATCH
+from pipeline.sweep.counts import count_sweep
+from tests.helpers.configs import MINIMAL, SCRATCH, config_with
 from tests.helpers.paths import ROOT
 
 GPU, CPU = Device("cuda", 0), Device("cpu", 0)
 DRAFTER = Shape(parameters=1000, layers=1, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 TARGET = Shape(parameters=5000, layers=2, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 SHAPES = {"target": TARGET, "drafter": DRAFTER}
-
-
-def config_with(**groups: dict[str, Any]) -> Config:
-    """The minimal config with some fields of its groups changed."""
-    values = copy.deepcopy(MINIMAL)
-    for group, change in groups.items():
-        values[group] = {**values.get(group, {}), **change}
-    return Config.model_validate(values)
 
 
 @pytest.mark.parametrize("change", [{}, {"layers": 3, "kv_heads": 4, "hidden": 48, "heads": 8}])
@@ -148,70 +131,6 @@ def test_measuring_by_hand() -> None:
         config_with(sweep={"mode": "both", "measure": named}), SHAPES, [Place("code", "64")], GPU
     )
     assert peak.kv == TARGET.kv_bytes(64 + 20 + 64) + DRAFTER.kv_bytes(16 + 20 + 16)
-
-
-def test_rows_by_hand() -> None:
-    """2 data sets of 3 and 5 prompts, 2 drafters, budgets 16, 32 and full, and a plane in one of them."""
-    sources = [{**MINIMAL["data"]["sources"][0], "name": name} for name in ("tales", "more")]
-    plane = {"drafter": "full_only", "dataset": "tales", "context": "64"}
-    timed = {"drafters": ["multi_view"], "budgets": [16], "prompts": 2, "repeats": 5}
-    sweep = {"mode": "both", "gammas": [2, 4, 8], "temperatures": [0.0, 0.7], "seeds": [0, 1, 2]}
-    config = config_with(data={"sources": sources}, sweep=sweep | {"measure": timed | {"plane": plane}})
-    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 5})
-    texts = 1 + 3  # greedy, and each seed of sampling
-    assert counts.cells == 2 * 2 * (3 + 3 + 1) * 3 * texts  # what is measured is among them
-    assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
-    # The three best and what is not named of a plane's corners: two of multi_view's, four of full_only's.
-    assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
-    assert counts.rechecked == 2 * 2 * (3 + 3)  # greedily
-    plain = 2 * (2 + 2)  # autoregressive, by place and drafter, all three times
-    more = 4  # times the repeats, in the run-off and behind it
-    assert counts.runs == 5 * (counts.measured + plain * texts + more * (counts.rechecked + 2 * plain))
-
-    unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
-    config = config_with(data={"sources": sources}, sweep=unpredicted)
-    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
-    assert counts[2:] == ((2 + 1) * 3, 0, 5 * (2 + 1) * (3 + 1))
-    config = config_with(data={"sources": sources}, sweep=unpredicted | {"mode": "measure"})
-    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
-    assert counts[:3] == (2 * 3, 0, (2 + 1) * 3)
-
-
-@pytest.mark.parametrize(("gammas", "reached"), [([1, 2, 4, 8], True), ([2], False)])
-def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
-    """Against the choice itself, of speeds at random; where cells are many, some draws reach the bound."""
-    place, named = Place("code", "64"), {"drafters": ["multi_view"], "budgets": [16], "gammas": gammas[-1:]}
-    config = config_with(
-        sweep={
-            "mode": "both",
-            "gammas": gammas,
-            "policies": ["chunk_topk", "streaming"],
-            "baselines": ["self_speculation", "prompt_lookup"],
-            "measure": named,
-        }
-    )
-    sources = draft_sources(config)
-    here = set(configured_picks(config.sweep, sources, place))
-    added = most_timed(config, place) - here
-    cells, others = len(added), {cell.drafter for cell in added} - {cell.drafter for cell in here}
-    draw, most, most_others = random.Random(0), 0, 0
-    for _ in range(300):
-        rows = [
-            PredictedRow(
-                cell=cell, num_prompts=1, num_documents=1, decode_s=1, speedup=Interval(draw.random(), 0, 1)
-            )
-            for source in sources
-            for view in views_of(config.sweep, source)
-            if not view.control
-            for cell in cells_behind(config.sweep, source, place, view)
-        ]
-        fastest = picks.by_place(rows)[place]
-        names = picks.first_seeds([source.name for source in sources])
-        added = set(picks.worth_measuring([row.cell for row in fastest], names)) - here
-        most = max(most, len(added))
-        most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
-    assert most <= cells and most_others == len(others) == 1
-    assert (most == cells) or not reached
 
 
 # ── hours ─────────────────────────────────────────────────────────────────────────────────────────
