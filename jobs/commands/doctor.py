@@ -52,8 +52,10 @@ def _checks(config: Config | None) -> Iterator[Check]:
     yield ray(config)
     if clash.status == "ok":  # these import transformers
         yield from _sources(config)
-        for role in config.models:
-            yield from _model(config, role)
+        models = [check for role in config.models for check in _model(config, role)]
+        yield from models
+        if not any(check.status == "fail" for check in models):
+            yield from _positions(config)
         yield _deepspeed(config)
     yield _compiler(config)
 
@@ -157,6 +159,16 @@ def _model(config: Config, role: Role) -> Iterator[Check]:
             place = Check("fail", role, str(error))
     if place:
         yield place
+
+
+def _positions(config: Config) -> Iterator[Check]:
+    """Texts that are longer than a model is built for: allowed, and seldom meant."""
+    from pipeline.models.check import beyond_positions
+
+    try:
+        yield from (Check("warn", "positions", note) for note in beyond_positions(config))
+    except BadData as error:
+        yield Check("fail", "positions", str(error))
 
 
 def _place(role: Role, model: PretrainedModel) -> Check:

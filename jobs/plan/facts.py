@@ -7,12 +7,9 @@ of local files, and test prompts from the sizes of local documents.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import answer_tasks, label_tasks
@@ -25,14 +22,9 @@ from pipeline.data.prepare import plan_prompts
 from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import check_tokenizers, in_a_folder, read_tokenizer
 from pipeline.errors import BadData
-from pipeline.models.build import prepare_model
 from pipeline.models.check import check_role
-from pipeline.models.heads.begin import head_config
-from pipeline.models.heads.eagle import FeatureHead
-from pipeline.models.hub import config_folder
-from pipeline.models.layers import freeze_around_layers, keep_layers
-from pipeline.models.load import ModelRef, model_ref, own_positions, read_config
-from pipeline.plan.shapes import Shape, shape_of_model, untrained
+from pipeline.models.hub import config_here
+from pipeline.plan.shapes import Shape, shape_of, shapes_of
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
 
@@ -67,7 +59,7 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
     """
     for role, spec in config.models.items():  # reported before the data are read
         if isinstance(spec, PretrainedModel):
-            config_path(spec, role)
+            config_here(spec, role)
         check_role(config, role, weights=False)
     if all(
         isinstance(spec, ScratchModel | FirstLayers | Head) or in_a_folder(spec)
@@ -79,79 +71,6 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
-    return {role: shape_of(config, role, vocab) for role in config.models}
-
-
-def shape_of(config: Config, role: Role, vocab: int) -> Shape:
-    """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
-    spec = config.models[role]
-    base = config.target if role == "target" else config.drafter_base
-    of: Role = "target" if isinstance(spec, FirstLayers | Head) else role
-    with torch.device("meta"):
-        if isinstance(base, ScratchModel):
-            model = untrained(base, vocab)
-        else:
-            given = read_config(model_ref(base, None, of), config_path(base, of))
-            model = AutoModelForCausalLM.from_config(given, trust_remote_code=base.trust_remote_code)
-    if isinstance(spec, FirstLayers):
-        model = freeze_around_layers(keep_layers(model, spec.layers))
-    size = config.train.draft_vocabulary if role == "drafter" else None
-    if isinstance(spec, Head):
-        proposable = size or model.config.get_text_config(decoder=True).vocab_size
-        with torch.device("meta"):
-            given = head_config(prepare_model(model, vocab), proposable, spec.feature_layers, **spec.options)
-            model = FeatureHead(given)
-        model.config.vocab_size, size = proposable, None  # its rows are all that it has
-    shape, dtype = shape_of_model(model), config.drafter_dtype if role == "drafter" else config.target.dtype
-    return replace(shape, itemsize=getattr(torch, dtype).itemsize, proposable=size)
-
-
-def config_path(spec: PretrainedModel, role: Role) -> Path:
-    """The folder of a model's config.json, without asking the hub.
-
-    Raises:
-        BadData: if it is not on this machine.
-    """
-    folder = config_folder(spec.path, spec.revision)
-    if folder is None and not Path(spec.path).is_dir() and not spec.may_be_on_hub:
-        raise BadData(f"{role}.path = {spec.path}: there is no such folder")
-    if folder is None:
-        raise BadData(
-            f"{role}.path = {spec.path}: its config.json is not on this machine. Download it "
-            f"(`hf download {spec.path} config.json`) or name a local folder in {role}.path"
-        )
-    return folder
-
-
-def beyond_positions(config: Config) -> list[str]:
-    """One line for each model that has to read more positions than it is built for, with the fields at fault.
-
-    Models with `rope_scaling` in the config are left out: it is meant for such contexts.
-    """
-    data, notes = config.data, []
-    asked = {"data.sequence_tokens": data.sequence_tokens} | {
-        f"data.contexts.{name}.tokens + data.max_new_tokens": tokens + data.max_new_tokens
-        for name, tokens in data.context_tokens.items()
-    }
-    for role, spec in config.models.items():
-        if isinstance(spec, FirstLayers | Head):
-            continue  # as the target
-        if isinstance(spec, ScratchModel):
-            reach = spec.max_positions
-        else:
-            folder, trusted = str(config_path(spec, role)), spec.trust_remote_code
-            given = spec.trained_positions
-            reach = own_positions(ModelRef(folder, trust_remote_code=trusted, trained_positions=given))
-        beyond = [f"{field} ({tokens:,})" for field, tokens in asked.items() if tokens > reach]
-        if beyond and not spec.rope_scaling:
-            notes.append(
-                f"{role} is built for {reach:,} positions, and {', '.join(beyond)} ask for more: lower them, "
-                f"or set {role}.rope_scaling"
-            )
-    return notes
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.plan.amounts import GB, amounts, disk_problems, on_disk
-from jobs.plan.facts import beyond_positions, known
+from jobs.plan.facts import known
 from jobs.plan.memory import device_memory, device_of, memory, memory_problems
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
+from pipeline.models.check import beyond_positions
 from pipeline.plan.flops import MEASURING, hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
 from pipeline.plan.shapes import PARTS

@@ -7,16 +7,17 @@ tensors is counted only as far as the constants below say, so that a process may
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.config.models import ScratchModel
+from pipeline.config.models import Head, Role
+from pipeline.config.schema import Config
 from pipeline.decode.products import LARGE_BYTES
-from pipeline.models.build import build_scratch
 from pipeline.models.layers import trained_parameters
+from pipeline.models.outline import outline
 
 FP32 = 4
 # glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
@@ -93,25 +94,18 @@ def packed_bytes(shape: Shape, device: Device) -> int:
     return shape.weights if large else 0
 
 
-@dataclass
-class Vocabulary:
-    """Stands in for a tokenizer of so many entries where a model is built to be timed or weighed."""
-
-    entries: int
-    bos_token_id = eos_token_id = pad_token_id = None
-
-    def __len__(self) -> int:
-        return self.entries
+def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
+    return {role: shape_of(config, role, vocab) for role in config.models}
 
 
-def scratch_shape(spec: ScratchModel, vocab: int) -> Shape:
-    with torch.device("meta"):
-        return shape_of_model(untrained(spec, vocab))
-
-
-def untrained(spec: ScratchModel, vocab: int) -> PreTrainedModel:
-    tokenizer: Any = Vocabulary(vocab)
-    return build_scratch(spec, tokenizer, 0)
+def shape_of(config: Config, role: Role, vocab: int) -> Shape:
+    """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
+    shape = shape_of_model(outline(config, role, vocab))
+    drafts = role == "drafter"
+    size = getattr(torch, config.drafter_dtype if drafts else config.target.dtype).itemsize
+    # The rows of a draft vocabulary are all that a head has, and lie beside the whole head of other drafters.
+    beside = config.train.draft_vocabulary if drafts and not isinstance(config.drafter, Head) else None
+    return replace(shape, itemsize=size, proposable=beside)
 
 
 def shape_of_model(model: PreTrainedModel) -> Shape:
@@ -121,7 +115,8 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * width
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layers, hidden, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    vocab = getattr(config, "draft_vocab_size", None) or config.vocab_size  # of a head over features
     frozen = parameters - trained
     return Shape(parameters, layers, hidden, heads * width, kv, inner, vocab, frozen=frozen)
 

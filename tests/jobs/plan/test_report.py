@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jobs.plan import report as planning
 from jobs.plan.amounts import on_disk
-from jobs.plan.facts import beyond_positions, estimate_prompts, known, shape_of
+from jobs.plan.facts import estimate_prompts, known
 from jobs.plan.memory import memory
 from jobs.plan.report import plan
 from jobs.stages.pipeline import run_pipeline
@@ -25,7 +25,7 @@ from pipeline.config.schema import Config
 from pipeline.data.sources.registry import make_readers
 from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
-from pipeline.plan.shapes import Device, Shape
+from pipeline.plan.shapes import Device, Shape, shape_of
 from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
@@ -266,28 +266,6 @@ def test_a_pretrained_model_is_read_from_its_config_alone(corpus: Path, tmp_path
 def test_fields_beyond_the_positions_of_a_model_are_named(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a model in a folder by its own config; one whose RoPE is scaled is meant for more."""
-    given = Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=80,
-    )  # fmt: skip
-    given.save_pretrained(tmp_path / "model")
-    spec = {"kind": "pretrained", "path": str(tmp_path / "model")}
-    scaled = spec | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
-    data = {"sequence_tokens": 96, "max_new_tokens": 16, "contexts": [
-        {"name": "48", "tokens": 48}, {"name": "72", "tokens": 72},
-    ]}  # fmt: skip
-
-    def change(values: dict[str, Any]) -> None:
-        values.update(target=spec, drafter=scaled)
-        values["data"] |= data
-
-    config = planned_config(corpus, tmp_path, change)
-    (note,) = beyond_positions(config)
-    assert note == (
-        "target is built for 80 positions, and data.sequence_tokens (96), data.contexts.72.tokens + "
-        "data.max_new_tokens (88) ask for more: lower them, or set target.rope_scaling"
-    )
     built = planned_config(corpus, tmp_path, lambda values: values["target"].update(max_positions=90))
     plan(built, as_json=False, memory_gb=None, tflops=1.0)
     assert "\ntarget is built for 90 positions, and data.sequence_tokens (96)" in capsys.readouterr().out

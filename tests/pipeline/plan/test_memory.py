@@ -11,12 +11,12 @@ import torch
 
 from pipeline.axes import Place
 from pipeline.config.models import ScratchModel
-from pipeline.models.build import build_scratch
+from pipeline.models.build import build_random
 from pipeline.plan import shapes as costs
 from pipeline.plan import train_memory
 from pipeline.plan.flops import hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
-from pipeline.plan.shapes import Device, Shape, Sharding, Vocabulary
+from pipeline.plan.shapes import Device, Shape, Sharding
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.sweep.counts import count_sweep
 from tests.helpers.configs import MINIMAL, SCRATCH, config_with
@@ -31,8 +31,8 @@ SHAPES = {"target": TARGET, "drafter": DRAFTER}
 @pytest.mark.parametrize("change", [{}, {"layers": 3, "kv_heads": 4, "hidden": 48, "heads": 8}])
 def test_a_scratch_model_has_the_parameters_that_were_counted(change: dict[str, int]) -> None:
     spec = ScratchModel.model_validate({**SCRATCH, **change})
-    model = build_scratch(spec, Vocabulary(301), 0)
-    shape = costs.scratch_shape(spec, 301)
+    model = build_random(spec, 301)
+    shape = costs.shape_of(config_with(target=change), "target", 301)
     assert shape.parameters == sum(weight.numel() for weight in model.parameters())
     assert shape == costs.shape_of_model(model)
 
@@ -139,7 +139,7 @@ def test_measuring_by_hand() -> None:
 def test_hours_by_hand_and_from_a_measured_step() -> None:
     config = config_with(sweep={"baselines": ["self_speculation", "prompt_lookup"], "seeds": [0, 1]})
     prompts = {Place("code", "64"): 4}
-    shapes = {role: costs.scratch_shape(getattr(config, role), 300) for role in ("target", "drafter")}
+    shapes = costs.shapes_of(config, 300)
     rates, _ = rates_of(config, shapes, "cpu", 2.0)
     assert rates is not None
     spent = hours(work(config, shapes, 10, 0, prompts), rates)
