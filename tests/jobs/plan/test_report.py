@@ -16,13 +16,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jobs.plan import report as planning
 from jobs.plan.amounts import on_disk
-from jobs.plan.facts import estimate_prompts, known
+from jobs.plan.facts import known
 from jobs.plan.memory import memory
 from jobs.plan.report import plan
 from jobs.stages.pipeline import run_pipeline
-from pipeline.axes import Place
 from pipeline.config.schema import Config
-from pipeline.data.sources.registry import make_readers
 from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
 from pipeline.plan.shapes import Device, Shape, shape_of
@@ -169,24 +167,6 @@ def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
         }
         runs += sum(map(len, plain.values()))
     assert runs <= planned.runs <= 1.25 * runs
-
-
-def test_user_prompts_and_hub_data_are_counted_before_they_are_read(tmp_path: Path) -> None:
-    """Prompts of the user go to the first context that holds them; of the hub nothing is known."""
-    (tmp_path / "own.jsonl").write_text(
-        "".join(json.dumps({"prompt": "word " * count}) + "\n" for count in (10, 12, 36, 900))
-    )
-
-    def change(values: dict[str, Any]) -> None:
-        own = {"kind": "prompts", "name": "own", "files": ["own.jsonl"]}
-        values["data"] |= {"contexts": CONTEXTS, "sources": [own, {"kind": "pg19", "name": "books"}]}
-
-    config = planned_config(tmp_path, tmp_path / "runs", change)
-    prompts, how = estimate_prompts(config, make_readers(config.data, 0), 300)
-    assert prompts == {
-        Place("own", "64"): 2, Place("own", "96"): 1, Place("books", "64"): 4, Place("books", "96"): 4,
-    }  # fmt: skip
-    assert how.startswith("estimate: ") and how.endswith("; on the hub at most: data.prompts")
 
 
 def test_timed_decoding_is_in_the_hours(
