@@ -13,6 +13,7 @@ from jobs.commands.surroundings import Check, ray, storage, tracking
 from pipeline.config.models import PretrainedModel, Role
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, ConfigError
+from pipeline.hardware import total_memory
 from pipeline.store.storage import with_home
 
 DISTRIBUTION = "budgetdraft"
@@ -94,7 +95,7 @@ def _name_clash() -> Check:
 
 def _devices(config: Config | None) -> Iterator[Check]:
     cpus = len(os.sched_getaffinity(0))
-    yield Check("ok", "cpu", f"{cpus} cores")
+    yield Check("ok", "cpu", f"{cpus} cores, {(total_memory('cpu') or 0) / 2**30:.0f} GiB")
     try:
         import torch
     except ImportError as error:
@@ -225,10 +226,12 @@ def _deepspeed(config: Config) -> Check:
     if config.run.executor == "inline":
         return Check("ok", "deepspeed", "not used by --executor inline")
     from jobs.executors.ray_train import read_settings
+    from pipeline.train.sharding import sharding_of
 
     try:
         settings = read_settings(config.train.deepspeed)
     except BadData as error:
         return Check("fail", "deepspeed", str(error))
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    return Check("ok", "deepspeed", f"{config.train.deepspeed}, ZeRO stage {stage}")
+    sharding = sharding_of(settings, config.train.num_workers)
+    where = ", optimizer on the CPU" if sharding.offload else ""
+    return Check("ok", "deepspeed", f"{config.train.deepspeed}, ZeRO stage {sharding.stage}{where}")

@@ -9,10 +9,11 @@ from typing import Any
 
 from jobs.plan.amounts import GB, amounts, disk_problems, on_disk
 from jobs.plan.facts import known
-from jobs.plan.memory import device_memory, device_of, memory, memory_problems
+from jobs.plan.memory import device_of, memory, memory_problems
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
+from pipeline.hardware import total_memory
 from pipeline.models.check import beyond_positions
 from pipeline.plan.flops import MEASURING, hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
@@ -48,7 +49,7 @@ def plan(
     # Measured first: once documents are read, this process holds memory that no stage would hold.
     device = device_of(config)
     shapes, facts = known(config)
-    limit = int(memory_gb * GB) if memory_gb else device_memory(device.kind)
+    limit = int(memory_gb * GB) if memory_gb else total_memory(device.kind)
     counts = count_sweep(config, facts.prompts)
     disk = list(on_disk(config, shapes, facts, counts))
     rates, source = rates_of(config, shapes, device.kind, tflops)

@@ -1,4 +1,4 @@
-"""Shapes of models, memory of a process, devices and sharding: what the formulas share. Nothing is loaded.
+"""Shapes of models and the memory of a process: what the formulas share. Nothing is loaded.
 
 Sizes are in bytes, and memory is that of one process at its peak. Prefixes are taken to be as long, and views
 as many, as they can be. Still the sums are no upper bounds: what allocators and libraries hold beside the
@@ -8,7 +8,6 @@ tensors is counted only as far as the constants below say, so that a process may
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,15 +15,11 @@ from transformers import PreTrainedModel
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.decode.products import LARGE_BYTES
+from pipeline.hardware import Device
 from pipeline.models.layers import trained_parameters
 from pipeline.models.outline import outline
 
 FP32 = 4
-# glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
-# freed. Measured on training steps of Llamas of 64 to 512 channels: 1.5 to 2.1 times what is alive.
-HEAP_LIMIT, HEAP_FACTOR = 32 * 2**20, 1.8
-REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size
-LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -121,19 +116,6 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
     return Shape(parameters, layers, hidden, heads * width, kv, inner, vocab, frozen=frozen)
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where a process runs: "cpu" or "cuda", and what it takes there before it does anything."""
-
-    kind: str
-    base_bytes: int
-
-    def held(self, alive: float, largest: float) -> int:
-        """What the allocator holds for tensors that come and go; the largest of them has `largest` bytes."""
-        loose = self.kind == "cpu" and largest < HEAP_LIMIT
-        return int(alive * (HEAP_FACTOR if loose else 1.0))
-
-
 PARTS = ("base", "weights", "gradients", "optimizer", "activations", "logits", "kv")
 
 
@@ -158,50 +140,3 @@ class Memory:
     @property
     def total(self) -> int:
         return self.processes * self.each
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How optimizer state is spread over `workers`: a ZeRO stage, or None for the plain torch engine."""
-
-    stage: int | None = None
-    workers: int = 1
-    bucket: int = REDUCE_BUCKET
-    live: int = LIVE_PARAMETERS
-    offload: bool = False
-
-    def state_bytes(self, parameters: int, device: Device, frozen: int = 0) -> tuple[int, int, int]:
-        """Weights, gradients and optimizer state of one worker that trains with AdamW in fp32.
-
-        Of `frozen` parameters there are weights alone. Of the others:
-        Weights and gradients take 4 B a parameter, AdamW's two moments 8 B. From stage 1 on each worker has
-        moments of its share, with a master copy of them and their gradient; stage 2 also drops other
-        workers' gradients, stage 3 their weights, up to what is gathered for use. Gradients travel through a
-        bucket, of which a CPU touches what is filled only. On a CPU, by measurement, stage 0 reduces a copy
-        of all gradients, stage 2 fills a second bucket while it reduces the first, and what stage 3 gathers
-        and frees lies in the heap.
-        """
-        whole, part = FP32 * parameters, FP32 * parameters // self.workers
-        cpu = device.kind == "cpu"
-        if not self.stage:
-            return whole + FP32 * frozen, whole * (2 if cpu and self.workers > 1 else 1), 2 * whole
-        bucket = FP32 * (min(parameters, self.bucket) if cpu else self.bucket)
-        gathered = part + FP32 * min(parameters, self.live)
-        weights = whole if self.stage < 3 else min(whole + part, gathered)
-        gradients = (whole if self.stage == 1 else 0) + part + bucket
-        if cpu and self.stage == 2:
-            gradients += bucket
-        if cpu and self.stage == 3:
-            weights, gradients = int(HEAP_FACTOR * weights), int(HEAP_FACTOR * gradients)
-        on_device = cpu or not self.offload
-        weights += FP32 * frozen // (1 if self.stage < 3 else self.workers)
-        return weights, gradients, 3 * part if on_device else 0
-
-
-def sharding_of(settings: dict[str, Any], workers: int) -> Sharding:
-    """From the content of a DeepSpeed settings file."""
-    zero = settings.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
-    live = int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
-    return Sharding(int(zero.get("stage", 0)), workers, bucket, live, offload)

@@ -13,8 +13,9 @@ from pipeline.axes import Place, View
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
+from pipeline.hardware import Device
 from pipeline.kv.slot_cache import capacity_of, slots_for
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
+from pipeline.plan.shapes import FP32, Memory, Shape, packed_bytes
 from pipeline.sweep.grid import draft_sources, views_of
 from pipeline.sweep.picks import picks_at
 from pipeline.sweep.replayer import REMEMBERED

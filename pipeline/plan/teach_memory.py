@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
+from pipeline.hardware import Device
+from pipeline.plan.shapes import FP32, Memory, Shape, packed_bytes
 from pipeline.train.teacher import POSITIONS
 
 

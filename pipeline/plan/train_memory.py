@@ -8,8 +8,10 @@ from kernels.distill_tiles import SCRATCH_BYTES
 from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, Sharding
+from pipeline.hardware import Device
+from pipeline.plan.shapes import FP32, Memory, Shape
 from pipeline.train.batches import start_phases
+from pipeline.train.sharding import Sharding
 
 # On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Measured on
 # drafters of 64 and 128 channels: about ten new products a micro-batch until each prefix length that windows

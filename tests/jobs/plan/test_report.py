@@ -23,7 +23,8 @@ from jobs.stages.pipeline import run_pipeline
 from pipeline.config.schema import Config
 from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
-from pipeline.plan.shapes import Device, Shape, shape_of
+from pipeline.hardware import Device
+from pipeline.plan.shapes import Shape, shape_of
 from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow

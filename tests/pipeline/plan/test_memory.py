@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 
@@ -11,16 +10,17 @@ import torch
 
 from pipeline.axes import Place
 from pipeline.config.models import ScratchModel
+from pipeline.hardware import Device
 from pipeline.models.build import build_random
 from pipeline.plan import shapes as costs
 from pipeline.plan import train_memory
 from pipeline.plan.flops import hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
-from pipeline.plan.shapes import Device, Shape, Sharding
+from pipeline.plan.shapes import Shape
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.sweep.counts import count_sweep
+from pipeline.train.sharding import Sharding
 from tests.helpers.configs import MINIMAL, SCRATCH, config_with
-from tests.helpers.paths import ROOT
 
 GPU, CPU = Device("cuda", 0), Device("cpu", 0)
 DRAFTER = Shape(parameters=1000, layers=1, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
@@ -35,46 +35,6 @@ def test_a_scratch_model_has_the_parameters_that_were_counted(change: dict[str, 
     shape = costs.shape_of(config_with(target=change), "target", 301)
     assert shape.parameters == sum(weight.numel() for weight in model.parameters())
     assert shape == costs.shape_of_model(model)
-
-
-@pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"),
-    [
-        (None, 4000, 4000, 8000),
-        (0, 4000, 4000, 8000),
-        (1, 4000, 4000 + 1000 + 400, 3000),  # a quarter of moments and master weights
-        (2, 4000, 1000 + 400, 3000),
-        (3, 1000 + 800, 1000 + 400, 3000),  # 200 parameters are gathered at a time
-    ],
-)
-def test_optimizer_state_by_hand(stage: int | None, weights: int, gradients: int, optimizer: int) -> None:
-    """1000 parameters, 4 workers, a bucket of 100 elements."""
-    sharding = Sharding(stage, 1 if stage is None else 4, bucket=100, live=200)
-    assert sharding.state_bytes(1000, GPU) == (weights, gradients, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("stage", "more"),
-    [
-        (0, 4000),  # a copy of all gradients
-        (1, 0),
-        (2, 400),  # a second bucket
-        (3, 0.8 * (1800 + 1400)),  # 1.8 times what is gathered and reduced
-    ],
-)
-def test_a_cpu_holds_more_by_hand(stage: int, more: float) -> None:
-    """1000 parameters, 4 workers, a bucket of 100 elements, 200 gathered at once."""
-    sharding = Sharding(stage, 4, bucket=100, live=200)
-    assert sum(sharding.state_bytes(1000, CPU)) - sum(sharding.state_bytes(1000, GPU)) == more
-
-
-def test_settings_of_deepspeed_are_read() -> None:
-    settings = json.loads((ROOT / "conf/deepspeed/zero3.json").read_text())
-    assert costs.sharding_of(settings, 2) == Sharding(3, 2)
-    settings["zero_optimization"] |= {"reduce_bucket_size": 5e7, "offload_optimizer": {"device": "cpu"}}
-    offloaded = costs.sharding_of(settings, 2)
-    assert offloaded == Sharding(3, 2, bucket=50_000_000, offload=True)
-    assert offloaded.state_bytes(1000, GPU)[2] == 0
 
 
 def test_pretraining_by_hand() -> None:
