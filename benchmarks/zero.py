@@ -29,7 +29,7 @@ from pipeline.config.files import load_config
 from pipeline.config.models import Pretrain, ScratchModel
 from pipeline.hardware import Device
 from pipeline.models.build import build_random, build_scratch
-from pipeline.plan.shapes import Shape, shape_of_model
+from pipeline.models.shape import Shape, shape_of_model
 from pipeline.plan.train_memory import training_step
 from pipeline.train.engine import Engine, TorchEngine
 from pipeline.train.loop import Schedule

@@ -12,7 +12,8 @@ from jobs.stages.teach import label_bytes, taught
 from jobs.stages.train import drafters, scratch_models
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import FP32, Shape
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import FP32
 from pipeline.store.artifacts import Artifact
 from pipeline.sweep.counts import SweepCounts
 

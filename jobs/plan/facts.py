@@ -20,7 +20,7 @@ from pipeline.data.tokenizer import check_tokenizers, in_a_folder, read_tokenize
 from pipeline.errors import BadData
 from pipeline.models.check import check_role
 from pipeline.models.hub import config_here
-from pipeline.plan.shapes import Shape, shape_of, shapes_of
+from pipeline.models.shape import Shape, shape_of, shapes_of
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
 

@@ -16,8 +16,9 @@ from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.hardware import Device, resident_bytes
 from pipeline.models.load import pick_device
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import Memory
 from pipeline.plan.rates import timed_step
-from pipeline.plan.shapes import Memory, Shape
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.plan.teach_memory import teach_memory
 from pipeline.plan.train_memory import pretrain_memory, train_memory

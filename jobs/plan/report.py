@@ -16,8 +16,8 @@ from pipeline.errors import BadData
 from pipeline.hardware import total_memory
 from pipeline.models.check import beyond_positions
 from pipeline.plan.flops import MEASURING, hours, prefills, work
+from pipeline.plan.peaks import PARTS
 from pipeline.plan.rates import rates_of, step_of
-from pipeline.plan.shapes import PARTS
 from pipeline.sweep.counts import count_sweep
 from pipeline.sweep.picks import unranked
 

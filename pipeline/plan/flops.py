@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.axes import Place
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import Shape
+from pipeline.models.shape import Shape
 from pipeline.store.layout import MEASURED_AGAIN
 from pipeline.sweep.grid import draft_sources, texts, views_of
 from pipeline.sweep.picks import FASTEST_MEASURED, measures_again, most_timed

@@ -18,8 +18,8 @@ from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY
 from pipeline.kv.slot_cache import slots_for
 from pipeline.models.build import build_random
+from pipeline.models.shape import Shape
 from pipeline.plan.flops import Rates
-from pipeline.plan.shapes import Shape
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
 TIMED_RUNS, TIMED_STEPS = 3, 8

@@ -29,7 +29,7 @@ from pipeline.config.files import load_config
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.data.prepare import settings
-from pipeline.plan.shapes import shapes_of
+from pipeline.models.shape import shapes_of
 from pipeline.results.summary import Summary
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jobs.plan import report as planning
 from jobs.plan.amounts import on_disk
@@ -24,7 +23,6 @@ from pipeline.config.schema import Config
 from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
 from pipeline.hardware import Device
-from pipeline.plan.shapes import Shape, shape_of
 from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
@@ -230,18 +228,6 @@ def test_what_is_there_needs_no_room(
     assert 0 < later < everything
     run_pipeline(config, until="train")
     assert lacking() == 0
-
-
-def test_a_pretrained_model_is_read_from_its_config_alone(corpus: Path, tmp_path: Path) -> None:
-    given = Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
-    )  # fmt: skip
-    given.save_pretrained(tmp_path / "model")
-    spec = {"kind": "pretrained", "path": str(tmp_path / "model")}
-    config = planned_config(corpus, tmp_path, lambda v: v.update(target=spec))
-    weights = sum(weight.numel() for weight in Qwen3ForCausalLM(given).parameters())
-    assert shape_of(config, "target", 0) == Shape(weights, 2, 32, 64, 32, 48, 300)
 
 
 def test_fields_beyond_the_positions_of_a_model_are_named(

@@ -1,11 +1,12 @@
-"""What is counted once, twice or not: frozen weights, packed weights, the rows of a draft vocabulary."""
+"""What is counted once, twice or not: frozen weights, packed weights."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pipeline.hardware import Device
-from pipeline.plan.shapes import Shape, packed_bytes
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import packed_bytes
 from pipeline.plan.sweep_memory import weights_together
 
 GPU, CPU = Device("cuda", 0), Device("cpu", 0)
@@ -27,10 +28,3 @@ def test_large_models_are_packed_on_a_cpu_in_fp32() -> None:
         packed_bytes(*case) for case in ((LARGE, GPU), (SHAPE, CPU), (replace(LARGE, itemsize=2), CPU))
     ] == [0, 0, 0]
     assert weights_together([LARGE, SHAPE], CPU) == 2 * LARGE.weights + SHAPE.weights
-
-
-def test_a_draft_vocabulary_saves_products_and_takes_a_copy_of_its_rows() -> None:
-    few = replace(SHAPE, proposable=20)
-    assert (few.logits, SHAPE.logits) == (20, 60)
-    assert SHAPE.forward_flops(7, 0) - few.forward_flops(7, 0) == 7 * 2 * 10 * (60 - 20)
-    assert few.weights - SHAPE.weights == 4 * 10 * 20
