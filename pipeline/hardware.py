@@ -69,13 +69,18 @@ def available_memory(device: torch.device) -> int:
     raise RuntimeError("/proc/meminfo does not tell the available memory")
 
 
-def total_memory(kind: str) -> int | None:
-    """Bytes of the GPU ("cuda") or of the machine ("cpu"); None for a GPU that is not here."""
-    if kind == "cuda":
-        import torch
-
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+def machine_memory() -> int:
+    """Bytes of the machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory(kind: str) -> int | None:
+    """Bytes of the GPU ("cuda"), or of the machine ("cpu"); None for a GPU that is not here."""
+    if kind == "cpu":
+        return machine_memory()
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def resident_bytes() -> int:

@@ -13,7 +13,7 @@ from jobs.commands.surroundings import Check, ray, storage, tracking
 from pipeline.config.models import PretrainedModel, Role
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, ConfigError
-from pipeline.hardware import total_memory
+from pipeline.hardware import machine_memory
 from pipeline.store.storage import with_home
 
 DISTRIBUTION = "budgetdraft"
@@ -95,7 +95,7 @@ def _name_clash() -> Check:
 
 def _devices(config: Config | None) -> Iterator[Check]:
     cpus = len(os.sched_getaffinity(0))
-    yield Check("ok", "cpu", f"{cpus} cores, {(total_memory('cpu') or 0) / 2**30:.0f} GiB")
+    yield Check("ok", "cpu", f"{cpus} cores, {machine_memory() / 2**30:.0f} GiB")
     try:
         import torch
     except ImportError as error:

@@ -83,7 +83,7 @@ def facts_of(config: Config, vocab: int) -> Facts:
     labelled = sum(task.last - task.first for task in label_tasks(config, prepared))
     asked = sum(task.last - task.first for task in answer_tasks(config, prepared))
     prompts = {
-        Place(task.reader.source.name, task.context.name): counts["prompts"][task.file]
+        task.place: counts["prompts"][task.file]
         for task in plan_prompts(config.data, readers, [])
         if task.split == "test"
     }

@@ -80,17 +80,10 @@ def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: D
         stages.append((replay_memory(config, shapes, device), sweep.num_evaluators, "replay"))
     if sweep.mode != "replay":
         stages.append((measure_memory(config, shapes, facts.prompts, device), 1, "measure"))
-    return [replace(peak, processes=at_once(config, device, workers, work)) for peak, workers, work in stages]
-
-
-def at_once(config: Config, device: Device, workers: int, work: Work) -> int:
-    """Workers of a stage on one device: on a CPU all of them, on a GPU as many as their shares allow."""
-    share = config.run.needs(work).gpus or 0.0
-    if config.run.executor == "inline":
-        return 1
-    if device.kind == "cpu":
-        return workers
-    return min(workers, int(1 / share) if 0 < share < 1 else 1)
+    return [
+        replace(peak, processes=config.run.at_once(work, workers, device.kind))
+        for peak, workers, work in stages
+    ]
 
 
 def memory_problems(

@@ -13,7 +13,7 @@ from jobs.plan.memory import device_of, memory, memory_problems
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.hardware import total_memory
+from pipeline.hardware import device_memory
 from pipeline.models.check import beyond_positions
 from pipeline.plan.flops import MEASURING, hours, prefills, work
 from pipeline.plan.peaks import PARTS
@@ -49,9 +49,9 @@ def plan(
     # Measured first: once documents are read, this process holds memory that no stage would hold.
     device = device_of(config)
     shapes, facts = known(config)
-    limit = int(memory_gb * GB) if memory_gb else total_memory(device.kind)
+    limit = int(memory_gb * GB) if memory_gb else device_memory(device.kind)
     counts = count_sweep(config, facts.prompts)
-    disk = list(on_disk(config, shapes, facts, counts))
+    disk, missing = zip(*on_disk(config, shapes, facts, counts), strict=True)
     rates, source = rates_of(config, shapes, device.kind, tflops)
     step_s, step, spent = None, "", None
     if counts.runs:
@@ -61,7 +61,7 @@ def plan(
         spent = hours([*work(config, shapes, facts.labelled, facts.answers, facts.prompts), *reading], rates)
         if step_s:
             spent[MEASURING] += counts.runs * (config.data.max_new_tokens - 1) * step_s / 3600
-    problems = [*disk_problems(config, disk), *memory_problems(config, shapes, facts, device, limit)]
+    problems = [*disk_problems(config, sum(missing)), *memory_problems(config, shapes, facts, device, limit)]
     document = {
         "config": config.name,
         "device": device.kind,

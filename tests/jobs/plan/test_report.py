@@ -216,8 +216,9 @@ def test_what_is_there_needs_no_room(
     def lacking() -> float:
         shapes, facts = known(config)
         files = list(on_disk(config, shapes, facts, count_sweep(config, facts.prompts)))
-        assert files[-1].amount.name == "rows on disk" and files[-1].left == files[-1].amount.value > 0
-        return sum(file.left for file in files[:-1])
+        rows, missing = files[-1]
+        assert rows.name == "rows on disk" and missing == rows.value > 0
+        return sum(missing for _, missing in files[:-1])
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
     with pytest.raises(BadData, match=r"need 0\.0 GB more, and 0\.0 GB are free in .*labels\.max_sequences"):
