@@ -9,11 +9,10 @@ from typing import NamedTuple
 from pipeline.axes import Place
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import Shape
-from pipeline.plan.sweep_counts import most_timed
+from pipeline.models.shape import Shape
 from pipeline.store.layout import MEASURED_AGAIN
 from pipeline.sweep.grid import draft_sources, texts, views_of
-from pipeline.sweep.picks import FASTEST_MEASURED, measures_again
+from pipeline.sweep.picks import FASTEST_MEASURED, measures_again, most_timed
 
 MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
 Rates = dict[tuple[Role, bool], float]  # FLOP/s by the model's role, and whether it trains

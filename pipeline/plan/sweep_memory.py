@@ -13,8 +13,10 @@ from pipeline.axes import Place, View
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
+from pipeline.hardware import Device
 from pipeline.kv.slot_cache import capacity_of, slots_for
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import FP32, Memory, packed_bytes, reading_bytes
 from pipeline.sweep.grid import draft_sources, views_of
 from pipeline.sweep.picks import picks_at
 from pipeline.sweep.replayer import REMEMBERED
@@ -43,6 +45,13 @@ def num_drafters(config: Config) -> int:
     return len(names | ({config.sweep.cascade.drafter} if config.sweep.cascade else set()))
 
 
+def prefill_bytes(shape: Shape, prefix: int, chunk: int, device: Device) -> int:
+    """The hidden states and the KV of one layer, and the activations of a chunk."""
+    alive = prefix * (shape.hidden + 2 * shape.kv) * shape.itemsize
+    alive += min(prefix, chunk) * reading_bytes(shape)
+    return device.held(alive, prefix * max(shape.hidden, 2 * shape.kv) * shape.itemsize)
+
+
 def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
     """All draft sources are loaded; the one that takes most replays a prompt behind all its views at once.
 
@@ -58,8 +67,8 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
     if isinstance(config.drafter, Head):  # over the target, which reads each prompt whole
         target = shapes["target"]
         weights += target.weights + packed_bytes(target, device)
-        whole = 2 * target.kv_bytes(prefix) + target.prefill_bytes(
-            prefix, config.decode.prefill_chunk, device
+        whole = 2 * target.kv_bytes(prefix) + prefill_bytes(
+            target, prefix, config.decode.prefill_chunk, device
         )
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
@@ -72,13 +81,13 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
             inner = shapes["drafter"].kv_bytes(REMEMBERED * kept([sweep.cascade.view], prefix))
         logits = tokens * shape.vocab
         copies = logits * max(2 * size, size + 2 * FP32 * in_fp32)
-        prefill = shape.prefill_bytes(prefix, config.decode.prefill_chunk, device)
+        prefill = prefill_bytes(shape, prefix, config.decode.prefill_chunk, device)
         peaks.append(
             Memory(
                 "sweep replay",
                 device.base_bytes,
                 weights,
-                activations=max(prefill, tokens * shape.reading_bytes()),
+                activations=max(prefill, tokens * reading_bytes(shape)),
                 logits=device.held(copies, logits * size),
                 kv=whole + inner + device.held(shape.kv_bytes(held), prefix * shape.kv * size),
             )
@@ -126,7 +135,7 @@ def measure_memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
         weights_together([target, *[shapes["drafter"]] * drafters], device),
-        activations=max(shape.prefill_bytes(prefix, chunk, device) for shape in shapes.values()),
+        activations=max(prefill_bytes(shape, prefix, chunk, device) for shape in shapes.values()),
         logits=LOGIT_COPIES * FP32 * together * room * target.vocab,
         kv=kv + target.kv_bytes(whole * prefix),
     )

@@ -12,7 +12,7 @@ from jobs.commands.doctor import _deepspeed
 from jobs.executors.ray_train import read_settings
 from jobs.plan.report import plan
 from pipeline.errors import BadData
-from pipeline.plan.shapes import Sharding, sharding_of
+from pipeline.train.sharding import Sharding, sharding_of
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_config
 
