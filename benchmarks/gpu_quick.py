@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import checks, decoding, kernels, together
+from benchmarks.gpu import checks, decoding, heads, kernels, together
 from benchmarks.gpu.decoding import PAPER_POINTS, Setting
 from benchmarks.gpu.training import Training, training_rows
 from benchmarks.rows import Row, environment, row, table
@@ -91,6 +91,15 @@ def check_decoding(bench: Bench) -> Iterator[Row]:
     yield row("GPU texts that differ between the ways to decode", [0.0], 0.0, at_most=True, unit="")
 
 
+def check_heads(bench: Bench) -> Iterator[Row]:
+    return heads.check_rows(bench.decoding.device)
+
+
+def chain_at_4k(bench: Bench) -> Iterator[Row]:
+    setting = replace(bench.decoding, gammas=(2, 4, 8))
+    return heads.chain_rows(setting, setting.points[0])
+
+
 def decode_at(number: int) -> Callable[[Bench], Iterator[Row]]:
     def measure(bench: Bench) -> Iterator[Row]:
         setting = replace(bench.decoding, points=(bench.decoding.points[number],))
@@ -124,6 +133,8 @@ PARTS = {
     "the card": Part(measure_card, 30),
     "decoding at 4K": Part(decode_at(0), 100),
     "decoding at 16K": Part(decode_at(2), 100),
+    "heads are right": Part(check_heads, 90),
+    "a head at 4K": Part(chain_at_4k, 80),
     "kernels' speed": Part(time_kernels, 110),
     "a training step": Part(train, 60),
     "prompts together": Part(decode_together, 90),

@@ -30,7 +30,7 @@ from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import GREEDILY
 from pipeline.intervals import bootstrap_interval
-from pipeline.kv.views import UNGUIDED, Guides
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.models.build import build_scratch
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef

@@ -27,12 +27,14 @@ from benchmarks.rows import Row, row
 from jobs.executors.ray_train import read_settings
 from pipeline.config.files import load_config
 from pipeline.config.models import Pretrain, ScratchModel
-from pipeline.models.build import build_scratch
-from pipeline.plan.shapes import Device, Shape, Sharding, scratch_shape, sharding_of
+from pipeline.hardware import Device
+from pipeline.models.build import build_random, build_scratch
+from pipeline.models.shape import Shape, shape_of_model
 from pipeline.plan.train_memory import training_step
 from pipeline.train.engine import Engine, TorchEngine
 from pipeline.train.loop import Schedule
 from pipeline.train.objectives import next_token_loss
+from pipeline.train.sharding import Sharding, sharding_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -77,7 +79,8 @@ def zero_rows(
 ) -> list[Row]:
     """The peak of each setting, its losses checked against those of one process without DeepSpeed."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, by the fork server
-    shape = scratch_shape(model, VOCABULARY)
+    with torch.device("meta"):
+        shape = shape_of_model(build_random(model, VOCABULARY))
     [plain] = train_group(None, 1, model)
     rows = [peak_row("torch without DeepSpeed, 1 rank", [plain], Sharding(), shape)]
     for world in ranks:

@@ -6,7 +6,7 @@ Rooms, from the ground up:
     errors.py     errors that become exit codes
     units.py      sizes as text
     markdown.py   tables in Markdown
-    hardware.py   what a time was taken on, and the memory that a process has held
+    hardware.py   what a time was taken on, and memory: of the machine, of a process
     metrics.py    every metric, defined once: rounds, acceptance, τ, repetition
     intervals.py  how sure a figure is: bootstraps over documents, paired and over training seeds
     axes.py       the coordinate of a sweep: a cell, with its view and its place
@@ -18,12 +18,12 @@ Rooms, from the ground up:
                   models/heads/ heads over a target's hidden states
     decode/       autoregressive and speculative decoding, draft sources, exact replay
     data/         documents, packed sequences, prompts; in data/sources/ a reader for each kind of source
-    sweep/        the cells that are evaluated: replayed, timed, predicted
+    sweep/        the cells that are evaluated: counted, replayed, timed, predicted
     train/        the target's labels, the losses, the training loop, checkpoints
     results/      rows pooled into cells, differences, speed, what to deploy, the report's sentences
     report/       figures, the page, the paper's numbers beside ours
     gate/         whether one drafter may replace another: bounds, verdict
-    plan/         memory, arithmetic and rows of a run before it runs
+    plan/         memory and hours of a run before it runs
     serving/      a finished drafter beside its target, for other programs and for engines
 
 Files to read first:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 Budget = int | Literal["full"]
 Control = Literal["other_prompt", "no_prefix"]
 ModelFree = Literal["prompt_lookup"]  # draft sources without a model; `decode/sources.py` has their classes
-Baseline = Literal["self_speculation", ModelFree]  # draft sources that are not trained
-DrafterKind = Literal["lm", "first_layers", "head", Baseline, "cascade"]
+Baseline = Literal["self_speculation", "cascade", ModelFree]  # draft sources that are not trained themselves
+DrafterKind = Literal["lm", "first_layers", "head", Baseline]
 Positions = Literal["true", "rebased", "anchor_offset"]
 AcceptanceRule = Literal["exact", "dropmatch"]
 MODEL_FREE: tuple[str, ...] = get_args(ModelFree)

@@ -1,10 +1,12 @@
-"""The machine: what a time was taken on, and the memory that this process has held."""
+"""The machine: what a time was taken on, how much memory it has, and what a process holds of it."""
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:  # stage prepare asks for its peak of memory, and does without
 
 CPUINFO = Path("/proc/cpuinfo")
 STATUS = Path("/proc/self/status")
+# glibc serves tensors below its largest mmap threshold from a heap that is never compacted, and keeps what is
+# freed. Measured on training steps of Llamas of 64 to 512 channels: 1.5 to 2.1 times what is alive.
+HEAP_LIMIT, HEAP_FACTOR = 32 * 2**20, 1.8
 
 
 def cpu_name() -> str:
@@ -62,3 +67,35 @@ def available_memory(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo does not tell the available memory")
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory(kind: str) -> int | None:
+    """Bytes of the GPU ("cuda"), or of the machine ("cpu"); None for a GPU that is not here."""
+    if kind == "cpu":
+        return machine_memory()
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory now, in bytes; on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a process runs: "cpu" or "cuda", and what it takes there before it does anything."""
+
+    kind: str
+    base_bytes: int
+
+    def held(self, alive: float, largest: float) -> int:
+        """What the allocator holds for tensors that come and go; the largest of them has `largest` bytes."""
+        loose = self.kind == "cpu" and largest < HEAP_LIMIT
+        return int(alive * (HEAP_FACTOR if loose else 1.0))

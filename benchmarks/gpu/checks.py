@@ -116,14 +116,18 @@ def random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def attention(shape: Sequence[int], dtype: torch.dtype, device: str) -> float:
+    """Over all that is stored, and through a window."""
     B, H, G, Q, length, D = shape
     query = random(B, H * G, Q, D, dtype=dtype, device=device)
     stored = random(2, B, H, length + 23, D, dtype=dtype, device=device)
     stored[:, :, :, length:] = torch.nan
     key, value = stored
-    ours = verify_attention.verify_attention(query, key, value, D**-0.5, length)
-    exact = reference.verify_attention(query.float(), key.float(), value.float(), D**-0.5, length)
-    return error_of(ours, exact, ROUNDING[dtype])
+    errors = []
+    for window in (None, (4, length // 2)):
+        ours = verify_attention.verify_attention(query, key, value, D**-0.5, length, window=window)
+        whole = (query.float(), key.float(), value.float(), D**-0.5, length, window)
+        errors.append(error_of(ours, reference.verify_attention(*whole), ROUNDING[dtype]))
+    return max(errors)
 
 
 def shares(shape: Sequence[int], dtype: torch.dtype, device: str) -> float:

@@ -241,7 +241,7 @@ def step_rows(
             yield latency(name, timed(draft, setting), gamma * read, bandwidth)
 
 
-def timed(step: partial[object], setting: Setting) -> list[float]:
+def timed(step: Callable[[], object], setting: Setting) -> list[float]:
     return interleaved({"step": of_one(step, setting.device, setting.inner)}, setting.repeats)["step"]
 
 

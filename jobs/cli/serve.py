@@ -9,7 +9,7 @@ import typer
 
 from jobs.cli.app import app, set_up_logging
 from jobs.cli.engines import LayoutName, SinksOption, TargetOption, WindowOption, exported
-from jobs.cli.registry import LOCAL, TrackingOption
+from jobs.cli.registry import LOCAL, ModelOption, TrackingOption
 
 
 @app.command("export", short_help="Write a drafter as vLLM, SGLang or speculators loads it.")
@@ -34,7 +34,7 @@ def check_a_server(
     gamma: Annotated[int, typer.Option(min=1, max=128, help="Tokens that it drafts per round.")],
     drafter: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What it drafts with; default: the run's last drafter."),
+        typer.Option(metavar="NAME", help="What it drafts with; default: the registered one, else the last."),
     ] = None,
     window: WindowOption = None,
     sinks: SinksOption = 0,
@@ -57,6 +57,7 @@ def check_a_server(
         str | None,
         typer.Option(metavar="REFERENCE", help="The drafter in the registry, to keep this with it."),
     ] = None,
+    model: ModelOption = None,
     tracking_uri: TrackingOption = LOCAL,
 ) -> None:
     """Send a run's prompts to a server; compare acceptance with replay. Exit code 5: fail, 6: not known."""
@@ -68,9 +69,9 @@ def check_a_server(
     from pipeline.gate.evidence import open_results
     from pipeline.serving.client import Server
 
-    found = open_results(results, drafter)
+    version = resolve(tracking_uri, model, registered) if registered else None
+    found = open_results(results, drafter or (version.tags.get("drafter") if version else None))
     view = served_view(window, sinks)
-    version = resolve(tracking_uri, None, registered) if registered else None
     if version is not None:
         must_be_of(version, found)
     servers = Server(url, served_as, limit), Server(plain, None, limit) if plain else None

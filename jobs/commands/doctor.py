@@ -13,6 +13,7 @@ from jobs.commands.surroundings import Check, ray, storage, tracking
 from pipeline.config.models import PretrainedModel, Role
 from pipeline.config.schema import Config
 from pipeline.errors import BadData, ConfigError
+from pipeline.hardware import machine_memory
 from pipeline.store.storage import with_home
 
 DISTRIBUTION = "budgetdraft"
@@ -52,8 +53,10 @@ def _checks(config: Config | None) -> Iterator[Check]:
     yield ray(config)
     if clash.status == "ok":  # these import transformers
         yield from _sources(config)
-        for role in config.models:
-            yield from _model(config, role)
+        models = [check for role in config.models for check in _model(config, role)]
+        yield from models
+        if not any(check.status == "fail" for check in models):
+            yield from _positions(config)
         yield _deepspeed(config)
     yield _compiler(config)
 
@@ -92,7 +95,7 @@ def _name_clash() -> Check:
 
 def _devices(config: Config | None) -> Iterator[Check]:
     cpus = len(os.sched_getaffinity(0))
-    yield Check("ok", "cpu", f"{cpus} cores")
+    yield Check("ok", "cpu", f"{cpus} cores, {machine_memory() / 2**30:.0f} GiB")
     try:
         import torch
     except ImportError as error:
@@ -159,6 +162,16 @@ def _model(config: Config, role: Role) -> Iterator[Check]:
         yield place
 
 
+def _positions(config: Config) -> Iterator[Check]:
+    """Texts that are longer than a model is built for: allowed, and seldom meant."""
+    from pipeline.models.check import beyond_positions
+
+    try:
+        yield from (Check("warn", "positions", note) for note in beyond_positions(config))
+    except BadData as error:
+        yield Check("fail", "positions", str(error))
+
+
 def _place(role: Role, model: PretrainedModel) -> Check:
     folder = with_home(model.path)
     if folder.is_dir():
@@ -213,10 +226,12 @@ def _deepspeed(config: Config) -> Check:
     if config.run.executor == "inline":
         return Check("ok", "deepspeed", "not used by --executor inline")
     from jobs.executors.ray_train import read_settings
+    from pipeline.train.sharding import sharding_of
 
     try:
         settings = read_settings(config.train.deepspeed)
     except BadData as error:
         return Check("fail", "deepspeed", str(error))
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    return Check("ok", "deepspeed", f"{config.train.deepspeed}, ZeRO stage {stage}")
+    sharding = sharding_of(settings, config.train.num_workers)
+    where = ", optimizer on the CPU" if sharding.offload else ""
+    return Check("ok", "deepspeed", f"{config.train.deepspeed}, ZeRO stage {sharding.stage}{where}")

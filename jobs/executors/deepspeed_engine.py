@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -138,6 +142,28 @@ class DeepSpeedEngine:
             utils.safe_set_local_fp32_param(weight, shard)
         else:
             utils.safe_set_local_optimizer_state(weight, shard, moment)
+
+
+def problem_of_zero(settings: dict[str, Any]) -> str:
+    """What DeepSpeed has against ZeRO settings, by field; "" where it takes them."""
+    # In a process that does not train, DeepSpeed has nothing to say about accelerators.
+    said = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    finally:
+        logging.disable(said)
+    try:
+        DeepSpeedZeroConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        if first["type"] != "extra_forbidden":
+            return f"{field} is {json.dumps(first['input'])[:60]}: {first['msg']}"
+        names = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+        near = get_close_matches(field, names, n=1)
+        return f"{field} is no setting of DeepSpeed's" + (f"; did you mean {near[0]}?" if near else "")
+    return ""
 
 
 def deepspeed_engine(

@@ -8,6 +8,7 @@ import time
 import uuid
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,6 +26,8 @@ LOOK_S = 5.0  # how often a wait for training looks for new rows
 STOP_WAIT_S = 60  # time that the workers then have to write a checkpoint
 ERRORS: dict[str, type[Exception]] = {"BadData": BadData, "NotFinite": NotFinite}
 DEVICES = ("none", "cpu", "nvme")  # that DeepSpeed offloads to
+# ZeRO settings that are looked at here; importing DeepSpeed, which knows all of them, takes seconds.
+CHECKED = {"stage", "offload_optimizer", "reduce_bucket_size", "stage3_max_live_parameters"}
 MAX_RETRIES = 2  # of the training group, after a worker died
 
 log = logging.getLogger(__name__)
@@ -174,9 +177,11 @@ def complain(complaint: Path, error: Exception) -> None:
 def read_settings(path: str) -> dict[str, Any]:
     """A DeepSpeed settings file.
 
+    Settings beyond those that the shipped files have are shown to DeepSpeed itself.
+
     Raises:
-        BadData: if it is missing, no JSON object, has ZeRO settings of other types than DeepSpeed takes, or
-            sets the precision, which results depend on. The text names the file and the field.
+        BadData: if it is missing, no JSON object, has ZeRO settings that DeepSpeed does not take, or sets the
+            precision, which results depend on. The text names the file and the field.
     """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -204,6 +209,14 @@ def read_settings(path: str) -> dict[str, Any]:
             type(size) in (int, float) and 1 <= size <= 1e15,
             "a number",
         )
+    for name in settings:  # DeepSpeed passes over what it does not know, and would train without ZeRO
+        if name != "zero_optimization" and get_close_matches(name, ["zero_optimization"]):
+            raise BadData(f"train.deepspeed: {path}: there is no {name!r}; did you mean zero_optimization?")
+    if zero.keys() - CHECKED or offload.keys() - {"device"}:
+        from jobs.executors.deepspeed_engine import problem_of_zero
+
+        if problem := problem_of_zero(zero):
+            raise BadData(f"train.deepspeed: {path}: zero_optimization.{problem}")
     return settings
 
 

@@ -1,43 +1,28 @@
 """The facts that `budgetdraft plan` starts from: shapes of the models, and counts of the data.
 
-Once stage prepare is complete, the counts are exact. Before, training sequences are estimated from the sizes
-of local files, and test prompts from the sizes of local documents.
+Once stage prepare is complete, the counts are exact; before, the sources estimate them.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from jobs.stages.prepare import open_prepare, prepared_elsewhere
 from jobs.stages.teach import answer_tasks, label_tasks
 from pipeline.axes import Place
-from pipeline.config.data import Data
-from pipeline.config.models import FirstLayers, Head, PretrainedModel, Role, ScratchModel
+from pipeline.config.models import PretrainedModel, Role
 from pipeline.config.schema import Config
-from pipeline.data.documents import Reader
+from pipeline.data.estimate import estimate_answers, estimate_prompts, estimate_sequences
 from pipeline.data.prepare import plan_prompts
 from pipeline.data.sources.registry import make_readers
 from pipeline.data.tokenizer import check_tokenizers, in_a_folder, read_tokenizer
 from pipeline.errors import BadData
-from pipeline.models.build import prepare_model
 from pipeline.models.check import check_role
-from pipeline.models.heads.begin import head_config
-from pipeline.models.heads.eagle import FeatureHead
-from pipeline.models.hub import config_folder
-from pipeline.models.layers import freeze_around_layers, keep_layers
-from pipeline.models.load import ModelRef, model_ref, own_positions, read_config
-from pipeline.plan.shapes import Shape, shape_of_model, untrained
+from pipeline.models.hub import config_here
+from pipeline.models.shape import Shape, shape_of, shapes_of
 from pipeline.store.artifacts import Artifact
 from pipeline.store.layout import TOKENIZER
-
-NO_CAP = Data.model_fields["max_sequences"].default
-Readers = dict[str, Reader[Any]]
 
 
 @dataclass(frozen=True)
@@ -65,96 +50,15 @@ def known(config: Config) -> tuple[dict[Role, Shape], Facts]:
         BadData: if a local source or a model's config is missing, a model cannot be run on the config's
             texts, or models in folders do not fit together.
     """
-    for role, spec in config.models.items():  # reported before the data are read
-        if isinstance(spec, PretrainedModel):
-            config_path(spec, role)
+    pretrained = {role: spec for role, spec in config.models.items() if isinstance(spec, PretrainedModel)}
+    for role in config.models:  # reported before the data are read
+        if role in pretrained:
+            config_here(pretrained[role], role)
         check_role(config, role, weights=False)
-    if all(
-        isinstance(spec, ScratchModel | FirstLayers | Head) or in_a_folder(spec)
-        for spec in config.models.values()
-    ):
+    if all(map(in_a_folder, pretrained.values())):
         check_tokenizers(config)  # `facts_of` asks too, but goes on where a source is on the hub
     facts = facts_of(config, shape_of(config, "target", config.data.tokenizer.vocab_size).vocab)
     return shapes_of(config, facts.vocab), facts
-
-
-# ── models ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def shapes_of(config: Config, vocab: int) -> dict[Role, Shape]:
-    return {role: shape_of(config, role, vocab) for role in config.models}
-
-
-def shape_of(config: Config, role: Role, vocab: int) -> Shape:
-    """A model's shape; a scratch model has `vocab` entries, as the tokenizer has."""
-    spec = config.models[role]
-    base = config.target if role == "target" else config.drafter_base
-    of: Role = "target" if isinstance(spec, FirstLayers | Head) else role
-    with torch.device("meta"):
-        if isinstance(base, ScratchModel):
-            model = untrained(base, vocab)
-        else:
-            given = read_config(model_ref(base, None, of), config_path(base, of))
-            model = AutoModelForCausalLM.from_config(given, trust_remote_code=base.trust_remote_code)
-    if isinstance(spec, FirstLayers):
-        model = freeze_around_layers(keep_layers(model, spec.layers))
-    size = config.train.draft_vocabulary if role == "drafter" else None
-    if isinstance(spec, Head):
-        proposable = size or model.config.get_text_config(decoder=True).vocab_size
-        with torch.device("meta"):
-            given = head_config(prepare_model(model, vocab), proposable, spec.feature_layers, **spec.options)
-            model = FeatureHead(given)
-        model.config.vocab_size, size = proposable, None  # its rows are all that it has
-    shape, dtype = shape_of_model(model), config.drafter_dtype if role == "drafter" else config.target.dtype
-    return replace(shape, itemsize=getattr(torch, dtype).itemsize, proposable=size)
-
-
-def config_path(spec: PretrainedModel, role: Role) -> Path:
-    """The folder of a model's config.json, without asking the hub.
-
-    Raises:
-        BadData: if it is not on this machine.
-    """
-    folder = config_folder(spec.path, spec.revision)
-    if folder is None and not Path(spec.path).is_dir() and not spec.may_be_on_hub:
-        raise BadData(f"{role}.path = {spec.path}: there is no such folder")
-    if folder is None:
-        raise BadData(
-            f"{role}.path = {spec.path}: its config.json is not on this machine. Download it "
-            f"(`hf download {spec.path} config.json`) or name a local folder in {role}.path"
-        )
-    return folder
-
-
-def beyond_positions(config: Config) -> list[str]:
-    """One line for each model that has to read more positions than it is built for, with the fields at fault.
-
-    Models with `rope_scaling` in the config are left out: it is meant for such contexts.
-    """
-    data, notes = config.data, []
-    asked = {"data.sequence_tokens": data.sequence_tokens} | {
-        f"data.contexts.{name}.tokens + data.max_new_tokens": tokens + data.max_new_tokens
-        for name, tokens in data.context_tokens.items()
-    }
-    for role, spec in config.models.items():
-        if isinstance(spec, FirstLayers | Head):
-            continue  # as the target
-        if isinstance(spec, ScratchModel):
-            reach = spec.max_positions
-        else:
-            folder, trusted = str(config_path(spec, role)), spec.trust_remote_code
-            given = spec.trained_positions
-            reach = own_positions(ModelRef(folder, trust_remote_code=trusted, trained_positions=given))
-        beyond = [f"{field} ({tokens:,})" for field, tokens in asked.items() if tokens > reach]
-        if beyond and not spec.rope_scaling:
-            notes.append(
-                f"{role} is built for {reach:,} positions, and {', '.join(beyond)} ask for more: lower them, "
-                f"or set {role}.rope_scaling"
-            )
-    return notes
-
-
-# ── data ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def facts_of(config: Config, vocab: int) -> Facts:
@@ -179,65 +83,10 @@ def facts_of(config: Config, vocab: int) -> Facts:
     labelled = sum(task.last - task.first for task in label_tasks(config, prepared))
     asked = sum(task.last - task.first for task in answer_tasks(config, prepared))
     prompts = {
-        Place(task.reader.source.name, task.context.name): counts["prompts"][task.file]
+        task.place: counts["prompts"][task.file]
         for task in plan_prompts(config.data, readers, [])
         if task.split == "test"
     }
     vocab = len(read_tokenizer(prepared.path / TOKENIZER))
     answers = asked * config.labels.answers.per_prompt
     return Facts(counts["sequences"], labelled, answers, prompts, "exact", vocab, "exact", prepared)
-
-
-def bytes_per_token(vocab: int) -> float:
-    """A vocabulary's entries hold about log2(V) / 4 bytes of text: 2.2 at 512, 2.8 at 2K, 4.2 at 128K."""
-    return math.log2(vocab) / 4
-
-
-def estimate_sequences(config: Config, readers: Readers, vocab: int) -> tuple[int, str]:
-    """Training sequences, from the sizes of the local source files, and what the number is based on."""
-    data, train, per_token = config.data, config.train, bytes_per_token(vocab)
-    training = [reader for reader in readers.values() if "train" in reader.source.use]
-    for name in (reader.source.name for reader in training if reader.on_hub):
-        if data.max_sequences < NO_CAP:
-            return data.max_sequences, f"assumed: data.max_sequences, as {name} is on the hub"
-        how = f"assumed: what train.steps read, as {name} is on the hub and no cap is set"
-        return train.steps * train.batch_sequences, how
-    sequences = int(sum(reader.estimate_sequences(per_token) for reader in training))
-    return min(sequences, data.max_sequences), f"estimate: file sizes at {per_token:.2f} bytes a token"
-
-
-def estimate_answers(config: Config, readers: Readers, vocab: int) -> int:
-    """The most answers that sources which ask can give, from the sizes of their files."""
-    most, per_token = config.data.sequence_tokens - config.train.learned_tokens, bytes_per_token(vocab)
-    asked = 0
-    for reader in readers.values():
-        if not reader.answered or "train" not in reader.source.use:
-            continue
-        for context, count in reader.training_contexts(most):
-            asked += min(
-                count, config.data.max_sequences, int(reader.estimate_texts(per_token, context.tokens))
-            )
-    return asked * config.labels.answers.per_prompt
-
-
-def estimate_prompts(config: Config, readers: Readers, vocab: int) -> tuple[dict[Place, int], str]:
-    """Test prompts of every place, and what the numbers are based on.
-
-    Local sources are read until they give enough prompts.
-
-    Raises:
-        BadData: if a local file is missing.
-    """
-    per_token, at_most = (
-        bytes_per_token(vocab),
-        dict.fromkeys(config.data.context_tokens, config.data.prompts),
-    )
-    tested = [reader for reader in readers.values() if "test" in reader.source.use]
-    prompts = {
-        Place(reader.source.name, context): count
-        for reader in tested
-        for context, count in (at_most if reader.on_hub else reader.estimate_prompts(per_token)).items()
-    }
-    how = {True: "at most: data.prompts", False: f"estimate: test documents at {per_token:.2f} bytes a token"}
-    kinds = sorted({reader.on_hub for reader in tested})
-    return prompts, "; on the hub ".join(how[on_hub] for on_hub in kinds)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from jobs.executors.ray_train import read_settings
 from jobs.plan.facts import Facts
@@ -18,12 +14,15 @@ from pipeline.config.files import apply_override
 from pipeline.config.models import Role, ScratchModel
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
+from pipeline.hardware import Device, resident_bytes
 from pipeline.models.load import pick_device
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import Memory
 from pipeline.plan.rates import timed_step
-from pipeline.plan.shapes import Device, Memory, Shape, Sharding, sharding_of
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
 from pipeline.plan.teach_memory import teach_memory
 from pipeline.plan.train_memory import pretrain_memory, train_memory
+from pipeline.train.sharding import Sharding, sharding_of
 
 # Resident bytes of imports that stages need and a plan does not, measured on Linux with the pinned versions.
 MLFLOW_BYTES, RAY_BYTES = 100_000_000, 70_000_000
@@ -53,16 +52,8 @@ def device_of(config: Config) -> Device:
     if config.run.device == "cuda" or pick_device(config.run.device).type == "cuda":
         return Device("cuda", CUDA_BYTES)
     timed_step(SMALL, 300, 32, "cpu")
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     imports = RAY_BYTES if config.run.executor == "ray" else MLFLOW_BYTES * config.tracking.enabled
-    return Device("cpu", resident + imports)
-
-
-def device_memory(kind: str) -> int | None:
-    """Bytes of the device here: of the GPU, or of the machine; None for a GPU that is not here."""
-    if kind == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device("cpu", resident_bytes() + imports)
 
 
 def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: Device) -> list[Memory]:
@@ -89,17 +80,10 @@ def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: D
         stages.append((replay_memory(config, shapes, device), sweep.num_evaluators, "replay"))
     if sweep.mode != "replay":
         stages.append((measure_memory(config, shapes, facts.prompts, device), 1, "measure"))
-    return [replace(peak, processes=at_once(config, device, workers, work)) for peak, workers, work in stages]
-
-
-def at_once(config: Config, device: Device, workers: int, work: Work) -> int:
-    """Workers of a stage on one device: on a CPU all of them, on a GPU as many as their shares allow."""
-    share = config.run.needs(work).gpus or 0.0
-    if config.run.executor == "inline":
-        return 1
-    if device.kind == "cpu":
-        return workers
-    return min(workers, int(1 / share) if 0 < share < 1 else 1)
+    return [
+        replace(peak, processes=config.run.at_once(work, workers, device.kind))
+        for peak, workers, work in stages
+    ]
 
 
 def memory_problems(

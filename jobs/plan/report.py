@@ -8,15 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.plan.amounts import GB, amounts, disk_problems, on_disk
-from jobs.plan.facts import beyond_positions, known
-from jobs.plan.memory import device_memory, device_of, memory, memory_problems
+from jobs.plan.facts import known
+from jobs.plan.memory import device_of, memory, memory_problems
 from jobs.stages.pipeline import settled
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
+from pipeline.hardware import device_memory
+from pipeline.models.check import beyond_positions
 from pipeline.plan.flops import MEASURING, hours, prefills, work
+from pipeline.plan.peaks import PARTS
 from pipeline.plan.rates import rates_of, step_of
-from pipeline.plan.shapes import PARTS
-from pipeline.plan.sweep_counts import count_sweep
+from pipeline.sweep.counts import count_sweep
 from pipeline.sweep.picks import unranked
 
 
@@ -49,7 +51,7 @@ def plan(
     shapes, facts = known(config)
     limit = int(memory_gb * GB) if memory_gb else device_memory(device.kind)
     counts = count_sweep(config, facts.prompts)
-    disk = list(on_disk(config, shapes, facts, counts))
+    disk, missing = zip(*on_disk(config, shapes, facts, counts), strict=True)
     rates, source = rates_of(config, shapes, device.kind, tflops)
     step_s, step, spent = None, "", None
     if counts.runs:
@@ -59,7 +61,7 @@ def plan(
         spent = hours([*work(config, shapes, facts.labelled, facts.answers, facts.prompts), *reading], rates)
         if step_s:
             spent[MEASURING] += counts.runs * (config.data.max_new_tokens - 1) * step_s / 3600
-    problems = [*disk_problems(config, disk), *memory_problems(config, shapes, facts, device, limit)]
+    problems = [*disk_problems(config, sum(missing)), *memory_problems(config, shapes, facts, device, limit)]
     document = {
         "config": config.name,
         "device": device.kind,

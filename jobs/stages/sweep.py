@@ -36,14 +36,14 @@ def sweep(
     the extremes of each place. Last, the fastest few of each place are measured twice more, greedily and with
     more repeats. With failures the artifact stays incomplete, and the next run tries them again.
     """
-    sources = draft_sources(config)
+    sources, cascade = draft_sources(config), config.sweep.cascade
+    drafting = [source.name for source in sources if source.role == "drafter"]
+    drafting += [cascade.drafter] if cascade and cascade.drafter not in drafting else []
     inputs = {
         "teach": teach.fingerprint,
         "sample": sample.fingerprint if sample else None,
         "target": model_identity(config.target, scratch.get("target")),
-        "drafters": {
-            source.name: trained[source.name].fingerprint for source in sources if source.role == "drafter"
-        },
+        "drafters": {name: trained[name].fingerprint for name in drafting},
         "drafter_dtype": config.drafter_dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
@@ -79,7 +79,11 @@ def located(
         return replace(source, trained_positions=2**31)
     if source.role == "target":
         model = target_ref(config, scratch)
-        return replace(source, ref=model, trained_positions=own_positions(model))
+        reach, inner = own_positions(model), None
+        if source.baseline == "cascade" and (cascade := config.sweep.cascade):
+            reach = min(reach, positions(config, scratch, cascade.drafter))
+            inner = ref(config, trained[cascade.drafter])
+        return replace(source, ref=model, trained_positions=reach, inner=inner)
     reach = positions(config, scratch, source.name)
     return replace(source, ref=ref(config, trained[source.name]), trained_positions=reach)
 

@@ -36,6 +36,7 @@ from pipeline.store.layout import (
 )
 from pipeline.store.rows import Mode, PickedCell, Prompt, PromptRow, StepTimes
 from pipeline.sweep import predict
+from pipeline.sweep.counts import count_sweep
 from pipeline.sweep.evaluator import (
     CalibrateTask,
     Evaluator,
@@ -92,6 +93,13 @@ class Phases:
 
     def all(self) -> None:
         """Every phase that the config asks for."""
+        counts = count_sweep(
+            self.config, {place: len(read_rows(file, Prompt)) for file, place in self.places()}
+        )
+        log.info(
+            "sweep: at most %d cells, with %d rows of replay, %d measured and %d measured again",
+            *(counts.cells, counts.replayed, counts.measured, counts.rechecked),
+        )
         if self.sweep.mode != "measure":
             self.replay()
         if self.sweep.predicts and not self.failures:

@@ -18,10 +18,15 @@ from pipeline.errors import Incomplete
 from pipeline.models.hub import model_files
 from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, layers_ref, model_ref
+from pipeline.models.shape import Shape
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import MEMORY, METRICS, MODEL
 from pipeline.train.checkpoints import CHECKPOINTS
 from pipeline.train.job import TrainJob, run_job
+
+# What a model's folder holds while it trains, in copies of its fp32 weights: the model itself, and two
+# checkpoints of weights and two moments each, which stay until all models of the launch are trained.
+TRAINED_COPIES = 1 + 2 * 3
 
 # Makes the context that mirrors the growing metrics files of a launch while it runs.
 Watch = Callable[[Mapping[str, Path]], AbstractContextManager[None]]
@@ -128,6 +133,11 @@ def model_identity(spec: AnyModel, scratch: Artifact | None) -> Any:
         return scratch.fingerprint
     assert isinstance(spec, PretrainedModel)
     return {"model": spec, "files": {name: list(stat) for name, stat in model_files(Path(spec.path)).items()}}
+
+
+def model_bytes(shape: Shape, steps: int) -> int:
+    """The most bytes on disk of a model that is trained for so many steps, by its parameters."""
+    return 4 * (shape.frozen + shape.trained * (TRAINED_COPIES if steps else 1))
 
 
 def run_missing(

@@ -72,6 +72,15 @@ class Run(Group):
             memory_gb=given.memory_gb,
         )
 
+    def at_once(self, work: Work, workers: int, device: str) -> int:
+        """Of so many workers those on one device: of a CPU all, of a GPU as many as their shares allow."""
+        if self.executor == "inline":
+            return 1
+        share = self.needs(work).gpus or 0.0
+        if device == "cpu":
+            return workers
+        return min(workers, int(1 / share) if 0 < share < 1 else 1)
+
     @model_validator(mode="after")
     def _device_fits(self) -> Run:
         if self.kernels == "triton" and self.device == "cpu":

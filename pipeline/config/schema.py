@@ -65,6 +65,11 @@ class Config(Group):
         ):
             if value is not None and not isinstance(self.drafter, Head):
                 raise ValueError(f"{field} is for drafter.kind: head, and it is {self.drafter.kind}")
+        if self.sweep.cascade and isinstance(self.drafter, Head):
+            raise ValueError(
+                "sweep.cascade: a head reads what the target itself has made of the text, so it cannot "
+                "draft for a middle model; leave cascade out of sweep.baselines"
+            )
         validated = self.train.validation_budgets
         for field, sinks, rolls, budgets in (
             ("sweep.sinks", self.sweep.sinks, "window" in self.sweep.policies, self.sweep.budgets),
@@ -89,7 +94,8 @@ class Config(Group):
     @property
     def is_guided(self) -> bool:
         """Whether views, of training or of the sweep, are chosen by what the target attends to."""
-        return GUIDED in (*self.sweep.policies, *(variant.policy for variant in self.train.variants))
+        swept = (*self.sweep.policies, *([self.sweep.cascade.policy] if self.sweep.cascade else []))
+        return GUIDED in (*swept, *(variant.policy for variant in self.train.variants))
 
     @property
     def guide_chunks(self) -> int:
@@ -120,6 +126,11 @@ class Config(Group):
                 raise ValueError(
                     f"{where}: {sorted(set(drafters) - names)} are not among train.variants {sorted(names)}"
                 )
+        trained = [drafter.name for drafter in self.train.drafters]
+        if self.sweep.cascade and self.sweep.cascade.drafter not in trained:
+            raise ValueError(
+                f"sweep.cascade.drafter: {self.sweep.cascade.drafter!r} is not among the drafters {trained}"
+            )
         needed = self.train.min_prefix_tokens + self.train.learned_tokens
         if self.data.sequence_tokens < needed:
             raise ValueError(
@@ -128,6 +139,11 @@ class Config(Group):
             )
         if self.labels.answers != Answers() and not self.data.asks:
             raise ValueError("labels.answers: no source of data.sources asks anything of its training split")
+        if self.labels.server and not self.data.asks and not self.labels.on_policy_fraction:
+            raise ValueError(
+                "labels.server has nothing to write: no source of data.sources asks anything of its training "
+                "split, and labels.on_policy_fraction is 0"
+            )
         most = self.data.sequence_tokens - self.train.learned_tokens
         for index, source in enumerate(self.data.sources):
             lengths = source.training_prompts if isinstance(source, TextSource) else {}
@@ -192,7 +208,7 @@ class Config(Group):
         if self.decode.compile == "cudagraphs" and self.run.device == "cpu":
             raise ValueError("decode.compile is cudagraphs, which needs a GPU, but run.device is cpu")
         if self.registry:
-            swept, trained = self.sweep.drafters, [drafter.name for drafter in self.train.drafters]
+            swept = self.sweep.drafters
             evaluated = [name for name in trained if not swept or name in swept or family(name) in swept]
             self.registry.check(evaluated, self.tracking.enabled)
         losses = {loss for v in self.train.variants for loss in (v.full_loss, v.sparse_loss)}

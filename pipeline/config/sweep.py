@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.axes import AcceptanceRule, Baseline, check_budget
+from pipeline.axes import AcceptanceRule, Baseline, View, check_budget
 from pipeline.config.group import Group
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window", "target_guided"]
@@ -54,6 +54,26 @@ class Measure(Group):
     )
 
 
+class Cascade(Group):
+    """The small drafter of the baseline cascade, its view, and how much it drafts for the middle."""
+
+    drafter: str = Field(
+        description="one of train's drafters: a variant, or NAME~SEED of one with several seeds"
+    )
+    policy: Policy = Field("streaming", description="the rule of the drafter's own view")
+    budget: int | Literal["full"] = Field(description="budget of the drafter's own view")
+    gamma: int = Field(ge=1, le=128, description="proposals of the drafter in an inner round")
+
+    @field_validator("budget")
+    @classmethod
+    def _valid_budget(cls, budget: int | str) -> int | str:
+        return check_budget(budget)
+
+    @property
+    def view(self) -> View:
+        return View(self.policy, self.budget).kept
+
+
 class Decode(Group):
     """The engine that decodes, for the target alone as for both models."""
 
@@ -81,7 +101,13 @@ class Sweep(Group):
     baselines: tuple[Baseline, ...] = Field(
         (),
         description="draft sources without training: the target behind a sparse view of itself (streaming "
-        "and snapkv), and n-gram lookup in prompt and text",
+        "and snapkv), that with a small drafter drafting for it (cascade), and n-gram lookup in prompt and "
+        "text",
+    )
+    cascade: Cascade | None = Field(
+        None,
+        exclude_if=lambda cascade: cascade is None,
+        description="what drafts within the baseline cascade (TriForce); default: none",
     )
     policies: tuple[Policy, ...] = ("chunk_topk",)
     sinks: int = Field(
@@ -153,6 +179,11 @@ class Sweep(Group):
             raise ValueError(
                 "measure.predict times prompts that are decoded alone: set measure.prompts_together: 1 or "
                 "measure.predict: false"
+            )
+        if ("cascade" in self.baselines) != (self.cascade is not None):
+            raise ValueError(
+                "cascade among sweep.baselines goes with sweep.cascade, which says what drafts within it "
+                "({drafter: NAME, budget: 256, gamma: 2}): set both or neither"
             )
         for field in SWEPT:
             values = getattr(self, field)

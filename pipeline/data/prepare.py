@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.axes import Place
 from pipeline.config.data import Context, Data, Split
 from pipeline.config.models import PretrainedModel
 from pipeline.config.schema import Config
@@ -52,6 +53,10 @@ class PromptTask:
     @property
     def file(self) -> str:
         return f"{self.split}-{self.reader.source.name}-{self.context.name}.jsonl"
+
+    @property
+    def place(self) -> Place:
+        return Place(self.reader.source.name, self.context.name)
 
     @property
     def folder(self) -> str:

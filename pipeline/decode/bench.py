@@ -17,8 +17,9 @@ from pipeline.decode.runner import Runner, Runners
 from pipeline.decode.sampling import Chance, Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.slot_cache import capacity_of, slots_for
-from pipeline.kv.views import UNGUIDED, Guides, PrefixView
+from pipeline.kv.views import PrefixView
 from pipeline.metrics import Departure, Round, Scored
 
 if TYPE_CHECKING:  # rows need pydantic, which a bare machine lacks
@@ -131,10 +132,14 @@ class Bench:
         first, cache = self.prompts[0], self.target.cache
         return (first.dataset, first.context, cache.rows, cache.capacity, cache.room)
 
-    def drafter(self, model: DecodeModel, views: Sequence[PrefixView]) -> Runner:
-        """A drafter behind one view of each prompt; a later call for an equal shape reuses its cache."""
+    def drafter(self, model: DecodeModel, views: Sequence[PrefixView], beyond: int = 0) -> Runner:
+        """A drafter behind one view of each prompt; a later call for an equal shape reuses its cache.
+
+        Args:
+            beyond: tokens that it may read beyond the proposals of a round.
+        """
         capacity = capacity_of(views[0].view, max(view.kept for view in views))
-        runner = self.runners.get("drafter", model, len(views), capacity, self.room)
+        runner = self.runners.get("drafter", model, len(views), capacity, self.room + beyond)
         for row, view in enumerate(views):
             runner.cache.load_row(row, view)
         return runner

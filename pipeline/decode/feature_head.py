@@ -25,8 +25,9 @@ from pipeline.decode.runner import Runner, compiled
 from pipeline.decode.sampling import Rule, Sampler
 from pipeline.decode.sources import ModelDrafts, Proposals
 from pipeline.decode.target_reader import TargetReader
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.slot_cache import Geometry, SlotCache
-from pipeline.kv.views import UNGUIDED, Guides, PrefixView
+from pipeline.kv.views import PrefixView
 from pipeline.models.draft_vocabulary import among_all
 from pipeline.models.heads.eagle import FeatureHead
 

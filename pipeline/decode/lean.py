@@ -26,9 +26,10 @@ from kernels import dispatch
 from pipeline.axes import FULL, View
 from pipeline.decode.products import Linear, choose_forms
 from pipeline.kv.attention import Span, causal_attention, suffix_attention, windowed_attention
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, SlotCache, SlotIndex
-from pipeline.kv.views import UNGUIDED, Guides, PrefixView, readings
+from pipeline.kv.views import PrefixView, readings
 from pipeline.models.draft_vocabulary import among_all, draft_tokens
 
 

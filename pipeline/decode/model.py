@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.axes import FULL, View
 from pipeline.decode.lean import LeanModel, side_by_side
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
-from pipeline.kv.views import UNGUIDED, Guides, PrefixView
+from pipeline.kv.views import PrefixView
 from pipeline.models.draft_vocabulary import among_all, draft_tokens
 from pipeline.models.head import own_logits
 from pipeline.models.layers import FAMILY

@@ -31,9 +31,10 @@ from pipeline.kv.attention import (
     suffix_mask,
     windowed_attention,
 )
-from pipeline.kv.policies import SNAP_WINDOW, rank_chunks
+from pipeline.kv.guides import UNGUIDED, Guides, Ranker
+from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.positions import frequencies_of
-from pipeline.kv.views import UNGUIDED, Guides, PrefixView, readings, span_of
+from pipeline.kv.views import PrefixView, readings, span_of
 
 ATTENTION = "budgetdraft"
 WHOLE = "sees_whole_texts"  # attribute of attention modules whose window no text reaches
@@ -76,30 +77,6 @@ class PrefixReader(Cache):
             else:
                 outputs.append(windowed_attention(queries, keys, values, scaling, span))
         return outputs[0] if count == 1 else torch.cat(outputs)
-
-
-class Ranker:
-    """Has a model that reads texts rank the chunks of some of their prefixes; what `attend` is handed as
-    `view_cache`.
-
-    Args:
-        layer: the model's last.
-        lengths: of the prefixes, in tokens.
-        most: chunks that are kept of each ranking.
-    """
-
-    def __init__(self, layer: int, lengths: Sequence[int], most: int) -> None:
-        self.layer, self.lengths, self.most = layer, lengths, most
-        self.guides: dict[int, Tensor] = {}
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if layer == self.layer:
-            queries_BHGSD = query.unflatten(1, (key.shape[1], -1))
-            for length in self.lengths:
-                observed = queries_BHGSD[:, :, :, max(0, length - SNAP_WINDOW) : length]
-                ranked_BC = rank_chunks(observed, key[:, :, :length], scaling)
-                self.guides[length] = ranked_BC[:, : self.most]
-        return causal_attention(query, key, value, scaling)
 
 
 Masks = dict[tuple[int, int, Span | None], Tensor | None]  # by Q, tokens stored, and window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor
 from kernels import dispatch
 from pipeline.axes import Budget, Positions, View
 from pipeline.kv.attention import Span
-from pipeline.kv.policies import GUIDED, WINDOW, rank_chunks, select
+from pipeline.kv.guides import Guides
+from pipeline.kv.policies import WINDOW, rank_chunks, select
 from pipeline.kv.positions import moves, turn
-
-Guides = Mapping[int, Tensor]  # the target's ranked chunks [B, R] of prefixes, by their length
-UNGUIDED: Guides = {}
 
 
 def view_of(policy: str, budget: Budget, sinks: int = 0, positions: Positions = "true") -> View:
@@ -30,16 +28,6 @@ def placed(view: View, positions: Positions) -> View:
     """
     gaps = view.budget not in ("full", 0) and view.policy != WINDOW
     return replace(view, positions=positions) if gaps and positions == "rebased" else view
-
-
-def stored_guide(prefix_tokens: int, chunks: Sequence[int], device: torch.device) -> Guides:
-    """The guide of one prefix as rows have it; none where they are empty."""
-    return {prefix_tokens: torch.tensor([chunks], device=device)} if chunks else UNGUIDED
-
-
-def are_guided(views: Iterable[View]) -> bool:
-    """Whether some of these views are chosen by a guide."""
-    return any(view.policy == GUIDED and view.budget not in ("full", 0) for view in views)
 
 
 def span_of(view: View) -> Span | None:
@@ -113,13 +101,12 @@ class PrefixView:
         Raises:
             ValueError: if entries are to be moved and there are no frequencies, or a guide is missing.
         """
-        S = self.prefix_tokens
+        view, S = self.view, self.prefix_tokens
         keys, values = keys_BHSD[:, :, :S], values_BHSD[:, :, :S]
         kept_BHN = torch.arange(S, device=keys.device).expand(*keys.shape[:2], S)
-        if self.view.budget != "full":
-            view = self.view
+        if view.budget != "full":
             kept_BHN = select(view.policy, keys, observed, view.budget, view.sinks or 0, self.guide)
             keys, values = dispatch.gather_kept(keys, values, kept_BHN)
-        if (moves_BHN := moves(self.view, kept_BHN, S, offset)) is not None:
+        if (moves_BHN := moves(view, kept_BHN, S, offset)) is not None:
             keys = turn(keys, moves_BHN, frequencies)
         self.layers.append((keys, values))

@@ -42,14 +42,21 @@ def scratch_config(spec: ScratchModel, vocab_size: int, **tokens: int | None) ->
 
 def build_scratch(spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A randomly initialised Llama of the given shape; the same seed gives the same weights."""
-    config = scratch_config(
+    return build_random(
         spec,
         len(tokenizer),
+        seed,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def build_random(spec: ScratchModel, vocab_size: int, seed: int = 0, **tokens: int | None) -> PreTrainedModel:
+    """The same before there is a tokenizer; `tokens` as of `scratch_config`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION)
-    return prepare_model(model, len(tokenizer))
+        model = LlamaForCausalLM._from_config(
+            scratch_config(spec, vocab_size, **tokens), attn_implementation=ATTENTION
+        )
+    return prepare_model(model, vocab_size)

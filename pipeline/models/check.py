@@ -13,7 +13,7 @@ from pipeline.models.heads.begin import default_layers
 from pipeline.models.hub import config_folder
 from pipeline.models.layers import FAMILY
 from pipeline.models.limits import longest_text
-from pipeline.models.load import ModelRef, check_model, model_ref, read_config
+from pipeline.models.load import ModelRef, check_model, model_ref, own_positions, read_config
 from pipeline.models.support import problem_of
 from pipeline.models.weights import check_weights
 from pipeline.store.storage import with_home
@@ -96,6 +96,36 @@ def check_positions(config: Config, ref: ModelRef, folder: Path) -> None:
                 f"train.variants.{variant.name}.positions: {variant.positions} is for {', '.join(FAMILY)}, "
                 f"and {ref.path!r} is a {kind}: leave it out"
             )
+
+
+def beyond_positions(config: Config) -> list[str]:
+    """One line for each model that has to read more positions than it is built for, with the fields at fault.
+
+    Left out are models with `rope_scaling` in the config, which is meant for such contexts, drafters made of
+    the target, and models that are not on this machine.
+
+    Raises:
+        BadData: if neither the config nor a model says for how many positions it was trained.
+    """
+    data, notes = config.data, []
+    asked = {"data.sequence_tokens": data.sequence_tokens} | {
+        f"data.contexts.{name}.tokens + data.max_new_tokens": tokens + data.max_new_tokens
+        for name, tokens in data.context_tokens.items()
+    }
+    for role, spec in config.models.items():
+        if spec.kind == "scratch":
+            reach = spec.max_positions
+        elif spec.kind == "pretrained" and (folder := config_folder(spec.path, spec.revision)):
+            reach = own_positions(replace(model_ref(spec, None, role), path=str(folder), rope_scaling=None))
+        else:
+            continue
+        beyond = [f"{field} ({tokens:,})" for field, tokens in asked.items() if tokens > reach]
+        if beyond and not spec.rope_scaling:
+            notes.append(
+                f"{role} is built for {reach:,} positions, and {', '.join(beyond)} ask for more: lower them, "
+                f"or set {role}.rope_scaling"
+            )
+    return notes
 
 
 def ropes(config: Config, role: Role) -> Iterator[tuple[str, RopeScaling | None]]:

@@ -15,6 +15,7 @@ from pipeline.errors import BadData
 from pipeline.store.storage import with_home
 
 if TYPE_CHECKING:
+    from pipeline.config.models import PretrainedModel
     from pipeline.models.load import ModelRef
 
 # Of a repository on the hub: what loads a model from safetensors, not its other formats or parts.
@@ -61,6 +62,23 @@ def config_folder(path: str, revision: str | None = None) -> Path | None:
     except HFValidationError:
         return None
     return Path(file).parent if isinstance(file, str) and Path(file).exists() else None
+
+
+def config_here(spec: PretrainedModel, role: str) -> Path:
+    """The same of a model of the config that is needed; `role` is the field that names it.
+
+    Raises:
+        BadData: if it is not on this machine.
+    """
+    folder = config_folder(spec.path, spec.revision)
+    if folder is None and not Path(spec.path).is_dir() and not spec.may_be_on_hub:
+        raise BadData(f"{role}.path = {spec.path}: there is no such folder")
+    if folder is None:
+        raise BadData(
+            f"{role}.path = {spec.path}: its config.json is not on this machine. Download it "
+            f"(`hf download {spec.path} config.json`) or name a local folder in {role}.path"
+        )
+    return folder
 
 
 def download_lock(hub_id: str) -> AbstractContextManager[Any]:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 from pipeline.axes import Place
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import Shape
-from pipeline.plan.sweep_counts import most_timed
+from pipeline.models.shape import Shape
 from pipeline.store.layout import MEASURED_AGAIN
 from pipeline.sweep.grid import draft_sources, texts, views_of
-from pipeline.sweep.picks import FASTEST_MEASURED, measures_again
+from pipeline.sweep.picks import FASTEST_MEASURED, measures_again, most_timed
 
 MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
 Rates = dict[tuple[Role, bool], float]  # FLOP/s by the model's role, and whether it trains
@@ -82,13 +81,15 @@ def work(
             for tokens, count in read:
                 new_tokens = rows * data.max_new_tokens
                 yield flops("sweep replay", source.role, count * (tokens + new_tokens), tokens / 2)
+                if source.baseline == "cascade":
+                    yield flops("sweep replay", "drafter", count * tokens, tokens / 2)
                 if headed and source.role == "drafter":  # the target reads what the head reads features of
                     yield flops("sweep replay", "target", count * tokens, tokens / 2)
 
 
 def prefills(config: Config, shapes: Mapping[Role, Shape], prompts: Mapping[Place, int]) -> list[StageFlops]:
-    """Reading the timed prompts: by the target, by each drafter, and once more by a target that drafts. Each
-    reading is done twice, as only the second is timed.
+    """Reading the timed prompts: by the target, by each drafter, that of a cascade too, and once more by a
+    target that drafts. Each reading is done twice, as only the second is timed.
 
     Where the fastest cells are measured again, the target reads the prompts each time, and so do the largest
     sources, as many as there can be cells.
@@ -99,8 +100,11 @@ def prefills(config: Config, shapes: Mapping[Role, Shape], prompts: Mapping[Plac
         tokens, timed = config.data.context_tokens[place.context], min(count, config.sweep.measure.prompts)
         flops = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
         names = {cell.drafter for cell in most_timed(config, place)}
-        roles = [source.role for source in draft_sources(config) if source.name in names]
-        readers = sorted((role for role in roles if role), key=lambda role: -flops[role])
+        timed_sources = [source for source in draft_sources(config) if source.name in names]
+        roles: list[Role] = [source.role for source in timed_sources if source.role == "drafter"]
+        roles += [target] * any(source.role == target for source in timed_sources)  # once for all of these
+        roles += ["drafter" for source in timed_sources if source.baseline == "cascade"]
+        readers = sorted(roles, key=lambda role: -flops[role])
         again = len(MEASURED_AGAIN) * measures_again(config.sweep)
         reading = [target, *readers, *again * [target, *readers[:FASTEST_MEASURED]]]
         done += [StageFlops(MEASURING, role, False, 2 * flops[role]) for role in reading]

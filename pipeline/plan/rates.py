@@ -17,8 +17,9 @@ from pipeline.decode.model import decode_model
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDILY
 from pipeline.kv.slot_cache import slots_for
+from pipeline.models.build import build_random
+from pipeline.models.shape import Shape
 from pipeline.plan.flops import Rates
-from pipeline.plan.shapes import Shape, untrained
 
 TIMED_TOKENS = 2048  # of the sequence that a scratch model is timed on
 TIMED_RUNS, TIMED_STEPS = 3, 8
@@ -68,7 +69,7 @@ def timed_step(
 
     On a CPU they are seconds of one thread's own time: what else runs on the machine does not count.
     """
-    model = untrained(spec, vocab).to(device)
+    model = build_random(spec, vocab).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens_1S = torch.zeros(1, tokens, dtype=torch.long, device=device)
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -111,7 +112,7 @@ def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, thr
 
     Timed with `threads` threads, as so small a step does not divide evenly among them.
     """
-    model = decode_model(untrained(spec, vocab).to(device, getattr(torch, spec.dtype)))
+    model = decode_model(build_random(spec, vocab).to(device, getattr(torch, spec.dtype)))
     runner = Runner(model, 1, slots_for(prefix), TIMED_STEPS, "none")
     runner.cache.kept_B.fill_(prefix)
     sampler = GREEDILY.sampler(["timed"], torch.device(device))

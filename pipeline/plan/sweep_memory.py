@@ -13,8 +13,10 @@ from pipeline.axes import Place, View
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
+from pipeline.hardware import Device
 from pipeline.kv.slot_cache import capacity_of, slots_for
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import FP32, Memory, packed_bytes, reading_bytes
 from pipeline.sweep.grid import draft_sources, views_of
 from pipeline.sweep.picks import picks_at
 from pipeline.sweep.replayer import REMEMBERED
@@ -37,6 +39,19 @@ def weights_together(shapes: Sequence[Shape], device: Device) -> int:
     return packed + own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone
 
 
+def num_drafters(config: Config) -> int:
+    """Drafters that an evaluator loads: those that are swept, and that of a cascade."""
+    names = {source.name for source in draft_sources(config) if source.role == "drafter"}
+    return len(names | ({config.sweep.cascade.drafter} if config.sweep.cascade else set()))
+
+
+def prefill_bytes(shape: Shape, prefix: int, chunk: int, device: Device) -> int:
+    """The hidden states and the KV of one layer, and the activations of a chunk."""
+    alive = prefix * (shape.hidden + 2 * shape.kv) * shape.itemsize
+    alive += min(prefix, chunk) * reading_bytes(shape)
+    return device.held(alive, prefix * max(shape.hidden, 2 * shape.kv) * shape.itemsize)
+
+
 def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
     """All draft sources are loaded; the one that takes most replays a prompt behind all its views at once.
 
@@ -46,13 +61,14 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
     """
     sweep, prefix = config.sweep, max(config.data.context_tokens.values())
     sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
-    weights = weights_together([shape for _, shape in sources], device)
+    targets = [shapes["target"]] if any(source.role == "target" for source, _ in sources) else []
+    weights = weights_together([*targets, *[shapes["drafter"]] * num_drafters(config)], device)
     whole = 0
     if isinstance(config.drafter, Head):  # over the target, which reads each prompt whole
         target = shapes["target"]
         weights += target.weights + packed_bytes(target, device)
-        whole = 2 * target.kv_bytes(prefix) + target.prefill_bytes(
-            prefix, config.decode.prefill_chunk, device
+        whole = 2 * target.kv_bytes(prefix) + prefill_bytes(
+            target, prefix, config.decode.prefill_chunk, device
         )
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
@@ -60,17 +76,20 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
         views = [view.kept for view in views_of(sweep, source)]
         tokens, size = len(views) * config.data.max_new_tokens, shape.itemsize
         held = REMEMBERED * kept(set(views), prefix) + kept(views, prefix) + tokens
+        inner = 0
+        if source.baseline == "cascade" and sweep.cascade:
+            inner = shapes["drafter"].kv_bytes(REMEMBERED * kept([sweep.cascade.view], prefix))
         logits = tokens * shape.vocab
         copies = logits * max(2 * size, size + 2 * FP32 * in_fp32)
-        prefill = shape.prefill_bytes(prefix, config.decode.prefill_chunk, device)
+        prefill = prefill_bytes(shape, prefix, config.decode.prefill_chunk, device)
         peaks.append(
             Memory(
                 "sweep replay",
                 device.base_bytes,
                 weights,
-                activations=max(prefill, tokens * shape.reading_bytes()),
+                activations=max(prefill, tokens * reading_bytes(shape)),
                 logits=device.held(copies, logits * size),
-                kv=whole + device.held(shape.kv_bytes(held), prefix * shape.kv * size),
+                kv=whole + inner + device.held(shape.kv_bytes(held), prefix * shape.kv * size),
             )
         )
     return max(peaks, key=lambda peak: peak.each)
@@ -82,8 +101,9 @@ def measure_memory(
     """All models are loaded, with a static cache for every timed budget of each; calibrating has no more.
 
     Beside the caches are the views that they are loaded from: the target's full views of the prompt that is
-    read and of the prompt before it; for self-speculation all the target's sparse views, and one more full
-    view that is read with them; and the views of the drafter that is measured at the time.
+    read and of the prompt before it; for self-speculation and cascades all the target's sparse views, and one
+    more full view that is read with them; and the views of the drafter that is measured at the time. The
+    middle of a cascade and its drafter have caches of their own.
     """
     sweep, prefix, sources = config.sweep, max(config.data.context_tokens.values()), draft_sources(config)
     room = config.data.max_new_tokens + max(sweep.gammas)
@@ -94,22 +114,28 @@ def measure_memory(
         if source.role is None:
             continue
         # Predictions may point at any view.
-        views = {view.kept for view in views_of(sweep, source) if sweep.predicts and not view.control}
+        predicted = sweep.predicts and source.predictable
+        views = {view.kept for view in views_of(sweep, source) if predicted and not view.control}
         views |= {pick.view.kept for pick in named if pick.drafter == source.name}
+        inner = sweep.cascade if source.baseline == "cascade" else None
+        beyond = inner.gamma if inner else 0
         cached[source.role] += sum(
-            capacity + room for capacity in {capacity_of(view, prefix) for view in views}
+            capacity + room + beyond for capacity in {capacity_of(view, prefix) for view in views}
         )
         held[source.role] = max(held[source.role], kept(views, prefix))
+        if inner and views:
+            cached["drafter"] += capacity_of(inner.view, prefix) + room + beyond
+            held["drafter"] = max(held["drafter"], kept([inner.view], prefix))
     together = min(sweep.measure.prompts_together, sweep.measure.prompts)
     target, chunk = shapes["target"], config.decode.prefill_chunk
     kv = sum(shapes[role].kv_bytes(together * (cached[role] + held[role])) for role in cached)
     whole = 1 + (together > 1) + (held["target"] > 0)
-    drafters = sum(source.role == "drafter" for source in sources)
+    drafters = num_drafters(config)
     return Memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
         weights_together([target, *[shapes["drafter"]] * drafters], device),
-        activations=max(shape.prefill_bytes(prefix, chunk, device) for shape in shapes.values()),
+        activations=max(prefill_bytes(shape, prefix, chunk, device) for shape in shapes.values()),
         logits=LOGIT_COPIES * FP32 * together * room * target.vocab,
         kv=kv + target.kv_bytes(whole * prefix),
     )

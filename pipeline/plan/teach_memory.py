@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
+from pipeline.hardware import Device
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import FP32, Memory, packed_bytes, reading_bytes
 from pipeline.train.labelling import POSITIONS
 
 
@@ -18,7 +20,7 @@ def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> 
     logits = batch * length * shape.vocab * size
     per_logit = 2 * FP32 if labels.top_k else size + 1
     copies = batch * min(length, POSITIONS) * shape.vocab * per_logit
-    reading = device.held(batch * length * shape.reading_bytes(), batch * length * wide)
+    reading = device.held(batch * length * reading_bytes(shape), batch * length * wide)
     made = device.held(logits, logits) + device.held(copies, copies // 2)
     start = (device.base_bytes, shape.weights + packed_bytes(shape, device))
     peaks = [Memory("teach", *start, activations=reading), Memory("teach", *start, logits=made)]
@@ -29,7 +31,7 @@ def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> 
         writing.append((batch, length - count, count))
     for rows, prefix, count in writing:
         cache = shape.kv_bytes(rows * (prefix + count))
-        larger = max(cache, rows * prefix * shape.reading_bytes())
+        larger = max(cache, rows * prefix * reading_bytes(shape))
         alive = shape.kv_bytes(rows * prefix) + larger
         peaks.append(Memory("teach", *start, kv=device.held(alive, rows * prefix * shape.kv * size)))
     return max(peaks, key=lambda peak: peak.each)

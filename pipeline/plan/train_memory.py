@@ -8,8 +8,11 @@ from kernels.distill_tiles import SCRATCH_BYTES
 from pipeline.config.models import Role
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
-from pipeline.plan.shapes import FP32, Device, Memory, Shape, Sharding
+from pipeline.hardware import Device
+from pipeline.models.shape import Shape
+from pipeline.plan.peaks import FP32, Memory, reading_bytes
 from pipeline.train.batches import start_phases
+from pipeline.train.sharding import Sharding
 
 # On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Measured on
 # drafters of 64 and 128 channels: about ten new products a micro-batch until each prefix length that windows
@@ -35,10 +38,21 @@ def training_step(shape: Shape, tokens: int, bfloat16: bool, device: Device) -> 
     """
     wide, narrow = FP32 * tokens * shape.intermediate, FP32 * tokens * shape.hidden
     mlp = shape.layers * 4 * wide // (2 if bfloat16 else 1)
-    rest = shape.layers * tokens * shape.training_bytes(bfloat16) - mlp
+    rest = shape.layers * tokens * training_bytes(shape, bfloat16) - mlp
     activations = device.held(mlp + 2 * wide, wide) + device.held(rest + 2 * narrow, narrow)
     logits = FP32 * tokens * shape.logits
     return activations, device.held(LOSS_COPIES * logits + (logits // 2 if bfloat16 else 0), logits)
+
+
+def training_bytes(shape: Shape, bfloat16: bool) -> int:
+    """What one token leaves in one layer for its backward pass.
+
+    Of each norm: its input, the normalised input and the result, which the projections keep. Of the
+    attention: rotated queries and keys, values, its result. Of the MLP: gate, its activation, up, their
+    product. Under autocast the norms' fp32 stays and what projections read is kept in bfloat16.
+    """
+    norms, rest = 6 * shape.hidden, 2 * shape.query + 2 * shape.kv + 4 * shape.intermediate
+    return 20 * shape.hidden + 2 * rest if bfloat16 else FP32 * (norms + rest)
 
 
 def train_memory(
@@ -69,7 +83,7 @@ def train_memory(
     activations, logits = training_step(shape, tokens, bfloat16, device)
     if FP32 * tokens * shape.logits > train.max_logits_mib * 2**20 and sharding.stage != 3:
         logits = min(logits, SCRATCH_BYTES)
-    reading = micro * starts[0] * shape.reading_bytes()
+    reading = micro * starts[0] * reading_bytes(shape)
     lengths = len(start_phases(train, length)) * (length - train.min_prefix_tokens) // train.window_tokens
     products = min(
         NEW_PRODUCTS * steps * train.batch_sequences // micro, PRODUCTS_A_LENGTH * lengths, MOST_PRODUCTS

@@ -113,7 +113,8 @@ CAVEAT = (
     "divided by 1.566 (gs), 1.530 (longbench) and 1.519 (lwm), which is how much faster the paper's AR is at "
     "8K than at 16K, they come within 2 % of the peaks of its Figure 3. The quotients stand in brackets. "
     "Figure 3 itself is not here, nor the sparse/full row of Table 2: no budget is given with them. Of that "
-    "table, TriForce and EAGLE-3 are methods that were not run, and BudgetDraft's own row is in Table 3."
+    "table, EAGLE-3 was not run, the settings of TriForce are not given (its method is our cascade), and "
+    "BudgetDraft's own row is in Table 3."
 )
 
 # What has to be equal beside data sets: of AR, and of a drafter, beside its variant. The kinds come first,

@@ -89,8 +89,12 @@ def settings_text(cell: Cell) -> str:
 
 
 def models_of(cell: Cell) -> tuple[str, ...]:
-    """The models that a cell holds in memory, by their names in `Sizes`; the drafting model comes last."""
-    return ("target",) if cell.drafter in BASELINES else ("target", cell.drafter)
+    """The models that a cell holds in memory, by their names in `Sizes`; the drafting model comes last.
+
+    `cascade` stands for what it adds: the weights of its small drafter, and the KV of drafter and middle.
+    """
+    alone = cell.drafter in BASELINES and cell.drafter != "cascade"
+    return ("target",) if alone else ("target", cell.drafter)
 
 
 def size_of(name: str, sizes: Sizes) -> ModelSize:

@@ -51,6 +51,8 @@ def lacks(engine: Engine, cell: Cell) -> str:
         return f"{name} has no target that drafts for itself behind a budget"
     if cell.lossy:
         return f"{name} does not accept by {cell.rule}"
+    if cell.drafter == "cascade":
+        return f"{name} has no drafter that drafts for a middle model"
     if cell.threshold:
         return f"{name} drafts γ tokens in every round"
     if cell.drafter == "prompt_lookup" or cell.budget == "full":

@@ -23,7 +23,8 @@ from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.decode.target_reader import TargetReader
 from pipeline.errors import BadData
-from pipeline.kv.views import are_guided, placed, view_of
+from pipeline.kv.guides import are_guided
+from pipeline.kv.views import placed, view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.heads.load import is_head, load_head
 from pipeline.models.hub import model_folder

@@ -69,6 +69,13 @@ class Artifact:
             raise ValueError(f"{file} is damaged (no JSON object): delete it and run the stage again")
         return manifest
 
+    def missing(self, size: int) -> int:
+        """How many of `size` bytes, all that it will hold, are not written yet."""
+        if self.complete:
+            return 0
+        there = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return max(size - there, 0)
+
     @property
     def lock(self) -> FileLock:
         """Held by the run that works on this folder; a run that is killed lets go of it."""

@@ -26,7 +26,8 @@ from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
 from pipeline.decode.target_reader import TargetReader
-from pipeline.kv.views import are_guided
+from pipeline.kv.guides import are_guided
+from pipeline.kv.views import placed
 from pipeline.models.generation import stop_tokens
 from pipeline.models.heads.load import load_head
 from pipeline.models.layers import share_frozen
@@ -37,7 +38,7 @@ from pipeline.store.layout import FAILED, SIZES
 from pipeline.store.rows import Continuation, FailedCell, ModelSize, Prompt, PromptRow, StepTimes
 from pipeline.sweep.grid import Drafter, views_of
 from pipeline.sweep.make_rows import CELL_ERRORS, all_cells, make_failure
-from pipeline.sweep.measurer import Trial
+from pipeline.sweep.measurer import Inner, Trial
 from pipeline.sweep.replayer import PromptReplay, PromptViews, lookup_rows
 from pipeline.sweep.step_times import random_prompt, step_times
 
@@ -93,12 +94,13 @@ def failures_of(task: ReplayTask | MeasureTask) -> Path:
 class Contender:
     """A draft source with two forms of its model over the same memory: `model` replays, `fast` decodes.
 
-    Both are None for a source without a model.
+    Both are None for a source without a model. `inner` drafts within a cascade.
     """
 
     drafter: Drafter
     model: PreTrainedModel | None = field(repr=False)
     fast: DecodeModel | None = field(repr=False)
+    inner: Inner | None = field(default=None, repr=False)
 
 
 class Evaluator:
@@ -115,19 +117,23 @@ class Evaluator:
         self.config, self.sweep, self.device, self.target_ref = config, config.sweep, device, target
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         dispatch.choose(config.run.kernels)
-        refs = [drafter.ref for drafter in drafters if drafter.ref is not None]
+        refs = [ref for drafter in drafters for ref in (drafter.ref, drafter.inner) if ref is not None]
         self.num_tokens = shared_tokens(self.tokenizer, target, *refs)
-        self.loaded: list[PreTrainedModel] = []
+        self.loaded: list[tuple[ModelRef, tuple[PreTrainedModel, DecodeModel]]] = []
         self.contenders = [self.contender(drafter) for drafter in drafters]
         self.runners = Runners(config.decode.compile)
         self.warm: set[tuple[object, ...]] = set()
 
     def load(self, ref: ModelRef) -> tuple[PreTrainedModel, DecodeModel]:
+        """A model, or the one that was loaded before: the drafter of a cascade may be evaluated itself."""
+        for known, pair in self.loaded:
+            if known == ref:
+                return pair
         model = load_model(ref, self.num_tokens, self.device)
         if self.config.drafter.kind == "first_layers":
-            share_frozen(model, self.loaded)
-        self.loaded.append(model)
-        return model, decode_model(model, self.config.decode.prefill_chunk)
+            share_frozen(model, [pair[0] for _, pair in self.loaded])
+        self.loaded.append((ref, (model, decode_model(model, self.config.decode.prefill_chunk))))
+        return self.loaded[-1][1]
 
     @cached_property
     def target(self) -> tuple[PreTrainedModel, DecodeModel]:
@@ -146,7 +152,11 @@ class Evaluator:
             head = load_head(drafter.ref, self.target[0], self.device)
             return Contender(drafter, head, LeanHead(head, self.reader))
         pair = self.target if drafter.role == "target" else self.load(drafter.ref)
-        return Contender(drafter, *pair)
+        inner = None
+        if drafter.inner is not None and (cascade := self.sweep.cascade):
+            view = placed(cascade.view, drafter.positions)
+            inner = Inner(self.load(drafter.inner)[1], view, cascade.gamma)
+        return Contender(drafter, *pair, inner)
 
     def __call__(self, task: SweepTask) -> Evaluated:
         """Do a task unless its rows are there; failed cells are written apart and tried again next time."""
@@ -175,15 +185,17 @@ class Evaluator:
         prompts = read_rows(task.prompts, Prompt)
         columns = zip(*(read_rows(file, Continuation) for file in task.continuations), strict=True)
         texts = list(columns)
+        guides = [first.guide for first, *_ in texts]
         for contender in self.contenders:
             made: PromptReplay | None = None
             if contender.model is not None and contender.fast is not None:
-                views = views_of(self.sweep, contender.drafter)
+                views, inner = views_of(self.sweep, contender.drafter), contender.inner
                 made = PromptReplay(
                     self.sweep,
                     contender.drafter,
                     contender.model,
-                    PromptViews(contender.fast, prompts, views, [first.guide for first, *_ in texts]),
+                    PromptViews(contender.fast, prompts, views, guides),
+                    inner and PromptViews(inner.model, prompts, [inner.view], guides),
                 )
             for at in range(task.first, task.last):
                 try:
@@ -213,7 +225,9 @@ class Evaluator:
 
     def measure_batch(self, batch: list[Prompt], task: MeasureTask) -> Iterator[PromptRow | FailedCell]:
         (target, fast_target), picks = self.target, task.picks
-        self_views = [pick.view for pick in picks if pick.drafter == "self_speculation"]
+        drafting = {one.drafter.name for one in self.contenders if one.drafter.role == "target"}
+        self_views = [pick.view for pick in picks if pick.drafter in drafting]
+        within = [contender.inner.view for contender in self.contenders if contender.inner]
         bench: Bench | None = None
         for contender in self.contenders:
             cells = [pick for pick in picks if pick.drafter == contender.drafter.name]
@@ -227,7 +241,7 @@ class Evaluator:
                     max(self.sweep.gammas),
                     list(dict.fromkeys(self_views)),
                     rehearse=True,
-                    guided=are_guided(pick.view for pick in picks),
+                    guided=are_guided([*(pick.view for pick in picks), *within]),
                 )
                 trial = Trial(
                     self.sweep,
@@ -240,6 +254,7 @@ class Evaluator:
                     stop_tokens(target),
                     self.tokenizer,
                     self.warm,
+                    contender.inner,
                 )
                 yield from list(trial.rows())
             except CELL_ERRORS as error:
@@ -252,7 +267,8 @@ class Evaluator:
         """Step times of one representative of each kind of draft source: the trained ones have one shape."""
         kinds: dict[str | None, Contender] = {}
         for contender in self.contenders:
-            kinds.setdefault(contender.drafter.baseline, contender)
+            if contender.drafter.predictable:
+                kinds.setdefault(contender.drafter.baseline, contender)
         times = self.step_times(task, kinds.values())
         write_rows(task.output.parent.parent / SIZES, self.sizes())
         write_rows(task.output, times)
@@ -276,23 +292,27 @@ class Evaluator:
         return times
 
     def sizes(self) -> list[ModelSize]:
-        """Sizes of the target, and of every drafter that has a model of its own."""
-        models = {"target": self.target}
-        models |= {
-            contender.drafter.name: (contender.model, contender.fast)
-            for contender in self.contenders
-            if contender.model is not None
-            and contender.fast is not None
-            and contender.drafter.baseline is None
-        }
-        return [
-            ModelSize(
-                name=name,
-                weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-                kv_bytes_per_token=fast.geometry.num_bytes(1, 1),
-            )
-            for name, (model, fast) in models.items()
-        ]
+        """Sizes of the target, of every drafter that has a model of its own, and of what a cascade adds: its
+        drafter's weights, and the KV of a token in the caches of drafter and middle."""
+        sizes = [size_of("target", *self.target)]
+        for contender in self.contenders:
+            name, model, fast = contender.drafter.name, contender.model, contender.fast
+            if model is None or fast is None:
+                continue
+            if contender.drafter.inner is not None:
+                sizes.append(size_of(name, *self.load(contender.drafter.inner), fast))
+            elif contender.drafter.baseline is None:
+                sizes.append(size_of(name, model, fast))
+        return sizes
+
+
+def size_of(name: str, weights: PreTrainedModel, *caches: DecodeModel) -> ModelSize:
+    """The weights of one model, and the KV of a token in the caches of one or several."""
+    return ModelSize(
+        name=name,
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights.parameters()),
+        kv_bytes_per_token=sum(fast.geometry.num_bytes(1, 1) for fast in caches),
+    )
 
 
 def earlier(task: SweepTask) -> Evaluated | None:

@@ -31,8 +31,9 @@ SELF_POLICIES = ("streaming", "snapkv")
 class Drafter:
     """A draft source to evaluate: a trained model, with the positions it was trained on, or a baseline.
 
-    `ref` is the target's for self-speculation, and None for a source without a model. `positions` are those
-    that the drafter was trained with.
+    `ref` is the target's for self-speculation and for a cascade, whose small drafter is `inner`; it is None
+    for a source without a model. `positions` are those that the drafter, or what drafts within a cascade, was
+    trained with.
     """
 
     name: str
@@ -41,10 +42,17 @@ class Drafter:
     baseline: Baseline | None = None
     trained_kind: DrafterKind = "lm"
     positions: Positions = "true"
+    inner: ModelRef | None = None
 
     @property
     def kind(self) -> DrafterKind:
         return self.baseline or self.trained_kind
+
+    @property
+    def predictable(self) -> bool:
+        """Whether its speed follows from single steps and replay: how often the middle of a cascade is asked
+        depends on the text."""
+        return self.baseline != "cascade"
 
     @property
     def role(self) -> Literal["target", "drafter"] | None:
@@ -73,12 +81,17 @@ def draft_sources(config: Config) -> list[Drafter]:
         for variant in config.train.drafters
         if chosen_drafter(variant.name, config.sweep.drafters)
     ]
-    return trained + [Drafter(name, None, 0, name) for name in config.sweep.baselines]
+    baselines = [Drafter(name, None, 0, name) for name in config.sweep.baselines]
+    if cascade := config.sweep.cascade:
+        placed_as = {variant.name: variant.positions for variant in config.train.drafters}
+        within = placed_as[cascade.drafter]
+        baselines = [replace(b, positions=within) if b.name == "cascade" else b for b in baselines]
+    return trained + baselines
 
 
 def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
     """The views of a drafter, then its controls; a baseline has no controls."""
-    if drafter.baseline == "self_speculation":
+    if drafter.role == "target":
         sparse = [budget for budget in sweep.budgets if budget != "full" and budget > 0]
         return [View(policy, budget) for policy in SELF_POLICIES for budget in sparse]
     if drafter.baseline:

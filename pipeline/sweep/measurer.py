@@ -4,50 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.axes import Cell, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, Timed, timed_prefill
+from pipeline.decode.cascade import CascadeDrafts
 from pipeline.decode.dropmatch import DropMatch
 from pipeline.decode.feature_head import drafts
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES, DraftSource
 from pipeline.hardware import describe
-from pipeline.kv.views import PrefixView, are_guided
+from pipeline.kv.guides import are_guided
+from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round
 from pipeline.store.rows import FailedCell, PromptRow, Timing
 from pipeline.sweep.grid import Drafter, texts
 from pipeline.sweep.make_rows import CELL_ERRORS, at_chance, make_failure, make_row
 
 
+class Inner(NamedTuple):
+    """What drafts for the middle of a cascade: a drafter, its view, and its proposals of an inner round."""
+
+    model: DecodeModel
+    view: View
+    gamma: int
+
+
 class Views:
     """What a draft source keeps of each prompt of a bench, view by view.
 
     `prefill_s` is the time of reading each prompt, and of the target's guide where a view asks for one,
-    beside the target's prefill: 0 where there is no model.
+    beside the target's prefill: 0 where there is no model. The views of a cascade are its middle's, and
+    `inner` is what drafts for that.
     """
 
     def __init__(
-        self, bench: Bench, drafter: Drafter, model: DecodeModel | None, views: Iterable[View]
+        self,
+        bench: Bench,
+        drafter: Drafter,
+        model: DecodeModel | None,
+        views: Iterable[View],
+        inner: Inner | None = None,
     ) -> None:
-        self.bench, self.drafter, self.model = bench, drafter, model
+        self.bench, self.drafter, self.model, self.inner = bench, drafter, model, inner
+        self.inner_kept: list[PrefixView] = []
         self.prefill_s = [0.0] * len(bench.prompts)
         self.kept: dict[View, list[PrefixView]] = {view: [] for view in views}
-        for row, prompt in enumerate(bench.prompts):
+        for row in range(len(bench.prompts)):
             if model is None:
                 break
-            if drafter.baseline == "self_speculation":
+            if drafter.role == "target":
                 prefix_views = [bench.self_kept[row][view] for view in self.kept]
                 self.prefill_s[row] = bench.self_prefill_s[row]
             else:
-                wanted, guides = [view.kept for view in self.kept], bench.guides[row]
-                prefix_views, _, seconds = timed_prefill(model, prompt, wanted, bench.rehearse, guides)
-                self.prefill_s[row] = seconds + (bench.guide_s[row] if are_guided(self.kept) else 0.0)
+                prefix_views, self.prefill_s[row] = self.read(row, model, list(self.kept))
             for kept, view in zip(self.kept.values(), prefix_views, strict=True):
                 kept.append(view)
+            if inner is not None:
+                read, seconds = self.read(row, inner.model, [inner.view])
+                self.inner_kept += read
+                self.prefill_s[row] += seconds
+
+    def read(self, row: int, model: DecodeModel, views: Sequence[View]) -> tuple[list[PrefixView], float]:
+        """What views of a prompt keep, and the seconds of reading it."""
+        bench, wanted = self.bench, [view.kept for view in views]
+        prompt, guides = bench.prompts[row], bench.guides[row]
+        kept, _, seconds = timed_prefill(model, prompt, wanted, bench.rehearse, guides)
+        return kept, seconds + (bench.guide_s[row] if are_guided(views) else 0.0)
 
     def source(self, view: View, threshold: float = 0.0) -> DraftSource:
         """The source behind one view, as it is at the end of the prompts."""
@@ -57,11 +84,18 @@ class Views:
             make = SOURCES[self.drafter.name]
             return make(tokens, bench.room, bench.target.model.num_tokens, bench.device)
         kept = self.kept[view]
+        if self.inner is not None:
+            model, gamma = self.inner.model, self.inner.gamma
+            small = bench.drafter(model, self.inner_kept, gamma)
+            return CascadeDrafts(small, bench.drafter(self.model, kept, gamma), gamma)
         return drafts(bench.drafter(self.model, kept), kept, threshold)
 
     def kv_bytes(self, view: View) -> list[int]:
-        """The bytes kept of each prompt; 0 for a source without a model."""
-        return [kept.num_bytes for kept in self.kept[view]] or [0] * len(self.bench.prompts)
+        """The bytes kept of each prompt, by all that draft; 0 for a source without a model."""
+        if self.model is None:
+            return [0] * len(self.bench.prompts)
+        inner = [kept.num_bytes for kept in self.inner_kept] or [0] * len(self.bench.prompts)
+        return [kept.num_bytes + more for kept, more in zip(self.kept[view], inner, strict=True)]
 
 
 @dataclass
@@ -69,7 +103,7 @@ class Trial:
     """A draft source, the bench that it is measured on, the cells to measure, how often and at which
     temperatures, and the shapes that ran before.
 
-    `model` is None for a source without one.
+    `model` is None for a source without one, `inner` for all but a cascade.
     """
 
     sweep: Sweep
@@ -82,6 +116,7 @@ class Trial:
     eos: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
     warm: set[tuple[object, ...]]
+    inner: Inner | None = None
 
     def rows(self) -> Iterator[PromptRow | FailedCell]:
         """All cells of this drafter: AR and every cell in turn, `repeats` times over, every second time in
@@ -90,7 +125,7 @@ class Trial:
         A cell that fails ends alone; what fails for all of them, such as AR, is raised.
         """
         views = dict.fromkeys(cell.view for cell in self.cells)
-        self.views = Views(self.bench, self.drafter, self.model, views)
+        self.views = Views(self.bench, self.drafter, self.model, views, self.inner)
         for chance in texts(self.sweep, self.temperatures):
             yield from self.rows_of(chance)
 

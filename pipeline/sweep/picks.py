@@ -10,7 +10,15 @@ from pipeline.axes import BASELINES, NOTHING, Cell, Place, budget_order, family
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Measure, Sweep
 from pipeline.store.rows import PredictedRow
-from pipeline.sweep.grid import Drafter, cells_at, cells_behind, chosen, chosen_drafter, views_of
+from pipeline.sweep.grid import (
+    Drafter,
+    cells_at,
+    cells_behind,
+    chosen,
+    chosen_drafter,
+    draft_sources,
+    views_of,
+)
 
 
 def configured_picks(sweep: Sweep, drafters: Sequence[Drafter], place: Place) -> list[Cell]:
@@ -96,6 +104,36 @@ def worth_measuring(here: Sequence[Cell], drafters: Sequence[str]) -> list[Cell]
     if trained:
         picked += corners([cell for cell in trained if plane_of(cell) == plane_of(trained[0])])
     return list(dict.fromkeys(picked))
+
+
+def most_timed(config: Config, place: Place) -> set[Cell]:
+    """The named cells of a place and, where speed is predicted, the most that predictions can point at.
+
+    `worth_measuring` picks from made-up predictions, once for every plane: a cell of the plane is the
+    fastest, and next come the cells that add most.
+    """
+    sources = {source.name: source for source in draft_sources(config)}
+    named, most = set(picks_at(config.sweep, list(sources.values()), place)), set[Cell]()
+    timed, names = {cell.drafter for cell in named}, first_seeds(list(sources))
+    swept = [
+        cell
+        for name in names
+        if sources[name].predictable
+        for cell in cells_at(config.sweep, sources[name], place)
+    ]
+    cells = [cell for cell in swept if not cell.control and not cell.threshold]
+    trained = [cell for cell in cells if not sources[cell.drafter].baseline] if config.sweep.predicts else []
+    for plane in dict.fromkeys(map(plane_of, trained)):
+        plane_cells = [cell for cell in trained if plane_of(cell) == plane]
+        taken = {*named, *corners(plane_cells)}
+        free = [cell for cell in cells if cell not in taken]
+        fastest = [*(cell for cell in plane_cells if cell not in taken), plane_cells[0]][0]
+        # One cell of each source that is not timed yet, before a second cell of any source.
+        others = {cell.drafter: cell for cell in reversed(free) if cell.drafter not in {plane[0], *timed}}
+        order = dict.fromkeys([fastest, *others.values(), *free, *cells])
+        added = set(worth_measuring(list(order), names)) - named
+        most = max(most, added, key=lambda more: (len(more), len({cell.drafter for cell in more} - timed)))
+    return named | most
 
 
 def plane_of(cell: Cell) -> tuple[str, str]:

@@ -22,7 +22,8 @@ from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES
 from pipeline.errors import NotFinite
-from pipeline.kv.views import PrefixView, are_guided, stored_guide
+from pipeline.kv.guides import are_guided, stored_guide
+from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts
 from pipeline.models.heads.eagle import FeatureHead
 from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
@@ -36,12 +37,17 @@ REMEMBERED = 2  # prompts of which a drafter's views are held
 
 @dataclass
 class PromptReplay:
-    """A drafter with a model, and its views of the prompts of one file."""
+    """A drafter with a model, and its views of the prompts of one file.
+
+    What a cascade proposes is what its middle would without a drafter, so the middle is replayed; of the view
+    of its drafter, `inner`, the size is all that counts.
+    """
 
     sweep: Sweep
     drafter: Drafter
     model: PreTrainedModel
     views: PromptViews
+    inner: PromptViews | None = None
 
     def rows(self, prompt: Prompt, continuations: Sequence[Continuation]) -> Iterator[PromptRow | FailedCell]:
         """All cells of a prompt; one prefill of the drafter serves all its continuations."""
@@ -90,6 +96,9 @@ class PromptReplay:
     ) -> Iterator[PromptRow | FailedCell]:
         mode, chance = telling(continuation, self.sweep)
         finite = told.finite
+        inner_bytes = 0
+        if self.inner is not None:
+            inner_bytes = sum(view.num_bytes for view in self.inner.of(prompt).values())
         place = Place(prompt.dataset, prompt.context)
         behind = [cells_behind(self.sweep, self.drafter, place, view) for view in views]
         # A column holds the cells of one γ and threshold behind every view.
@@ -106,7 +115,7 @@ class PromptReplay:
                         prompt,
                         cell_counts,
                         continuation.tokens,
-                        view.num_bytes,
+                        view.num_bytes + inner_bytes,
                         self.sweep.looping_rate,
                     )
         for seen, good in zip(views, finite, strict=True):

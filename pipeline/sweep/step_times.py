@@ -23,7 +23,7 @@ from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.runner import Runners
 from pipeline.decode.sampling import GREEDILY
-from pipeline.kv.views import are_guided
+from pipeline.kv.guides import are_guided
 from pipeline.store.rows import Prompt, StepTimes
 from pipeline.sweep.grid import Drafter, views_of
 from pipeline.sweep.measurer import Views
@@ -81,7 +81,7 @@ def step_times(
     if drafter.baseline is None:  # another policy keeps other entries, but as many
         behind = [view for view in behind if view.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
-    self_views = behind if drafter.baseline == "self_speculation" else []
+    self_views = behind if drafter.role == "target" else []
     guided = are_guided(behind)
     bench = Bench(runners, target, [prompt], max(sweep.gammas), self_views, new_tokens, guided=guided)
     views = Views(bench, drafter, model, behind)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.train import Train, Variant
 from pipeline.errors import BadData
-from pipeline.kv.views import UNGUIDED, Guides
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.train.losses import TargetLabels
 
 PHASES = 4  # places in a window where windows may start; a fifth if the first start is none of them

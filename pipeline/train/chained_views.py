@@ -20,7 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.errors import NotFinite
-from pipeline.kv.views import stored_guide
+from pipeline.kv.guides import stored_guide
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows

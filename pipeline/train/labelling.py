@@ -1,59 +1,115 @@
-"""What the target says of training texts, as stage teach stores it: labels, features, guides.
+"""What the target says of tokens: its labels, texts of its own, and how far an engine's texts are its own.
 
-Shape legend: N sequences, B of them at a time, L tokens, P positions, V vocabulary, K listed tokens, R ranked
-chunks.
+A greedy text is the target's where every token is the arg-max of its logits behind the tokens before. Another
+program, precision or batch rounds otherwise, so near a tie a text may part from what the target would have
+written here; all its other tokens are still the arg-max behind their own prefix. So the share of such tokens
+says whether an engine runs this target.
+
+Shape legend: R texts; B prompts of S tokens; N sequences of L tokens, P of their positions at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.axes import FULL
 from pipeline.config.train import Labels
 from pipeline.decode.lean import side_by_side
-from pipeline.decode.model import kept_inputs
-from pipeline.errors import NotFinite
-from pipeline.kv.view_cache import Ranker
+from pipeline.decode.loop import Noted, autoregressive_noted
+from pipeline.decode.model import DecodeModel, kept_inputs
+from pipeline.decode.runner import Runner
+from pipeline.decode.sampling import Sampler
+from pipeline.decode.steps import note
+from pipeline.errors import BadData, NotFinite
+from pipeline.kv.guides import Ranking
+from pipeline.kv.slot_cache import slots_for
 from pipeline.train.features import half
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
 
 
-def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
-    return np.uint16 if num_tokens <= 1 << 16 else np.uint32
+class Engine(Protocol):
+    """Who writes greedy texts in the target's place."""
+
+    name: str
+    least_agreement: float
+
+    def write(
+        self, prompts: Mapping[str, Sequence[int]], count: int, ends: bool
+    ) -> dict[str, list[int] | None]:
+        """By the prompts' names, the texts behind them: `count` tokens, fewer where an EOS `ends` one.
+
+        None stands for a text that cannot be read as tokens, or that ends elsewhere.
+
+        Raises:
+            BadData: if a prompt is refused, or answered by what is no text of this target's tokens.
+            Incomplete: if the engine does not answer in time.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """How the chunks of training prefixes are ranked: at these `places` of a sequence, the best `most` of
-    `chunks`."""
+class Agreement:
+    """Of the tokens of an engine's text, how many are the target's arg-max."""
 
-    places: Sequence[int]
-    most: int
-    chunks: int
+    prompt: str
+    tokens: int
+    matching: int
 
-    def ranker(self, target: PreTrainedModel, lengths: Sequence[int]) -> Ranker:
-        last = target.config.get_text_config(decoder=True).num_hidden_layers - 1
-        return Ranker(last, lengths, self.most)
+    @property
+    def share(self) -> float:
+        return self.matching / self.tokens if self.tokens else 1.0
 
-    @torch.no_grad()
-    def of_texts(self, target: PreTrainedModel, tokens_BL: Tensor, lengths: Sequence[int]) -> np.ndarray:
-        """[B, P, R], of these prefixes of texts that are read for nothing else."""
-        ranker = self.ranker(target, lengths)
-        target.base_model(input_ids=tokens_BL[:, : max(lengths)], use_cache=False, view_cache=ranker)
-        return self.stored(ranker)
 
-    def stored(self, ranker: Ranker) -> np.ndarray:
-        """[B, P, R], of the P prefixes that a ranker has seen."""
-        guides = [ranker.guides[length] for length in ranker.lengths]
-        ranked = [F.pad(guide, (0, self.most - guide.shape[1]), value=self.chunks) for guide in guides]
-        return torch.stack(ranked, 1).cpu().numpy().astype(smallest_uint(self.chunks + 1))
+def agreement(
+    prompt: str, text: Sequence[int] | None, best: np.ndarray, never: frozenset[int] = frozenset()
+) -> Agreement:
+    """How far a text is the target's, whose arg-max at its places, and maybe behind them, is `best`.
+
+    A text that cannot be read counts as one other token. Places where the arg-max is a token that the text
+    was `never` to have say nothing.
+    """
+    if text is None:
+        return Agreement(prompt, 1, 0)
+    pairs = [(token, own) for token, own in zip(text, best.tolist(), strict=False) if own not in never]
+    return Agreement(prompt, len(pairs), sum(token == own for token, own in pairs))
+
+
+def shares(told: Sequence[Agreement]) -> np.ndarray:
+    """[R] of each text, as it is stored."""
+    return np.array([one.share for one in told])
+
+
+def refused(told: Sequence[Agreement], engine: Engine) -> set[str]:
+    """The prompts whose texts the target has to write itself.
+
+    Raises:
+        BadData: if the texts together are below the threshold by more than one token: then it is no rounding,
+            and the engine does not run this target.
+    """
+    least = engine.least_agreement
+    tokens, matching = sum(one.tokens for one in told), sum(one.matching for one in told)
+    if tokens - matching > max(1.0, (1 - least) * tokens):
+        worst = min(told, key=lambda one: one.share)
+        raise BadData(
+            f"labels.server: of {tokens} tokens that {engine.name} wrote, {matching / tokens:.2%} are the "
+            f"target's arg-max, and least_agreement asks for {least:.2%}; behind {worst.prompt} it is "
+            f"{worst.share:.2%} of {worst.tokens}. Serve the very weights of the target, in their precision, "
+            "not quantised, from an engine that gives token ids (vLLM from 0.10 on), or leave "
+            "labels.server out: then the target writes"
+        )
+    return {one.prompt for one in told if one.share < least}
+
+
+def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
+    return np.uint16 if num_tokens <= 1 << 16 else np.uint32
 
 
 @torch.inference_mode()
@@ -111,3 +167,45 @@ def label_logits(
         made["ids"] = top.indices.cpu().numpy().astype(kind)
         made["log_probs"] = log_probs_BPK.cpu().numpy().astype(np.float16)
     return {**made, "argmax": logits_BPV.argmax(-1).cpu().numpy().astype(kind)}
+
+
+def write_ahead(
+    target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> list[list[Noted]]:
+    """The target's continuation of each of B prefixes of equal length: up to `count` tokens, or to EOS.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    return write_on(*behind_prefixes(target, tokens_BS, count)[:2], count, eos, sampler)
+
+
+def behind_prefixes(
+    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1, guided: bool = False
+) -> tuple[Runner, Tensor, Tensor | None, Tensor | None]:
+    """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there; the
+    features [R, S, F] of the prefixes where the target gives some; if `guided` the guide [B, C] of each."""
+    B, S = tokens_BS.shape
+    (view,), logits_BV, features_BSF = target.read(tokens_BS, [(S, FULL)])
+    runner = Runner(target, B * copies, slots_for(S), room, "none")
+    for row in range(B * copies):
+        runner.cache.load_row(row, view, row // copies)
+    if not torch.isfinite(logits_BV).all():
+        raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
+    repeated = None if features_BSF is None else features_BSF.repeat_interleave(copies, 0)
+    guide_BC = view.guiding()[S] if guided else None
+    return runner, logits_BV.repeat_interleave(copies, 0), repeated, guide_BC
+
+
+@torch.no_grad()
+def write_on(
+    runner: Runner, logits_RV: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> list[list[Noted]]:
+    """A text behind each row's prefix, whose logits are given."""
+    first_R = sampler.choose(logits_RV)
+    columns = (first_R, *note(sampler.rule, logits_RV, first_R))
+    texts = [[Noted(*chosen)] for chosen in zip(*(values.tolist() for values in columns), strict=True)]
+    for step in autoregressive_noted(runner, first_R.tolist(), count, eos, sampler):
+        for text, chosen in zip(texts, step, strict=True):
+            text += [] if chosen is None else [chosen]
+    return texts

@@ -17,9 +17,10 @@ from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.errors import NotFinite
+from pipeline.kv.guides import UNGUIDED, Guides, stored_guide
 from pipeline.kv.policies import GUIDED
 from pipeline.kv.view_cache import read_prefix
-from pipeline.kv.views import UNGUIDED, Guides, stored_guide, view_of
+from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
 from pipeline.models.draft_vocabulary import draft_tokens
 from pipeline.store.rows import Continuation, Prompt

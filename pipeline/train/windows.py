@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.axes import View
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_hidden, read_prefix
-from pipeline.kv.views import UNGUIDED, Guides
 from pipeline.models.head import plain_head
 from pipeline.train.losses import States
 

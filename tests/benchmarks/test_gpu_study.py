@@ -24,12 +24,12 @@ from benchmarks.gpu_study import travel
 from benchmarks.gpu_study.travel import light_copy
 from benchmarks.rows import row, write
 from jobs.executors.inline import InlineExecutor
-from jobs.plan.facts import shapes_of
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import load_config
 from pipeline.config.models import ScratchModel
 from pipeline.config.schema import Config
 from pipeline.data.prepare import settings
+from pipeline.models.shape import shapes_of
 from pipeline.results.summary import Summary
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow

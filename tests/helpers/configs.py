@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+from pipeline.config.schema import Config
 
 SCRATCH: dict[str, Any] = {
     "kind": "scratch",
@@ -43,3 +46,11 @@ MINIMAL: dict[str, Any] = {
     "run": {"executor": "inline", "device": "cpu"},
     "tracking": {"enabled": False},
 }
+
+
+def config_with(**groups: dict[str, Any]) -> Config:
+    """The minimal config with some fields of its groups changed."""
+    values = copy.deepcopy(MINIMAL)
+    for group, change in groups.items():
+        values[group] = {**values.get(group, {}), **change}
+    return Config.model_validate(values)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.metrics import Round
-from tests.helpers.clock import patience
+from tests.helpers.clock import patience, wait_for
 from tests.helpers.feature_heads import prompt
+from tests.helpers.mlflow_server import free_port
 from tests.helpers.paths import ROOT
 
 PYTHON = Path(os.environ.get("BUDGETDRAFT_VLLM", ROOT / ".venv-vllm" / "bin" / "python"))
@@ -65,6 +68,42 @@ def serve(folder: Path, target: Path, speculative: dict[str, Any] | None, **engi
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return Served(**json.loads(lines[0].removeprefix("RESULT ")))
+
+
+def for_vllm(values: dict[str, Any]) -> None:
+    """Models of a toy config get a shape that vLLM's attention takes."""
+    for role in ("target", "drafter"):
+        values[role] |= {"hidden": 64, "heads": 2, "kv_heads": 1}
+
+
+@contextmanager
+def api_server(target: Path, log: Path, flags: str, *more: str, at_once: int = 1) -> Iterator[str]:
+    """The address of `vllm serve` with these flags of `speculation`, until the context is left."""
+    port = free_port()
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), *more]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "256", "--max-num-seqs", str(at_once), "--no-enable-prefix-caching"]
+    command += ["--speculative-config", flags.split("'")[1]] if flags else []
+    quiet = {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **quiet})
+    url = f"http://127.0.0.1:{port}"
+
+    def up() -> bool:
+        try:
+            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_for(up, "vLLM answered", 300, process, lambda: log.read_text()[-3000:])
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def longer(target: PreTrainedModel, tokens: Tensor) -> list[int]:

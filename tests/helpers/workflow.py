@@ -29,14 +29,22 @@ BIN = Path(sys.executable).parent
 LEFT_OUT = ("Install",)
 SHELL = ("bash", "--noprofile", "--norc", "-eo", "pipefail")
 EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
-# Condition of a step → whether it runs, by the outcomes of steps so far, by name.
+
+
+def goes_well(outcomes: Mapping[str, str]) -> bool:
+    return not {"failure", "cancelled"} & set(outcomes.values())
+
+
+# Condition of a step → whether it runs, by the outcomes of steps so far, by name, and its environment.
 CONDITIONS = {
-    None: lambda outcomes: not {"failure", "cancelled"} & set(outcomes.values()),
-    "always()": lambda outcomes: True,
-    "cancelled()": lambda outcomes: "cancelled" in outcomes.values(),
-    "${{ !cancelled() && steps.submit.outcome == 'success' }}": lambda outcomes: (
+    None: lambda outcomes, env: goes_well(outcomes),
+    "always()": lambda outcomes, env: True,
+    "cancelled()": lambda outcomes, env: "cancelled" in outcomes.values(),
+    "${{ !cancelled() && steps.submit.outcome == 'success' }}": lambda outcomes, env: (
         "cancelled" not in outcomes.values() and outcomes["Submit and follow"] == "success"
     ),
+    "env.SERVER != ''": lambda outcomes, env: goes_well(outcomes) and env["SERVER"] != "",
+    "env.PROMOTE == 'true'": lambda outcomes, env: goes_well(outcomes) and env["PROMOTE"] == "true",
 }
 PATIENCE_S = 60  # until a step that is to be cancelled says something
 GRACE_S = 7.5  # of a runner, between SIGINT and worse
@@ -103,10 +111,10 @@ def run_job(
         name = step.get("name", step.get("uses"))
         if "run" not in step or name in LEFT_OUT:
             continue
-        if not CONDITIONS[step.get("if")](outcomes):
+        own = {key: resolve(text, given) for key, text in (job_env | step.get("env", {})).items()}
+        if not CONDITIONS[step.get("if")](outcomes, own):
             outcomes[name] = "skipped"
             continue
-        own = {key: resolve(text, given) for key, text in (job_env | step.get("env", {})).items()}
         kept = dict(line.split("=", 1) for line in files["GITHUB_ENV"].read_text().splitlines())
         (folder / "step.sh").write_text(step["run"], encoding="utf-8")
         output = folder / f"{name}.log"

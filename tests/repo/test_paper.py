@@ -10,7 +10,7 @@ import pytest
 from pipeline.axes import Place
 from pipeline.config.files import load_config
 from pipeline.config.schema import Config
-from pipeline.plan.sweep_counts import count_sweep
+from pipeline.sweep.counts import count_sweep
 from pipeline.sweep.grid import Drafter
 from pipeline.sweep.picks import configured_picks
 from tests.helpers.paths import ROOT

@@ -104,8 +104,11 @@ def test_linters_find_nothing(program: str, tmp_path: Path) -> None:
 STAND_IN = """#!/bin/sh
 printf '%s\\0' "$@" >> "$RUNNER_TEMP/$1"
 case "$1" in
-submit) echo raysubmit_1; echo "a log line"; sleep "${SUBMIT_S:-0}"; exit "${SUBMIT_CODE:-0}" ;;
+submit)
+    echo raysubmit_1; echo "a log line"; echo /data/runs/report-1/summary.json
+    sleep "${SUBMIT_S:-0}"; exit "${SUBMIT_CODE:-0}" ;;
 gate) mkdir -p gate; echo "## Gate: fail" > gate/gate.md; exit "${GATE_CODE:-0}" ;;
+check-server) mkdir -p check; echo "## Server: fail" > check/check.md; exit "${SERVER_CODE:-0}" ;;
 esac
 """
 GIVEN = {
@@ -190,7 +193,8 @@ def test_a_cancelled_run_stops_its_job_and_decides_nothing(
     outcomes = run_sweep(tmp_path, programs, cancelled_in="Submit and follow")
     assert outcomes == {
         "Token": "success", "Submit and follow": "cancelled", "Stop the job": "success",
-        "Gate": "skipped", "Report": "skipped", "Remove the token": "success",
+        "Gate": "skipped", "Server": "skipped", "Promote": "skipped", "Report": "skipped",
+        "Remove the token": "success",
     }  # fmt: skip
     assert told(tmp_path, "job") == ["job", "stop", "raysubmit_1"]
     assert not (tmp_path / "runner" / "ray-token").exists()
@@ -213,13 +217,72 @@ def test_a_refused_drafter_is_published_all_the_same(
     assert (tmp_path / "runner" / "GITHUB_STEP_SUMMARY").read_text() == "## Gate: fail\n"
 
 
+def test_a_server_is_checked_between_gate_and_promotion(tmp_path: Path, programs: Path) -> None:
+    options = "--gamma 3 --window 256 '--drafter=$(touch x)'"
+    outcomes = run_sweep(
+        tmp_path, programs, promote="true", server="http://127.0.0.1:8000", server_options=options
+    )
+    assert [name for name in outcomes if name in ("Gate", "Server", "Promote")] == [
+        "Gate",
+        "Server",
+        "Promote",
+    ]
+    assert {outcomes[name] for name in ("Gate", "Server", "Promote")} == {"success"}
+    assert told(tmp_path, "check-server") == [
+        "check-server", "http://127.0.0.1:8000", "--results", "/data/runs/report-1/summary.json",
+        "--output", "check", "--registered", "raysubmit_1", "--model", "budgetdraft",
+        "--gamma", "3", "--window", "256", "--drafter=$(touch x)",
+    ]  # fmt: skip
+    assert told(tmp_path, "gate").count("--promote") == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("code", ["5", "6", "3", "4"])
+def test_a_server_that_does_not_pass_stops_the_promotion(
+    tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setenv("SERVER_CODE", code)
+    outcomes = run_sweep(tmp_path, programs, promote="true", server="http://127.0.0.1:8000")
+    assert [outcomes[name] for name in ("Gate", "Server", "Promote", "Report")] == [
+        "success", "failure", "skipped", "success",
+    ]  # fmt: skip
+    assert "--promote" not in told(tmp_path, "gate")
+    assert told(tmp_path, "check-server")[-2:] == ["--gamma", "4"]
+    summary = (tmp_path / "runner" / "GITHUB_STEP_SUMMARY").read_text()
+    assert summary == "## Gate: fail\n## Server: fail\n"
+
+
+def test_no_server_is_asked_where_none_is_named_or_the_gate_refuses(
+    tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = run_sweep(tmp_path, programs, promote="true", server="")
+    assert (outcomes["Server"], outcomes["Promote"]) == ("skipped", "success")
+    monkeypatch.setenv("GATE_CODE", "5")
+    outcomes = run_sweep(tmp_path, programs, promote="true", server="http://127.0.0.1:8000")
+    assert (outcomes["Gate"], outcomes["Server"], outcomes["Promote"]) == ("failure", "skipped", "skipped")
+    assert not (tmp_path / "runner" / "check-server").exists()
+
+
+@pytest.mark.parametrize("event", ["schedule", "workflow_dispatch"])
+def test_only_scheduled_runs_check_the_server_of_the_variable(
+    tmp_path: Path, programs: Path, event: str
+) -> None:
+    given = {name: value for name, value in GIVEN.items() if not name.startswith("inputs.")}
+    given |= {"github.event_name": event, "vars.SWEEP_SERVER": "http://staging:8000"}
+    given |= {"vars.SWEEP_SERVER_OPTIONS": "--gamma 2"}
+    outcomes = run_job(SWEEP, "sweep", tmp_path, tmp_path / "runner", given, programs)
+    assert outcomes["Server"] == ("success" if event == "schedule" else "skipped")
+    if event == "schedule":
+        server = told(tmp_path, "check-server")
+        assert (server[1], server[-2:]) == ("http://staging:8000", ["--gamma", "2"])
+
+
 def test_nothing_follows_a_job_that_failed_and_the_token_goes(
     tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SUBMIT_CODE", "4")
     outcomes = run_sweep(tmp_path, programs)
     assert outcomes["Submit and follow"] == "failure"
-    assert outcomes["Gate"] == outcomes["Report"] == "skipped"
+    assert outcomes["Gate"] == outcomes["Server"] == outcomes["Promote"] == outcomes["Report"] == "skipped"
     assert outcomes["Remove the token"] == "success" and not (tmp_path / "runner" / "ray-token").exists()
     written = [path for path in (tmp_path / "runner").rglob("*") if path.is_file()]
     assert written and not any("s3cret" in path.read_text() for path in written)

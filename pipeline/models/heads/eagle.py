@@ -36,8 +36,9 @@ from transformers.models.llama.modeling_llama import (
 
 from pipeline.axes import View
 from pipeline.kv.attention import Span
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.policies import SNAP_WINDOW
-from pipeline.kv.views import UNGUIDED, Guides, PrefixView, span_of
+from pipeline.kv.views import PrefixView, span_of
 from pipeline.models.draft_vocabulary import DraftRows
 
 MODEL_TYPE = "budgetdraft_head"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from jobs.cli.main import app
 from jobs.commands.check_server import promises_of, served_view
+from jobs.registry import served, versions
 from jobs.registry.served import must_be_of
 from jobs.registry.versions import Version
 from pipeline.axes import FULL, View
@@ -278,6 +279,23 @@ def test_a_version_of_another_training_is_refused(results: Results) -> None:
     must_be_of(Version("", "m", 1, "r", made), results)
     with pytest.raises(BadData, match="m version 1 is multi_view of another training than multi_view of"):
         must_be_of(Version("", "m", 1, "r", {**made, "drafter_artifact": "other"}), results)
+
+
+def test_a_registered_drafter_is_the_one_that_is_checked(
+    fake: Making, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a run registered another drafter than its last."""
+    other = open_results(results.report.path, "full_only").drafter.fingerprint
+    asked: list[tuple[str | None, str]] = []
+
+    def resolve(uri: str, model: str | None, reference: str) -> Version:
+        asked.append((model, reference))
+        return Version(uri, "m", 7, "r", {"drafter": "full_only", "drafter_artifact": other})
+
+    monkeypatch.setattr(versions, "resolve", resolve)
+    monkeypatch.setattr(served, "attach", lambda version, check, folder: f"{folder.name} of {version.number}")
+    _, said, output = check(fake(), results, tmp_path / "it", "--registered", "job_1", "--model", "m")
+    assert said.drafter == "full_only" and asked == [("m", "job_1")] and "it of 7" in output
 
 
 def test_cells_that_were_not_replayed_are_refused_with_those_that_were(results: Results) -> None:

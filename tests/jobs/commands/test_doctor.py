@@ -251,6 +251,20 @@ def test_models_that_cannot_be_run(
     assert part is None or part in text
 
 
+def test_texts_beyond_a_models_positions_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sequences of 96 tokens; of a model that cannot be run at all nothing more is said."""
+    saved(tiny("llama"), tmp_path / "model")
+    config = make(tmp_path, target={"kind": "pretrained", "path": str(tmp_path / "model")})
+    assert doctor.doctor(config) == 0
+    status, text = table(capsys)["positions"]
+    assert status == "warn" and text.startswith("target is built for 64 positions, and data.sequence_tokens")
+    (tmp_path / "model/config.json").write_text("{}")
+    assert doctor.doctor(config) == 4
+    assert "positions" not in table(capsys)
+
+
 def test_models_to_be_trained_have_a_line_only_where_they_cannot_be_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

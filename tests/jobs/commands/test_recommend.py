@@ -170,6 +170,19 @@ def test_a_place_whose_cells_an_engine_cannot_serve_says_so(made: Path) -> None:
     assert "  out     1 measured cells: vLLM drafts γ tokens in every round" in text
 
 
+def test_no_engine_has_a_target_behind_a_budget(tmp_path: Path) -> None:
+    cells = {name: {"drafter": name, "policy": "snapkv"} for name in ("self_speculation", "cascade")}
+    rows = [varied(measured(prompt=n), kind=name, **cell) for name, cell in cells.items() for n in range(12)]
+    cascade = {"drafter": "multi_view", "budget": 16, "gamma": 2}
+    given = config(tmp_path, sweep={**MINIMAL["sweep"], "baselines": [*cells], "cascade": cascade})
+    folder = report(given, ReportInputs(*artifacts(tmp_path, rows, []), stages=[])).path
+    text = list(advise(folder, 64, None, None, 1, None, "vllm"))
+    assert {line for line in text if line.startswith("  out")} == {
+        "  out     1 measured cells: vLLM has no target that drafts for itself behind a budget",
+        "  out     1 measured cells: vLLM has no drafter that drafts for a middle model",
+    }
+
+
 def test_where_nothing_can_be_served(tmp_path: Path) -> None:
     rows = [measured(prompt=n) for n in range(12)]
     folder = report(config(tmp_path), ReportInputs(*artifacts(tmp_path, rows, []), stages=[])).path

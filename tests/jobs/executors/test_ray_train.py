@@ -12,7 +12,7 @@ from jobs.commands.doctor import _deepspeed
 from jobs.executors.ray_train import read_settings
 from jobs.plan.report import plan
 from pipeline.errors import BadData
-from pipeline.plan.shapes import Sharding, sharding_of
+from pipeline.train.sharding import Sharding, sharding_of
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_config
 
@@ -46,6 +46,35 @@ def test_zero_settings_of_another_type_are_named(tmp_path: Path, case: str) -> N
     assert len(text) < 400 + len(str(file))
 
 
+REFUSED = [
+    (
+        {"zero_optimization": {"stage": 1, "reduce_buckt_size": 5}},
+        "zero_optimization.reduce_buckt_size is no setting of DeepSpeed's; did you mean reduce_bucket_size",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "tape"}}},
+        "zero_optimization.offload_param.device is \"tape\": Input should be 'none', 'cpu' or 'nvme'",
+    ),
+    ({"zero_optimization": {"overlap_comm": "maybe"}}, 'zero_optimization.overlap_comm is "maybe"'),
+    (
+        {"zero_optimisation": {"stage": 3}},
+        "there is no 'zero_optimisation'; did you mean zero_optimization",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), REFUSED)
+def test_what_deepspeed_would_refuse_or_pass_over_is_named(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    """By DeepSpeed's own classes, before workers begin."""
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(BadData) as caught:
+        read_settings(str(file))
+    assert str(caught.value).startswith(f"train.deepspeed: {file}: {words}")
+
+
 def test_every_reader_says_so(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": 3}')
@@ -63,7 +92,12 @@ def test_settings_that_deepspeed_takes_are_taken(tmp_path: Path) -> None:
     for file in (ROOT / "conf/deepspeed").glob("*.json"):
         assert read_settings(str(file)) == json.loads(file.read_text())
     file = tmp_path / "zero.json"
-    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "reduce_bucket_size": 5e7, "other": "auto"}
+    zero = {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme"},
+        "reduce_bucket_size": 5e7,
+        "overlap_comm": True,
+    }
     file.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10}))
     assert sharding_of(read_settings(str(file)), 2) == Sharding(3, 2, 50_000_000, offload=True)
     file.write_text("{}")

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel
 from jobs.executors.inline import InlineExecutor
 from pipeline.config.models import FirstLayers
 from pipeline.models.load import layers_ref
+from pipeline.store.files import write_rows
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
 from pipeline.train.job import TrainJob, run_job
+from pipeline.train.teacher import AnswerTask, Teacher
 from tests.helpers.group import copy_state, run_group, train
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import Workshop, assert_same_run
+from tests.helpers.tiny import TRAIN, Workshop, assert_same_run, tiny_config, tiny_prompts
 
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 BACK = ("zero1", "zero3")  # whose sharded states one process goes on from
@@ -124,6 +127,43 @@ def test_a_drafter_of_the_targets_layers(layered: Workshop, target: PreTrainedMo
     assert not torch.equal(
         trained["model.layers.0.mlp.up_proj.weight"], target.state_dict()["model.layers.1.mlp.up_proj.weight"]
     )
+
+
+@pytest.mark.slow
+def test_answers_of_several_lengths(tmp_path: Path, make_model: Any) -> None:
+    """Of one window or two, beside plain text: ZeRO-3 counts on equal passes in every rank."""
+    target = make_model(layers=2, seed=3)
+    target.generation_config.eos_token_id = list(range(3, 12))  # ends some texts early
+    workshop = Workshop(tmp_path, target, make_model(layers=1, seed=7))
+    changes = SCRATCH | {
+        "data.sources": [
+            {"kind": "text", "name": "code", "files": ["x"], "ask": "What?\n\n{text}",
+             "training_prompts": {40: 8}}
+        ],
+        "train.window_tokens": 12, "train.windows": 2, **BATCH,
+    }  # fmt: skip
+    prompts = [
+        tiny_prompts("train", 1, 24 + 4 * number, 24, seed=number)[0].model_copy(
+            update={"prompt_id": str(number)}
+        )
+        for number in range(8)
+    ]
+    write_rows(workshop.prepare / "asked" / "train-code-40.jsonl", prompts)
+    folders = (workshop.prepare / "tokenizer", workshop.teach, torch.device("cpu"))
+    Teacher(tiny_config(TRAIN | changes), workshop.target, *folders)(
+        AnswerTask(workshop.prepare / "asked" / "train-code-40.jsonl", 0, len(prompts), 0)
+    )
+    lengths = np.load(next((workshop.teach / "labels").glob("answers-*.supervised.npy")))
+    assert min(lengths) <= 12 < max(lengths), "answers of one window and of two"
+    inline = workshop.train("inline", changes)
+    jobs = []
+    for stage in (2, 3):
+        settings = str(ROOT / f"conf/deepspeed/zero{stage}.json")
+        more = {"train.deepspeed": settings, "train.num_workers": 2}
+        jobs.append(workshop.job(f"zero{stage}", changes | more))
+    run_group(2, [partial(train, job) for job in jobs])
+    for job in jobs:
+        assert_same_run(folder_of(job), inline)
 
 
 @pytest.mark.slow

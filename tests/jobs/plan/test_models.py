@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.plan.facts import config_path, known
+from jobs.plan.facts import known
 from jobs.plan.report import plan
-from pipeline.config.models import PretrainedModel
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
@@ -79,15 +78,3 @@ def test_a_model_to_be_trained_is_asked_as_well(corpus: Path) -> None:
     )
     with pytest.raises(BadData, match=r"cannot run the drafter: llama with rope_type dynamic .* over 80"):
         known(config)
-
-
-def test_where_a_config_is(tmp_path: Path) -> None:
-    def spec(path: str) -> PretrainedModel:
-        return PretrainedModel(kind="pretrained", path=path)
-
-    tiny("llama").save_pretrained(tmp_path / "model")
-    assert config_path(spec(str(tmp_path / "model")), "target") == tmp_path / "model"
-    (tmp_path / "empty").mkdir()
-    for path, part in ((str(tmp_path / "empty"), "not on this machine"), ("./nowhere", "no such folder")):
-        with pytest.raises(BadData, match=part):
-            config_path(spec(path), "target")

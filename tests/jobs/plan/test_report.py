@@ -12,24 +12,21 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from jobs.plan import report as planning
 from jobs.plan.amounts import on_disk
-from jobs.plan.facts import beyond_positions, estimate_prompts, known, shape_of
+from jobs.plan.facts import known
 from jobs.plan.memory import memory
 from jobs.plan.report import plan
 from jobs.stages.pipeline import run_pipeline
-from pipeline.axes import Place
 from pipeline.config.schema import Config
-from pipeline.data.sources.registry import make_readers
 from pipeline.decode.runner import Runner, Runners
 from pipeline.errors import BadData
-from pipeline.plan.shapes import Device, Shape
-from pipeline.plan.sweep_counts import count_sweep
+from pipeline.hardware import Device
 from pipeline.plan.sweep_memory import measure_memory
 from pipeline.store.files import read_all
 from pipeline.store.rows import PromptRow
+from pipeline.sweep.counts import count_sweep
 from tests.helpers.configs import MINIMAL, SCRATCH
 from tests.helpers.documents import story
 from tests.helpers.paths import ROOT
@@ -171,24 +168,6 @@ def test_what_predictions_add_was_planned(corpus: Path, tmp_path: Path) -> None:
     assert runs <= planned.runs <= 1.25 * runs
 
 
-def test_user_prompts_and_hub_data_are_counted_before_they_are_read(tmp_path: Path) -> None:
-    """Prompts of the user go to the first context that holds them; of the hub nothing is known."""
-    (tmp_path / "own.jsonl").write_text(
-        "".join(json.dumps({"prompt": "word " * count}) + "\n" for count in (10, 12, 36, 900))
-    )
-
-    def change(values: dict[str, Any]) -> None:
-        own = {"kind": "prompts", "name": "own", "files": ["own.jsonl"]}
-        values["data"] |= {"contexts": CONTEXTS, "sources": [own, {"kind": "pg19", "name": "books"}]}
-
-    config = planned_config(tmp_path, tmp_path / "runs", change)
-    prompts, how = estimate_prompts(config, make_readers(config.data, 0), 300)
-    assert prompts == {
-        Place("own", "64"): 2, Place("own", "96"): 1, Place("books", "64"): 4, Place("books", "96"): 4,
-    }  # fmt: skip
-    assert how.startswith("estimate: ") and how.endswith("; on the hub at most: data.prompts")
-
-
 def test_timed_decoding_is_in_the_hours(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,8 +216,9 @@ def test_what_is_there_needs_no_room(
     def lacking() -> float:
         shapes, facts = known(config)
         files = list(on_disk(config, shapes, facts, count_sweep(config, facts.prompts)))
-        assert files[-1].amount.name == "rows on disk" and files[-1].left == files[-1].amount.value > 0
-        return sum(file.left for file in files[:-1])
+        rows, missing = files[-1]
+        assert rows.name == "rows on disk" and missing == rows.value > 0
+        return sum(missing for _, missing in files[:-1])
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
     with pytest.raises(BadData, match=r"need 0\.0 GB more, and 0\.0 GB are free in .*labels\.max_sequences"):
@@ -251,43 +231,9 @@ def test_what_is_there_needs_no_room(
     assert lacking() == 0
 
 
-def test_a_pretrained_model_is_read_from_its_config_alone(corpus: Path, tmp_path: Path) -> None:
-    given = Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
-    )  # fmt: skip
-    given.save_pretrained(tmp_path / "model")
-    spec = {"kind": "pretrained", "path": str(tmp_path / "model")}
-    config = planned_config(corpus, tmp_path, lambda v: v.update(target=spec))
-    weights = sum(weight.numel() for weight in Qwen3ForCausalLM(given).parameters())
-    assert shape_of(config, "target", 0) == Shape(weights, 2, 32, 64, 32, 48, 300)
-
-
 def test_fields_beyond_the_positions_of_a_model_are_named(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a model in a folder by its own config; one whose RoPE is scaled is meant for more."""
-    given = Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=80,
-    )  # fmt: skip
-    given.save_pretrained(tmp_path / "model")
-    spec = {"kind": "pretrained", "path": str(tmp_path / "model")}
-    scaled = spec | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
-    data = {"sequence_tokens": 96, "max_new_tokens": 16, "contexts": [
-        {"name": "48", "tokens": 48}, {"name": "72", "tokens": 72},
-    ]}  # fmt: skip
-
-    def change(values: dict[str, Any]) -> None:
-        values.update(target=spec, drafter=scaled)
-        values["data"] |= data
-
-    config = planned_config(corpus, tmp_path, change)
-    (note,) = beyond_positions(config)
-    assert note == (
-        "target is built for 80 positions, and data.sequence_tokens (96), data.contexts.72.tokens + "
-        "data.max_new_tokens (88) ask for more: lower them, or set target.rope_scaling"
-    )
     built = planned_config(corpus, tmp_path, lambda values: values["target"].update(max_positions=90))
     plan(built, as_json=False, memory_gb=None, tflops=1.0)
     assert "\ntarget is built for 90 positions, and data.sequence_tokens (96)" in capsys.readouterr().out

@@ -1,20 +1,17 @@
-"""Draft sources without training: lossless, what prompt lookup proposes, and that a new source fits."""
+"""Draft sources without training: lossless, and what prompt lookup proposes."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.axes import FULL
 from pipeline.decode import replay
-from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import GREEDY, Sampler
-from pipeline.decode.sources import LONGEST_MATCH, DraftSource, LookupDrafts, ModelDrafts, Proposals
+from pipeline.decode.sources import LONGEST_MATCH, LookupDrafts
 from pipeline.kv.views import view_of
 from tests.helpers.models import VOCABULARY, random_tokens
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
@@ -129,84 +126,3 @@ def test_sampled_lookup_has_the_targets_distribution(target: PreTrainedModel) ->
     assert ((counts / runs - exact).abs() < 5 * sigma + 1e-3).all()
     proposed = found_by_hand([*prompt[0].tolist(), pair.firsts[0]], 1)[0]
     assert accepted / runs == pytest.approx(float(exact[proposed]), abs=5 * float(sigma[proposed]))
-
-
-# ── a source that the project does not have ───────────────────────────────────────────────────────
-
-
-class TwoLevelDrafts(DraftSource):
-    """Greedy drafting in two levels, as TriForce does: a small source drafts for a middle model.
-
-    What the middle model accepts, and its own token behind that, are proposed to the target: round after
-    round of `small_gamma`, until another might propose too many.
-    """
-
-    name = "two_levels"
-
-    def __init__(self, small: DraftSource, middle: Runner, small_gamma: int) -> None:
-        self.small, self.middle, self.small_gamma = small, middle, small_gamma
-
-    def check_room(self, needed: int) -> None:
-        self.small.check_room(needed)
-        self.middle.cache.check_room(needed)
-
-    def propose(
-        self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
-    ) -> Proposals:
-        assert sampler is GREEDY and gamma > self.small_gamma
-        if unread_BQ.shape[1] > 1:  # verifying reads the last one alone
-            self.middle.propose(sampler.rule, unread_BQ[:, :-1], step_B, None)
-        last_B = step_B + unread_BQ.shape[1] - 1
-        pair_B2 = unread_BQ[:, [0, -1]]
-        lengths_B = torch.full_like(step_B, self.small_gamma)
-        found: list[list[int]] = [[] for _ in open_rows]
-        while max(len(tokens) for tokens in found) + self.small_gamma < gamma:
-            # One more than is verified, so that the small source has read all that may be accepted.
-            offer = self.small.propose(
-                sampler, self.small_gamma + 1, unread_BQ, last_B - (unread_BQ.shape[1] - 1), open_rows
-            )
-            drafts_BT, best_BT = offer.tokens_BT[:, :-1], offer.best_BT[:, :-1]
-            told_BR, pair_B2, last_B, _ = self.middle.verify(
-                sampler.rule, pair_B2, drafts_BT, last_B, best_BT, None, None, lengths_B
-            )
-            unread_BQ = pair_B2
-            for tokens, (accepted, _, _, *emitted) in zip(found, told_BR.tolist(), strict=True):
-                tokens += emitted[: accepted + 1]
-        lengths = [len(tokens) for tokens in found]
-        tokens_BT = torch.tensor([tokens + tokens[-1:] * (max(lengths) - len(tokens)) for tokens in found])
-        return Proposals(tokens_BT, torch.zeros(tokens_BT.shape), None, lengths)
-
-
-@pytest.mark.parametrize(("gamma", "small_gamma"), [(3, 2), (7, 2), (8, 3)])
-def test_a_source_of_two_levels_fits(
-    target: PreTrainedModel, drafter: PreTrainedModel, gamma: int, small_gamma: int
-) -> None:
-    """Rows together and alone, decoded and replayed: all that is asked of a source is `propose`.
-
-    In the middle is the target behind a sparse view, at the bottom another model behind a smaller one.
-    """
-    prompts = [random_tokens(1, 50 + 9 * seed, seed) for seed in range(3)]
-    room = LIMIT + gamma
-
-    def two_levels(of: list[Tensor]) -> TwoLevelDrafts:
-        middle = make_pair(target, target, of, view_of("snapkv", 32), room).drafter
-        small = make_pair(target, drafter, of, view_of("streaming", 16), room).drafter
-        return TwoLevelDrafts(ModelDrafts(small), middle, small_gamma)
-
-    pair = make_pair(target, target, prompts, view_of("snapkv", 32), room)
-    texts = plain_tokens(pair, LIMIT)
-    eos = frozenset({texts[1][9]})
-    texts = plain_tokens(pair, LIMIT, eos)
-    rounds = rounds_of(pair, gamma, LIMIT, eos, source=two_levels(prompts))
-    assert tokens_of(pair, rounds) == texts
-    for prompt, text in zip(prompts, texts, strict=True):
-        alone = make_pair(target, target, [prompt], view_of("snapkv", 32), room)
-        (single,) = rounds_of(alone, gamma, LIMIT, eos, source=two_levels([prompt]))
-        assert tokens_of(alone, [single]) == [text]
-        replayed = replay.source_rounds(two_levels([prompt]), text, gamma, LIMIT, text[-1] in eos)
-        assert replayed == single
-    flat = [one for row in rounds for one in row]
-    assert 0 < sum(one.accepted for one in flat) < sum(one.proposed for one in flat)
-    # The middle model's own greedy tokens are what is proposed, whatever the small source says.
-    (first, *_), (drafted, *_) = rounds[0], rounds_of(pair, gamma, LIMIT, eos)[0]
-    assert first.accepted == min(first.proposed, drafted.accepted)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from pipeline.config.schema import Config
 from pipeline.errors import BadData
-from pipeline.models.check import check_models, check_role
+from pipeline.models.check import beyond_positions, check_models, check_role
 from pipeline.models.weights import WEIGHTS
 from tests.helpers.configs import SCRATCH
 from tests.helpers.tiny import VOCABULARY, tiny_config
@@ -174,3 +174,19 @@ def test_nor_is_one_of_a_tokenizer_that_is_made_here() -> None:
         tiny_config({"train.draft_vocabulary": 300})
     with pytest.raises(ValidationError, match=r"train.draft_vocabulary \(20\) must be at least twice"):
         tiny_config({"train.draft_vocabulary": 20, "labels.top_k": 11})
+
+
+def test_fields_beyond_the_positions_of_a_model_are_named(tmp_path: Path) -> None:
+    """Of a model in a folder by its own config; one whose RoPE is scaled is meant for more."""
+    tiny("llama", max_position_embeddings=80).save_pretrained(tmp_path / "model")
+    spec = {"kind": "pretrained", "path": str(tmp_path / "model")}
+    contexts = [{"name": "48", "tokens": 48}, {"name": "72", "tokens": 72}]
+    changes = {"drafter": spec | {"rope_scaling": YARN}, "data.contexts": contexts}
+    assert beyond_positions(tiny_config({**changes, "target": spec})) == [
+        "target is built for 80 positions, and data.sequence_tokens (96), data.contexts.72.tokens + "
+        "data.max_new_tokens (88) ask for more: lower them, or set target.rope_scaling"
+    ]
+    assert beyond_positions(tiny_config({**changes, "target.max_positions": 95}))[0].startswith("target is")
+    absent = {"target": {"kind": "pretrained", "path": "nobody/nothing-here"}, "drafter": {"kind": "head"}}
+    assert beyond_positions(tiny_config({**changes, "target.max_positions": 96})) == []
+    assert beyond_positions(tiny_config(absent)) == [], "what is not here is not known"

@@ -19,9 +19,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from pipeline.models.hub import config_folder
+from pipeline.config.models import PretrainedModel
+from pipeline.errors import BadData
+from pipeline.models.hub import config_folder, config_here
 from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
+from tests.helpers.zoo import tiny
 
 REPO, COMMIT = "people/tiny", "0123456789abcdef0123456789abcdef01234567"
 # What the repository holds besides, and what no one needs.
@@ -169,3 +172,15 @@ def test_what_the_hub_does_not_have_is_bad_data(hub: Hub, tmp_path: Path) -> Non
 
 def test_a_home_that_nobody_has_is_a_folder_that_is_not_there() -> None:
     assert config_folder("~nobody-here/model") is None
+
+
+def test_where_a_config_is(tmp_path: Path) -> None:
+    def spec(path: str) -> PretrainedModel:
+        return PretrainedModel(kind="pretrained", path=path)
+
+    tiny("llama").save_pretrained(tmp_path / "model")
+    assert config_here(spec(str(tmp_path / "model")), "target") == tmp_path / "model"
+    (tmp_path / "empty").mkdir()
+    for path, part in ((str(tmp_path / "empty"), "not on this machine"), ("./nowhere", "no such folder")):
+        with pytest.raises(BadData, match=part):
+            config_here(spec(path), "target")

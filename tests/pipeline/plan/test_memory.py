@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import random
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,85 +10,21 @@ import pytest
 import torch
 
 from pipeline.axes import Place
-from pipeline.config.models import ScratchModel
-from pipeline.config.schema import Config
-from pipeline.intervals import Interval
-from pipeline.models.build import build_scratch
-from pipeline.plan import shapes as costs
+from pipeline.hardware import Device
+from pipeline.models import shape as costs
+from pipeline.models.shape import Shape
 from pipeline.plan import train_memory
 from pipeline.plan.flops import hours, prefills, work
 from pipeline.plan.rates import rates_of, step_of
-from pipeline.plan.shapes import Device, Shape, Sharding, Vocabulary
-from pipeline.plan.sweep_counts import count_sweep, most_timed
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
-from pipeline.store.rows import PredictedRow
-from pipeline.sweep import picks
-from pipeline.sweep.grid import cells_behind, draft_sources, views_of
-from pipeline.sweep.picks import configured_picks
-from tests.helpers.configs import MINIMAL, SCRATCH
-from tests.helpers.paths import ROOT
+from pipeline.sweep.counts import count_sweep
+from pipeline.train.sharding import Sharding
+from tests.helpers.configs import MINIMAL, config_with
 
 GPU, CPU = Device("cuda", 0), Device("cpu", 0)
 DRAFTER = Shape(parameters=1000, layers=1, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 TARGET = Shape(parameters=5000, layers=2, hidden=32, query=32, kv=16, intermediate=64, vocab=300)
 SHAPES = {"target": TARGET, "drafter": DRAFTER}
-
-
-def config_with(**groups: dict[str, Any]) -> Config:
-    """The minimal config with some fields of its groups changed."""
-    values = copy.deepcopy(MINIMAL)
-    for group, change in groups.items():
-        values[group] = {**values.get(group, {}), **change}
-    return Config.model_validate(values)
-
-
-@pytest.mark.parametrize("change", [{}, {"layers": 3, "kv_heads": 4, "hidden": 48, "heads": 8}])
-def test_a_scratch_model_has_the_parameters_that_were_counted(change: dict[str, int]) -> None:
-    spec = ScratchModel.model_validate({**SCRATCH, **change})
-    model = build_scratch(spec, Vocabulary(301), 0)
-    shape = costs.scratch_shape(spec, 301)
-    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
-    assert shape == costs.shape_of_model(model)
-
-
-@pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"),
-    [
-        (None, 4000, 4000, 8000),
-        (0, 4000, 4000, 8000),
-        (1, 4000, 4000 + 1000 + 400, 3000),  # a quarter of moments and master weights
-        (2, 4000, 1000 + 400, 3000),
-        (3, 1000 + 800, 1000 + 400, 3000),  # 200 parameters are gathered at a time
-    ],
-)
-def test_optimizer_state_by_hand(stage: int | None, weights: int, gradients: int, optimizer: int) -> None:
-    """1000 parameters, 4 workers, a bucket of 100 elements."""
-    sharding = Sharding(stage, 1 if stage is None else 4, bucket=100, live=200)
-    assert sharding.state_bytes(1000, GPU) == (weights, gradients, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("stage", "more"),
-    [
-        (0, 4000),  # a copy of all gradients
-        (1, 0),
-        (2, 400),  # a second bucket
-        (3, 0.8 * (1800 + 1400)),  # 1.8 times what is gathered and reduced
-    ],
-)
-def test_a_cpu_holds_more_by_hand(stage: int, more: float) -> None:
-    """1000 parameters, 4 workers, a bucket of 100 elements, 200 gathered at once."""
-    sharding = Sharding(stage, 4, bucket=100, live=200)
-    assert sum(sharding.state_bytes(1000, CPU)) - sum(sharding.state_bytes(1000, GPU)) == more
-
-
-def test_settings_of_deepspeed_are_read() -> None:
-    settings = json.loads((ROOT / "conf/deepspeed/zero3.json").read_text())
-    assert costs.sharding_of(settings, 2) == Sharding(3, 2)
-    settings["zero_optimization"] |= {"reduce_bucket_size": 5e7, "offload_optimizer": {"device": "cpu"}}
-    offloaded = costs.sharding_of(settings, 2)
-    assert offloaded == Sharding(3, 2, bucket=50_000_000, offload=True)
-    assert offloaded.state_bytes(1000, GPU)[2] == 0
 
 
 def test_pretraining_by_hand() -> None:
@@ -150,68 +83,36 @@ def test_measuring_by_hand() -> None:
     assert peak.kv == TARGET.kv_bytes(64 + 20 + 64) + DRAFTER.kv_bytes(16 + 20 + 16)
 
 
-def test_rows_by_hand() -> None:
-    """2 data sets of 3 and 5 prompts, 2 drafters, budgets 16, 32 and full, and a plane in one of them."""
-    sources = [{**MINIMAL["data"]["sources"][0], "name": name} for name in ("tales", "more")]
-    plane = {"drafter": "full_only", "dataset": "tales", "context": "64"}
-    timed = {"drafters": ["multi_view"], "budgets": [16], "prompts": 2, "repeats": 5}
-    sweep = {"mode": "both", "gammas": [2, 4, 8], "temperatures": [0.0, 0.7], "seeds": [0, 1, 2]}
-    config = config_with(data={"sources": sources}, sweep=sweep | {"measure": timed | {"plane": plane}})
-    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 5})
-    texts = 1 + 3  # greedy, and each seed of sampling
-    assert counts.cells == 2 * 2 * (3 + 3 + 1) * 3 * texts  # what is measured is among them
-    assert counts.replayed == (3 + 5) * 2 * (3 + 3 + 1) * 3 * texts  # views, another prompt's, and none
-    # The three best and what is not named of a plane's corners: two of multi_view's, four of full_only's.
-    assert counts.measured == 2 * (1 * 3 + 3 * 3 + 3 + 2) * texts + 2 * (1 * 3 + 3 + 4) * texts
-    assert counts.rechecked == 2 * 2 * (3 + 3)  # greedily
-    plain = 2 * (2 + 2)  # autoregressive, by place and drafter, all three times
-    more = 4  # times the repeats, in the run-off and behind it
-    assert counts.runs == 5 * (counts.measured + plain * texts + more * (counts.rechecked + 2 * plain))
-
-    unpredicted = sweep | {"temperatures": [0.0], "measure": {**timed, "predict": False}}
-    config = config_with(data={"sources": sources}, sweep=unpredicted)
-    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
-    assert counts[2:] == ((2 + 1) * 3, 0, 5 * (2 + 1) * (3 + 1))
-    config = config_with(data={"sources": sources}, sweep=unpredicted | {"mode": "measure"})
-    counts = count_sweep(config, {Place("tales", "64"): 3, Place("more", "64"): 1})
-    assert counts[:3] == (2 * 3, 0, (2 + 1) * 3)
+CASCADE: dict[str, Any] = {
+    "mode": "both", "baselines": ["self_speculation", "cascade"], "drafters": ["full_only"],
+    "cascade": {"drafter": "multi_view", "budget": 24, "gamma": 3}, "measure": {"drafters": ["full_only"]},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("gammas", "reached"), [([1, 2, 4, 8], True), ([2], False)])
-def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
-    """Against the choice itself, of speeds at random; where cells are many, some draws reach the bound."""
-    place, named = Place("code", "64"), {"drafters": ["multi_view"], "budgets": [16], "gammas": gammas[-1:]}
-    config = config_with(
-        sweep={
-            "mode": "both",
-            "gammas": gammas,
-            "policies": ["chunk_topk", "streaming"],
-            "baselines": ["self_speculation", "prompt_lookup"],
-            "measure": named,
-        }
+def test_a_cascade_by_hand() -> None:
+    """Its middle is replayed, and timed behind the named budget. Its drafter, which is not swept, is loaded
+    beside the one that is, and keeps 24 entries; both read 3 tokens beyond what others read."""
+    measure = {"drafters": ["full_only"], "budgets": [32], "gammas": [4], "predict": False}
+    config, place = config_with(sweep=CASCADE | {"measure": measure}), Place("code", "64")
+    weights = 4 * (2 * 1000 + 5000)
+    deep = replace(TARGET, layers=20)
+    peak = replay_memory(config, {"target": deep, "drafter": DRAFTER}, GPU)
+    views = 2 * 2
+    assert peak.kv == deep.kv_bytes(2 * 3 * (16 + 32) + views * 16) + DRAFTER.kv_bytes(2 * 24)
+    assert peak.weights == weights
+    peak = measure_memory(config, SHAPES, [place], GPU)
+    own, cascade = 32 + 20, 32 + 20 + 3
+    held = 2 * 32  # of both policies, for both sources
+    assert peak.kv == TARGET.kv_bytes(64 + 20 + 2 * 64 + own + cascade + held) + DRAFTER.kv_bytes(
+        32 + 20 + (24 + 20 + 3) + 32
     )
-    sources = draft_sources(config)
-    here = set(configured_picks(config.sweep, sources, place))
-    added = most_timed(config, place) - here
-    cells, others = len(added), {cell.drafter for cell in added} - {cell.drafter for cell in here}
-    draw, most, most_others = random.Random(0), 0, 0
-    for _ in range(300):
-        rows = [
-            PredictedRow(
-                cell=cell, num_prompts=1, num_documents=1, decode_s=1, speedup=Interval(draw.random(), 0, 1)
-            )
-            for source in sources
-            for view in views_of(config.sweep, source)
-            if not view.control
-            for cell in cells_behind(config.sweep, source, place, view)
-        ]
-        fastest = picks.by_place(rows)[place]
-        names = picks.first_seeds([source.name for source in sources])
-        added = set(picks.worth_measuring([row.cell for row in fastest], names)) - here
-        most = max(most, len(added))
-        most_others = max(most_others, len({p.drafter for p in added} - {p.drafter for p in here}))
-    assert most <= cells and most_others == len(others) == 1
-    assert (most == cells) or not reached
+    assert peak.weights == weights
+    counts = count_sweep(config, {place: 2})
+    assert counts.replayed == 2 * ((3 + 3 + 1) * 2 + 2 * (2 * 2) * 2)
+    assert counts.measured == 2 * (1 + 2 + 2)
+    # Timed prompts are read by the target, by the drafter, once more for both that draft, and by the drafter
+    # within; each time twice.
+    assert Counter(part.role for part in prefills(config, SHAPES, {place: 2})) == {"target": 2, "drafter": 2}
 
 
 # ── hours ─────────────────────────────────────────────────────────────────────────────────────────
@@ -220,7 +121,7 @@ def test_no_predictions_point_at_more(gammas: list[int], reached: bool) -> None:
 def test_hours_by_hand_and_from_a_measured_step() -> None:
     config = config_with(sweep={"baselines": ["self_speculation", "prompt_lookup"], "seeds": [0, 1]})
     prompts = {Place("code", "64"): 4}
-    shapes = {role: costs.scratch_shape(getattr(config, role), 300) for role in ("target", "drafter")}
+    shapes = costs.shapes_of(config, 300)
     rates, _ = rates_of(config, shapes, "cpu", 2.0)
     assert rates is not None
     spent = hours(work(config, shapes, 10, 0, prompts), rates)

@@ -20,6 +20,7 @@ PLACE = Place("code", "64")
 SIZES = {
     "target": ModelSize(name="target", weight_bytes=10_000, kv_bytes_per_token=100),
     "multi_view": ModelSize(name="multi_view", weight_bytes=500, kv_bytes_per_token=20),
+    "cascade": ModelSize(name="cascade", weight_bytes=300, kv_bytes_per_token=120),
 }
 
 
@@ -219,6 +220,7 @@ def test_the_fastest_that_is_allowed_is_recommended() -> None:
         ({}, 1000 + 16 * 20, 10_500),
         ({"budget": "full", "drafter_kv_bytes": 640}, 64 * 20, 10_500),  # as long as the whole text
         ({"drafter": "self_speculation", "policy": "snapkv"}, 1000 + 16 * 100, 10_000),
+        ({"drafter": "cascade", "policy": "snapkv"}, 1000 + 16 * 120, 10_300),  # of drafter and middle
         ({"drafter": "prompt_lookup", "policy": "none", "budget": 0, "drafter_kv_bytes": 0}, 0, 10_000),
     ],
 )

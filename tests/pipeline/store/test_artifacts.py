@@ -192,3 +192,13 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     file.write_text(whole.replace("weight_bytes", "weights", 1))
     with pytest.raises(BadData, match=r"line 1: .* weight_bytes Field required: delete its folder"):
         read_rows(file, ModelSize)
+
+
+def test_what_is_missing_of_a_folder(tmp_path: Path) -> None:
+    artifact = open_artifact(tmp_path, "teach", {})
+    assert artifact.missing(100) == 100
+    (artifact.path / "labels").mkdir(parents=True)
+    (artifact.path / "labels" / "one.npy").write_bytes(b"0" * 30)
+    assert (artifact.missing(100), artifact.missing(20)) == (70, 0)
+    artifact.finish({}, {}, 1.0)
+    assert artifact.missing(10**9) == 0, "whatever was estimated"

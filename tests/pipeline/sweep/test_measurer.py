@@ -17,10 +17,11 @@ from pipeline.decode.model import decode_model
 from pipeline.metrics import Round
 from pipeline.store.files import read_rows
 from pipeline.store.rows import FailedCell, PromptRow
-from pipeline.sweep.evaluator import failures_of
+from pipeline.sweep.evaluator import Evaluator, failures_of
+from pipeline.sweep.grid import Drafter
 from pipeline.sweep.measurer import before_divergence
-from tests.helpers.sweeps import LENGTH, LIMIT, SweepBench, key
-from tests.helpers.tiny import VOCABULARY, tiny_tokenizer
+from tests.helpers.sweeps import CPU, LENGTH, LIMIT, SWEEP, SweepBench, key
+from tests.helpers.tiny import VOCABULARY, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,41 @@ def test_prompts_decoded_together_give_the_rows_of_each_alone(bench: SweepBench,
         ]
         assert len({tuple(row.timing.ar_decode_s) for row in rows}) == 3 // together
     assert sorted(found[1], key=str) == sorted(found[3], key=str) and len(found[1]) == 2 * 3
+
+
+def test_cascades_together_give_the_rows_of_each_alone_and_of_self_speculation(
+    bench: SweepBench, tmp_path: Path
+) -> None:
+    """Counts, texts and exactness; what is kept is the view of the middle and that of the drafter within."""
+    found = {}
+    for together in (1, 3):
+        changes = SWEEP | {
+            "sweep.baselines": ["self_speculation", "cascade"],
+            "sweep.cascade": {"drafter": "multi_view", "budget": 24, "gamma": 3},
+            "sweep.measure": {"gammas": [5], "repeats": 1, "prompts_together": together, "predict": False},
+        }
+        target = bench.refs["target"]
+        sources = [
+            Drafter("self_speculation", target, 128, "self_speculation"),
+            Drafter("cascade", target, 128, "cascade", inner=bench.refs["drafter"]),
+        ]
+        evaluator = Evaluator(tiny_config(changes), target, sources, bench.prepare / "tokenizer", CPU)
+        task = bench.measure_task(evaluator, tmp_path / str(together), last=3)
+        assert evaluator(task).failed == 0
+        rows = read_rows(task.output, PromptRow)
+        assert all(row.timing.exact and row.timing.prefill_s > row.timing.ar_prefill_s for row in rows)
+        entry = 2 * 2 * 12 * 3 * 4  # of target and drafter alike
+        for row in rows:
+            inner = 24 * (row.cell.drafter == "cascade")
+            assert row.drafter_kv_bytes == (row.cell.budget + inner) * entry
+        for name in ("self_speculation", "cascade"):
+            found[name, together] = {
+                (row.cell.vary(drafter="any"), row.prompt_id): (row.counts, row.timing.text)
+                for row in rows
+                if row.cell.drafter == name
+            }
+    assert len(found["cascade", 1]) == 2 * 2 * 3, "policies × sparse budgets × prompts"
+    assert all(rows == found["cascade", 1] for rows in found.values())
 
 
 def test_thresholds_are_an_axis_of_the_measured_cells(bench: SweepBench, tmp_path: Path) -> None:
