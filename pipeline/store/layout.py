@@ -6,6 +6,7 @@ of a label shard in `train/teacher.py`, a checkpoint in `train/checkpoints.py`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 StageName = Literal["prepare", "pretrain", "teach", "train", "sweep", "report"]
@@ -20,7 +21,7 @@ ASKED = "asked"  # prompts of the training split, which the target answers
 MODEL, METRICS, MEMORY = "model", "metrics.jsonl", "memory.json"
 
 # teach
-LABELS, CONTINUATIONS = "labels", "continuations"
+LABELS, CONTINUATIONS, SHARES = "labels", "continuations", "shares"
 
 # sweep
 SIZES = "models.jsonl"
@@ -33,3 +34,8 @@ MEASURED_AGAIN = ("run_off", "rechecked")
 CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
 RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
+
+
+def shares_file(teach: Path, prompt_id: str) -> Path:
+    """Of a test prompt: what the target attends to along its continuation, where views are chosen again."""
+    return teach / SHARES / f"{prompt_id.replace('/', '-')}.npy"
