@@ -79,6 +79,8 @@ class TrainJob:
 def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
     """Train every model of the job in this worker; models that are already exported are left alone.
 
+    One follows the other, so each lets go of its engine before it loads what it exports into.
+
     Raises:
         NotFinite, Stopped: see `loop.fit`, which also says what `stop` is.
     """
@@ -126,7 +128,10 @@ def pretrain(
     prompts = validation_prompts(job.prepare)
     objective = NextToken(config, spec.pretrain, tokens, prompts, engine.device)
     trained = fit(engine, objective, schedule, folder, name, stop)
-    if engine.rank == 0:
+    first = engine.rank == 0
+    engine.close()
+    del engine, model, objective
+    if first:
         card = scratch_card(config, spec, name, step_of(trained))
         export(build_scratch(spec, tokenizer, seed), tokenizer, folder, trained, card)
 
@@ -171,7 +176,10 @@ def distil(
         features = head_features(job, model, start, num_tokens, pairs, engine.device)
         objective = ChainedViews(config, variant, data, pairs, engine.device, features)
     trained = fit(engine, objective, schedule, folder, name, stop)
-    if engine.rank == 0:
+    first = engine.rank == 0
+    engine.close()
+    del engine, model, objective
+    if first:
         scores = {
             key.removeprefix("validation/acceptance_"): value
             for key, value in read_metrics(folder / METRICS)[-1].items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -127,6 +128,26 @@ def test_a_drafter_of_the_targets_layers(layered: Workshop, target: PreTrainedMo
     assert not torch.equal(
         trained["model.layers.0.mlp.up_proj.weight"], target.state_dict()["model.layers.1.mlp.up_proj.weight"]
     )
+
+
+def count_engines(job: TrainJob) -> None:
+    """Train both variants of a job, and leave in their folder how many engines this process still holds."""
+    import deepspeed
+
+    train(job)
+    gc.collect()
+    held = sum(isinstance(found, deepspeed.DeepSpeedEngine) for found in gc.get_objects())
+    (folder_of(job).parent / f"held-{torch.distributed.get_rank()}").write_text(str(held))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_engine_after_another_is_let_go(workshop: Workshop, stage: int) -> None:
+    variants = [{"name": name, "budgets": {16: 1}} for name in ("first", "multi_view")]
+    settings = {"train.deepspeed": str(ROOT / f"conf/deepspeed/zero{stage}.json"), "train.variants": variants}
+    job = workshop.job(f"let-go-{stage}", BATCH | SCRATCH | settings | {"train.steps": 2})
+    run_group(1, [partial(count_engines, job)])
+    assert (folder_of(job).parent / "held-0").read_text() == "0"
 
 
 @pytest.mark.slow
