@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -132,7 +131,6 @@ class DeepSpeedEngine:
         """
         self.engine.destroy()
         del self.engine
-        gc.collect()  # what is left are circles
 
     def set_master(self, weight: Any, value: Tensor, moment: Part | None = None) -> None:
         """Set this rank's share of a parameter's fp32 copy, or of a moment, from the whole tensor."""

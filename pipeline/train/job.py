@@ -6,6 +6,7 @@ pretraining, or drafter variants by the two-branch loss.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,6 +132,7 @@ def pretrain(
     first = engine.rank == 0
     engine.close()
     del engine, model, objective
+    gc.collect()  # they are in circles
     if first:
         card = scratch_card(config, spec, name, step_of(trained))
         export(build_scratch(spec, tokenizer, seed), tokenizer, folder, trained, card)
@@ -179,6 +181,7 @@ def distil(
     first = engine.rank == 0
     engine.close()
     del engine, model, objective
+    gc.collect()  # they are in circles
     if first:
         scores = {
             key.removeprefix("validation/acceptance_"): value
