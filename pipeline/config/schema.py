@@ -103,6 +103,11 @@ class Config(Group):
                     f"train.variants.{variant.name}.served_tokens ({served}) is less than "
                     f"data.sequence_tokens ({self.data.sequence_tokens}), on which it trains"
                 )
+            if variant.path is not None and variant.path.length > self.train.window_tokens:
+                raise ValueError(
+                    f"train.variants.{variant.name}.path.length ({variant.path.length}) is more than "
+                    f"train.window_tokens ({self.train.window_tokens}): a path does not leave its window"
+                )
         names = {v.name for v in (*self.train.variants, *self.train.drafters)}
         for where, drafters in (
             ("sweep.drafters", self.sweep.drafters),

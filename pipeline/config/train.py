@@ -91,6 +91,17 @@ class Labels(Group):
         return self
 
 
+class Paths(Group):
+    """A term over texts that the drafter itself samples (variational speculative decoding)."""
+
+    every: int = Field(4, ge=1, description="R: the term is in every R-th step, from the first")
+    paths: int = Field(4, ge=2, description="S, paths that are sampled from each window's start")
+    length: int = Field(4, ge=2, le=64, description="γ, tokens of a path")
+    weight: float = Field(1.0, gt=0, description="of the term, beside those of the branches")
+    kl_weight: float = Field(1.0, ge=0, description="of KL(p ‖ q) along the paths, within the term")
+    temperature: float = Field(1.0, gt=0, description="of drafter and target in the term")
+
+
 class Variant(Group):
     """One drafter to train: the weights of the two branches and the views of the sparse one."""
 
@@ -122,6 +133,12 @@ class Variant(Group):
     )
     budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
     num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
+    path: Paths | None = Field(
+        None,
+        exclude_if=lambda path: path is None,
+        description="likelihood of sampled paths, each weighted by how much of it the target would accept; "
+        "the target is then in every training worker. Default: no such term",
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="the drafter's rope parameters from here on; default: as it comes"
     )

@@ -37,6 +37,9 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         loads = "It needs the target beside it, whose hidden states it reads."
     size = config.train.draft_vocabulary
     proposable = "" if size is None else f"- Draft vocabulary: {size} tokens, in `draft_vocabulary.json`\n"
+    path = ""
+    if (term := variant.path) is not None:
+        path = f" + {term.weight:g}·path ({term.paths} of {term.length} tokens, every {term.every} steps)"
     if scores:
         rows = [(budget, f"{value:.3f}") for budget, value in scores.items()]
         acceptance = (
@@ -52,7 +55,7 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"A drafter for speculative decoding behind a sparse KV cache. {loads}\n\n"
         f"- Target: {target}\n{layers}{proposable}"
         f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
-        f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
+        f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss}){path}\n"
         f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "
         f"policy {variant.policy}; positions {variant.positions}\n"
         f"- Steps: {steps} of {config.train.batch_sequences} sequences of "

@@ -23,11 +23,11 @@ from kernels import dispatch
 from pipeline.config.models import Head, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
-from pipeline.decode.model import decode_model
+from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.errors import BadData
 from pipeline.models.build import build_scratch
 from pipeline.models.draft_vocabulary import most_frequent, read_draft_tokens, restrict
-from pipeline.models.generation import ends_in
+from pipeline.models.generation import ends_in, stop_tokens
 from pipeline.models.heads.begin import head_of
 from pipeline.models.heads.eagle import FeatureHead
 from pipeline.models.hub import config_folder, model_folder
@@ -46,6 +46,7 @@ from pipeline.train.engine import Engine
 from pipeline.train.features import Features, GivenFeatures, StoredFeatures
 from pipeline.train.loop import Schedule, export, fit, write_model
 from pipeline.train.objectives import MultiView, NextToken
+from pipeline.train.paths import PathTerm
 from pipeline.train.teacher import features_file
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ class TrainJob:
     """One launch of the workers. Pretraining has no `teach` and no `drafter`.
 
     `outputs` maps "target" and "drafter", or variant names, to their artifact folders; `deepspeed` is the
-    content of the config's settings file. `launch` is a unique name of this launch, for the files through
-    which driver and workers communicate.
+    content of the config's settings file. `target` is for what asks it while a drafter trains. `launch` is a
+    unique name of this launch, for the files through which driver and workers communicate.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class TrainJob:
     prepare: Path
     teach: Path | None = None
     drafter: ModelRef | None = None
+    target: ModelRef | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
     launch: str = ""
 
@@ -157,7 +159,10 @@ def distil(
         start = replace(start, rope_scaling=variant.rope_scaling)
     data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
     tokens_D = proposable(config, start, tokenizer, data)
-    num_tokens = shared_tokens(tokenizer, start)
+    assert job.target is not None
+    # A path's tokens are scored by both: neither may have logits that the other lacks.
+    scored_by = (start,) if variant.path is None else (start, job.target)
+    num_tokens = shared_tokens(tokenizer, *scored_by)
     fresh: Callable[[], PreTrainedModel]
     if isinstance(config.drafter, Head):
         seed = variant.seeds[0] if variant.seeds else config.seed
@@ -173,10 +178,19 @@ def distil(
     model = fresh()
     engine = make_engine(model, schedule)
     pairs = validation_pairs(job.prepare, job.teach)
-    objective = MultiView(config, variant, data, pairs, engine.device)
+    recomputed = isinstance(model, FeatureHead) and config.labels.features == "recomputed"
+    target, path = None, None
+    if recomputed or variant.path is not None:
+        loaded = load_model(job.target, num_tokens, engine.device)
+        target = decode_model(loaded, config.decode.prefill_chunk)
+        if variant.path is not None:
+            path = PathTerm(variant.path, target, stop_tokens(loaded))
+    given = (config, variant, data, pairs, engine.device)
     if isinstance(model, FeatureHead):
-        features = head_features(job, model, start, num_tokens, pairs, engine.device)
-        objective = ChainedViews(config, variant, data, pairs, engine.device, features)
+        features = head_features(job, model, target if recomputed else None, pairs)
+        objective: MultiView = ChainedViews(*given, features, path)
+    else:
+        objective = MultiView(*given, path)
     trained = fit(engine, objective, schedule, folder, name, stop)
     first = engine.rank == 0
     engine.close()
@@ -219,16 +233,13 @@ def new_head(
 def head_features(
     job: TrainJob,
     head: FeatureHead,
-    target: ModelRef,
-    num_tokens: int,
+    target: DecodeModel | None,
     pairs: Sequence[tuple[Prompt, Continuation]],
-    device: torch.device,
 ) -> Features:
-    """What a head reads beside its tokens, from stage teach or from the target itself."""
+    """What a head reads beside its tokens: from stage teach, or from the target if one is given."""
     assert job.teach is not None
-    if job.config.labels.features == "recomputed":
-        model = load_model(target, num_tokens, device)
-        return GivenFeatures(decode_model(model, job.config.decode.prefill_chunk), head.config.feature_layers)
+    if target is not None:
+        return GivenFeatures(target, head.config.feature_layers)
     return StoredFeatures(job.teach / LABELS, [features_file(job.teach, prompt) for prompt, _ in pairs])
 
 

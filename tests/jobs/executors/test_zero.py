@@ -25,7 +25,7 @@ from pipeline.train.job import TrainJob, run_job
 from pipeline.train.teacher import AnswerTask, Teacher
 from tests.helpers.group import copy_state, run_group, train
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import TRAIN, Workshop, assert_same_run, tiny_config, tiny_prompts
+from tests.helpers.tiny import TRAIN, Workshop, assert_same_run, losses, tiny_config, tiny_prompts
 
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 BACK = ("zero1", "zero3")  # whose sharded states one process goes on from
@@ -185,6 +185,35 @@ def test_answers_of_several_lengths(tmp_path: Path, make_model: Any) -> None:
     run_group(2, [partial(train, job) for job in jobs])
     for job in jobs:
         assert_same_run(folder_of(job), inline)
+
+
+PATH = {"name": "multi_view", "budgets": {16: 0.6, 32: 0.4}, "path": {"every": 2, "paths": 2, "length": 3}}
+HEADED: dict[str, Any] = {
+    "target.layers": 4, "target.pretrain": PRETRAIN, "labels.features": "recomputed", "train.chain_steps": 2,
+    "drafter": {"kind": "head", "feature_layers": [1, 2, 3]}, "train.draft_vocabulary": 40,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lm", "head"])
+def test_the_path_term(tmp_path: Path, make_model: Any, kind: str) -> None:
+    """Every rank asks the whole target, and makes as many passes as the others in steps of both kinds."""
+    workshop = Workshop(tmp_path, make_model(layers=4, seed=3), make_model(layers=1, seed=7))
+    models = SCRATCH
+    if kind == "head":
+        models, workshop.drafter = HEADED, workshop.target
+    changes = BATCH | models | {"train.variants": [PATH]}
+    inline = workshop.train("inline", changes)
+    jobs = []
+    for stage in (1, 3):
+        settings = str(ROOT / f"conf/deepspeed/zero{stage}.json")
+        jobs.append(
+            workshop.job(f"zero{stage}", changes | {"train.deepspeed": settings, "train.num_workers": 2})
+        )
+    run_group(2, [partial(train, job) for job in jobs])
+    for job in jobs:
+        assert_same_run(folder_of(job), inline)
+    assert all(row["loss/path"] > 0 for row in losses(inline) if "loss/path" in row)
 
 
 @pytest.mark.slow
