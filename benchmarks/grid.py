@@ -30,6 +30,7 @@ from pipeline.decode.bench import Bench
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import GREEDILY
 from pipeline.intervals import bootstrap_interval
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.models.build import build_scratch
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef
@@ -94,15 +95,15 @@ class Prefills:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def read(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> Any:
+    def read(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED) -> Any:
         began = time.perf_counter()
-        done = self.model.read(tokens_BS, cuts)
+        done = self.model.read(tokens_BS, cuts, guides)
         self.prompts += len(tokens_BS)
         self.seconds += time.perf_counter() - began
         return done
 
-    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> Any:
-        return self.read(tokens_BS, cuts)[:2]
+    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED) -> Any:
+        return self.read(tokens_BS, cuts, guides)[:2]
 
 
 class Grid:

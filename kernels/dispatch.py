@@ -8,7 +8,7 @@ graph replays them.
 `scaled_dot_product_attention` over the whole buffer with a mask, which the caller makes once for all layers.
 
 Shape legend: B rows, H key/value heads, G query heads per key/value head, Q query tokens, S stored tokens,
-N kept entries, D head width, T proposals, V vocabulary.
+N kept entries, C = S // 8 chunks, W last tokens, D head width, T proposals, V vocabulary.
 """
 
 from __future__ import annotations
@@ -75,6 +75,15 @@ def chunk_topk(keys_BHSD: Tensor, budget: int, keep_tail: bool = True) -> Tensor
     from kernels import chunk_select
 
     return chunk_select.chunk_indices(keys_BHSD, budget, keep_tail)
+
+
+def chunk_attention(queries_BHGWD: Tensor, keys_BHSD: Tensor, scaling: float) -> Tensor:
+    """The share [B, C] of each chunk in the last tokens' attention; see `reference.chunk_attention`."""
+    if backend(keys_BHSD.device) == "torch":
+        return reference.chunk_attention(queries_BHGWD, keys_BHSD, scaling)
+    from kernels import chunk_attention
+
+    return chunk_attention.chunk_attention(queries_BHGWD, keys_BHSD, scaling)
 
 
 def gather_kept(keys_BHSD: Tensor, values_BHSD: Tensor, kept_BHN: Tensor) -> tuple[Tensor, Tensor]:

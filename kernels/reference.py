@@ -1,7 +1,7 @@
 """Torch oracles of what the kernels compute: used by the tests, the benchmarks and the CPU path.
 
 Shape legend: B batch rows, H key/value heads, G query heads per key/value head, S prefix length, N kept
-entries, D head width, T positions, V vocabulary, K stored label entries.
+entries, C = S // 8 chunks, W last tokens, D head width, T positions, V vocabulary, K stored label entries.
 """
 
 from __future__ import annotations
@@ -21,17 +21,41 @@ def chunk_topk(keys_BHSD: Tensor, budget: int, keep_tail: bool = True) -> Tensor
     dropped, as the paper's code does.
     """
     B, H, S, D = keys_BHSD.shape
-    num_chunks, tail = divmod(S, CHUNK)
-    kept_tail = tail if keep_tail else 0
-    num_kept = min((budget - kept_tail) // CHUNK, num_chunks)
+    num_chunks = S // CHUNK
     means_BHCD = keys_BHSD[:, :, : num_chunks * CHUNK].float().reshape(B, H, num_chunks, CHUNK, D).mean(3)
     scores_BHC = (means_BHCD @ keys_BHSD[:, :, -1].float().unsqueeze(-1)).squeeze(-1)
-    scores_BHC[:, :, 0] = torch.inf
-    best_BHC = scores_BHC.sort(dim=-1, descending=True, stable=True).indices[:, :, :num_kept].sort(-1).values
-    offsets = torch.arange(CHUNK, device=keys_BHSD.device)
-    chunks_BHN = (best_BHC.unsqueeze(-1) * CHUNK + offsets).flatten(2)
-    tail_BHN = torch.arange(S - kept_tail, S, device=keys_BHSD.device).expand(B, H, kept_tail)
-    return torch.cat([chunks_BHN, tail_BHN], dim=-1)
+    return kept_chunks(ranked(scores_BHC), S, budget, keep_tail)
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """Chunks [..., C] by their scores: chunk 0, then the best first, ties going to the lower index."""
+    scores = torch.cat([torch.full_like(scores[..., :1], torch.inf), scores[..., 1:]], dim=-1)
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def kept_chunks(ranked: Tensor, prefix_tokens: int, budget: int, keep_tail: bool = True) -> Tensor:
+    """Entries [..., N], ascending: the first of ranked chunks, as many as the budget holds, and the tail."""
+    num_chunks, tail = divmod(prefix_tokens, CHUNK)
+    kept_tail = tail if keep_tail else 0
+    num_kept = min((budget - kept_tail) // CHUNK, num_chunks)
+    best = ranked[..., :num_kept].sort(-1).values
+    chunks = (best.unsqueeze(-1) * CHUNK + torch.arange(CHUNK, device=ranked.device)).flatten(-2)
+    rest = torch.arange(prefix_tokens - kept_tail, prefix_tokens, device=ranked.device)
+    return torch.cat([chunks, rest.expand(*ranked.shape[:-1], kept_tail)], dim=-1)
+
+
+def chunk_attention(queries_BHGWD: Tensor, keys_BHSD: Tensor, scaling: float) -> Tensor:
+    """How much of the attention of the last W of S tokens falls on each whole chunk of 8 of them, [B, C].
+
+    The mean over the queries, each of which sees itself and what is before it, and over all query heads, in
+    fp32: the shares of all chunks and of the tail of S mod 8 tokens make 1.
+    """
+    S, W = keys_BHSD.shape[2], queries_BHGWD.shape[3]
+    logits_BHMS = queries_BHGWD.flatten(2, 3).float() @ keys_BHSD.float().transpose(-1, -2) * scaling
+    future_WS = torch.ones(W, S, dtype=torch.bool, device=keys_BHSD.device).triu(S - W + 1)
+    logits_BHGWS = logits_BHMS.unflatten(2, (-1, W)).masked_fill(future_WS, -torch.inf)
+    shares_BS = logits_BHGWS.softmax(-1).mean((1, 2, 3))
+    return shares_BS[:, : S - S % CHUNK].unflatten(-1, (-1, CHUNK)).sum(-1)
 
 
 def greedy_accept(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Row, row
-from kernels import accept, chunk_select, distill_loss, reference, verify_attention
+from kernels import accept, chunk_attention, chunk_select, distill_loss, reference, verify_attention
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of an attention's output, which is rounded to its type once.
@@ -68,6 +68,7 @@ def check_rows(shapes: Shapes, device: str) -> Iterator[Row]:
     """A row for each kernel and type: the worst error over its tolerance; 1 and less is right."""
     for dtype in TYPES:
         yield worst(f"verify_attention, {name_of(dtype)}", attention, shapes.attention, dtype, device)
+        yield worst(f"chunk_attention, {name_of(dtype)}", shares, shapes.attention, dtype, device)
         yield worst(f"chunk_select, {name_of(dtype)}", selection, shapes.selection, dtype, device)
         for loss in ("cross_entropy", "kl", "total_variation"):
             checked = f"{loss} and its gradients, {name_of(dtype)}"
@@ -127,6 +128,15 @@ def attention(shape: Sequence[int], dtype: torch.dtype, device: str) -> float:
         whole = (query.float(), key.float(), value.float(), D**-0.5, length, window)
         errors.append(error_of(ours, reference.verify_attention(*whole), ROUNDING[dtype]))
     return max(errors)
+
+
+def shares(shape: Sequence[int], dtype: torch.dtype, device: str) -> float:
+    B, H, G, Q, length, D = shape
+    queries = random(B, H, G, Q, D, dtype=dtype, device=device)
+    keys = random(B, H, length, D, dtype=dtype, device=device)
+    ours = chunk_attention.chunk_attention(queries, keys, D**-0.5)
+    exact = reference.chunk_attention(queries.float(), keys.float(), D**-0.5)
+    return error_of(ours, exact, ROUNDING[dtype])
 
 
 def selection(shape: Sequence[int], dtype: torch.dtype, device: str) -> float:

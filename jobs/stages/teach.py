@@ -17,12 +17,14 @@ from pipeline.config.models import Head
 from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.decode.sampling import Chance
+from pipeline.kv.guides import chunk_kind
 from pipeline.models.generation import stop_tokens
 from pipeline.models.load import ModelRef, pick_device
 from pipeline.serving.writer import ServedTexts
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import ASKED, LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.sweep.grid import texts
+from pipeline.train.batches import window_starts
 from pipeline.train.labelling import smallest_uint
 from pipeline.train.teacher import (
     AnswerTask,
@@ -50,7 +52,16 @@ def taught(
     }
     if isinstance(config.drafter, Head):
         inputs["features"] = list(config.drafter.feature_layers or ()), config.labels.features
+    if config.is_guided:
+        inputs["guides"] = guides_identity(config)
     return open_artifact(Path(config.storage), "teach", inputs), inputs
+
+
+def guides_identity(config: Config) -> list[int]:
+    """What the target's guides depend on: those of prompts on nothing, those of training on where windows may
+    start and on how many chunks are kept."""
+    train, most = config.train, config.guide_chunks
+    return [most, train.window_tokens, train.windows, train.min_prefix_tokens] if most else []
 
 
 def teach(config: Config, executor: Executor, prepare: Artifact, scratch: dict[str, Artifact]) -> Artifact:
@@ -120,6 +131,8 @@ def sample(
         "target": model_identity(config.target, scratch.get("target")),
         "chances": [[chance.temperature, chance.seed] for chance in chances],
     }
+    if config.is_guided:
+        inputs["guides"] = []
     artifact = open_artifact(Path(config.storage), "sample", inputs)
     with artifact.claim() as unfinished:
         if not unfinished:
@@ -191,4 +204,7 @@ def label_bytes(config: Config, sequences: int, answers: int, vocab: int, featur
     per_label = size + min(config.labels.top_k, vocab) * (size + 2)
     tokens = (sequences + answers) * config.data.sequence_tokens
     labels = sequences * config.data.sequence_tokens + answers * config.train.learned_tokens
-    return tokens * (size + 2 * features) + labels * per_label + 8 * answers
+    places = sequences * len(window_starts(config.train, config.data.sequence_tokens))
+    ranked = (places + answers * config.train.windows) * config.guide_chunks
+    guides = ranked * np.dtype(chunk_kind(config.data.sequence_tokens)).itemsize
+    return tokens * (size + 2 * features) + labels * per_label + 8 * answers + guides

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from kernels.reference import CHUNK
 from pipeline.axes import family
 from pipeline.config.data import Data, TextSource
 from pipeline.config.group import Group
@@ -17,6 +18,7 @@ from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
 from pipeline.config.train import READ_TOP_K, Answers, Labels, Train
+from pipeline.kv.policies import GUIDED
 
 
 class Config(Group):
@@ -88,6 +90,18 @@ class Config(Group):
             )
         if isinstance(self.drafter, Head) and any(v.rope_scaling for v in self.train.variants):
             raise ValueError("train.variants.rope_scaling: a head turns positions as its target does")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether views, of training or of the sweep, are chosen by what the target attends to."""
+        swept = (*self.sweep.policies, *([self.sweep.cascade.policy] if self.sweep.cascade else []))
+        return GUIDED in (*swept, *(variant.policy for variant in self.train.variants))
+
+    @property
+    def guide_chunks(self) -> int:
+        """Chunks that are ranked before each window of training, as many as any budget there holds."""
+        guided = [variant for variant in self.train.variants if variant.policy == GUIDED]
+        return max((budget // CHUNK for variant in guided for budget in variant.budgets), default=0)
 
     @property
     def chain_steps(self) -> int:

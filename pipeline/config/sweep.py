@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.axes import AcceptanceRule, Baseline, View, check_budget
 from pipeline.config.group import Group
 
-Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window"]
+Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window", "target_guided"]
 Control = Literal["other_prompt", "no_prefix"]
 SWEPT = (
     "drafters", "baselines", "policies", "budgets", "gammas", "thresholds", "temperatures", "seeds",

@@ -17,6 +17,7 @@ from pipeline.decode.runner import Runner, Runners
 from pipeline.decode.sampling import Chance, Sampler
 from pipeline.decode.sources import DraftSource
 from pipeline.hardware import peak_bytes
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.slot_cache import capacity_of, slots_for
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Departure, Round, Scored
@@ -48,30 +49,41 @@ def clock(device: torch.device) -> float:
 
 
 def timed_prefill(
-    model: DecodeModel, prompt: Prompt, views: Sequence[View], rehearse: bool = False
+    model: DecodeModel,
+    prompt: Prompt,
+    views: Sequence[View],
+    rehearse: bool = False,
+    guides: Guides = UNGUIDED,
 ) -> tuple[list[PrefixView], Tensor, float]:
-    """One prefill for all views of a prompt, the logits [1, V] after it, and its seconds.
+    """One prefill for all views of a prompt, the logits [1, V] after it, and its seconds."""
+    device = model.geometry.device
+    tokens_1S = torch.tensor([prompt.tokens], device=device)
+    wanted = [(len(prompt.tokens), view) for view in views]
+    (kept, logits_1V), seconds = clocked(lambda: model.prefill(tokens_1S, wanted, guides), device, rehearse)
+    return kept, logits_1V, seconds
+
+
+def clocked(work: Callable[[], T], device: torch.device, rehearse: bool) -> tuple[T, float]:
+    """What some work gives, and its seconds.
 
     With `rehearse` it is done twice and the second is timed: the first prefill of a length may compile
     kernels, and finds memory and caches cold, which decoding does not.
     """
-    device = model.geometry.device
-    tokens_1S = torch.tensor([prompt.tokens], device=device)
-    wanted = [(len(prompt.tokens), view) for view in views]
     if rehearse:
-        model.prefill(tokens_1S, wanted)
+        work()
     began = clock(device)
-    kept, logits_1V = model.prefill(tokens_1S, wanted)
-    return kept, logits_1V, clock(device) - began
+    done = work()
+    return done, clock(device) - began
 
 
 class Bench:
     """The target, prefilled with a few prompts, which are decoded together again and again.
 
     `self_views` are sparse views of the target itself, for self-speculation: one prefill gives them beside
-    its whole cache, and `self_prefill_s` is the time that they add to it. `new_tokens`, by default the limit
-    of the prompts, sizes the caches, so that shorter runs can have the shapes of longer ones. `rehearse` is
-    for prefills whose seconds are to be compared.
+    its whole cache, and `self_prefill_s` is the time that they add to it. Where a drafter is to be `guided`,
+    `guides` are those of the prompts, and `guide_s` the time that they add. `new_tokens`, by default the
+    limit of the prompts, sizes the caches, so that shorter runs can have the shapes of longer ones.
+    `rehearse` is for prefills whose seconds are to be compared.
     """
 
     def __init__(
@@ -83,6 +95,7 @@ class Bench:
         self_views: Sequence[View] = (),
         new_tokens: int | None = None,
         rehearse: bool = False,
+        guided: bool = False,
     ) -> None:
         self.rehearse = rehearse
         self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
@@ -98,8 +111,12 @@ class Bench:
         self.kv_bytes: list[int] = []
         self.self_kept: list[dict[View, PrefixView]] = []
         self.self_prefill_s: list[float] = []
+        self.guides: list[Guides] = [UNGUIDED] * len(self.prompts)
+        self.guide_s = [0.0] * len(self.prompts)
         for row, prompt in enumerate(self.prompts):
             (view,), logits_1V, seconds = timed_prefill(target, prompt, [FULL], rehearse)
+            if guided:
+                self.guides[row], self.guide_s[row] = clocked(view.guiding, self.device, rehearse)
             if self_views:
                 (_, *sparse), _, both_s = timed_prefill(target, prompt, [FULL, *self_views], rehearse)
                 self.self_kept.append(dict(zip(self_views, sparse, strict=True)))

@@ -25,6 +25,7 @@ from pipeline.decode.runner import Runner, compiled
 from pipeline.decode.sampling import Rule, Sampler
 from pipeline.decode.sources import ModelDrafts, Proposals
 from pipeline.decode.target_reader import TargetReader
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.slot_cache import Geometry, SlotCache
 from pipeline.kv.views import PrefixView
 from pipeline.models.draft_vocabulary import among_all
@@ -98,16 +99,18 @@ class LeanHead(Lean):
     def logits(self, hidden: Tensor) -> Tensor:
         return among_all(self.head(hidden), self.draft_tokens, self.num_tokens)
 
-    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
+    def prefill(
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
+    ) -> tuple[list[PrefixView], Tensor]:
         """The views' slots, and the target's logits."""
-        return self.read(tokens_BS, cuts)[:2]
+        return self.read(tokens_BS, cuts, guides)[:2]
 
     @torch.no_grad()
     def read(
-        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
     ) -> tuple[list[PrefixView], Tensor, Tensor | None]:
         logits_BV, features_BSF = self.reader.read(tokens_BS)
-        views = self.module.prefix(tokens_BS, features_BSF.to(self.module.dtype), cuts)
+        views = self.module.prefix(tokens_BS, features_BSF.to(self.module.dtype), cuts, guides)
         for view in views:
             view.last = features_BSF[:, view.prefix_tokens]
         return views, logits_BV, features_BSF

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import dispatch
-from pipeline.axes import View
+from pipeline.axes import FULL, View
 from pipeline.decode.products import Linear, choose_forms
 from pipeline.kv.attention import Span, causal_attention, suffix_attention, windowed_attention
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.slot_cache import Geometry, SlotCache, SlotIndex
 from pipeline.kv.views import PrefixView, readings
@@ -182,14 +183,16 @@ class LeanModel(Lean):
     def logits(self, hidden: Tensor) -> Tensor:
         return among_all(self.head(hidden), self.draft_tokens, self.num_tokens)
 
-    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
-        return self.read(tokens_BS, cuts)[:2]
+    def prefill(
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
+    ) -> tuple[list[PrefixView], Tensor]:
+        return self.read(tokens_BS, cuts, guides)[:2]
 
     @torch.no_grad()
     def read(
-        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
     ) -> tuple[list[PrefixView], Tensor, Tensor | None]:
-        views = [PrefixView(view, start) for start, view in cuts]
+        views = [PrefixView(view, start, guide=guides.get(start)) for start, view in cuts]
         behind = [
             self.read_through(span, tokens_BS, [views[number] for number in numbers])
             for span, numbers in readings(cuts).items()
@@ -221,8 +224,11 @@ class LeanModel(Lean):
             for view in views:
                 start = view.prefix_tokens
                 last = slice(max(0, start - SNAP_WINDOW), start)
-                observed = projected(layer, last)[0] if view.view.policy == "snapkv" else keys[:, :, :0]
-                view.cut(keys, values, observed.unflatten(1, (H, -1)), self.frequencies)
+                asks = view.view == FULL and layer is self.layers[-1]
+                wanted = asks or view.view.policy == "snapkv"
+                observed = (projected(layer, last)[0] if wanted else keys[:, :, :0]).unflatten(1, (H, -1))
+                view.cut(keys, values, observed, self.frequencies)
+                view.asking = (observed, D**-0.5) if asks else None
             # Of the last layer only the last position is needed.
             for span in chunks if layer is not self.layers[-1] else [slice(S - 1, S)]:
                 query = projected(layer, span)[0]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from kernels import dispatch
 from pipeline.axes import FULL, View
 from pipeline.decode.lean import LeanModel, side_by_side
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView
@@ -59,12 +60,14 @@ class DecodeModel(Protocol):
         """[…, C] → […, V]."""
         ...
 
-    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
+    def prefill(
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
+    ) -> tuple[list[PrefixView], Tensor]:
         """As `view_cache.read_prefix`."""
         ...
 
     def read(
-        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
     ) -> tuple[list[PrefixView], Tensor, Tensor | None]:
         """As `prefill`, and the inputs [B, S, F] of `feature_layers`; None where there are none."""
         ...
@@ -121,14 +124,16 @@ class ModuleModel:
     def logits(self, hidden: Tensor) -> Tensor:
         return self.among_all(own_logits(self.model, hidden)[..., : self.model.num_tokens])
 
-    def prefill(self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]) -> tuple[list[PrefixView], Tensor]:
-        return self.read(tokens_BS, cuts)[:2]
+    def prefill(
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
+    ) -> tuple[list[PrefixView], Tensor]:
+        return self.read(tokens_BS, cuts, guides)[:2]
 
     def read(
-        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]]
+        self, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], guides: Guides = UNGUIDED
     ) -> tuple[list[PrefixView], Tensor, Tensor | None]:
         with kept_inputs(self.model, self.feature_layers) as features:
-            views, logits_BV = read_prefix(self.model, tokens_BS, cuts)
+            views, logits_BV = read_prefix(self.model, tokens_BS, cuts, guides=guides)
         return views, self.among_all(logits_BV), side_by_side(features, self.feature_layers)
 
     def among_all(self, logits: Tensor) -> Tensor:

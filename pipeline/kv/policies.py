@@ -2,7 +2,7 @@
 and its name in `Policy` of config/sweep.py.
 
 Shape legend: B batch rows, H key/value heads, G query heads per key/value head, S prefix length,
-W observed queries, N kept entries, D head width.
+W observed queries, N kept entries, R ranked chunks, D head width.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import dispatch
+from kernels import dispatch, reference
 
 SINKS = 4  # first positions that `streaming` always keeps
-SNAP_WINDOW = 16  # last queries that `snapkv` observes
+SNAP_WINDOW = 16  # last queries that `snapkv` observes, and `target_guided` those of the target
 SNAP_POOL = 5  # neighbours that share a `snapkv` score
 
 Select = Callable[[Tensor, Tensor, int], Tensor]
@@ -78,25 +78,68 @@ POLICIES: dict[str, Select] = {
 }
 
 
+def target_guided(keys_BHSD: Tensor, guide_BR: Tensor | None, budget: int) -> Tensor:
+    """The chunks of 8 that the target attends to most (after SpecExtend, arXiv 2505.20776), and the tail.
+
+    One choice for all layers and heads; otherwise as `chunk_topk`, which scores chunks by their keys.
+
+    Args:
+        guide_BR: chunks of the prefix, the best first, as `rank_chunks` gives them, or as many of these as
+            the budget could hold. Numbers of chunks that there are not are passed over: a head has one entry
+            less than a prefix has tokens.
+
+    Raises:
+        ValueError: if there is no ranking, or too few are ranked.
+    """
+    B, H, S, _ = keys_BHSD.shape
+    if guide_BR is None:
+        raise ValueError(f"the policy {GUIDED} needs a guide, the target's ranking of a prefix's chunks")
+    if guide_BR.shape[1] < budget // reference.CHUNK:
+        raise ValueError(f"the guide ranks {guide_BR.shape[1]} chunks, too few for a budget of {budget}")
+    beyond_BR = guide_BR >= S // reference.CHUNK
+    guide_BR = guide_BR.gather(1, beyond_BR.long().sort(dim=1, stable=True).indices)
+    return reference.kept_chunks(guide_BR, S, budget).unsqueeze(1).expand(B, H, -1)
+
+
+def rank_chunks(queries_BHGWD: Tensor, keys_BHSD: Tensor, scaling: float) -> Tensor:
+    """A prefix's guide [B, C]: its whole chunks by the attention that the last W tokens pay them, best first.
+
+    Chunk 0 comes before all. Queries and keys are those of the target's last layer.
+    """
+    return reference.ranked(dispatch.chunk_attention(queries_BHGWD, keys_BHSD, scaling))
+
+
+GUIDED = "target_guided"  # chooses by what the target says of a prefix
 WINDOW = "window"  # rolls: what it keeps of a prefix is what its first query may see
 
 
-def select(policy: str, keys_BHSD: Tensor, queries_BHGWD: Tensor, budget: int, sinks: int = 0) -> Tensor:
+def select(
+    policy: str,
+    keys_BHSD: Tensor,
+    queries_BHGWD: Tensor,
+    budget: int,
+    sinks: int = 0,
+    guide_BR: Tensor | None = None,
+) -> Tensor:
     """Ascending indices [B, H, N] of the prefix entries that `policy` keeps, N <= budget.
 
     A prefix within the budget is kept whole, whatever the policy.
 
     Args:
         sinks: first positions that a window always sees.
+        guide_BR: what `target_guided` chooses by.
 
     Raises:
-        ValueError: for a policy that does not exist.
+        ValueError: for a policy that does not exist, or one that lacks its guide.
     """
-    if policy not in (*POLICIES, WINDOW):
-        raise ValueError(f"unknown KV policy {policy!r}; there are {', '.join((*POLICIES, WINDOW))}")
+    known = (*POLICIES, WINDOW, GUIDED)
+    if policy not in known:
+        raise ValueError(f"unknown KV policy {policy!r}; there are {', '.join(known)}")
     B, H, S, _ = keys_BHSD.shape
     if budget >= S:
         return torch.arange(S, device=keys_BHSD.device).expand(B, H, S)
     if policy == WINDOW:
         return first_and_last(keys_BHSD, budget, sinks)
+    if policy == GUIDED:
+        return target_guided(keys_BHSD, guide_BR, budget)
     return POLICIES[policy](keys_BHSD, queries_BHGWD, budget)

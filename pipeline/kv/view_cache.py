@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pipeline.axes import View
+from pipeline.axes import FULL, View
 from pipeline.kv.attention import (
     BEYOND_A_PRODUCT,
     Span,
@@ -31,6 +31,7 @@ from pipeline.kv.attention import (
     suffix_mask,
     windowed_attention,
 )
+from pipeline.kv.guides import UNGUIDED, Guides, Ranker
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.positions import frequencies_of
 from pipeline.kv.views import PrefixView, readings, span_of
@@ -44,11 +45,15 @@ class PrefixReader(Cache):
     window that a view has, in further rows of the same batch."""
 
     def __init__(
-        self, cuts: Sequence[tuple[int, View]], frequencies: Tensor | None = None, offset: int = 0
+        self,
+        cuts: Sequence[tuple[int, View]],
+        frequencies: Tensor | None = None,
+        offset: int = 0,
+        guides: Guides = UNGUIDED,
     ) -> None:
         super().__init__(layers=[])
         self.frequencies, self.offset = frequencies, offset
-        self.views = [PrefixView(view, start) for start, view in cuts]
+        self.views = [PrefixView(view, start, guide=guides.get(start)) for start, view in cuts]
         self.readings = readings(cuts)
 
     def update(
@@ -65,6 +70,8 @@ class PrefixReader(Cache):
                 start = view.prefix_tokens
                 observed = queries_BHGSD[:, :, :, max(0, start - SNAP_WINDOW) : start]
                 view.cut(keys, values, observed, self.frequencies, self.offset)
+                if view.view == FULL:
+                    view.asking = observed.clone(), scaling  # a slice would hold all queries
             if span is None:
                 outputs.append(causal_attention(queries, keys, values, scaling))
             else:
@@ -200,7 +207,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    view_cache: PrefixReader | ViewCache | None = None,
+    view_cache: PrefixReader | ViewCache | Ranker | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -224,7 +231,11 @@ AttentionInterface.register(ATTENTION, attend)
 
 @torch.no_grad()
 def read_prefix(
-    model: PreTrainedModel, tokens_BS: Tensor, cuts: Sequence[tuple[int, View]], offset: int = 0
+    model: PreTrainedModel,
+    tokens_BS: Tensor,
+    cuts: Sequence[tuple[int, View]],
+    offset: int = 0,
+    guides: Guides = UNGUIDED,
 ) -> tuple[list[PrefixView], Tensor]:
     """One forward over prefixes of equal length: with full attention, and through each window of the views.
 
@@ -233,12 +244,13 @@ def read_prefix(
         tokens_BS: [B, S] tokens from position 0.
         cuts: (prefix length <= S, view) pairs; each gives one `PrefixView` of that many first tokens.
         offset: positions by which the sinks of every view are moved back.
+        guides: the target's, of the prefixes that a view `target_guided` is of.
 
     Returns:
         The views in the order of `cuts`, and the logits [B, V] after the last token; of full attention,
         unless all views are windows shorter than their prefix.
     """
-    reader = PrefixReader(cuts, frequencies_of(getattr(model, "module", model)), offset)
+    reader = PrefixReader(cuts, frequencies_of(getattr(model, "module", model)), offset, guides)
     output = model(
         input_ids=tokens_BS.repeat(len(reader.readings), 1),
         past_key_values=reader,

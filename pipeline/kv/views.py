@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels import dispatch
 from pipeline.axes import Budget, Positions, View
 from pipeline.kv.attention import Span
-from pipeline.kv.policies import WINDOW, select
+from pipeline.kv.guides import Guides
+from pipeline.kv.policies import WINDOW, rank_chunks, select
 from pipeline.kv.positions import moves, turn
 
 
@@ -52,12 +53,21 @@ def readings(cuts: Sequence[tuple[int, View]]) -> dict[Span | None, list[int]]:
 
 @dataclass
 class PrefixView:
-    """The kept KV of one view of one prefix (or of B prefixes of equal length): per layer [B, H, N, D]."""
+    """The kept KV of one view of one prefix (or of B prefixes of equal length): per layer [B, H, N, D].
+
+    Args:
+        guide: what `target_guided` chooses by.
+        last: of a head's prefix: the target's features [B, F] of its last token.
+        asking: of a whole prefix, the queries [B, H, G, W, D] of the last layer at its last positions, and
+            their scaling.
+    """
 
     view: View
     prefix_tokens: int
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    last: Tensor | None = None  # of a head's prefix: the target's features [B, F] of its last token
+    guide: Tensor | None = None
+    last: Tensor | None = None
+    asking: tuple[Tensor, float] | None = None
 
     @property
     def kept(self) -> int:
@@ -66,6 +76,12 @@ class PrefixView:
     @property
     def num_bytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def guiding(self) -> Guides:
+        """The guide of this whole prefix, by the model that has read it."""
+        assert self.asking is not None
+        queries, scaling = self.asking
+        return {self.prefix_tokens: rank_chunks(queries, self.layers[-1][0], scaling)}
 
     def cut(
         self,
@@ -83,14 +99,14 @@ class PrefixView:
             offset: positions by which the sinks are moved back.
 
         Raises:
-            ValueError: if entries are to be moved and there are no frequencies.
+            ValueError: if entries are to be moved and there are no frequencies, or a guide is missing.
         """
-        S = self.prefix_tokens
+        view, S = self.view, self.prefix_tokens
         keys, values = keys_BHSD[:, :, :S], values_BHSD[:, :, :S]
         kept_BHN = torch.arange(S, device=keys.device).expand(*keys.shape[:2], S)
-        if self.view.budget != "full":
-            kept_BHN = select(self.view.policy, keys, observed, self.view.budget, self.view.sinks or 0)
+        if view.budget != "full":
+            kept_BHN = select(view.policy, keys, observed, view.budget, view.sinks or 0, self.guide)
             keys, values = dispatch.gather_kept(keys, values, kept_BHN)
-        if (moves_BHN := moves(self.view, kept_BHN, S, offset)) is not None:
+        if (moves_BHN := moves(view, kept_BHN, S, offset)) is not None:
             keys = turn(keys, moves_BHN, frequencies)
         self.layers.append((keys, values))

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pipeline.axes import check_budget, kept_positions
 from pipeline.decode.model import decode_model
-from pipeline.kv.policies import WINDOW
+from pipeline.kv.policies import GUIDED, WINDOW
 from pipeline.kv.view_cache import ATTENTION
 from pipeline.kv.views import PrefixView, view_of
 from pipeline.models.build import prepare_model
@@ -74,6 +74,8 @@ class BudgetedAssistant:
         self.drafter = prepare_model(drafter, drafter.config.vocab_size)
         if policy == WINDOW:
             raise ValueError("a window rolls, which these caches of transformers do not: take streaming")
+        if policy == GUIDED:
+            raise ValueError("target_guided asks the target, and an assistant has none: take chunk_topk")
         self.view = view_of(policy, budget, positions=kept_positions(drafter.config))
         self.generation_config = copy.deepcopy(drafter.generation_config)
         self.generation_config.num_assistant_tokens = gamma

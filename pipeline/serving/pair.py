@@ -23,6 +23,7 @@ from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import ModelDrafts
 from pipeline.decode.target_reader import TargetReader
 from pipeline.errors import BadData
+from pipeline.kv.guides import are_guided
 from pipeline.kv.views import placed, view_of
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.heads.load import is_head, load_head
@@ -115,9 +116,12 @@ class Pair:
             raise BadData("there is no prompt to continue")
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
         self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
-        bench = Bench(self.runners, self.target, asked, gamma)
+        bench = Bench(self.runners, self.target, asked, gamma, guided=are_guided([view]))
         wanted = [placed(view, self.positions)]
-        views = [timed_prefill(self.drafter, prompt, wanted)[0][0] for prompt in asked]
+        views = [
+            timed_prefill(self.drafter, prompt, wanted, guides=guides)[0][0]
+            for prompt, guides in zip(asked, bench.guides, strict=True)
+        ]
         source = drafts(bench.drafter(self.drafter, views), views, threshold)
         return Reading(bench, source, gamma, self.eos)
 

@@ -49,7 +49,8 @@ class Continuation(Row):
 
     `tokens[0]` is what the prefill gives; `gaps[t]` is the target's top-1 minus top-2 logit when it chose
     `tokens[t]`, and of a sampled one `log_probs[t]` its log-probability. It ends with EOS (`eos_at` is its
-    index) or after `max_new_tokens`.
+    index) or after `max_new_tokens`. Where views are chosen by it, `guide` is the target's ranking of
+    the prompt's chunks.
     """
 
     prompt_id: str
@@ -67,6 +68,7 @@ class Continuation(Row):
     temperature: float = 0.0
     seed: int = 0
     log_probs: list[float] = []
+    guide: list[int] = []
 
 
 class Timing(Row):

@@ -26,6 +26,7 @@ from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Runners
 from pipeline.decode.target_reader import TargetReader
+from pipeline.kv.guides import are_guided
 from pipeline.kv.views import placed
 from pipeline.models.generation import stop_tokens
 from pipeline.models.heads.load import load_head
@@ -184,6 +185,7 @@ class Evaluator:
         prompts = read_rows(task.prompts, Prompt)
         columns = zip(*(read_rows(file, Continuation) for file in task.continuations), strict=True)
         texts = list(columns)
+        guides = [first.guide for first, *_ in texts]
         for contender in self.contenders:
             made: PromptReplay | None = None
             if contender.model is not None and contender.fast is not None:
@@ -192,8 +194,8 @@ class Evaluator:
                     self.sweep,
                     contender.drafter,
                     contender.model,
-                    PromptViews(contender.fast, prompts, views),
-                    inner and PromptViews(inner.model, prompts, [inner.view]),
+                    PromptViews(contender.fast, prompts, views, guides),
+                    inner and PromptViews(inner.model, prompts, [inner.view], guides),
                 )
             for at in range(task.first, task.last):
                 try:
@@ -225,6 +227,7 @@ class Evaluator:
         (target, fast_target), picks = self.target, task.picks
         drafting = {one.drafter.name for one in self.contenders if one.drafter.role == "target"}
         self_views = [pick.view for pick in picks if pick.drafter in drafting]
+        within = [contender.inner.view for contender in self.contenders if contender.inner]
         bench: Bench | None = None
         for contender in self.contenders:
             cells = [pick for pick in picks if pick.drafter == contender.drafter.name]
@@ -238,6 +241,7 @@ class Evaluator:
                     max(self.sweep.gammas),
                     list(dict.fromkeys(self_views)),
                     rehearse=True,
+                    guided=are_guided([*(pick.view for pick in picks), *within]),
                 )
                 trial = Trial(
                     self.sweep,

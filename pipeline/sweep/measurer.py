@@ -18,6 +18,7 @@ from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES, DraftSource
 from pipeline.hardware import describe
+from pipeline.kv.guides import are_guided
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round
 from pipeline.store.rows import FailedCell, PromptRow, Timing
@@ -36,8 +37,9 @@ class Inner(NamedTuple):
 class Views:
     """What a draft source keeps of each prompt of a bench, view by view.
 
-    `prefill_s` is the time of reading each prompt, beside the target's prefill: 0 where there is no model.
-    The views of a cascade are its middle's, and `inner` is what drafts for that.
+    `prefill_s` is the time of reading each prompt, and of the target's guide where a view asks for one,
+    beside the target's prefill: 0 where there is no model. The views of a cascade are its middle's, and
+    `inner` is what drafts for that.
     """
 
     def __init__(
@@ -52,21 +54,27 @@ class Views:
         self.inner_kept: list[PrefixView] = []
         self.prefill_s = [0.0] * len(bench.prompts)
         self.kept: dict[View, list[PrefixView]] = {view: [] for view in views}
-        for row, prompt in enumerate(bench.prompts):
+        for row in range(len(bench.prompts)):
             if model is None:
                 break
             if drafter.role == "target":
                 prefix_views = [bench.self_kept[row][view] for view in self.kept]
                 self.prefill_s[row] = bench.self_prefill_s[row]
             else:
-                wanted = [view.kept for view in self.kept]
-                prefix_views, _, self.prefill_s[row] = timed_prefill(model, prompt, wanted, bench.rehearse)
+                prefix_views, self.prefill_s[row] = self.read(row, model, list(self.kept))
             for kept, view in zip(self.kept.values(), prefix_views, strict=True):
                 kept.append(view)
             if inner is not None:
-                read, _, seconds = timed_prefill(inner.model, prompt, [inner.view], bench.rehearse)
+                read, seconds = self.read(row, inner.model, [inner.view])
                 self.inner_kept += read
                 self.prefill_s[row] += seconds
+
+    def read(self, row: int, model: DecodeModel, views: Sequence[View]) -> tuple[list[PrefixView], float]:
+        """What views of a prompt keep, and the seconds of reading it."""
+        bench, wanted = self.bench, [view.kept for view in views]
+        prompt, guides = bench.prompts[row], bench.guides[row]
+        kept, _, seconds = timed_prefill(model, prompt, wanted, bench.rehearse, guides)
+        return kept, seconds + (bench.guide_s[row] if are_guided(views) else 0.0)
 
     def source(self, view: View, threshold: float = 0.0) -> DraftSource:
         """The source behind one view, as it is at the end of the prompts."""

@@ -22,6 +22,7 @@ from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES
 from pipeline.errors import NotFinite
+from pipeline.kv.guides import are_guided, stored_guide
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts
 from pipeline.models.heads.eagle import FeatureHead
@@ -65,7 +66,7 @@ class PromptReplay:
                     prompt.prompt_id,
                 )
                 views = [view for view in views if view.control != "other_prompt"]
-        of_partner = of_prompt if partner is None else self.views.of(partner)
+        of_partner = of_prompt if partner is None else self.views.of(partner, by=prompt)
         kept = [(of_partner if view.control == "other_prompt" else of_prompt)[view.kept] for view in views]
         for continuation, read in zip(continuations, features, strict=True):
             told = self.tell(continuation, kept, read)
@@ -178,23 +179,40 @@ def telling(continuation: Continuation, sweep: Sweep) -> tuple[Mode, Chance]:
 
 
 class PromptViews:
-    """A drafter's views of the prompts of one file, read when needed; the last prompts are remembered."""
+    """A drafter's views of the prompts of one file, read when needed; the last prompts are remembered.
 
-    def __init__(self, model: DecodeModel, prompts: list[Prompt], views: Sequence[View]) -> None:
+    `guides` are the target's rankings of the prompts' chunks, empty where no view is chosen by them.
+    """
+
+    def __init__(
+        self,
+        model: DecodeModel,
+        prompts: list[Prompt],
+        views: Sequence[View],
+        guides: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.model, self.prompts, self.views = (
             model,
             prompts,
             list(dict.fromkeys(view.kept for view in views)),
         )
-        self.recent: dict[tuple[str, int], dict[View, PrefixView]] = {}
+        self.guides: dict[str, Sequence[int]] = {}
+        if are_guided(self.views):
+            ids = [prompt.prompt_id for prompt in prompts]
+            self.guides = {name: guide for name, guide in zip(ids, guides, strict=True) if guide}
+        self.recent: dict[tuple[str, int, str], dict[View, PrefixView]] = {}
 
-    def of(self, prompt: Prompt) -> dict[View, PrefixView]:
-        key = prompt.prompt_id, len(prompt.tokens)
+    def of(self, prompt: Prompt, by: Prompt | None = None) -> dict[View, PrefixView]:
+        """What the views keep of a prompt, chosen by its own guide, or by that of another of its length."""
+        guide = self.guides.get((by or prompt).prompt_id)
+        key = prompt.prompt_id, len(prompt.tokens), (by or prompt).prompt_id if guide else ""
         if key not in self.recent:
             while len(self.recent) >= REMEMBERED:
                 self.recent.pop(next(iter(self.recent)))
             tokens_1S = torch.tensor([prompt.tokens], device=self.model.geometry.device)
-            kept, _ = self.model.prefill(tokens_1S, [(len(prompt.tokens), view) for view in self.views])
+            S = len(prompt.tokens)
+            guides = stored_guide(S, guide or (), tokens_1S.device)
+            kept, _ = self.model.prefill(tokens_1S, [(S, view) for view in self.views], guides)
             self.recent[key] = dict(zip(self.views, kept, strict=True))
         return self.recent[key]
 

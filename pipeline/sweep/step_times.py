@@ -23,6 +23,7 @@ from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.runner import Runners
 from pipeline.decode.sampling import GREEDILY
+from pipeline.kv.guides import are_guided
 from pipeline.store.rows import Prompt, StepTimes
 from pipeline.sweep.grid import Drafter, views_of
 from pipeline.sweep.measurer import Views
@@ -81,7 +82,8 @@ def step_times(
         behind = [view for view in behind if view.policy == sweep.policies[0]]
     gammas = spread(sweep.gammas_of(prompt.context))
     self_views = behind if drafter.role == "target" else []
-    bench = Bench(runners, target, [prompt], max(sweep.gammas), self_views, new_tokens)
+    guided = are_guided(behind)
+    bench = Bench(runners, target, [prompt], max(sweep.gammas), self_views, new_tokens, guided=guided)
     views = Views(bench, drafter, model, behind)
     # A source without a model takes one step a round, however many tokens it proposes.
     by_round = model is None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config.train import Train, Variant
 from pipeline.errors import BadData
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.train.losses import TargetLabels
 
 PHASES = 4  # places in a window where windows may start; a fifth if the first start is none of them
@@ -55,6 +56,8 @@ class LabelledSequences:
         self.ids = Shards(ids) if ids else None
         self.log_probs = Shards(sorted(folder.glob("*.log_probs.npy"))) if ids else None
         self.temperature = temperature
+        guides = sorted(folder.glob("*.guide.npy"))
+        self.guides = Shards(guides) if guides else None
         # Of an answer, the tokens of its prompt and the labels that are learned from; of a text -1.
         self.prefix, self.supervised = (
             np.concatenate([of_answers(array, name) for array in self.tokens.arrays])
@@ -100,6 +103,13 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> list[int]:
             order = epoch_order(count, seed, epoch)
         indices.append(int(order[position % count]))
     return indices
+
+
+def window_starts(train: Train, sequence_tokens: int) -> list[int]:
+    """All places where windows of a sequence may start, ascending."""
+    C, least = train.window_tokens, train.min_prefix_tokens
+    last = [sequence_tokens - phase - C for phase in start_phases(train, sequence_tokens)]
+    return sorted({start for first in last for start in range(first, least - 1, -C)})
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,11 @@ class Windows:
     learned: Tensor | None = None
 
 
+def answer_starts(train: Train, prefix: int) -> list[int]:
+    """Where windows of an answer may start, behind a prompt of so many tokens."""
+    return list(range(prefix, prefix + train.learned_tokens, train.window_tokens))
+
+
 def windows_of(data: LabelledSequences, rows: Sequence[int], drawn: Draw, train: Train) -> list[Windows]:
     """The windows of a micro-batch: those that were drawn, and of answers all that have labels.
 
@@ -198,10 +213,21 @@ def windows_of(data: LabelledSequences, rows: Sequence[int], drawn: Draw, train:
         if prefix < 0:
             groups.append(Windows([row], drawn.starts))
             continue
-        starts = tuple(range(prefix, prefix + supervised, C))
+        starts = tuple(start for start in answer_starts(train, prefix) if start < prefix + supervised)
         place = torch.arange(len(starts) * C)
         groups.append(Windows([row], starts, place < supervised))
     return groups
+
+
+def window_guides(data: LabelledSequences, windows: Windows, train: Train, device: torch.device) -> Guides:
+    """The target's guide at the start of each window, of all rows; none where stage teach has stored none."""
+    if data.guides is None:
+        return UNGUIDED
+    ranked_BPR, prefix = data.guides.rows(windows.rows).to(device), int(data.prefix[windows.rows[0]])
+    known = answer_starts(train, prefix)
+    if prefix < 0:
+        known = window_starts(train, data.tokens.arrays[0].shape[1])
+    return {start: ranked_BPR[:, known.index(start)] for start in windows.starts}
 
 
 def window_labels(

@@ -21,6 +21,7 @@ from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.decode.sampling import Rule
 from pipeline.errors import NotFinite
+from pipeline.kv.guides import stored_guide
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows
@@ -67,7 +68,8 @@ class ChainedViews(MultiView):
         sharded = hasattr(head.lm_head.weight, "ds_id")  # by ZeRO-3: whole inside a forward pass only
         whole = sharded or count <= limit
         depth = len(self.weights)
-        outputs = model(tokens_BL, features_BLF, windows.starts, C, views, depth, whole, offset)
+        read = (tokens_BL, features_BLF, windows.starts, C, views, depth, whole, offset)
+        outputs = model(*read, guides=self.guides(windows))
         place = torch.arange(parts * C, device=self.device)
         for depth, output in enumerate(outputs):
             # An answer may have fewer labels than chains are deep. What is learned from is then empty, and
@@ -101,7 +103,8 @@ class ChainedViews(MultiView):
 
         features_BSF = self.features.of_rows(windows.rows, tokens_BS)
         views = [view] * num_paths
-        outputs = model(tokens_BS, features_BSF, starts, 1, views, T, True, offset, choose)
+        read = (tokens_BS, features_BSF, starts, 1, views, T, True, offset, choose)
+        outputs = model(*read, self.guides(windows))
         choose(outputs[-1])
         return torch.stack(chosen, 1), torch.cat(outputs, 1)
 
@@ -118,7 +121,8 @@ class ChainedViews(MultiView):
             text, start, count = continuation.tokens, len(prompt.tokens), len(continuation.tokens) - 1
             tokens_1S = torch.tensor([prompt.tokens + text[:-1]], device=self.device)
             features = self.features.of_text(number, tokens_1S)
-            outputs = model(tokens_1S, features, [start], count, views, gamma, True)
+            guides = stored_guide(start, continuation.guide, self.device)
+            outputs = model(tokens_1S, features, [start], count, views, gamma, True, guides=guides)
             if not all(torch.isfinite(output).all() for output in outputs):
                 raise NotFinite(f"validation of {self.variant.name}: logits not finite")
             proposed = torch.stack(

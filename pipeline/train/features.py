@@ -12,9 +12,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pipeline.config.models import Head
 from pipeline.decode.model import DecodeModel
 from pipeline.errors import NotFinite
+from pipeline.models.heads.begin import default_layers
+from pipeline.store.rows import Prompt
 from pipeline.train.batches import Shards
 
 VALIDATION = "features"  # folder beside the labels, with a file for each validation prompt
@@ -78,3 +82,14 @@ def half(features: Tensor) -> np.ndarray:
             "labels.features: recomputed"
         )
     return stored.cpu().numpy()
+
+
+def features_of(spec: Head, target: PreTrainedModel) -> tuple[int, ...]:
+    """The layers whose inputs a head of this config reads."""
+    layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    return tuple(spec.feature_layers or default_layers(layers))
+
+
+def features_file(output: Path, prompt: Prompt) -> Path:
+    """Of a validation prompt with its continuation."""
+    return output / VALIDATION / f"{prompt.prompt_id.replace('/', '-')}.npy"

@@ -43,11 +43,10 @@ from pipeline.train.cards import drafter_card, scratch_card
 from pipeline.train.chained_views import ChainedViews
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
-from pipeline.train.features import Features, GivenFeatures, StoredFeatures
+from pipeline.train.features import Features, GivenFeatures, StoredFeatures, features_file
 from pipeline.train.loop import Schedule, export, fit, write_model
 from pipeline.train.objectives import MultiView, NextToken
 from pipeline.train.paths import PathTerm
-from pipeline.train.teacher import features_file
 
 log = logging.getLogger(__name__)
 

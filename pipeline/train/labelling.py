@@ -28,6 +28,7 @@ from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
 from pipeline.decode.steps import note
 from pipeline.errors import BadData, NotFinite
+from pipeline.kv.guides import Ranking
 from pipeline.kv.slot_cache import slots_for
 from pipeline.train.features import half
 
@@ -113,9 +114,13 @@ def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
 
 @torch.inference_mode()
 def label_sequences(
-    target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels, feature_layers: Sequence[int] = ()
+    target: PreTrainedModel,
+    rows_NL: np.ndarray,
+    labels: Labels,
+    feature_layers: Sequence[int] = (),
+    ranking: Ranking | None = None,
 ) -> dict[str, np.ndarray]:
-    """The target's labels at every position of N sequences, and features; `argmax` is the last entry.
+    """The target's labels at every position of N sequences, features and guides; `argmax` is the last entry.
 
     Raises:
         NotFinite: if a logit is NaN or infinite.
@@ -125,8 +130,10 @@ def label_sequences(
     batches: list[dict[str, np.ndarray]] = []
     for at in range(0, len(rows_NL), labels.batch_sequences):
         tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
+        ranker = ranking.ranker(target, ranking.places) if ranking else None
         with kept_inputs(target, feature_layers) as kept:
-            logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
+            tokens_BL = tokens_BL.to(target.device)
+            logits_BLV = target(input_ids=tokens_BL, use_cache=False, view_cache=ranker).logits
         # In slices, so that what is computed from the logits stays small beside them.
         pieces = [
             label_logits(target.name_or_path, logits_BPV, labels, kind)
@@ -134,6 +141,8 @@ def label_sequences(
         ]
         features = side_by_side(kept, feature_layers)
         given = {} if features is None else {"features": half(features)}
+        if ranking and ranker:
+            given["guide"] = ranking.stored(ranker)
         batches.append(
             given | {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
         )
@@ -172,10 +181,10 @@ def write_ahead(
 
 
 def behind_prefixes(
-    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1
-) -> tuple[Runner, Tensor, Tensor | None]:
+    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1, guided: bool = False
+) -> tuple[Runner, Tensor, Tensor | None, Tensor | None]:
     """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there; the
-    features [R, S, F] of the prefixes where the target gives some."""
+    features [R, S, F] of the prefixes where the target gives some; if `guided` the guide [B, C] of each."""
     B, S = tokens_BS.shape
     (view,), logits_BV, features_BSF = target.read(tokens_BS, [(S, FULL)])
     runner = Runner(target, B * copies, slots_for(S), room, "none")
@@ -184,7 +193,8 @@ def behind_prefixes(
     if not torch.isfinite(logits_BV).all():
         raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
     repeated = None if features_BSF is None else features_BSF.repeat_interleave(copies, 0)
-    return runner, logits_BV.repeat_interleave(copies, 0), repeated
+    guide_BC = view.guiding()[S] if guided else None
+    return runner, logits_BV.repeat_interleave(copies, 0), repeated, guide_BC
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from pipeline.config.train import Variant
 from pipeline.decode import replay
 from pipeline.decode.sampling import Rule
 from pipeline.errors import NotFinite
+from pipeline.kv.guides import UNGUIDED, Guides, stored_guide
+from pipeline.kv.policies import GUIDED
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
@@ -30,6 +32,7 @@ from pipeline.train.batches import (
     Windows,
     batch_indices,
     draw,
+    window_guides,
     window_labels,
     windows_of,
 )
@@ -191,7 +194,8 @@ class MultiView:
         """
         train = self.config.train
         tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
-        read = (model, tokens_BS, windows.starts, train.window_tokens, views, limit, offset)
+        guides = self.guides(windows)
+        read = (model, tokens_BS, windows.starts, train.window_tokens, views, limit, offset, guides)
         scores_by_view = window_scores(*read)
         for view, scores in zip(views, scores_by_view, strict=True):
             yield view, 0, LOSSES[self.loss_behind(view)](scores, labels)[learned]
@@ -231,7 +235,14 @@ class MultiView:
         offset: int,
     ) -> tuple[Tensor, Tensor]:
         """Paths from where windows start, and the drafter's logits of them: as `windows.sampled_paths`."""
-        return sampled_paths(model, tokens_BS, windows.starts, view, rule, uniforms_TR, offset)
+        read = (model, tokens_BS, windows.starts, view, rule, uniforms_TR, offset)
+        return sampled_paths(*read, self.guides(windows))
+
+    def guides(self, windows: Windows) -> Guides:
+        """What views of the prefixes of windows are chosen by, where they are chosen so."""
+        if self.variant.policy != GUIDED:
+            return UNGUIDED
+        return window_guides(self.data, windows, self.config.train, self.device)
 
     def loss_behind(self, view: View) -> str:
         return self.variant.full_loss if view is FULL else self.variant.sparse_loss
@@ -261,7 +272,9 @@ class MultiView:
             if len(continuation.tokens) < 2:
                 continue  # the prefill's token ended the text: nothing was drafted
             tokens_1S = torch.tensor([prompt.tokens], device=self.device)
-            kept, _ = read_prefix(model, tokens_1S, [(len(prompt.tokens), view) for view in views])
+            S = len(prompt.tokens)
+            guides = stored_guide(S, continuation.guide, self.device)
+            kept, _ = read_prefix(model, tokens_1S, [(S, view) for view in views], guides=guides)
             logits = replay.view_logits(model, kept, continuation.tokens)
             if not all(replay.finite_views(logits)):
                 raise NotFinite(f"validation of {self.variant.name}: logits not finite")

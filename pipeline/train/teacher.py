@@ -12,6 +12,9 @@ from: what follows the end of a text has none.
 With `labels.server` an engine writes these answers, and the texts of `labels.on_policy_fraction`; the labels
 stay the target's, and `.agreement.npy` holds for every text of the engine the share of its tokens that are
 the target's arg-max. Continuations of evaluation prompts are always the target's: exactness is held to them.
+
+For the policy `target_guided`, `.guide.npy` [N, P, R] ranks the chunks before each of the P places where
+windows may start, as many as the largest budget holds; what is left over names a chunk that there is not.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from kernels import dispatch
 from pipeline.config.models import Head
@@ -33,14 +36,15 @@ from pipeline.config.train import Labels
 from pipeline.decode.model import decode_model
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
 from pipeline.errors import BadData
+from pipeline.kv.guides import Ranking
 from pipeline.metrics import repetition_rate
 from pipeline.models.generation import stop_tokens, warn_of_settings
-from pipeline.models.heads.begin import default_layers
 from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
-from pipeline.train.features import VALIDATION, half
+from pipeline.train.batches import answer_starts, window_starts
+from pipeline.train.features import features_file, features_of, half
 from pipeline.train.labelling import (
     Engine,
     agreement,
@@ -124,6 +128,10 @@ class Teacher:
         self.writer = decode_model(self.target, config.decode.prefill_chunk)
         if isinstance(config.drafter, Head) and config.labels.features != "recomputed":
             self.writer.feature_layers = features_of(config.drafter, self.target)
+        self.ranking: Ranking | None = None
+        if config.guide_chunks:
+            length = config.data.sequence_tokens
+            self.ranking = Ranking(window_starts(config.train, length), config.guide_chunks, length)
         self.engine: Engine | None = None  # who writes greedy texts to learn from; default: the target
 
     def __call__(self, task: LabelTask | AnswerTask | ContinueTask) -> TeachCounts:
@@ -145,7 +153,7 @@ class Teacher:
             self.rewrite(
                 task, rows, self.not_served(task, rows, chosen) if self.engine and chosen else chosen
             )
-            arrays = label_sequences(self.target, rows, labels, self.writer.feature_layers)
+            arrays = label_sequences(self.target, rows, labels, self.writer.feature_layers, self.ranking)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
                 write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array)
@@ -255,7 +263,7 @@ class Teacher:
         config, device = self.config, self.target.device
         asked, eos, count = config.labels.answers, stop_tokens(self.target), config.train.learned_tokens
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=device)
-        runner, logits_RV, features_RSF = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
+        runner, logits_RV, features_RSF, _ = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
         if given is None:
             seeds = [
                 fold(config.seed, zlib.crc32(prompt.prompt_id.encode()), copy)
@@ -281,14 +289,17 @@ class Teacher:
                 label_logits(self.writer.name, self.writer.logits(hidden_1AC), config.labels, kind)
                 for hidden_1AC in hidden_RAC.split(1)
             ]
-        features: dict[str, np.ndarray] = {}
+        beside: dict[str, np.ndarray] = {}
         if features_RSF is not None and features_RAF is not None:
             both = torch.cat([features_RSF, features_RAF], 1)
-            features["features"] = half(F.pad(both, (0, 0, 0, tokens_RL.shape[1] - both.shape[1])))
+            beside["features"] = half(F.pad(both, (0, 0, 0, tokens_RL.shape[1] - both.shape[1])))
+        if self.ranking:
+            starts, texts_RL = answer_starts(config.train, S), torch.cat([prefixes_RS, written_RA], 1)
+            beside["guide"] = self.ranking.of_texts(self.target, texts_RL, starts)
         labels = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         first_R1 = logits_RV.argmax(-1, keepdim=True).cpu().numpy().astype(kind)
         return {
-            **features,
+            **beside,
             "tokens": tokens_RL,
             "prefix": np.full(len(given), S, np.int32),
             "supervised": np.array(
@@ -336,9 +347,12 @@ class Teacher:
         eos = stop_tokens(self.target)
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.target.device)
         sampler = chance.sampler([prompt.prompt_id for prompt in prompts], self.target.device)
-        written = write_ahead(self.writer, tokens_BS, prompts[0].max_new_tokens, eos, sampler)
+        count, guided = prompts[0].max_new_tokens, self.config.is_guided
+        runner, logits_BV, _, guide_BC = behind_prefixes(self.writer, tokens_BS, count, guided=guided)
+        written = write_on(runner, logits_BV, count, eos, sampler)
+        guides = guide_BC.tolist() if guide_BC is not None else [[] for _ in prompts]
         rows = []
-        for prompt, chosen in zip(prompts, written, strict=True):
+        for prompt, chosen, guide in zip(prompts, written, guides, strict=True):
             tokens = [noted.token for noted in chosen]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             rows.append(
@@ -360,20 +374,10 @@ class Teacher:
                     temperature=chance.temperature,
                     seed=chance.seed,
                     log_probs=[] if sampler.rule.greedy else [noted.log_prob for noted in chosen],
+                    guide=guide,
                 )
             )
         return rows
-
-
-def features_of(spec: Head, target: PreTrainedModel) -> tuple[int, ...]:
-    """The layers whose inputs a head of this config reads."""
-    layers = target.config.get_text_config(decoder=True).num_hidden_layers
-    return tuple(spec.feature_layers or default_layers(layers))
-
-
-def features_file(output: Path, prompt: Prompt) -> Path:
-    """Of a validation prompt with its continuation."""
-    return output / VALIDATION / f"{prompt.prompt_id.replace('/', '-')}.npy"
 
 
 def sampled_name(prompts: str, chance: Chance) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pipeline.axes import View
 from pipeline.decode.sampling import Rule
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.view_cache import ViewCache, read_continuation, read_hidden, read_prefix
 from pipeline.models.draft_vocabulary import draft_tokens
 from pipeline.models.head import plain_head
@@ -39,19 +40,20 @@ def window_scores(
     views: Sequence[View],
     max_logits_bytes: int,
     offset: int = 0,
+    guides: Guides = UNGUIDED,
 ) -> Sequence[Tensor | States]:
     """Logits of every window behind every view, from one prefill and one forward with gradients.
 
     A window with start s reads tokens s .. s+length-1 at their true positions, behind the views of the
     prefix [0, s); its logits predict tokens s+1 .. s+length. The sinks of every view are moved back by
-    `offset` positions.
+    `offset` positions. `guides` are those of the prefixes.
 
     Returns:
         Per view, logits [len(starts) · B · length, V] (windows outermost); where all of them together would
         exceed `max_logits_bytes` in fp32 and the model allows it, the states that they would be made of.
     """
     cuts = [(start, view) for view in views for start in starts]
-    kept, _ = read_prefix(model, tokens_BS[:, : read_for(starts)], cuts, offset)
+    kept, _ = read_prefix(model, tokens_BS[:, : read_for(starts)], cuts, offset, guides)
     windows_RQ = torch.cat([tokens_BS[:, start : start + length] for start in starts]).repeat(len(views), 1)
     offsets = torch.arange(length, device=tokens_BS.device)
     positions_RQ = torch.cat([(start + offsets).expand(tokens_BS.shape[0], -1) for start in starts])
@@ -75,6 +77,7 @@ def sampled_paths(
     rule: Rule,
     uniforms_TR: Tensor,
     offset: int = 0,
+    guides: Guides = UNGUIDED,
 ) -> tuple[Tensor, Tensor]:
     """T tokens that a drafter samples behind the first token of each window, and its logits of them.
 
@@ -89,7 +92,8 @@ def sampled_paths(
         The sampled tokens [R, T], by their number among those that the model can propose, and the logits
         [R, T, D] that each came from.
     """
-    kept, _ = read_prefix(model, tokens_BS[:, : read_for(starts)], [(s, view) for s in starts], offset)
+    cuts = [(start, view) for start in starts]
+    kept, _ = read_prefix(model, tokens_BS[:, : read_for(starts)], cuts, offset, guides)
     T, R = uniforms_TR.shape
     num_paths = R // (len(starts) * len(tokens_BS))
     tokens_D = draft_tokens(model)

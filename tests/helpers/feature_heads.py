@@ -105,7 +105,7 @@ def head_pair(
     for prompt in prompts:
         (whole,), logits = large.prefill(prompt, [(prompt.shape[1], FULL)])
         full.append(whole)
-        kept += small.prefill(prompt, [(prompt.shape[1], view)])[0]
+        kept += small.prefill(prompt, [(prompt.shape[1], view)], whole.guiding())[0]
         firsts.append(int(logits.argmax()))
     runners = [
         Runner(model, len(prompts), slots_for(max(v.kept for v in of)), room, compile)

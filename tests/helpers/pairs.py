@@ -45,7 +45,7 @@ def make_pair(
     firsts = []
     for prompt, other in zip(prompts, read or prompts, strict=True):
         (full,), logits = large.prefill(prompt, [(prompt.shape[1], FULL)])
-        (sparse,), _ = small.prefill(other, [(other.shape[1], view)])
+        (sparse,), _ = small.prefill(other, [(other.shape[1], view)], full.guiding())
         views.append(full)
         kept.append(sparse)
         firsts.append(int(logits.argmax()))

@@ -36,6 +36,7 @@ from transformers.models.llama.modeling_llama import (
 
 from pipeline.axes import View
 from pipeline.kv.attention import Span
+from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.kv.policies import SNAP_WINDOW
 from pipeline.kv.views import PrefixView, span_of
 from pipeline.models.draft_vocabulary import DraftRows
@@ -166,22 +167,27 @@ class FeatureHead(PreTrainedModel):
         return z_BSH
 
     def prefix(
-        self, tokens_BS: Tensor, features_BSF: Tensor, cuts: Sequence[tuple[int, View]]
+        self,
+        tokens_BS: Tensor,
+        features_BSF: Tensor,
+        cuts: Sequence[tuple[int, View]],
+        guides: Guides = UNGUIDED,
     ) -> list[PrefixView]:
         """What views keep of prefixes: of S tokens, S - 1 slots, as the last waits for the token behind it.
 
         Args:
             cuts: (prefix length <= S, view) pairs, as of `view_cache.read_prefix`.
+            guides: likewise.
         """
         slots = torch.arange(tokens_BS.shape[1] - 1, device=tokens_BS.device).unsqueeze(0)
         g = self.fuse(features_BSF[:, :-1])
         query, key, value, _ = self.project(tokens_BS[:, 1:], g, slots)
-        return [self.cut(view, length - 1, query, key, value) for length, view in cuts]
+        read = query, key, value
+        return [self.cut(PrefixView(v, n - 1, guide=guides.get(n)), *read) for n, v in cuts]
 
-    def cut(
-        self, view: View, slots: int, query: Tensor, key: Tensor, value: Tensor, offset: int = 0
-    ) -> PrefixView:
-        cut = PrefixView(view, slots)
+    def cut(self, cut: PrefixView, query: Tensor, key: Tensor, value: Tensor, offset: int = 0) -> PrefixView:
+        """A view, filled from the slots of a text."""
+        slots = cut.prefix_tokens
         observed = query[:, :, max(0, slots - SNAP_WINDOW) : slots].unflatten(1, (key.shape[1], -1))
         cut.cut(key, value, observed, self.rotary.inv_freq, offset)
         return cut
@@ -197,12 +203,13 @@ class FeatureHead(PreTrainedModel):
         logits: bool = False,
         offset: int = 0,
         choose: Callable[[Tensor], Tensor] | None = None,
+        guides: Guides = UNGUIDED,
     ) -> list[Tensor]:
         """Normed outputs of the chains of all tokens of windows, behind each view of what comes before.
 
         A window with start s has tokens s .. s+C-1; its prefix are the tokens before. Prefixes are projected
         once, and views are cut from them with their gradients; which entries are kept has none. The sinks of
-        every view are moved back by `offset` positions.
+        every view are moved back by `offset` positions. `guides` are those of the prefixes.
 
         Returns:
             For each depth up to `depth`, [len(views) · len(starts) · B, C, H] (views outermost, then
@@ -215,7 +222,11 @@ class FeatureHead(PreTrainedModel):
         slots = torch.arange(read - 1, device=tokens_BS.device).unsqueeze(0)
         g = self.fuse(features_BSF[:, : read - 1])
         query, key, value, residual = self.project(tokens_BS[:, 1:read], g, slots)
-        kept = [self.cut(view, start - 1, query, key, value, offset) for view in views for start in starts]
+        kept = [
+            self.cut(PrefixView(view, start - 1, guide=guides.get(start)), query, key, value, offset)
+            for view in views
+            for start in starts
+        ]
         rows = [slice(start - 1, start - 1 + length) for start in starts] * len(views)
         outputs = self.chains(
             kept,

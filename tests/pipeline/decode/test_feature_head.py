@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chi2_contingency
 from transformers import PreTrainedModel
 
-from pipeline.axes import View
+from pipeline.axes import FULL, View
 from pipeline.decode import replay
 from pipeline.decode.chain_replay import tell_chains
 from pipeline.decode.loop import autoregressive_noted
@@ -28,6 +28,7 @@ GRID: list[tuple[Any, ...]] = [
     ("window", 16),
     ("window", 24, 4),
     ("streaming", 16),
+    ("target_guided", 16),
     ("chunk_topk", 24),
     ("snapkv", 16, 0, "rebased"),
 ]
@@ -69,9 +70,9 @@ def test_text_is_autoregressive_and_replay_is_decoding_round_by_round(
         large.feature_layers = tuple(head.config.feature_layers)
         _, _, features = large.read(torch.cat([tokens, torch.tensor([plain[:-1]])], 1), [])
         assert features is not None
-        kept = head.prefix(
-            tokens, features[:, : tokens.shape[1]], [(tokens.shape[1], view_of(*cell)) for cell in GRID]
-        )
+        (whole,), _ = large.prefill(tokens, [(tokens.shape[1], FULL)])
+        cuts = [(tokens.shape[1], view_of(*cell)) for cell in GRID]
+        kept = head.prefix(tokens, features[:, : tokens.shape[1]], cuts, whole.guiding())
         told = tell_chains(head, kept, plain, features[0, tokens.shape[1] - 1 : -1], max(GAMMAS))
         assert all(told.finite)
         for both, match in zip(pairs, told.match, strict=True):

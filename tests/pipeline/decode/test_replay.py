@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.axes import FULL
 from pipeline.decode import replay
 from pipeline.decode.model import decode_model
 from pipeline.decode.sampling import Chance
@@ -22,7 +23,7 @@ from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of
 POLICIES = ("chunk_topk", "streaming", "snapkv")
 GRID: list[tuple[Any, ...]] = [
     ("chunk_topk", 16), ("streaming", 16), ("snapkv", 24), ("none", 0), ("x", "full"), ("window", 16),
-    ("window", 24, 4), ("chunk_topk", 24, 0, "rebased"),
+    ("window", 24, 4), ("chunk_topk", 24, 0, "rebased"), ("target_guided", 16), ("target_guided", 24),
 ]  # fmt: skip
 
 
@@ -39,7 +40,9 @@ def test_replay_is_decoding_round_by_round(
         if ends:
             eos = frozenset({plain[11 + 4 * seed]})
             plain = plain[: next(i for i, token in enumerate(plain) if token in eos) + 1]
-        views, _ = read_prefix(drafter, tokens, [(tokens.shape[1], view_of(*cell)) for cell in GRID])
+        ((whole,), _), S = read_prefix(target, tokens, [(tokens.shape[1], FULL)]), tokens.shape[1]
+        cuts = [(S, view_of(*cell)) for cell in GRID]
+        views, _ = read_prefix(drafter, tokens, cuts, guides=whole.guiding())
         if len(plain) < 2:
             continue
         logits = replay.view_logits(drafter, views, plain)
