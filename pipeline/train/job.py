@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kernels import dispatch
-from pipeline.config.models import Head, ScratchModel
+from pipeline.config.models import FirstLayers, Head, ScratchModel
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode.model import decode_model
@@ -35,7 +35,16 @@ from pipeline.models.load import ModelRef, load_model, pick_device, shared_token
 from pipeline.observe import logs
 from pipeline.observe.training import read_metrics
 from pipeline.store.files import read_rows
-from pipeline.store.layout import CONTINUATIONS, LABELS, METRICS, MODEL, PROMPTS, SEQUENCES, TOKENIZER
+from pipeline.store.layout import (
+    CONTINUATIONS,
+    IMPROVE,
+    LABELS,
+    METRICS,
+    MODEL,
+    PROMPTS,
+    SEQUENCES,
+    TOKENIZER,
+)
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Shards
 from pipeline.train.cards import drafter_card, scratch_card
@@ -43,8 +52,9 @@ from pipeline.train.chained_views import ChainedViews
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
 from pipeline.train.features import Features, GivenFeatures, StoredFeatures
-from pipeline.train.loop import Schedule, export, fit, write_model
+from pipeline.train.loop import Objective, Schedule, export, fit, write_model
 from pipeline.train.objectives import MultiView, NextToken
+from pipeline.train.served import ServedViews
 from pipeline.train.teacher import features_file
 
 log = logging.getLogger(__name__)
@@ -59,7 +69,8 @@ class TrainJob:
     """One launch of the workers. Pretraining has no `teach` and no `drafter`.
 
     `outputs` maps "target" and "drafter", or variant names, to their artifact folders; `deepspeed` is the
-    content of the config's settings file. `launch` is a unique name of this launch, for the files through
+    content of the config's settings file. With `served`, a folder of served rounds, a variant learns from
+    these in place of the labels of `teach`. `launch` is a unique name of this launch, for the files through
     which driver and workers communicate.
     """
 
@@ -70,6 +81,7 @@ class TrainJob:
     drafter: ModelRef | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
     launch: str = ""
+    served: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +108,7 @@ def run_job(job: TrainJob, make_engine: MakeEngine, stop: Stop = None) -> None:
 
 def work_item_of(job: TrainJob, name: str) -> logs.WorkItem:
     """The work item in this worker's logs. Ray Train does not tell a worker which attempt it is."""
-    stage = "pretrain" if job.teach is None else "train"
+    stage = "pretrain" if job.teach is None else "train" if job.served is None else IMPROVE
     cell = f"{name}, rank {dist.get_rank()}" if dist.is_initialized() else name
     return logs.WorkItem(stage, cell, logs.times_begun(stage, cell) + 1)
 
@@ -139,7 +151,7 @@ def distil(
     make_engine: MakeEngine,
     stop: Stop,
 ) -> None:
-    """Train one drafter variant on the target's labels."""
+    """Train one drafter variant on the target's labels, or on rounds that were served."""
     config = job.config
     assert job.teach is not None and job.drafter is not None
     variant = next(v for v in config.train.drafters if v.name == name)
@@ -148,15 +160,20 @@ def distil(
     start = job.drafter
     if variant.rope_scaling is not None:
         start = replace(start, rope_scaling=variant.rope_scaling)
-    data = LabelledSequences(job.teach / LABELS, config.labels.temperature)
-    tokens_D = proposable(config, start, tokenizer, data)
+    labels = (job.served or job.teach) / LABELS
+    data = LabelledSequences(labels, config.labels.temperature)
+    if job.served is None:
+        tokens_D = proposable(config, start, tokenizer, data)
+    else:
+        tokens_D = read_draft_tokens(model_folder(start))
     num_tokens = shared_tokens(tokenizer, start)
     fresh: Callable[[], PreTrainedModel]
     if isinstance(config.drafter, Head):
         seed = variant.seeds[0] if variant.seeds else config.seed
         fresh = partial(new_head, config.drafter, start, num_tokens, tokens_D, seed)
     else:
-        fresh = partial(load_drafter, start, num_tokens, tokens_D)
+        layers_alone = isinstance(config.drafter, FirstLayers)
+        fresh = partial(load_drafter, start, num_tokens, tokens_D, layers_alone)
     if steps == 0:
         if is_first_worker():
             card = drafter_card(config, variant, steps, {})
@@ -166,8 +183,11 @@ def distil(
     model = fresh()
     engine = make_engine(model, schedule)
     pairs = validation_pairs(job.prepare, job.teach)
-    objective = MultiView(config, variant, data, pairs, engine.device)
-    if isinstance(model, FeatureHead):
+    objective: Objective = MultiView(config, variant, data, pairs, engine.device)
+    kl_steps = config.improve.kl_steps if config.improve and job.served else None
+    if kl_steps is not None:
+        objective = ServedViews(config, variant, data, labels, kl_steps, pairs, engine.device)
+    elif isinstance(model, FeatureHead):
         features = head_features(job, model, start, num_tokens, pairs, engine.device)
         objective = ChainedViews(config, variant, data, pairs, engine.device, features)
     trained = fit(engine, objective, schedule, folder, name, stop)
@@ -177,7 +197,7 @@ def distil(
             for key, value in read_metrics(folder / METRICS)[-1].items()
             if key.startswith("validation/")
         }
-        card = drafter_card(config, variant, steps, scores)
+        card = drafter_card(config, variant, steps, scores, kl_steps)
         export(placing(fresh(), variant), tokenizer, folder, trained, card)
 
 
@@ -188,12 +208,14 @@ def placing(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
     return model
 
 
-def load_drafter(start: ModelRef, num_tokens: int, tokens_D: Tensor | None = None) -> PreTrainedModel:
+def load_drafter(
+    start: ModelRef, num_tokens: int, tokens_D: Tensor | None = None, layers_alone: bool = False
+) -> PreTrainedModel:
     """The drafter that training starts from; what training leaves alone has no gradients."""
     model = load_model(start, num_tokens, dtype="float32")
     if tokens_D is not None:
         model = restrict(model, tokens_D)
-    return model if start.layers is None else freeze_around_layers(model)
+    return freeze_around_layers(model) if layers_alone else model
 
 
 def new_head(
