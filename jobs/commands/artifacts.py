@@ -2,8 +2,8 @@
 
 An artifact is needed if a finished report, or the end of improving a drafter, is made from it, directly or
 through others: manifests name the fingerprints of their inputs. An artifact that was worked on after the last
-report is needed too: its report may be still to come. If a run is alive, or a manifest that matters is missing
-or damaged, it is uncertain what is needed, and no complete artifact is removed.
+report is needed too: its report may be still to come. If a run is alive, or a manifest that matters is
+missing or damaged, it is uncertain what is needed, and no complete artifact is removed.
 """
 
 from __future__ import annotations
