@@ -13,6 +13,7 @@ from kernels.reference import CHUNK
 from pipeline.axes import family
 from pipeline.config.data import Data, TextSource
 from pipeline.config.group import Group
+from pipeline.config.improve import Improve
 from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Head, Role, ScratchModel
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
@@ -36,6 +37,11 @@ class Config(Group):
     run: Run = Run()
     tracking: Tracking = Tracking()
     registry: Registry | None = Field(None, description="what a finished run registers; default: nothing")
+    improve: Improve | None = Field(
+        None,
+        exclude_if=lambda improve: improve is None,  # as if it had not been added: records stay
+        description="rounds of serve, learn, gate, which `budgetdraft improve` runs",
+    )
 
     @property
     def models(self) -> dict[Role, AnyDrafter]:
@@ -90,6 +96,24 @@ class Config(Group):
             )
         if isinstance(self.drafter, Head) and any(v.rope_scaling for v in self.train.variants):
             raise ValueError("train.variants.rope_scaling: a head turns positions as its target does")
+
+    def _improve_fits(self, improve: Improve) -> None:
+        """Raises ValueError where rounds could not be served, learned from or judged."""
+        if isinstance(self.drafter, Head):
+            raise ValueError("improve is for drafters of kind lm and first_layers, and drafter.kind is head")
+        trained = [drafter.name for drafter in self.train.drafters]
+        if improve.drafter is not None and improve.drafter not in trained:
+            raise ValueError(f"improve.drafter: {improve.drafter!r} is not among the drafters {trained}")
+        if improve.kl_steps and self.labels.top_k == 0:
+            raise ValueError("improve.kl_steps above 0 need labels.top_k > 0")
+        if self.train.learned_tokens < 2:
+            raise ValueError("improve serves texts of train.windows × window_tokens: 2 at least")
+        least = improve.gate.least_documents
+        if self.data.validation_prompts < least:
+            raise ValueError(
+                f"improve.gate.least_documents ({least}) is more than data.validation_prompts "
+                f"({self.data.validation_prompts}), on which rounds are judged: no candidate could pass"
+            )
 
     @property
     def is_guided(self) -> bool:
@@ -184,6 +208,8 @@ class Config(Group):
             if field == "feature_layers" and not layers and last < 4:
                 raise ValueError("drafter: a head needs a target of at least 5 layers, or feature_layers")
         self._head_fits()
+        if self.improve:
+            self._improve_fits(self.improve)
         contexts = {context.name for context in self.data.contexts}
         tested = {source.name for source in self.data.sources if "test" in source.use}
         if set(self.sweep.max_gammas) - contexts:

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 StageName = Literal["prepare", "pretrain", "teach", "train", "sweep", "report"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order in which they run
+IMPROVE: Literal["improve"] = "improve"  # follows stage train, where it is asked for
+Until = StageName | Literal["improve"]
 MANIFEST = "manifest.json"
 
 # prepare
@@ -22,6 +24,9 @@ MODEL, METRICS, MEMORY = "model", "metrics.jsonl", "memory.json"
 # teach
 LABELS, CONTINUATIONS = "labels", "continuations"
 
+# improve
+SERVED_ROUNDS = "rounds.jsonl"  # of a shard of labels; and of the whole, a row a round of improving
+
 # sweep
 SIZES = "models.jsonl"
 ROWS, FAILED, STEPS, STEPS_BESIDE = "rows", "failed", "steps", "steps_beside"
@@ -33,3 +38,10 @@ MEASURED_AGAIN = ("run_off", "rechecked")
 CELLS, ANALYSIS, FIGURES = "cells.jsonl", "analysis.json", "figures"
 RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
+
+
+def stages_until(until: Until) -> tuple[Until, ...]:
+    """The stages that run, up to and including this one."""
+    if until == IMPROVE:
+        return (*stages_until("train"), IMPROVE)
+    return STAGES[: STAGES.index(until) + 1]
