@@ -62,7 +62,7 @@ from pipeline.sweep.picks import (
     unranked,
     worth_measuring,
 )
-from pipeline.train.teacher import sampled_name
+from pipeline.train.target.teacher import sampled_name
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import ASKED, LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.sweep.grid import texts
 from pipeline.train.batches import window_starts
-from pipeline.train.labelling import smallest_uint
-from pipeline.train.teacher import (
+from pipeline.train.target.labelling import smallest_uint
+from pipeline.train.target.teacher import (
     AnswerTask,
     ContinueTask,
     LabelTask,

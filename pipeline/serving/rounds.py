@@ -36,7 +36,7 @@ from pipeline.store.layout import ASKED, LABELS, SEQUENCES, SERVED_ROUNDS
 from pipeline.store.rows import LoggedRound, Prompt, ServedText
 from pipeline.train.batches import batch_indices
 from pipeline.train.objectives import view_in
-from pipeline.train.teacher import label_logits, smallest_uint
+from pipeline.train.target.teacher import label_logits, smallest_uint
 
 DATASET = "served"
 

@@ -2,7 +2,7 @@
 
 Prompts go as token ids, many at once, so that no template and no tokenizer stands between. Texts come back
 as token ids where the server gives them, else as text, which counts if the target's tokenizer reads as many
-tokens in it and spells them so again. Whether they are the target's is for `train/labelling.py` to say.
+tokens in it and spells them so again. Whether they are the target's, `train/target/labelling.py` says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class ServedTexts:
-    """The `Engine` of `train/labelling.py`. It is asked for the first time when there is something to write.
+    """An `Engine` of `train/target/labelling.py`, asked for the first time when there is something to write.
 
     Args:
         eos: the tokens that end texts of the target.

@@ -1,7 +1,7 @@
 """The stages by name, and the names of the files and folders that each of them writes into its artifact.
 
 `MANIFEST` is written last into every artifact. A row file is named in `stages/sweep_phases.py`, the files
-of a label shard in `train/teacher.py`, a checkpoint in `train/checkpoints.py`.
+of a label shard in `train/target/teacher.py`, a checkpoint in `train/checkpoints.py`.
 """
 
 from __future__ import annotations

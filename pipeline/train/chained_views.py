@@ -25,10 +25,10 @@ from pipeline.kv.guides import stored_guide
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows
-from pipeline.train.features import Features
 from pipeline.train.losses import LOSSES, States, TargetLabels
 from pipeline.train.objectives import MultiView, acceptances, view_in
 from pipeline.train.paths import PathTerm
+from pipeline.train.target.features import Features
 
 
 class ChainedViews(MultiView):

@@ -52,11 +52,11 @@ from pipeline.train.cards import drafter_card, scratch_card
 from pipeline.train.chained_views import ChainedViews
 from pipeline.train.checkpoints import step_of
 from pipeline.train.engine import Engine
-from pipeline.train.features import Features, GivenFeatures, StoredFeatures, features_file
 from pipeline.train.loop import Objective, Schedule, export, fit, write_model
 from pipeline.train.objectives import MultiView, NextToken
 from pipeline.train.paths import PathTerm
 from pipeline.train.served import ServedViews
+from pipeline.train.target.features import Features, GivenFeatures, StoredFeatures, features_file
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +174,10 @@ def distil(
         tokens_D = proposable(config, start, tokenizer, data)
     else:
         tokens_D = read_draft_tokens(model_folder(start))
-    assert job.target is not None
-    # A path's tokens are scored by both: neither may have logits that the other lacks.
-    scored_by = (start,) if variant.path is None else (start, job.target)
+    scored_by = [start]
+    if variant.path is not None and job.served is None:
+        assert job.target is not None
+        scored_by.append(job.target)  # of a path's tokens: neither may have logits that the other lacks
     num_tokens = shared_tokens(tokenizer, *scored_by)
     fresh: Callable[[], PreTrainedModel]
     if isinstance(config.drafter, Head):

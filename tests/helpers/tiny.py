@@ -23,7 +23,7 @@ from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_array, write_rows
 from pipeline.store.rows import Prompt
 from pipeline.train.job import TrainJob, run_job
-from pipeline.train.teacher import ContinueTask, LabelTask, Teacher
+from pipeline.train.target.teacher import ContinueTask, LabelTask, Teacher
 from tests.helpers.configs import MINIMAL
 
 VOCABULARY = 97

@@ -22,7 +22,7 @@ from pipeline.models.load import layers_ref
 from pipeline.store.files import write_rows
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
 from pipeline.train.job import TrainJob, run_job
-from pipeline.train.teacher import AnswerTask, Teacher
+from pipeline.train.target.teacher import AnswerTask, Teacher
 from tests.helpers.group import copy_state, run_group, train
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import TRAIN, Workshop, assert_same_run, losses, tiny_config, tiny_prompts

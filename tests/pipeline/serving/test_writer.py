@@ -19,7 +19,7 @@ from pipeline.serving.client import Reply
 from pipeline.serving.writer import ServedTexts
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import Prompt
-from pipeline.train.teacher import AnswerTask, LabelTask, TeachCounts, is_on_policy
+from pipeline.train.target.teacher import AnswerTask, LabelTask, TeachCounts, is_on_policy
 from tests.helpers.fake_server import Fake, greedy_texts, serving
 from tests.helpers.tiny import (
     VOCABULARY,

@@ -21,7 +21,7 @@ from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows, draw, window_guides, window_starts
 from pipeline.train.objectives import MultiView
-from pipeline.train.teacher import AnswerTask, ContinueTask, LabelTask, Teacher
+from pipeline.train.target.teacher import AnswerTask, ContinueTask, LabelTask, Teacher
 from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, tiny_prompts, write_prepare
 from tests.helpers.training import CPU
 

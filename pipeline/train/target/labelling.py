@@ -30,7 +30,7 @@ from pipeline.decode.steps import note
 from pipeline.errors import BadData, NotFinite
 from pipeline.kv.guides import Ranking
 from pipeline.kv.slot_cache import slots_for
-from pipeline.train.features import half
+from pipeline.train.target.features import half
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
 

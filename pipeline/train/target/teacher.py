@@ -44,8 +44,8 @@ from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import answer_starts, window_starts
-from pipeline.train.features import features_file, features_of, half
-from pipeline.train.labelling import (
+from pipeline.train.target.features import features_file, features_of, half
+from pipeline.train.target.labelling import (
     Engine,
     agreement,
     behind_prefixes,
