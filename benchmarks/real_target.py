@@ -27,7 +27,7 @@ from pipeline.decode.sampling import Rule
 from pipeline.kv.slot_cache import slots_for
 from pipeline.models.draft_vocabulary import restrict
 from pipeline.models.load import ModelRef, load_model
-from pipeline.train.teacher import label_sequences
+from pipeline.train.labelling import label_sequences
 
 PREFIX, BUDGET, ROOM = 900, 256, 32
 NAME = "SmolLM2-135M"

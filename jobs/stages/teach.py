@@ -17,17 +17,19 @@ from pipeline.config.models import Head
 from pipeline.config.schema import Config
 from pipeline.data.tokenizer import read_tokenizer
 from pipeline.decode.sampling import Chance
-from pipeline.models.load import pick_device
+from pipeline.models.generation import stop_tokens
+from pipeline.models.load import ModelRef, pick_device
+from pipeline.serving.writer import ServedTexts
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import ASKED, LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.sweep.grid import texts
+from pipeline.train.labelling import smallest_uint
 from pipeline.train.teacher import (
     AnswerTask,
     ContinueTask,
     LabelTask,
     TeachCounts,
     Teacher,
-    smallest_uint,
 )
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ def taught(
     config: Config, prepare: Artifact, scratch: dict[str, Artifact]
 ) -> tuple[Artifact, dict[str, Any]]:
     """The folder of the labels, which need not exist yet, and the inputs that they depend on."""
-    labels = config.labels.model_dump(mode="json", exclude={"num_workers"})
+    how = {"url", "model", "requests_at_once", "timeout_s"}  # changes no text that is kept
+    labels = config.labels.model_dump(mode="json", exclude={"num_workers": True, "server": how})
     inputs = {
         "prepare": prepare.fingerprint,
         "target": model_identity(config.target, scratch.get("target")),
@@ -70,7 +73,8 @@ def label_and_continue(
     began = time.perf_counter()
     labelling, answering = label_tasks(config, prepare), answer_tasks(config, prepare)
     continuing = [ContinueTask(file) for file in sorted((prepare.path / PROMPTS).glob("*.jsonl"))]
-    tasks: list[LabelTask | AnswerTask | ContinueTask] = [*labelling, *answering, *continuing]
+    # First what a server may be asked for, so that one that is down is known at once.
+    tasks: list[LabelTask | AnswerTask | ContinueTask] = [*answering, *labelling, *continuing]
     sequences, answers = (
         sum(t.last - t.first for t in labelling),
         config.labels.answers.per_prompt * sum(t.last - t.first for t in answering),
@@ -89,6 +93,13 @@ def label_and_continue(
     for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers, "teach"):
         for name in counts:
             counts[name] += getattr(done, name)
+    if config.labels.server:
+        log.info(
+            "teach: of %d texts of %s the target has written %d anew",
+            counts["served"],
+            config.labels.server.url,
+            counts["refused"],
+        )
     counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / LABELS).glob("*.npy"))
     log.info("teach: %.1f MB of labels on disk", counts["label_bytes"] / 1e6)
     artifact.finish(inputs, counts, time.perf_counter() - began)
@@ -130,8 +141,14 @@ def sampled_chances(config: Config) -> list[Chance]:
     return [chance for chance in texts(config.sweep, config.sweep.temperatures) if chance.temperature > 0]
 
 
-def make_teacher(config: Config, target: object, tokenizer: Path, output: Path) -> Teacher:
-    return Teacher(config, target, tokenizer, output, pick_device(config.run.device))  # type: ignore[arg-type]
+def make_teacher(config: Config, target: ModelRef, tokenizer: Path, output: Path) -> Teacher:
+    teacher = Teacher(config, target, tokenizer, output, pick_device(config.run.device))
+    if config.labels.server is not None:
+        model = teacher.target
+        teacher.engine = ServedTexts(
+            config.labels.server, teacher.tokenizer, stop_tokens(model), int(model.num_tokens)
+        )
+    return teacher
 
 
 def label_tasks(config: Config, prepare: Artifact) -> list[LabelTask]:

@@ -115,6 +115,11 @@ class Config(Group):
             )
         if self.labels.answers != Answers() and not self.data.asks:
             raise ValueError("labels.answers: no source of data.sources asks anything of its training split")
+        if self.labels.server and not self.data.asks and not self.labels.on_policy_fraction:
+            raise ValueError(
+                "labels.server has nothing to write: no source of data.sources asks anything of its training "
+                "split, and labels.on_policy_fraction is 0"
+            )
         most = self.data.sequence_tokens - self.train.learned_tokens
         for index, source in enumerate(self.data.sources):
             lengths = source.training_prompts if isinstance(source, TextSource) else {}

@@ -30,6 +30,27 @@ class Answers(Group):
         return self
 
 
+class TextServer(Group):
+    """An OpenAI-compatible server of the target, which writes greedy texts in its place."""
+
+    url: str = Field(
+        pattern=r"^https?://[^\s@/]+[^\s@]*$",
+        description="its address, with or without /v1, as workers reach it; without user and password",
+    )
+    model: str | None = Field(
+        None, description="what it calls the target; default: the only one that it serves"
+    )
+    requests_at_once: int = Field(32, ge=1, description="prompts that each copy of the target has on the way")
+    timeout_s: float = Field(600.0, gt=0, description="seconds that a text may take")
+    least_agreement: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="share of a text's tokens that must be the target's own arg-max; of a text with less the "
+        "target writes one itself, and texts of a task that have less together end the run",
+    )
+
+
 class Labels(Group):
     top_k: int = Field(0, ge=0, description="target log-probabilities stored per position; 0: arg-max only")
     temperature: float = Field(1.0, gt=0, description="temperature of the stored log-probabilities")
@@ -46,10 +67,28 @@ class Labels(Group):
     answers: Answers = Field(
         Answers(), exclude_if=lambda answers: answers == Answers(), description="of sources that ask"
     )
+    server: TextServer | None = Field(
+        None,
+        exclude_if=lambda server: server is None,
+        description="an engine that writes answers and on-policy texts, greedily; default: the target does",
+    )
     batch_sequences: int = Field(8, ge=1, description="sequences per forward pass of the target")
     max_sequences: int = Field(1_000_000_000, ge=1, description="most training sequences that are labelled")
     sequences_per_shard: int = Field(256, ge=1, description="sequences that one task labels")
     num_workers: int = Field(1, ge=1, description="copies of the target that label at once")
+
+    @model_validator(mode="after")
+    def _server_writes_greedily(self) -> Labels:
+        for field, asked, temperature in (
+            ("answers.temperature", True, self.answers.temperature),
+            ("on_policy_temperature", self.on_policy_fraction > 0, self.on_policy_temperature),
+        ):
+            if self.server is not None and asked and temperature > 0:
+                raise ValueError(
+                    f"{field} ({temperature:g}) must be 0 with labels.server: only of greedy text it can be "
+                    "told token by token whether it is the target's; without a server the target samples"
+                )
+        return self
 
 
 class Variant(Group):

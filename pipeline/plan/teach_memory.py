@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import Config
 from pipeline.plan.shapes import FP32, Device, Memory, Shape, packed_bytes
-from pipeline.train.teacher import POSITIONS
+from pipeline.train.labelling import POSITIONS
 
 
 def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> Memory:

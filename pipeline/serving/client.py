@@ -15,6 +15,7 @@ from typing import Any
 
 import requests
 from prometheus_client.parser import text_string_to_metric_families
+from requests.adapters import HTTPAdapter
 
 from pipeline.errors import BadData, Incomplete
 
@@ -46,6 +47,7 @@ class Reply:
 
     `tokens` is None where the server gives no token ids. `first_s` is the time to the first of them,
     `decode_s` that from the first to the last; `first_tokens` came at once with the first.
+    `ended` says that it came to an end of its own, before the limit.
     """
 
     text: str = ""
@@ -55,6 +57,7 @@ class Reply:
     first_s: float = 0.0
     decode_s: float = 0.0
     drafted: Drafted | None = None
+    ended: bool = False
 
     @property
     def decoded(self) -> int:
@@ -79,16 +82,19 @@ class Server:
         url: its address, with or without /v1.
         model: the name that it serves the model under; default: the only one that it serves.
         limit_s: the longest that an answer may take; the longest silence is half of that.
+        at_once: threads that ask at the same time.
 
     Raises:
         Incomplete: if it does not answer.
         BadData: if it serves several models and none is named.
     """
 
-    def __init__(self, url: str, model: str | None = None, limit_s: float = 600.0) -> None:
+    def __init__(self, url: str, model: str | None = None, limit_s: float = 600.0, at_once: int = 1) -> None:
         self.url, self.limit_s = url.rstrip("/").removesuffix("/v1"), limit_s
         self.session = requests.Session()
         self.session.trust_env = False  # no proxy of the environment sees the prompts
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=at_once))
         self.model = model or self.only_model()
 
     def only_model(self) -> str:
@@ -96,7 +102,10 @@ class Server:
         with self.understood():
             names = [str(one["id"]) for one in answer.json()["data"]]
         if len(names) != 1:
-            raise BadData(f"{self.url} serves {', '.join(names) or 'no model'}: name one with --served-as")
+            raise BadData(
+                f"{self.url} serves {', '.join(names) or 'no model'}: name one with --served-as, "
+                "or as labels.server.model"
+            )
         return names[0]
 
     def get(self, path: str) -> requests.Response:
@@ -151,8 +160,8 @@ class Server:
                 return after
             time.sleep(0.1)
 
-    def complete(self, prompt: Sequence[int], max_tokens: int) -> Reply:
-        """The greedy continuation of a prompt of token ids.
+    def complete(self, prompt: Sequence[int], max_tokens: int, min_tokens: int = 0) -> Reply:
+        """The greedy continuation of a prompt of token ids; of its first `min_tokens` none ends it.
 
         Raises:
             Refused: if the server does not take the request, or answers other than it is asked.
@@ -161,6 +170,7 @@ class Server:
         asked = {
             "model": self.model, "prompt": list(prompt), "max_tokens": max_tokens, "stream": True,
             "stream_options": {"include_usage": True}, "return_token_ids": True, **GREEDY,
+            **({"min_tokens": min_tokens} if min_tokens else {}),
         }  # fmt: skip
         reply, began, last = Reply(), time.perf_counter(), 0.0
         usage: dict[str, Any] = {}
@@ -171,6 +181,7 @@ class Server:
                 reply.drafted = drafted_of(told) if told else reply.drafted
                 for choice in (event.get("choices") or [])[:1]:
                     text, ids = choice.get("text") or "", list(choice.get("token_ids") or [])
+                    reply.ended = reply.ended or choice.get("finish_reason") == "stop"
                     if not (text or ids):
                         continue
                     last = time.perf_counter() - began

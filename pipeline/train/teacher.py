@@ -8,34 +8,31 @@ To a prompt of the training split it writes its own answers, of at most A tokens
 `.tokens.npy` is [N, L], prompt and answer from the left, and the labels are of the answers alone, [N, A, …];
 `.prefix.npy` [N] are the tokens of the prompts, and of `.supervised.npy` [N] first labels each is learned
 from: what follows the end of a text has none.
+
+With `labels.server` an engine writes these answers, and the texts of `labels.on_policy_fraction`; the labels
+stay the target's, and `.agreement.npy` holds for every text of the engine the share of its tokens that are
+the target's arg-max. Continuations of evaluation prompts are always the target's: exactness is held to them.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kernels import dispatch
-from pipeline.axes import FULL
 from pipeline.config.models import Head
 from pipeline.config.schema import Config
 from pipeline.config.train import Labels
-from pipeline.decode.lean import side_by_side
-from pipeline.decode.loop import Noted, autoregressive_noted
-from pipeline.decode.model import DecodeModel, decode_model, kept_inputs
-from pipeline.decode.runner import Runner
+from pipeline.decode.model import decode_model
 from pipeline.decode.sampling import GREEDILY, Chance, Sampler, fold
-from pipeline.decode.steps import note
-from pipeline.errors import BadData, NotFinite
-from pipeline.kv.slot_cache import slots_for
+from pipeline.errors import BadData
 from pipeline.metrics import repetition_rate
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.heads.begin import default_layers
@@ -44,8 +41,18 @@ from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.features import VALIDATION, half
-
-POSITIONS = 1024  # positions whose logits are labelled at a time
+from pipeline.train.labelling import (
+    Engine,
+    agreement,
+    behind_prefixes,
+    label_logits,
+    label_sequences,
+    refused,
+    shares,
+    smallest_uint,
+    write_ahead,
+    write_on,
+)
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,15 @@ class ContinueTask:
 
 @dataclass(frozen=True)
 class TeachCounts:
-    """What one task wrote."""
+    """What one task wrote; of the texts of an engine how many, and how many the target then wrote itself."""
 
     sequences: int = 0
     on_policy: int = 0
     answers: int = 0
     answer_tokens: int = 0
     continuations: int = 0
+    served: int = 0
+    refused: int = 0
 
 
 class Teacher:
@@ -115,6 +124,7 @@ class Teacher:
         self.writer = decode_model(self.target, config.decode.prefill_chunk)
         if isinstance(config.drafter, Head) and config.labels.features != "recomputed":
             self.writer.feature_layers = features_of(config.drafter, self.target)
+        self.engine: Engine | None = None  # who writes greedy texts to learn from; default: the target
 
     def __call__(self, task: LabelTask | AnswerTask | ContinueTask) -> TeachCounts:
         if isinstance(task, AnswerTask):
@@ -122,7 +132,7 @@ class Teacher:
         return self.label(task) if isinstance(task, LabelTask) else self.continue_prompts(task)
 
     def label(self, task: LabelTask) -> TeachCounts:
-        labels, data = self.config.labels, self.config.data
+        labels = self.config.labels
         stem = self.output / LABELS / task.name
         rows = np.array(np.load(task.sequences, mmap_mode="r")[task.first : task.last])
         chosen = [
@@ -132,58 +142,136 @@ class Teacher:
         ]
         # `.argmax.npy` is written last: a shard with it is complete.
         if not (done := Path(f"{stem}.argmax.npy")).exists():
-            start = data.sequence_tokens - self.config.train.learned_tokens
-            for at in range(0, len(chosen), labels.batch_sequences):
-                batch = chosen[at : at + labels.batch_sequences]
-                seeds = [fold(self.config.seed, task.shard, row) for row in batch]
-                # A text that ended would leave the rest of its windows without a meaning.
-                never, device = tuple(sorted(stop_tokens(self.target))), self.target.device
-                sampler = Sampler.seeded(labels.on_policy_temperature, seeds, device, never)
-                prefixes = torch.from_numpy(rows[batch, :start].astype(np.int64)).to(device)
-                written = write_ahead(
-                    self.writer, prefixes, data.sequence_tokens - start, frozenset(), sampler
-                )
-                rows[batch, start:] = [[noted.token for noted in text] for text in written]
+            self.rewrite(
+                task, rows, self.not_served(task, rows, chosen) if self.engine and chosen else chosen
+            )
             arrays = label_sequences(self.target, rows, labels, self.writer.feature_layers)
             write_array(Path(f"{stem}.tokens.npy"), rows)
             for name, array in arrays.items():
                 write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array)
-        return TeachCounts(sequences=len(rows), on_policy=len(chosen))
+        return TeachCounts(sequences=len(rows), on_policy=len(chosen), **self.of_engine(stem))
+
+    def rewrite(self, task: LabelTask, rows_NL: np.ndarray, chosen: list[int]) -> None:
+        """The target's own text in all windows of the chosen rows."""
+        labels, start = self.config.labels, self.first_learned
+        # A text that ended would leave the rest of its windows without a meaning.
+        never, device = tuple(sorted(stop_tokens(self.target))), self.target.device
+        for at in range(0, len(chosen), labels.batch_sequences):
+            batch = chosen[at : at + labels.batch_sequences]
+            seeds = [fold(self.config.seed, task.shard, row) for row in batch]
+            sampler = Sampler.seeded(labels.on_policy_temperature, seeds, device, never)
+            prefixes = torch.from_numpy(rows_NL[batch, :start].astype(np.int64)).to(device)
+            count = rows_NL.shape[1] - start
+            written = write_ahead(self.writer, prefixes, count, frozenset(), sampler)
+            rows_NL[batch, start:] = [[noted.token for noted in text] for text in written]
+
+    def not_served(self, task: LabelTask, rows_NL: np.ndarray, chosen: list[int]) -> list[int]:
+        """Put the engine's texts into the chosen rows; those whose text is not the target's are returned.
+
+        One more pass of the target over these rows tells, before any of them is labelled.
+        """
+        assert self.engine
+        start, names = self.first_learned, [f"{task.sequences.stem}/{task.first + row}" for row in chosen]
+        begun = {name: rows_NL[row, :start].tolist() for name, row in zip(names, chosen, strict=True)}
+        texts = self.engine.write(begun, rows_NL.shape[1] - start, ends=False)
+        told = []
+        for at in range(0, len(chosen), self.config.labels.batch_sequences):
+            batch = slice(at, at + self.config.labels.batch_sequences)
+            for row, name in zip(chosen[batch], names[batch], strict=True):
+                if (text := texts[name]) is not None:
+                    rows_NL[row, start:] = text
+            best_BL = label_sequences(self.target, rows_NL[chosen[batch]], Labels())["argmax"]
+            told += [
+                agreement(name, texts[name], best_L[start - 1 :], stop_tokens(self.target))
+                for name, best_L in zip(names[batch], best_BL, strict=True)
+            ]
+        again = refused(told, self.engine)
+        write_array(self.output / LABELS / f"{task.name}.agreement.npy", shares(told))
+        return [row for name, row in zip(names, chosen, strict=True) if name in again]
+
+    @property
+    def first_learned(self) -> int:
+        """The position at which the windows of a sequence begin, where all of them are its end."""
+        return self.config.data.sequence_tokens - self.config.train.learned_tokens
+
+    def of_engine(self, stem: Path) -> dict[str, int]:
+        """How many texts of a shard an engine wrote, and how many of these were refused."""
+        if self.engine is None or not (file := Path(f"{stem}.agreement.npy")).exists():
+            return {}
+        share = np.load(file)
+        return {"served": len(share), "refused": int((share < self.engine.least_agreement).sum())}
 
     def answer_prompts(self, task: AnswerTask) -> TeachCounts:
         """An answer that ends at once has nothing to learn from, and is left out."""
-        stem, copies = self.output / LABELS / task.name, self.config.labels.answers.per_prompt
+        stem = self.output / LABELS / task.name
         if not (done := Path(f"{stem}.argmax.npy")).exists():
             prompts = read_rows(task.prompts, Prompt)[task.first : task.last]
             self.must_have_embeddings(prompts)
-            rows = max(1, self.config.labels.batch_sequences // copies)
-            batches = [self.answers(batch) for batch in equal_length_batches(prompts, rows)]
-            arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            arrays = self.served_answers(prompts, stem) if self.engine else self.answered(prompts)
             learned = arrays["supervised"] > 0
-            for name, array in arrays.items():  # `argmax` is the last
-                write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), array[learned])
+            for name in (*sorted(arrays.keys() - {"best", "argmax"}), "argmax"):
+                write_array(done if name == "argmax" else Path(f"{stem}.{name}.npy"), arrays[name][learned])
         supervised = np.load(f"{stem}.supervised.npy")
-        return TeachCounts(answers=len(supervised), answer_tokens=int(supervised.sum()))
+        return TeachCounts(
+            answers=len(supervised), answer_tokens=int(supervised.sum()), **self.of_engine(stem)
+        )
 
-    def answers(self, prompts: list[Prompt]) -> dict[str, np.ndarray]:
-        """The target's answers to prompts of equal length, and its labels, from one more pass over them."""
+    def served_answers(self, prompts: list[Prompt], stem: Path) -> dict[str, np.ndarray]:
+        """The engine's answers with the target's labels; behind these the target's own, of those refused."""
+        assert self.engine
+        begun = {prompt.prompt_id: prompt.tokens for prompt in prompts}
+        texts = self.engine.write(begun, self.config.train.learned_tokens, ends=True)
+        arrays = self.answered(prompts, texts)
+        order = [prompt.prompt_id for batch in self.batches(prompts) for prompt in batch]
+        told = [agreement(name, texts[name], best) for name, best in zip(order, arrays["best"], strict=True)]
+        again = refused(told, self.engine)
+        write_array(Path(f"{stem}.agreement.npy"), shares(told))
+        if not again:
+            return arrays
+        own = self.answered([prompt for prompt in prompts if prompt.prompt_id in again])
+        kept = [row for row, name in enumerate(order) if name not in again]
+        return {name: np.concatenate([array[kept], own[name]]) for name, array in arrays.items()}
+
+    def batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
+        """Prompts that are answered together."""
+        rows = self.config.labels.batch_sequences // self.config.labels.answers.per_prompt
+        return equal_length_batches(prompts, max(1, rows))
+
+    def answered(
+        self, prompts: list[Prompt], texts: Mapping[str, list[int] | None] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The arrays of `answers`, batch after batch."""
+        made = []
+        for batch in self.batches(prompts):
+            given = None if texts is None else [texts[prompt.prompt_id] or [] for prompt in batch]
+            made.append(self.answers(batch, given))
+        return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
+
+    def answers(self, prompts: list[Prompt], given: list[list[int]] | None = None) -> dict[str, np.ndarray]:
+        """Answers to prompts of equal length, its own or given, and its labels, from one more pass over them.
+
+        `best` [R, A] is its arg-max at the places of the answers.
+        """
         config, device = self.config, self.target.device
         asked, eos, count = config.labels.answers, stop_tokens(self.target), config.train.learned_tokens
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=device)
-        seeds = [
-            fold(config.seed, zlib.crc32(prompt.prompt_id.encode()), copy)
-            for prompt in prompts
-            for copy in range(asked.per_prompt)
-        ]
-        sampler = Sampler.seeded(asked.temperature, seeds, device)
         runner, logits_RV, features_RSF = behind_prefixes(self.writer, tokens_BS, count, asked.per_prompt)
-        texts = write_on(runner, logits_RV, count, eos, sampler)
-        written_RA = torch.zeros(len(texts), count, dtype=torch.long, device=device)
-        for row, text in enumerate(texts):
-            written_RA[row, : len(text)] = torch.tensor([noted.token for noted in text])
+        if given is None:
+            seeds = [
+                fold(config.seed, zlib.crc32(prompt.prompt_id.encode()), copy)
+                for prompt in prompts
+                for copy in range(asked.per_prompt)
+            ]
+            written = write_on(
+                runner, logits_RV, count, eos, Sampler.seeded(asked.temperature, seeds, device)
+            )
+            given = [[noted.token for noted in text] for text in written]
+        written_RA = torch.zeros(len(given), count, dtype=torch.long, device=device)
+        for row, text in enumerate(given):
+            written_RA[row, : len(text)] = torch.tensor(text)
         prefixes_RS = tokens_BS.repeat_interleave(asked.per_prompt, 0)
         kind, S = smallest_uint(self.writer.num_tokens), tokens_BS.shape[1]
-        tokens_RL = np.zeros((len(texts), config.data.sequence_tokens), kind)
+        tokens_RL = np.zeros((len(given), config.data.sequence_tokens), kind)
         tokens_RL[:, : S + count] = torch.cat([prefixes_RS, written_RA], 1).cpu().numpy()
         with torch.no_grad():
             hidden_RAC, features_RAF = self.writer.hidden_and_features(
@@ -197,12 +285,17 @@ class Teacher:
         if features_RSF is not None and features_RAF is not None:
             both = torch.cat([features_RSF, features_RAF], 1)
             features["features"] = half(F.pad(both, (0, 0, 0, tokens_RL.shape[1] - both.shape[1])))
+        labels = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        first_R1 = logits_RV.argmax(-1, keepdim=True).cpu().numpy().astype(kind)
         return {
             **features,
             "tokens": tokens_RL,
-            "prefix": np.full(len(texts), S, np.int32),
-            "supervised": np.array([len(text) - (text[-1].token in eos) for text in texts], np.int32),
-            **{name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
+            "prefix": np.full(len(given), S, np.int32),
+            "supervised": np.array(
+                [len(text) - (text[-1:] != [] and text[-1] in eos) for text in given], np.int32
+            ),
+            "best": np.concatenate([first_R1, labels["argmax"][:, :-1]], axis=1),
+            **labels,
         }
 
     def continue_prompts(self, task: ContinueTask) -> TeachCounts:
@@ -301,97 +394,3 @@ def equal_length_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]
     for prompt in prompts:
         groups.setdefault((len(prompt.tokens), prompt.max_new_tokens), []).append(prompt)
     return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
-
-
-def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
-    return np.uint16 if num_tokens <= 1 << 16 else np.uint32
-
-
-@torch.inference_mode()
-def label_sequences(
-    target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels, feature_layers: Sequence[int] = ()
-) -> dict[str, np.ndarray]:
-    """The target's labels at every position of N sequences, and features; `argmax` is the last entry.
-
-    Raises:
-        NotFinite: if a logit is NaN or infinite.
-    """
-    num_tokens = int(target.num_tokens)
-    kind = smallest_uint(num_tokens)
-    batches: list[dict[str, np.ndarray]] = []
-    for at in range(0, len(rows_NL), labels.batch_sequences):
-        tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
-        with kept_inputs(target, feature_layers) as kept:
-            logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
-        # In slices, so that what is computed from the logits stays small beside them.
-        pieces = [
-            label_logits(target.name_or_path, logits_BPV, labels, kind)
-            for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1)
-        ]
-        features = side_by_side(kept, feature_layers)
-        given = {} if features is None else {"features": half(features)}
-        batches.append(
-            given | {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
-        )
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def label_logits(
-    name: str, logits_BPV: Tensor, labels: Labels, kind: type[np.unsignedinteger]
-) -> dict[str, np.ndarray]:
-    """The labels that a target's logits give, by the names of their files; `argmax` is the last entry.
-
-    Raises:
-        NotFinite: if a logit is NaN or infinite.
-    """
-    if not torch.isfinite(logits_BPV).all():
-        raise NotFinite(f"{name}: logits not finite while labelling")
-    made: dict[str, np.ndarray] = {}
-    if labels.top_k:
-        top = logits_BPV.topk(min(labels.top_k, logits_BPV.shape[-1]), dim=-1)
-        total_BP1 = (logits_BPV.float() / labels.temperature).logsumexp(-1, keepdim=True)
-        log_probs_BPK = top.values.float() / labels.temperature - total_BP1
-        made["ids"] = top.indices.cpu().numpy().astype(kind)
-        made["log_probs"] = log_probs_BPK.cpu().numpy().astype(np.float16)
-    return {**made, "argmax": logits_BPV.argmax(-1).cpu().numpy().astype(kind)}
-
-
-def write_ahead(
-    target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
-) -> list[list[Noted]]:
-    """The target's continuation of each of B prefixes of equal length: up to `count` tokens, or to EOS.
-
-    Raises:
-        NotFinite: if a logit is NaN or infinite.
-    """
-    return write_on(*behind_prefixes(target, tokens_BS, count)[:2], count, eos, sampler)
-
-
-def behind_prefixes(
-    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1
-) -> tuple[Runner, Tensor, Tensor | None]:
-    """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there; the
-    features [R, S, F] of the prefixes where the target gives some."""
-    B, S = tokens_BS.shape
-    (view,), logits_BV, features_BSF = target.read(tokens_BS, [(S, FULL)])
-    runner = Runner(target, B * copies, slots_for(S), room, "none")
-    for row in range(B * copies):
-        runner.cache.load_row(row, view, row // copies)
-    if not torch.isfinite(logits_BV).all():
-        raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
-    repeated = None if features_BSF is None else features_BSF.repeat_interleave(copies, 0)
-    return runner, logits_BV.repeat_interleave(copies, 0), repeated
-
-
-@torch.no_grad()
-def write_on(
-    runner: Runner, logits_RV: Tensor, count: int, eos: frozenset[int], sampler: Sampler
-) -> list[list[Noted]]:
-    """A text behind each row's prefix, whose logits are given."""
-    first_R = sampler.choose(logits_RV)
-    columns = (first_R, *note(sampler.rule, logits_RV, first_R))
-    texts = [[Noted(*chosen)] for chosen in zip(*(values.tolist() for values in columns), strict=True)]
-    for step in autoregressive_noted(runner, first_R.tolist(), count, eos, sampler):
-        for text, chosen in zip(texts, step, strict=True):
-            text += [] if chosen is None else [chosen]
-    return texts

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in a thread: its texts are given, it counts drafts, and it can misbehave."""
+"""An OpenAI-compatible server in a thread: texts given or a model's, counts of drafts; it can misbehave."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
 
 Drafts = tuple[int, int, list[int]]  # rounds, proposals, acceptances by position
 
@@ -25,13 +29,17 @@ class Fake:
         tells: whether counts come with the answer, are on the metrics page, or nowhere.
         fault: what goes wrong with a request; "" is nothing.
         only: the number of the request that goes wrong; None: all of them.
+        eos: tokens that end a text, which is then said, and are not spelled.
+        spell: of tokens, their text.
     """
 
     text: Callable[[Sequence[int]], list[int]]
-    drafts: Callable[[Sequence[int]], Drafts]
+    drafts: Callable[[Sequence[int]], Drafts] = lambda _: (0, 0, [])
     tells: str = "request"
     fault: str = ""
     only: int | None = None
+    eos: frozenset[int] = frozenset()
+    spell: Callable[[Sequence[int]], str] = lambda tokens: "".join(f" {token}" for token in tokens)
     models: tuple[str, ...] = ("target",)
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +71,26 @@ class Fake:
             for at, count in enumerate(self.accepted_at)
         ]
         return "\n".join(lines) + "\n"
+
+
+def greedy_texts(folder: Path, limit: int, ends: bool = True) -> Callable[[Sequence[int]], list[int]]:
+    """What transformers' `generate` writes with the model of a folder; no EOS in it where it never `ends`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+    def text(prompt: Sequence[int]) -> list[int]:
+        tokens = torch.tensor([list(prompt)])
+        written = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=limit,
+            min_new_tokens=None if ends else limit,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        made: list[int] = written[0, tokens.shape[1] :].tolist()
+        return made
+
+    return text
 
 
 def histogram(drafts: Drafts) -> list[int]:
@@ -111,9 +139,13 @@ def serving(fake: Fake) -> Iterator[Fake]:
                 self.wfile.write(broken)
                 return None
             tokens = fake.text(prompt)
+            ended = len(tokens) > 0 and tokens[-1] in fake.eos
+            spelled = [fake.spell(tokens[: min(end, len(tokens) - ended)]) for end in range(len(tokens) + 3)]
             for at in range(0, len(tokens), 3):
                 part = tokens[at : at + 3]
-                choice: dict[str, Any] = {"index": 0, "text": "".join(f" {t}" for t in part)}
+                choice: dict[str, Any] = {"index": 0, "text": spelled[at + 3][len(spelled[at]) :]}
+                if at + 3 >= len(tokens):
+                    choice["finish_reason"] = "stop" if ended else "length"
                 if wrong != "no_ids":
                     choice["token_ids"] = part
                 self.event({"choices": [choice]})

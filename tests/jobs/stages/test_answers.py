@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import GenerationConfig
 
 from jobs.executors.choose import NoExecutor
 from jobs.plan.facts import known
@@ -15,9 +16,11 @@ from jobs.stages import pipeline
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import ConfigError
 from pipeline.config.schema import Config
+from pipeline.errors import Incomplete
 from pipeline.store.files import read_rows
 from pipeline.store.layout import MANIFEST
 from pipeline.store.rows import Prompt, PromptRow
+from tests.helpers.fake_server import Fake, greedy_texts, serving
 from tests.helpers.toys import artifact, toy_config
 
 ASK = "Read this.\n{text}\nSay more."
@@ -67,6 +70,53 @@ def test_from_the_question_to_the_report(config: Config, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pipeline, "make_executor", lambda config: NoExecutor())
     run_pipeline(config)  # finds everything
+
+
+def greedily(values: dict[str, Any]) -> None:
+    asking(values)
+    values["labels"] = {"sequences_per_shard": 4, "answers": {}}
+
+
+@pytest.mark.parametrize(
+    "executor", ["inline", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+def test_a_server_of_the_target_may_write_the_answers(corpus: Path, tmp_path: Path, executor: str) -> None:
+    """Down at first; then what the target alone would have written, with the same labels."""
+    storage = tmp_path / "runs"
+    run_pipeline(toy_config(corpus, storage, greedily), "teach")
+    alone = artifact(storage, "teach")
+    target = artifact(storage, "pretrain-target") / "model"
+
+    def by_server(url: str, **more: Any) -> Config:
+        def change(values: dict[str, Any]) -> None:
+            greedily(values)
+            values["labels"]["server"] = {"url": url, **more}
+            values["run"]["executor"] = executor
+
+        return toy_config(corpus, storage, change)
+
+    eos = GenerationConfig.from_pretrained(target).eos_token_id
+    most = toy_config(corpus, storage, greedily).train.learned_tokens
+    fake = Fake(greedy_texts(target, most), eos=frozenset([eos] if isinstance(eos, int) else eos or []))
+    with serving(fake):
+        pass
+    with pytest.raises(Incomplete, match=r"labels.server|does not answer"):
+        run_pipeline(by_server(fake.url), "teach")
+    with serving(fake) as server:
+        # Where it is, and how it is asked, changes nothing that is kept.
+        run_pipeline(by_server(server.url, requests_at_once=2), "teach")
+        (folder,) = set(storage.glob("teach-*")) - {alone}
+        told = len(server.asked)
+        run_pipeline(by_server("http://elsewhere", model="other", timeout_s=5), "teach")
+    assert told == len(server.asked) == 10
+    counts = json.loads((folder / MANIFEST).read_text())["counts"]
+    assert (counts["served"], counts["refused"]) == (10, 0)
+    files = {file.relative_to(alone) for file in alone.rglob("*.*") if file.name != MANIFEST}
+    theirs = {file.relative_to(folder) for file in folder.rglob("*.*") if file.name != MANIFEST}
+    shares = {file for file in theirs if ".agreement." in file.name}
+    assert theirs - shares == files and len(shares) == 3  # a shard of answers
+    for file in files:
+        assert (alone / file).read_bytes() == (folder / file).read_bytes(), file
 
 
 def test_training_may_be_on_answers_alone(corpus: Path, tmp_path: Path) -> None:

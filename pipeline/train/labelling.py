@@ -1,0 +1,201 @@
+"""What the target says of tokens: its labels, texts of its own, and how far an engine's texts are its own.
+
+A greedy text is the target's where every token is the arg-max of its logits behind the tokens before. Another
+program, precision or batch rounds otherwise, so near a tie a text may part from what the target would have
+written here; all its other tokens are still the arg-max behind their own prefix. So the share of such tokens
+says whether an engine runs this target.
+
+Shape legend: R texts; B prompts of S tokens; N sequences of L tokens, P of their positions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.axes import FULL
+from pipeline.config.train import Labels
+from pipeline.decode.lean import side_by_side
+from pipeline.decode.loop import Noted, autoregressive_noted
+from pipeline.decode.model import DecodeModel, kept_inputs
+from pipeline.decode.runner import Runner
+from pipeline.decode.sampling import Sampler
+from pipeline.decode.steps import note
+from pipeline.errors import BadData, NotFinite
+from pipeline.kv.slot_cache import slots_for
+from pipeline.train.features import half
+
+POSITIONS = 1024  # positions whose logits are labelled at a time
+
+
+class Engine(Protocol):
+    """Who writes greedy texts in the target's place."""
+
+    name: str
+    least_agreement: float
+
+    def write(
+        self, prompts: Mapping[str, Sequence[int]], count: int, ends: bool
+    ) -> dict[str, list[int] | None]:
+        """By the prompts' names, the texts behind them: `count` tokens, fewer where an EOS `ends` one.
+
+        None stands for a text that cannot be read as tokens, or that ends elsewhere.
+
+        Raises:
+            BadData: if a prompt is refused, or answered by what is no text of this target's tokens.
+            Incomplete: if the engine does not answer in time.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the tokens of an engine's text, how many are the target's arg-max."""
+
+    prompt: str
+    tokens: int
+    matching: int
+
+    @property
+    def share(self) -> float:
+        return self.matching / self.tokens if self.tokens else 1.0
+
+
+def agreement(
+    prompt: str, text: Sequence[int] | None, best: np.ndarray, never: frozenset[int] = frozenset()
+) -> Agreement:
+    """How far a text is the target's, whose arg-max at its places, and maybe behind them, is `best`.
+
+    A text that cannot be read counts as one other token. Places where the arg-max is a token that the text
+    was `never` to have say nothing.
+    """
+    if text is None:
+        return Agreement(prompt, 1, 0)
+    pairs = [(token, own) for token, own in zip(text, best.tolist(), strict=False) if own not in never]
+    return Agreement(prompt, len(pairs), sum(token == own for token, own in pairs))
+
+
+def shares(told: Sequence[Agreement]) -> np.ndarray:
+    """[R] of each text, as it is stored."""
+    return np.array([one.share for one in told])
+
+
+def refused(told: Sequence[Agreement], engine: Engine) -> set[str]:
+    """The prompts whose texts the target has to write itself.
+
+    Raises:
+        BadData: if the texts together are below the threshold by more than one token: then it is no rounding,
+            and the engine does not run this target.
+    """
+    least = engine.least_agreement
+    tokens, matching = sum(one.tokens for one in told), sum(one.matching for one in told)
+    if tokens - matching > max(1.0, (1 - least) * tokens):
+        worst = min(told, key=lambda one: one.share)
+        raise BadData(
+            f"labels.server: of {tokens} tokens that {engine.name} wrote, {matching / tokens:.2%} are the "
+            f"target's arg-max, and least_agreement asks for {least:.2%}; behind {worst.prompt} it is "
+            f"{worst.share:.2%} of {worst.tokens}. Serve the very weights of the target, in their precision, "
+            "not quantised, from an engine that gives token ids (vLLM from 0.10 on), or leave "
+            "labels.server out: then the target writes"
+        )
+    return {one.prompt for one in told if one.share < least}
+
+
+def smallest_uint(num_tokens: int) -> type[np.unsignedinteger]:
+    return np.uint16 if num_tokens <= 1 << 16 else np.uint32
+
+
+@torch.inference_mode()
+def label_sequences(
+    target: PreTrainedModel, rows_NL: np.ndarray, labels: Labels, feature_layers: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
+    """The target's labels at every position of N sequences, and features; `argmax` is the last entry.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    num_tokens = int(target.num_tokens)
+    kind = smallest_uint(num_tokens)
+    batches: list[dict[str, np.ndarray]] = []
+    for at in range(0, len(rows_NL), labels.batch_sequences):
+        tokens_BL = torch.from_numpy(rows_NL[at : at + labels.batch_sequences].astype(np.int64))
+        with kept_inputs(target, feature_layers) as kept:
+            logits_BLV = target(input_ids=tokens_BL.to(target.device), use_cache=False).logits
+        # In slices, so that what is computed from the logits stays small beside them.
+        pieces = [
+            label_logits(target.name_or_path, logits_BPV, labels, kind)
+            for logits_BPV in logits_BLV[..., :num_tokens].split(POSITIONS, dim=1)
+        ]
+        features = side_by_side(kept, feature_layers)
+        given = {} if features is None else {"features": half(features)}
+        batches.append(
+            given | {name: np.concatenate([p[name] for p in pieces], axis=1) for name in pieces[0]}
+        )
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def label_logits(
+    name: str, logits_BPV: Tensor, labels: Labels, kind: type[np.unsignedinteger]
+) -> dict[str, np.ndarray]:
+    """The labels that a target's logits give, by the names of their files; `argmax` is the last entry.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    if not torch.isfinite(logits_BPV).all():
+        raise NotFinite(f"{name}: logits not finite while labelling")
+    made: dict[str, np.ndarray] = {}
+    if labels.top_k:
+        top = logits_BPV.topk(min(labels.top_k, logits_BPV.shape[-1]), dim=-1)
+        total_BP1 = (logits_BPV.float() / labels.temperature).logsumexp(-1, keepdim=True)
+        log_probs_BPK = top.values.float() / labels.temperature - total_BP1
+        made["ids"] = top.indices.cpu().numpy().astype(kind)
+        made["log_probs"] = log_probs_BPK.cpu().numpy().astype(np.float16)
+    return {**made, "argmax": logits_BPV.argmax(-1).cpu().numpy().astype(kind)}
+
+
+def write_ahead(
+    target: DecodeModel, tokens_BS: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> list[list[Noted]]:
+    """The target's continuation of each of B prefixes of equal length: up to `count` tokens, or to EOS.
+
+    Raises:
+        NotFinite: if a logit is NaN or infinite.
+    """
+    return write_on(*behind_prefixes(target, tokens_BS, count)[:2], count, eos, sampler)
+
+
+def behind_prefixes(
+    target: DecodeModel, tokens_BS: Tensor, room: int, copies: int = 1
+) -> tuple[Runner, Tensor, Tensor | None]:
+    """The target with so much room behind each prefix, as often as `copies`, and the logits [R, V] there; the
+    features [R, S, F] of the prefixes where the target gives some."""
+    B, S = tokens_BS.shape
+    (view,), logits_BV, features_BSF = target.read(tokens_BS, [(S, FULL)])
+    runner = Runner(target, B * copies, slots_for(S), room, "none")
+    for row in range(B * copies):
+        runner.cache.load_row(row, view, row // copies)
+    if not torch.isfinite(logits_BV).all():
+        raise NotFinite(f"{target.name}: logits not finite behind a prefix of {S} tokens")
+    repeated = None if features_BSF is None else features_BSF.repeat_interleave(copies, 0)
+    return runner, logits_BV.repeat_interleave(copies, 0), repeated
+
+
+@torch.no_grad()
+def write_on(
+    runner: Runner, logits_RV: Tensor, count: int, eos: frozenset[int], sampler: Sampler
+) -> list[list[Noted]]:
+    """A text behind each row's prefix, whose logits are given."""
+    first_R = sampler.choose(logits_RV)
+    columns = (first_R, *note(sampler.rule, logits_RV, first_R))
+    texts = [[Noted(*chosen)] for chosen in zip(*(values.tolist() for values in columns), strict=True)]
+    for step in autoregressive_noted(runner, first_R.tolist(), count, eos, sampler):
+        for text, chosen in zip(texts, step, strict=True):
+            text += [] if chosen is None else [chosen]
+    return texts
