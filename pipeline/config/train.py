@@ -22,6 +22,12 @@ class Answers(Group):
 
     per_prompt: int = Field(1, ge=1, description="answers to each prompt")
     temperature: float = Field(0.0, ge=0, description="temperature at which they are written")
+    written: str | None = Field(
+        None,
+        exclude_if=lambda written: written is None,
+        description="file of answers that the target wrote before, as workers reach it, such as "
+        "docs/results/smollm2/answers.jsonl.xz; what is not in it the target answers",
+    )
 
     @model_validator(mode="after")
     def _differ(self) -> Answers:
@@ -79,6 +85,8 @@ class Labels(Group):
 
     @model_validator(mode="after")
     def _server_writes_greedily(self) -> Labels:
+        if self.server is not None and self.answers.written is not None:
+            raise ValueError("labels.server and labels.answers.written both give the answers: keep one")
         for field, asked, temperature in (
             ("answers.temperature", True, self.answers.temperature),
             ("on_policy_temperature", self.on_policy_fraction > 0, self.on_policy_temperature),
