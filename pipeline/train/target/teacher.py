@@ -63,10 +63,7 @@ from pipeline.train.target.labelling import (
 
 @dataclass(frozen=True)
 class LabelTask:
-    """Rows [first, last) of a sequences file → the label shard with this number.
-
-    `offset` is the number of the file's first row among all sequences.
-    """
+    """Rows [first, last) of a file, before which there are `offset` rows, → the shard with this number."""
 
     sequences: Path
     first: int
