@@ -247,7 +247,7 @@ class Teacher:
         """The arrays of `answers`, batch after batch."""
         made, none = [], [Text([], [])] * self.config.labels.answers.per_prompt
         for batch in self.batches(prompts):
-            given = texts and [text.tokens for prompt in batch for text in texts[prompt.prompt_id] or none]
+            given = None if texts is None else [t.tokens for p in batch for t in texts[p.prompt_id] or none]
             made.append(self.answers(batch, given))
         return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
 
