@@ -251,8 +251,8 @@ class Teacher:
         """The arrays of `answers`, batch after batch."""
         made, none = [], [Text([], [])] * self.config.labels.answers.per_prompt
         for batch in self.batches(prompts):
-            told = [] if texts is None else [texts[prompt.prompt_id] or none for prompt in batch]
-            made.append(self.answers(batch, [text.tokens for of in told for text in of] if told else None))
+            given = None if texts is None else [t.tokens for p in batch for t in texts[p.prompt_id] or none]
+            made.append(self.answers(batch, given))
         return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
 
     def answers(self, prompts: list[Prompt], given: list[list[int]] | None = None) -> dict[str, np.ndarray]:
