@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from kernels.reference import CHUNK
-from pipeline.axes import family
+from pipeline.axes import CHUNK, family
 from pipeline.config.data import Data, TextSource
 from pipeline.config.group import Group
 from pipeline.config.improve import Improve
@@ -19,7 +18,6 @@ from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
 from pipeline.config.train import READ_TOP_K, Answers, Labels, Train
-from pipeline.kv.policies import GUIDED
 
 
 class Config(Group):
@@ -119,12 +117,12 @@ class Config(Group):
     def is_guided(self) -> bool:
         """Whether views, of training or of the sweep, are chosen by what the target attends to."""
         swept = (*self.sweep.policies, *([self.sweep.cascade.policy] if self.sweep.cascade else []))
-        return GUIDED in (*swept, *(variant.policy for variant in self.train.variants))
+        return "target_guided" in (*swept, *(variant.policy for variant in self.train.variants))
 
     @property
     def guide_chunks(self) -> int:
         """Chunks that are ranked before each window of training, as many as any budget there holds."""
-        guided = [variant for variant in self.train.variants if variant.policy == GUIDED]
+        guided = [variant for variant in self.train.variants if variant.policy == "target_guided"]
         return max((budget // CHUNK for variant in guided for budget in variant.budgets), default=0)
 
     @property

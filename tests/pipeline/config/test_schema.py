@@ -220,7 +220,8 @@ def test_dump_reads_back_equal(tmp_path: Path, minimal: Path) -> None:
     config = load_config(minimal, ["target.rope_scaling={rope_type: yarn, factor: 4}", "seed=7"])
     dumped = dump_config(config)
     assert load_config(write(tmp_path, dumped, "dumped.yaml")) == config
-    assert list(yaml.safe_load(dumped)) == list(Config.model_fields)
+    # What was added as an option is not told where it is not used, so that old fingerprints stay.
+    assert [*yaml.safe_load(dumped)] == [name for name in Config.model_fields if name != "improve"]
     assert "&id" not in dumped and "budgets: [16, 32, full]" in dumped
 
 
