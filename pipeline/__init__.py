@@ -19,7 +19,7 @@ Rooms, from the ground up:
     decode/       autoregressive and speculative decoding, draft sources, exact replay
     data/         documents, packed sequences, prompts; in data/sources/ a reader for each kind of source
     sweep/        the cells that are evaluated: counted, replayed, timed, predicted
-    train/        the target's labels, the losses, the training loop, checkpoints
+    train/        the losses, the training loop, checkpoints; in train/target/ what the target says of texts
     results/      rows pooled into cells, differences, speed, what to deploy, the report's sentences
     report/       figures, the page, the paper's numbers beside ours
     gate/         whether one drafter may replace another: bounds, verdict

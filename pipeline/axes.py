@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+CHUNK = 8  # tokens that policies choose together; `kernels/reference.py` has it too, but needs torch
 Budget = int | Literal["full"]
 Control = Literal["other_prompt", "no_prefix"]
 ModelFree = Literal["prompt_lookup"]  # draft sources without a model; `decode/sources.py` has their classes
@@ -37,7 +38,7 @@ def check_budget(budget: int | str) -> int | str:
     """A budget is "full", 0, or at least 16 and divisible by 8 (the chunk size of `chunk_topk`)."""
     if budget == "full" or budget == 0:
         return budget
-    if isinstance(budget, str) or budget < 16 or budget % 8:
+    if isinstance(budget, str) or budget < 16 or budget % CHUNK:
         raise ValueError(f'a budget is "full", 0, or an integer of at least 16 divisible by 8, not {budget}')
     return budget
 

@@ -1,4 +1,5 @@
-"""A study of a real target: run its config, then write its page, its figures and `summary.json` with checks.
+"""A study of a real target: run its config, then write its page, its figures, `summary.json` with checks and
+what the target answered.
 
     python -m benchmarks.real_study conf/smollm2/study.yaml --output docs/results/smollm2 \\
         --costs docs/results/real.json
@@ -18,10 +19,11 @@ from pathlib import Path
 import jinja2
 
 from benchmarks.page_parts import check_table
-from benchmarks.real_study import tables
+from benchmarks.real_study import answers, tables
 from benchmarks.real_study.checks import all_checks
 from benchmarks.study import speed as speeds
 from benchmarks.study.runs import Study, commits, study
+from pipeline.config.schema import Config
 from pipeline.results.summary import Check
 from pipeline.store import layout
 from pipeline.store.files import write_text
@@ -53,9 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if source.exists():
             shutil.copyfile(source, given.output / f"{name}.png")
             drawn[name] = f"{name}.png"
+    if run.config.data.asks:
+        answers.collect(run.taught, given.output / answers.FILE, target_name(run.config))
     write_text(given.output / "README.md", page(run, checks, given.config, given.output, drawn))
     write_text(given.output / SUMMARY, short_summary(run, checks))
     print(given.output)
+
+
+def target_name(config: Config) -> str:
+    return Path(config.target.path).name if config.target.kind == "pretrained" else "a toy"
 
 
 def page(run: Study, checks: list[Check], file: Path, output: Path, figures: dict[str, str]) -> str:
@@ -74,6 +82,7 @@ def page(run: Study, checks: list[Check], file: Path, output: Path, figures: dic
             gamma=tables.leading_gamma(run),
             smallest=tables.smallest(run),
             costs=tables.costs(run),
+            answers=answers.FILE if config.data.asks else None,
             looping=tables.looping_table(run),
             in_short=tables.in_short(run),
             timed=any(row.speed for row in run.cells),

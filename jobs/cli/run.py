@@ -8,10 +8,10 @@ import typer
 
 from jobs.cli.app import ConfigPath, ExecutorOption, Overrides, StorageOption, app, load, set_up_logging
 from jobs.commands.doctor import check_name_clash
-from pipeline.store.layout import STAGES, StageName
+from pipeline.store.layout import IMPROVE, STAGES, Until
 
 
-def _add_stage(name: str, until: StageName, help_text: str) -> None:
+def _add_stage(name: str, until: Until, help_text: str) -> None:
     def stage(
         config: ConfigPath,
         overrides: Overrides = None,
@@ -28,15 +28,16 @@ def _add_stage(name: str, until: StageName, help_text: str) -> None:
     app.command(name, help=help_text, short_help=help_text)(stage)
 
 
-Command = Literal["run", "prepare", "teach", "train", "sweep", "report"]
+Command = Literal["run", "prepare", "teach", "train", "sweep", "report", "improve"]
 # Command → the last stage that it runs, and its help; stage pretrain has no command.
-COMMANDS: dict[Command, tuple[StageName, str]] = {
+COMMANDS: dict[Command, tuple[Until, str]] = {
     "run": (STAGES[-1], "Run all stages; what is complete is reused."),
     "prepare": ("prepare", "Read the data: packed sequences and evaluation prompts."),
     "teach": ("teach", "The target's labels and continuations, after the stages before."),
     "train": ("train", "Train the drafters, after the stages before."),
     "sweep": ("sweep", "Measure every cell of the sweep, after the stages before."),
     "report": ("report", "Tables, figures and findings, after the stages before."),
+    "improve": (IMPROVE, "Improve a trained drafter in rounds, improve.rounds of them: serve, learn, gate."),
 }
 for _name, (_until, _help) in COMMANDS.items():
     _add_stage(_name, _until, _help)

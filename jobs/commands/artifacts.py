@@ -1,9 +1,9 @@
 """What a storage folder holds, who uses it, and the removal of what nothing needs.
 
-An artifact is needed if a finished report is made from it, directly or through others: manifests name the
-fingerprints of their inputs. An artifact that was worked on after the last report is needed too: its report
-may be still to come. If a run is alive, or a manifest that matters is missing or damaged, it is uncertain
-what is needed, and no complete artifact is removed.
+An artifact is needed if a finished report, or the end of improving a drafter, is made from it, directly or
+through others: manifests name the fingerprints of their inputs. An artifact that was worked on after the last
+report is needed too: its report may be still to come. If a run is alive, or a manifest that matters is
+missing or damaged, it is uncertain what is needed, and no complete artifact is removed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from filelock import Timeout
 from jobs.records.record import RECORDS, lives
 from pipeline.errors import BadData, ConfigError
 from pipeline.store.artifacts import LOCKS, Artifact, checksum
+from pipeline.store.layout import IMPROVE
 from pipeline.units import decimal_size
 
 NAME = re.compile(r"(?P<stage>.+)-(?P<fingerprint>[0-9a-f]{12})")
@@ -136,11 +137,12 @@ def _measure(path: Path) -> tuple[int, float]:
 
 
 def _mark_needed(listed: list[Stored]) -> None:
-    """Mark every report, everything younger than all reports, unfinished work too, and what these are made
-    from. A damaged report counts, since a rerun mends it."""
+    """Mark every report, the ends of improving, everything younger than all reports, unfinished work too, and
+    what these are made from. A damaged report counts, since a rerun mends it."""
     by_fingerprint = {stored.fingerprint: stored for stored in listed}
     waiting = [stored for stored in listed if stored.stage == "report" and stored.state != UNFINISHED]
     last = min((stored.age_s for stored in waiting), default=float("inf"))
+    waiting += [stored for stored in listed if stored.stage == IMPROVE]
     waiting += [stored for stored in listed if stored.state != DAMAGED and stored.age_s < last]
     while waiting:
         stored = waiting.pop()

@@ -124,6 +124,14 @@ class DeepSpeedEngine:
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
+    def close(self) -> None:
+        """Without this DeepSpeed keeps the model, gradients and moments for as long as the process lives.
+
+        At stage 3 tables of its own keep the model's shards all the same.
+        """
+        self.engine.destroy()
+        del self.engine
+
     def set_master(self, weight: Any, value: Tensor, moment: Part | None = None) -> None:
         """Set this rank's share of a parameter's fp32 copy, or of a moment, from the whole tensor."""
         from deepspeed import utils

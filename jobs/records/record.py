@@ -29,7 +29,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import Incomplete, hide_credentials
 from pipeline.observe import events, logs
 from pipeline.store.files import fingerprint, write_json
-from pipeline.store.layout import STAGES
+from pipeline.store.layout import IMPROVE, Until, stages_until
 
 RECORDS, STATUS, ALIVE = "run-records", "status.json", "alive.lock"
 KEPT = 50  # records of a storage
@@ -83,7 +83,7 @@ class RunStatus(BaseModel):
 class RunRecord:
     """A context that keeps the record of this process's run; how the body is left is how the run ended."""
 
-    def __init__(self, config: Config, until: str) -> None:
+    def __init__(self, config: Config, until: Until) -> None:
         now = datetime.now(UTC)
         self.config, self.records = config, Path(config.storage) / RECORDS
         self.folder = self.records / f"{config.name}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
@@ -96,7 +96,7 @@ class RunRecord:
             started=now,
             updated=now,
             state="running",
-            stages=[StageRecord(name=name) for name in STAGES[: STAGES.index(until) + 1]],
+            stages=[StageRecord(name=name) for name in stages_until(until)],
         )
         self.training: StageRecord | None = None  # the stage whose training steps are counted
         self.mutex = threading.RLock()  # events come from the pipeline, the rest from the refreshing thread
@@ -247,6 +247,9 @@ def steps_of(config: Config, stage: str, model: str) -> int:
         spec = config.target if model == "target" else config.drafter
         assert isinstance(spec, ScratchModel)
         return spec.pretrain.steps
+    if stage == IMPROVE:
+        assert config.improve is not None
+        return config.improve.steps
     variant = next(variant for variant in config.train.drafters if variant.name == model)
     return config.train.steps_of(variant)
 

@@ -1,4 +1,7 @@
-"""The whole pipeline: prepare → pretrain → teach → train → sweep → report, with MLflow beside it."""
+"""The whole pipeline: prepare → pretrain → teach → train → sweep → report, with MLflow beside it.
+
+Stage improve follows train where it is asked for, in place of sweep and report.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from jobs.executors.choose import NoExecutor, make_executor
 from jobs.executors.ray_job import check_storage, in_ray_job
 from jobs.records.record import RunRecord
 from jobs.registry.register import register
+from jobs.stages.improve import improve
 from jobs.stages.prepare import prepare
 from jobs.stages.report import ReportInputs, report
 from jobs.stages.sweep import ref, sweep
@@ -35,7 +39,7 @@ from pipeline.observe.training import follow
 from pipeline.results.summary import Stage, Summary
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows
-from pipeline.store.layout import CELLS, FIGURES, METRICS, PAGE, SUMMARY, TOKENIZER, StageName
+from pipeline.store.layout import CELLS, FIGURES, IMPROVE, METRICS, PAGE, SUMMARY, TOKENIZER, Until
 from pipeline.store.rows import CellRow
 from pipeline.store.storage import make_storage, storage_folder, with_home
 
@@ -76,14 +80,18 @@ class Stages:
             yield
 
 
-def run_pipeline(config: Config, until: StageName = "report") -> Path:
+def run_pipeline(config: Config, until: Until = "report") -> Path:
     """Run the stages up to and including `until`; returns the summary, or that stage's artifact folder.
 
     Raises:
         BadData: if an input cannot be used.
-        ConfigError: if the storage, MLflow or Ray cannot be used.
+        ConfigError: if the storage, MLflow or Ray cannot be used, or there is nothing to improve by.
         Incomplete: if cells of the sweep failed, or MLflow did not take all; the report is made all the same.
     """
+    if until == IMPROVE and config.improve is None:
+        raise ConfigError(
+            "the config has no group improve: add `improve: {}`, or its fields, and see docs/improve.md"
+        )
     config = settled(config)
     check_models(config)
     make_storage(config.storage)
@@ -163,7 +171,7 @@ def settled(config: Config) -> Config:
     return config.model_copy(update=changes | models)
 
 
-def run_stages(config: Config, until: StageName, stages: Stages) -> Path:
+def run_stages(config: Config, until: Until, stages: Stages) -> Path:
     executor, tracker = stages.executor, stages.tracker
 
     def watch(run: Run, upload_to: str | None = None) -> Watch:
@@ -190,6 +198,9 @@ def run_stages(config: Config, until: StageName, stages: Stages) -> Path:
         mirror(run, trained, DRAFTERS)
     if until == "train":
         return trained[config.train.drafters[-1].name].path
+    if until == IMPROVE:
+        with stages.stage(IMPROVE) as run:
+            return improve(config, executor, prepared, taught, scratch, trained, watch(run))
     with stages.stage("sweep") as sweep_run:
         swept, failures = sweep(config, executor, prepared, taught, sampled, scratch, trained)
     if until == "sweep":

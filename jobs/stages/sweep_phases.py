@@ -12,6 +12,7 @@ from pathlib import Path
 from jobs.executors.base import Executor
 from jobs.stages.teach import sampled_chances
 from pipeline.axes import Cell, Place
+from pipeline.config.data import Split
 from pipeline.config.run import Work
 from pipeline.config.schema import Config
 from pipeline.errors import Incomplete
@@ -61,7 +62,7 @@ from pipeline.sweep.picks import (
     unranked,
     worth_measuring,
 )
-from pipeline.train.teacher import sampled_name
+from pipeline.train.target.teacher import sampled_name
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +82,13 @@ class Phases:
         artifact: Artifact,
         target: ModelRef,
         drafters: list[Drafter],
+        split: Split = "test",
     ) -> None:
+        self.split = split
         self.config, self.sweep, self.executor, self.folder = config, config.sweep, executor, artifact.path
         self.greedy = teach.path / CONTINUATIONS
         self.sampled = sample.path / CONTINUATIONS if sample else None
-        files = sorted((prepare.path / PROMPTS).glob("test-*.jsonl"))
+        files = sorted((prepare.path / PROMPTS).glob(f"{split}-*.jsonl"))
         self.files = [file for file in files if read_rows(file, Prompt)]
         warn_of_large_budgets(config)
         self.drafters, self.rows, self.failures = drafters, 0, 0
@@ -262,7 +265,8 @@ class Phases:
         return CalibrateTask(place.context, length, self.folder / STEPS_BESIDE / output.name)
 
     def output(self, what: str, file: Path, first: int, folder: str = ROWS) -> Path:
-        return self.folder / folder / f"{what}-{file.stem.removeprefix('test-')}-{first:05d}.jsonl"
+        name = file.stem.removeprefix(f"{self.split}-")
+        return self.folder / folder / f"{what}-{name}-{first:05d}.jsonl"
 
     def done_rows(self) -> Iterator[PromptRow]:
         """All rows, file by file: the replayed rows of a large grid are gigabytes."""

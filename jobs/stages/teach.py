@@ -25,14 +25,15 @@ from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import ASKED, LABELS, PROMPTS, SEQUENCES, TOKENIZER
 from pipeline.sweep.grid import texts
 from pipeline.train.batches import window_starts
-from pipeline.train.labelling import smallest_uint
-from pipeline.train.teacher import (
+from pipeline.train.target.labelling import smallest_uint
+from pipeline.train.target.teacher import (
     AnswerTask,
     ContinueTask,
     LabelTask,
     TeachCounts,
     Teacher,
 )
+from pipeline.train.target.written import WrittenAnswers, answers_sha256
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def taught(
 ) -> tuple[Artifact, dict[str, Any]]:
     """The folder of the labels, which need not exist yet, and the inputs that they depend on."""
     how = {"url", "model", "requests_at_once", "timeout_s"}  # changes no text that is kept
-    labels = config.labels.model_dump(mode="json", exclude={"num_workers": True, "server": how})
+    left_out: dict[str, Any] = {"num_workers": True, "server": how, "answers": {"written"}}
+    labels = config.labels.model_dump(mode="json", exclude=left_out)
     inputs = {
         "prepare": prepare.fingerprint,
         "target": model_identity(config.target, scratch.get("target")),
@@ -50,6 +52,8 @@ def taught(
         "on_policy_tokens": config.train.learned_tokens if config.labels.on_policy_fraction else None,
         "seed": config.seed,
     }
+    if config.labels.answers.written is not None:
+        inputs["written"] = answers_sha256(config.labels.answers.written)
     if isinstance(config.drafter, Head):
         inputs["features"] = list(config.drafter.feature_layers or ()), config.labels.features
     if config.is_guided:
@@ -99,6 +103,8 @@ def label_and_continue(
         label_bytes(config, sequences, answers, len(read_tokenizer(prepare.path / TOKENIZER))) / 1e6,
         artifact.path,
     )
+    if config.labels.answers.written:  # before a worker loads the target
+        WrittenAnswers(config.labels.answers, read_tokenizer(prepare.path / TOKENIZER), frozenset())
     factory = partial(
         make_teacher, config, target_ref(config, scratch), prepare.path / TOKENIZER, artifact.path
     )
@@ -106,12 +112,12 @@ def label_and_continue(
     for _, done in executor.map_actors(factory, tasks, "teach", config.labels.num_workers, "teach"):
         for name in counts:
             counts[name] += getattr(done, name)
-    if config.labels.server:
+    if config.labels.server or config.labels.answers.written:
         log.info(
-            "teach: of %d texts of %s the target has written %d anew",
+            "teach: there were texts for %d prompts; the target wrote its own for %d of them and %d others",
             counts["served"],
-            config.labels.server.url,
             counts["refused"],
+            counts["missing"],
         )
     counts["label_bytes"] = sum(file.stat().st_size for file in (artifact.path / LABELS).glob("*.npy"))
     log.info("teach: %.1f MB of labels on disk", counts["label_bytes"] / 1e6)
@@ -156,13 +162,13 @@ def sampled_chances(config: Config) -> list[Chance]:
     return [chance for chance in texts(config.sweep, config.sweep.temperatures) if chance.temperature > 0]
 
 
-def make_teacher(config: Config, target: ModelRef, tokenizer: Path, output: Path) -> Teacher:
-    teacher = Teacher(config, target, tokenizer, output, pick_device(config.run.device))
-    if config.labels.server is not None:
-        model = teacher.target
-        teacher.engine = ServedTexts(
-            config.labels.server, teacher.tokenizer, stop_tokens(model), int(model.num_tokens)
-        )
+def make_teacher(config: Config, target: ModelRef, folder: Path, output: Path) -> Teacher:
+    teacher = Teacher(config, target, folder, output, pick_device(config.run.device))
+    labels, tokenizer, eos = config.labels, teacher.tokenizer, stop_tokens(teacher.target)
+    if labels.server is not None:
+        teacher.engine = ServedTexts(labels.server, tokenizer, eos, int(teacher.target.num_tokens))
+    elif labels.answers.written is not None:
+        teacher.engine = WrittenAnswers(labels.answers, tokenizer, eos)
     return teacher
 
 

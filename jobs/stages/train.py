@@ -97,7 +97,8 @@ def train(
 ) -> dict[str, Artifact]:
     """Train every variant; each is an artifact of its own, so adding one leaves the others alone."""
     artifacts, inputs = drafters(config, teach, scratch)
-    job = TrainJob(config, {}, prepare.path, teach.path, drafter_ref(config, scratch))
+    models = drafter_ref(config, scratch), target_ref(config, scratch)
+    job = TrainJob(config, {}, prepare.path, teach.path, *models)
     run_missing(executor, artifacts, inputs, job, watch)
     return artifacts
 

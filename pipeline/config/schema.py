@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from kernels.reference import CHUNK
-from pipeline.axes import family
+from pipeline.axes import CHUNK, family
 from pipeline.config.data import Data, TextSource
 from pipeline.config.group import Group
+from pipeline.config.improve import Improve
 from pipeline.config.models import AnyDrafter, AnyModel, FirstLayers, Head, Role, ScratchModel
 from pipeline.config.registry import Registry
 from pipeline.config.run import Run, Tracking
 from pipeline.config.sweep import Decode, Report, Sweep
 from pipeline.config.train import READ_TOP_K, Answers, Labels, Train
-from pipeline.kv.policies import GUIDED
 
 
 class Config(Group):
@@ -36,6 +35,11 @@ class Config(Group):
     run: Run = Run()
     tracking: Tracking = Tracking()
     registry: Registry | None = Field(None, description="what a finished run registers; default: nothing")
+    improve: Improve | None = Field(
+        None,
+        exclude_if=lambda improve: improve is None,  # as if it had not been added: records stay
+        description="rounds of serve, learn, gate, which `budgetdraft improve` runs",
+    )
 
     @property
     def models(self) -> dict[Role, AnyDrafter]:
@@ -91,16 +95,39 @@ class Config(Group):
         if isinstance(self.drafter, Head) and any(v.rope_scaling for v in self.train.variants):
             raise ValueError("train.variants.rope_scaling: a head turns positions as its target does")
 
+    def _improve_fits(self, improve: Improve) -> None:
+        """Raises ValueError where rounds could not be served, learned from or judged."""
+        if isinstance(self.drafter, Head):
+            raise ValueError("improve is for drafters of kind lm and first_layers, and drafter.kind is head")
+        trained = [drafter.name for drafter in self.train.drafters]
+        if improve.drafter is not None and improve.drafter not in trained:
+            raise ValueError(f"improve.drafter: {improve.drafter!r} is not among the drafters {trained}")
+        if improve.kl_steps and self.labels.top_k == 0:
+            raise ValueError("improve.kl_steps above 0 need labels.top_k > 0")
+        if self.guide_chunks or self.sweep.refresh:
+            raise ValueError(
+                "improve serves and judges without what the target says of chunks: it is for variants of "
+                "other policies than target_guided, and without sweep.refresh"
+            )
+        if self.train.learned_tokens < 2:
+            raise ValueError("improve serves texts of train.windows × window_tokens: 2 at least")
+        least = improve.gate.least_documents
+        if self.data.validation_prompts < least:
+            raise ValueError(
+                f"improve.gate.least_documents ({least}) is more than data.validation_prompts "
+                f"({self.data.validation_prompts}), on which rounds are judged: no candidate could pass"
+            )
+
     @property
     def is_guided(self) -> bool:
         """Whether views, of training or of the sweep, are chosen by what the target attends to."""
         swept = (*self.sweep.policies, *([self.sweep.cascade.policy] if self.sweep.cascade else []))
-        return GUIDED in (*swept, *(variant.policy for variant in self.train.variants))
+        return "target_guided" in (*swept, *(variant.policy for variant in self.train.variants))
 
     @property
     def guide_chunks(self) -> int:
         """Chunks that are ranked before each window of training, as many as any budget there holds."""
-        guided = [variant for variant in self.train.variants if variant.policy == GUIDED]
+        guided = [variant for variant in self.train.variants if variant.policy == "target_guided"]
         return max((budget // CHUNK for variant in guided for budget in variant.budgets), default=0)
 
     @property
@@ -116,6 +143,11 @@ class Config(Group):
                 raise ValueError(
                     f"train.variants.{variant.name}.served_tokens ({served}) is less than "
                     f"data.sequence_tokens ({self.data.sequence_tokens}), on which it trains"
+                )
+            if variant.path is not None and variant.path.length > self.train.window_tokens:
+                raise ValueError(
+                    f"train.variants.{variant.name}.path.length ({variant.path.length}) is more than "
+                    f"train.window_tokens ({self.train.window_tokens}): a path does not leave its window"
                 )
         names = {v.name for v in (*self.train.variants, *self.train.drafters)}
         for where, drafters in (
@@ -179,6 +211,8 @@ class Config(Group):
             if field == "feature_layers" and not layers and last < 4:
                 raise ValueError("drafter: a head needs a target of at least 5 layers, or feature_layers")
         self._head_fits()
+        if self.improve:
+            self._improve_fits(self.improve)
         contexts = {context.name for context in self.data.contexts}
         tested = {source.name for source in self.data.sources if "test" in source.use}
         if set(self.sweep.max_gammas) - contexts:

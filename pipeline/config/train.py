@@ -22,6 +22,12 @@ class Answers(Group):
 
     per_prompt: int = Field(1, ge=1, description="answers to each prompt")
     temperature: float = Field(0.0, ge=0, description="temperature at which they are written")
+    written: str | None = Field(
+        None,
+        exclude_if=lambda written: written is None,
+        description="file of answers that the target wrote before, as workers reach it, such as "
+        "docs/results/smollm2/answers.jsonl.xz; what is not in it the target answers",
+    )
 
     @model_validator(mode="after")
     def _differ(self) -> Answers:
@@ -79,6 +85,8 @@ class Labels(Group):
 
     @model_validator(mode="after")
     def _server_writes_greedily(self) -> Labels:
+        if self.server is not None and self.answers.written is not None:
+            raise ValueError("labels.server and labels.answers.written both give the answers: keep one")
         for field, asked, temperature in (
             ("answers.temperature", True, self.answers.temperature),
             ("on_policy_temperature", self.on_policy_fraction > 0, self.on_policy_temperature),
@@ -89,6 +97,17 @@ class Labels(Group):
                     "told token by token whether it is the target's; without a server the target samples"
                 )
         return self
+
+
+class Paths(Group):
+    """A term over texts that the drafter itself samples (variational speculative decoding)."""
+
+    every: int = Field(4, ge=1, description="R: the term is in every R-th step, from the first")
+    paths: int = Field(4, ge=2, description="S, paths that are sampled from each window's start")
+    length: int = Field(4, ge=2, le=64, description="γ, tokens of a path")
+    weight: float = Field(1.0, gt=0, description="of the term, beside those of the branches")
+    kl_weight: float = Field(1.0, ge=0, description="of KL(p ‖ q) along the paths, within the term")
+    temperature: float = Field(1.0, gt=0, description="of drafter and target in the term")
 
 
 class Variant(Group):
@@ -122,6 +141,12 @@ class Variant(Group):
     )
     budgets: dict[int, float] = Field(default={}, description="budget → sampling weight")
     num_views: int = Field(2, ge=1, description="budgets drawn per micro-batch, with replacement")
+    path: Paths | None = Field(
+        None,
+        exclude_if=lambda path: path is None,
+        description="likelihood of sampled paths, each weighted by how much of it the target would accept; "
+        "the target is then in every training worker. Default: no such term",
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="the drafter's rope parameters from here on; default: as it comes"
     )

@@ -81,6 +81,10 @@ class _Loader(yaml.SafeLoader):
             raise ComposerError(None, None, f"it holds more than {MOST_VALUES} values", mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if "\0" in (node.value if isinstance(node, yaml.ScalarNode) else ""):
+            raise ConstructorError(
+                None, None, "text with a NUL character, which no path can hold", node.start_mark
+            )
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, ValueError):

@@ -132,6 +132,27 @@ class ModelDrafts(DraftSource):
         return Proposals(torch.cat(tokens, 1), torch.stack(bests, 1), q_BTV, lengths)
 
 
+class Logged(DraftSource):
+    """A source that keeps what it proposed: `proposed[r]` [B, T] in round r of the decoding."""
+
+    def __init__(self, source: DraftSource) -> None:
+        self.source, self.name = source, source.name
+        self.proposed: list[Tensor] = []
+
+    def check_room(self, needed: int) -> None:
+        self.source.check_room(needed)
+
+    def propose(
+        self, sampler: Sampler, gamma: int, unread_BQ: Tensor, step_B: Tensor, open_rows: Sequence[bool]
+    ) -> Proposals:
+        offer = self.source.propose(sampler, gamma, unread_BQ, step_B, open_rows)
+        self.proposed.append(offer.tokens_BT)
+        return offer
+
+    def observe(self, report_BR: Tensor, features_BQF: Tensor | None, step_B: Tensor) -> None:
+        self.source.observe(report_BR, features_BQF, step_B)
+
+
 class LookupDrafts(DraftSource):
     """Prompt lookup: propose what followed an earlier occurrence of the last tokens, in prompt or text.
 

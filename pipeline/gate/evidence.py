@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.data import Split
 from pipeline.config.models import PretrainedModel
 from pipeline.errors import BadData
 from pipeline.results.summary import Summary, read_summary
@@ -162,9 +163,9 @@ def weights_of(model: Artifact) -> dict[str, str]:
     return {Path(name).name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
-def prompts_fingerprint(prepare: Artifact) -> str:
-    """A fingerprint of the test prompts: names, documents, tokens and limits of their continuations."""
-    names = [name for name in sound_files(prepare, "prompts/test-") if name.endswith(".jsonl")]
+def prompts_fingerprint(prepare: Artifact, split: Split = "test") -> str:
+    """A fingerprint of a split's prompts: names, documents, tokens and limits of their continuations."""
+    names = [name for name in sound_files(prepare, f"prompts/{split}-") if name.endswith(".jsonl")]
     prompts = [prompt for name in sorted(names) for prompt in read_rows(prepare.path / name, Prompt)]
     fields = {"prompt_id", "document_id", "dataset", "context", "tokens", "max_new_tokens"}
     return fingerprint([prompt.model_dump(include=fields) for prompt in prompts])

@@ -6,7 +6,7 @@ from pipeline.config.schema import Config
 from pipeline.hardware import Device
 from pipeline.models.shape import Shape
 from pipeline.plan.peaks import FP32, Memory, packed_bytes, reading_bytes
-from pipeline.train.labelling import POSITIONS
+from pipeline.train.target.labelling import POSITIONS
 
 
 def teach_memory(config: Config, shape: Shape, prompts: int, device: Device) -> Memory:

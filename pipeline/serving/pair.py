@@ -20,7 +20,7 @@ from pipeline.decode.loop import speculate
 from pipeline.decode.model import DecodeModel, decode_model
 from pipeline.decode.runner import Compile, Runners
 from pipeline.decode.sampling import Chance
-from pipeline.decode.sources import ModelDrafts
+from pipeline.decode.sources import DraftSource
 from pipeline.decode.target_reader import TargetReader
 from pipeline.errors import BadData
 from pipeline.kv.guides import are_guided
@@ -39,7 +39,7 @@ class Reading:
     """Prompts that both models have read, ready to be continued until the pair reads others."""
 
     bench: Bench
-    source: ModelDrafts
+    source: DraftSource
     gamma: int
     eos: frozenset[int]
 
@@ -115,7 +115,11 @@ class Pair:
         if not prompts:
             raise BadData("there is no prompt to continue")
         asked = [self.prompt(number, text, max_new_tokens) for number, text in enumerate(prompts)]
-        self.check_length(max(len(prompt.tokens) for prompt in asked), max_new_tokens, gamma)
+        return self.read_tokens(asked, view, gamma, threshold)
+
+    def read_tokens(self, asked: Sequence[Prompt], view: View, gamma: int, threshold: float = 0.0) -> Reading:
+        """As `read`, of prompts with equal limits that are tokens already."""
+        self.check_length(max(len(prompt.tokens) for prompt in asked), asked[0].max_new_tokens, gamma)
         bench = Bench(self.runners, self.target, asked, gamma, guided=are_guided([view]))
         wanted = [placed(view, self.positions)]
         views = [

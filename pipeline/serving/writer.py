@@ -2,7 +2,7 @@
 
 Prompts go as token ids, many at once, so that no template and no tokenizer stands between. Texts come back
 as token ids where the server gives them, else as text, which counts if the target's tokenizer reads as many
-tokens in it and spells them so again. Whether they are the target's is for `train/labelling.py` to say.
+tokens in it and spells them so again. Whether they are the target's, `train/target/labelling.py` says.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.train import TextServer
 from pipeline.errors import BadData, Incomplete
 from pipeline.serving.client import Refused, Reply, Server
+from pipeline.train.target.labelling import Text
 
 log = logging.getLogger(__name__)
 
 
 class ServedTexts:
-    """The `Engine` of `train/labelling.py`. It is asked for the first time when there is something to write.
+    """An `Engine` of `train/target/labelling.py`, asked for the first time when there is something to write.
 
     Args:
         eos: the tokens that end texts of the target.
@@ -33,7 +34,12 @@ class ServedTexts:
         self, asked: TextServer, tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], num_tokens: int
     ) -> None:
         self.asked, self.tokenizer, self.eos, self.num_tokens = asked, tokenizer, eos, num_tokens
-        self.name, self.least_agreement = asked.url, asked.least_agreement
+        self.least_agreement = asked.least_agreement
+        self.field, self.said = "labels.server", f"tokens that {asked.url} wrote"
+        self.advice = (
+            "Serve the very weights of the target, in their precision, not quantised, from an engine that "
+            "gives token ids (vLLM from 0.10 on)"
+        )
 
     @cached_property
     def server(self) -> Server:
@@ -41,15 +47,17 @@ class ServedTexts:
         return Server(asked.url, asked.model, asked.timeout_s, asked.requests_at_once)
 
     def write(
-        self, prompts: Mapping[str, Sequence[int]], count: int, ends: bool
-    ) -> dict[str, list[int] | None]:
+        self, prompts: Mapping[str, Sequence[int]], count: int, ends: bool, copies: int = 1
+    ) -> dict[str, list[Text] | None]:
         """As `Engine.write`. The first error ends it: requests that have not begun are never sent."""
+        assert copies == 1, "greedy texts are all alike"
         server = self.server
 
-        def written(name: str) -> list[int] | None:
+        def written(name: str) -> list[Text] | None:
             try:
                 reply = server.complete(prompts[name], count, 0 if ends else count)
-                return self.tokens_of(reply, count, ends)
+                tokens = self.tokens_of(reply, count, ends)
+                return None if tokens is None else [Text(tokens, tokens)]
             except Incomplete as error:
                 raise Incomplete(
                     f"labels.server, prompt {name}: {error}; the same command goes on"
@@ -73,8 +81,8 @@ class ServedTexts:
             return None
         if max(tokens, default=0) >= self.num_tokens or len(tokens) > count:
             raise Refused(
-                f"{self.name} answers with {len(tokens)} tokens up to id {max(tokens)}; {count} were asked "
-                f"for, and the target has {self.num_tokens} ids: is it another model?"
+                f"{self.asked.url} answers with {len(tokens)} tokens up to id {max(tokens)}; {count} were "
+                f"asked for, and the target has {self.num_tokens} ids: is it another model?"
             )
         end = next((at for at, token in enumerate(tokens) if token in self.eos), None)
         if not ends:

@@ -127,7 +127,8 @@ class Artifact:
 
         # A manifest that is damaged itself may name anything.
         root = self.path.resolve()
-        names = [name for name in files if (self.path / name).resolve().is_relative_to(root)]
+        named = [name for name in files if "\0" not in name]  # which no file's name can hold
+        names = [name for name in named if (self.path / name).resolve().is_relative_to(root)]
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
             differ = pool.map(differs, names)
             return bad_manifest + [name for name, bad in zip(names, differ, strict=True) if bad]

@@ -1,7 +1,7 @@
 """The stages by name, and the names of the files and folders that each of them writes into its artifact.
 
 `MANIFEST` is written last into every artifact. A row file is named in `stages/sweep_phases.py`, the files
-of a label shard in `train/teacher.py`, a checkpoint in `train/checkpoints.py`.
+of a label shard in `train/target/teacher.py`, a checkpoint in `train/checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 StageName = Literal["prepare", "pretrain", "teach", "train", "sweep", "report"]
 STAGES: tuple[StageName, ...] = get_args(StageName)  # in the order in which they run
+IMPROVE: Literal["improve"] = "improve"  # follows stage train, where it is asked for
+Until = StageName | Literal["improve"]
 MANIFEST = "manifest.json"
 
 # prepare
@@ -22,6 +24,9 @@ MODEL, METRICS, MEMORY = "model", "metrics.jsonl", "memory.json"
 
 # teach
 LABELS, CONTINUATIONS, SHARES = "labels", "continuations", "shares"
+
+# improve
+SERVED_ROUNDS = "rounds.jsonl"  # of a shard of labels; and of the whole, a row a round of improving
 
 # sweep
 SIZES = "models.jsonl"
@@ -39,3 +44,10 @@ SUMMARY, PAGE = "summary.json", "report.html"
 def shares_file(teach: Path, prompt_id: str) -> Path:
     """Of a test prompt: what the target attends to along its continuation, where views are chosen again."""
     return teach / SHARES / f"{prompt_id.replace('/', '-')}.npy"
+
+
+def stages_until(until: Until) -> tuple[Until, ...]:
+    """The stages that run, up to and including this one."""
+    if until == IMPROVE:
+        return (*stages_until("train"), IMPROVE)
+    return STAGES[: STAGES.index(until) + 1]

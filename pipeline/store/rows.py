@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from pipeline.axes import Budget, Cell
+from pipeline.axes import Budget, Cell, View
 from pipeline.intervals import Interval
 from pipeline.metrics import Counts, Departure
 from pipeline.store import old_rows
@@ -69,6 +69,51 @@ class Continuation(Row):
     seed: int = 0
     log_probs: list[float] = []
     guide: list[int] = []
+
+
+class LoggedRound(Row):
+    """One round of decoding: its prefix is the prompt and the first `begins_at` tokens of the text.
+
+    `proposals` are those that count as proposed; the first `accepted` of them became tokens of the text.
+    """
+
+    begins_at: int
+    proposals: list[int]
+    accepted: int
+
+
+class ServedText(Row):
+    """A training prompt as it was served: what was proposed, and how much of it was accepted.
+
+    `tokens[0]` is what the prefill gives. What the target thought behind each of its tokens but the last
+    stands in the same row of the shard's labels.
+    """
+
+    prompt_id: str
+    document_id: str
+    prompt_tokens: int
+    view: View
+    gamma: int
+    tokens: list[int]
+    rounds: list[LoggedRound]
+
+
+class ImprovedRound(Row):
+    """One round of serve, learn, gate; drafters by the names of their artifact folders.
+
+    `proposed` and `accepted` are those of the rounds that `current` served. `stands` is the drafter that the
+    next round goes on from: the candidate where the verdict is pass, else the current one.
+    """
+
+    number: int
+    current: str
+    texts: int
+    decoding_rounds: int
+    proposed: int
+    accepted: int
+    candidate: str
+    verdict: str
+    stands: str
 
 
 class Timing(Row):

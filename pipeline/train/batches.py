@@ -6,6 +6,7 @@ number of workers changes who computes a micro-batch, never what is in it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class LabelledSequences:
     """Sequences with the target's labels, and prompts with its answers, as stage teach stores them."""
 
     def __init__(self, folder: Path, temperature: float) -> None:
+        self.chosen: np.ndarray | None = None
         self.tokens = Shards(sorted(folder.glob("*.tokens.npy")))
         self.argmax = Shards(sorted(folder.glob("*.argmax.npy")))
         ids = sorted(folder.glob("*.ids.npy"))
@@ -66,6 +68,12 @@ class LabelledSequences:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def among(self, chosen: np.ndarray) -> LabelledSequences:
+        """The same answers, learned from at those of their labels alone that are chosen, [N, A]."""
+        narrower = copy.copy(self)
+        narrower.chosen = chosen
+        return narrower
 
     @property
     def has_answers(self) -> bool:
@@ -214,8 +222,10 @@ def windows_of(data: LabelledSequences, rows: Sequence[int], drawn: Draw, train:
             groups.append(Windows([row], drawn.starts))
             continue
         starts = tuple(start for start in answer_starts(train, prefix) if start < prefix + supervised)
-        place = torch.arange(len(starts) * C)
-        groups.append(Windows([row], starts, place < supervised))
+        learned = torch.arange(len(starts) * C) < supervised
+        if data.chosen is not None:
+            learned[:supervised] &= torch.from_numpy(data.chosen[row, :supervised])
+        groups.append(Windows([row], starts, learned))
     return groups
 
 

@@ -23,8 +23,14 @@ def scratch_card(config: Config, spec: ScratchModel, name: str, steps: int) -> s
     )
 
 
-def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str, float]) -> str:
-    """The model card of a drafter: budgets, target, data, validation acceptance."""
+def drafter_card(
+    config: Config, variant: Variant, steps: int, scores: dict[str, float], kl_steps: int | None = None
+) -> str:
+    """The model card of a drafter: budgets, target, data, validation acceptance.
+
+    Args:
+        kl_steps: of one that learned from served rounds, the steps by KL; None for all others.
+    """
     target = config.target.path if config.target.kind == "pretrained" else "scratch target of the same run"
     layers = ""
     if config.drafter.kind == "first_layers":
@@ -35,8 +41,16 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         names = ", ".join(map(str, config.drafter.feature_layers or ())) or "2, the middle, the third last"
         layers = f"- One layer over the target's hidden states, the inputs of its layers {names}\n"
         loads = "It needs the target beside it, whose hidden states it reads."
+    full_loss: str = variant.full_loss
+    sparse_loss, begun = str(variant.sparse_loss), ""
+    if kl_steps is not None:
+        full_loss = sparse_loss = f"KL for {kl_steps} steps, then reward-masked cross entropy"
+        begun = "- Begun as a trained drafter; learned from rounds that it served itself\n"
     size = config.train.draft_vocabulary
     proposable = "" if size is None else f"- Draft vocabulary: {size} tokens, in `draft_vocabulary.json`\n"
+    path = ""
+    if (term := variant.path) is not None:
+        path = f" + {term.weight:g}·path ({term.paths} of {term.length} tokens, every {term.every} steps)"
     if scores:
         rows = [(budget, f"{value:.3f}") for budget, value in scores.items()]
         acceptance = (
@@ -51,8 +65,9 @@ def drafter_card(config: Config, variant: Variant, steps: int, scores: dict[str,
         f"# BudgetDraft drafter `{variant.name}`\n\n"
         f"A drafter for speculative decoding behind a sparse KV cache. {loads}\n\n"
         f"- Target: {target}\n{layers}{proposable}"
-        f"- Loss: {variant.full_weight:g}·L_A ({variant.full_loss}) + "
-        f"{variant.sparse_weight:g}·L_C ({variant.sparse_loss})\n"
+        f"- Loss: {variant.full_weight:g}·L_A ({full_loss}) + "
+        f"{variant.sparse_weight:g}·L_C ({sparse_loss}){path}\n"
+        f"{begun}"
         f"- Budgets (sampling weights): {variant.budgets or 'none, full cache only'}; "
         f"policy {variant.policy}; positions {variant.positions}\n"
         f"- Steps: {steps} of {config.train.batch_sequences} sequences of "

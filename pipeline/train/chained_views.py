@@ -19,14 +19,16 @@ from pipeline.axes import View
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
+from pipeline.decode.sampling import Rule
 from pipeline.errors import NotFinite
 from pipeline.kv.guides import stored_guide
 from pipeline.metrics import Counts
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows
-from pipeline.train.features import Features
 from pipeline.train.losses import LOSSES, States, TargetLabels
 from pipeline.train.objectives import MultiView, acceptances, view_in
+from pipeline.train.paths import PathTerm
+from pipeline.train.target.features import Features
 
 
 class ChainedViews(MultiView):
@@ -40,8 +42,9 @@ class ChainedViews(MultiView):
         validation: Sequence[tuple[Prompt, Continuation]],
         device: torch.device,
         features: Features,
+        path: PathTerm | None = None,
     ) -> None:
-        super().__init__(config, variant, data, validation, device)
+        super().__init__(config, variant, data, validation, device, path)
         self.features = features
         decay = config.train.chain_decay or 0.8
         self.weights = [decay**at for at in range(config.chain_steps)]
@@ -66,7 +69,7 @@ class ChainedViews(MultiView):
         whole = sharded or count <= limit
         depth = len(self.weights)
         read = (tokens_BL, features_BLF, windows.starts, C, views, depth, whole, offset)
-        outputs = model(*read, self.guides(windows))
+        outputs = model(*read, guides=self.guides(windows))
         place = torch.arange(parts * C, device=self.device)
         for depth, output in enumerate(outputs):
             # An answer may have fewer labels than chains are deep. What is learned from is then empty, and
@@ -78,6 +81,32 @@ class ChainedViews(MultiView):
                 scores = flat if whole else States(flat, head.lm_head.weight)
                 name = self.loss_behind(view)
                 yield view, depth, LOSSES[name](scores, there) if len(begun) else flat.sum(-1)
+
+    def sample(
+        self,
+        model: Any,
+        windows: Windows,
+        tokens_BS: Tensor,
+        view: View,
+        rule: Rule,
+        uniforms_TR: Tensor,
+        offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Chains that read what they sampled: one forward pass samples them and has their gradients."""
+        T, starts = len(uniforms_TR), windows.starts
+        num_paths = uniforms_TR.shape[1] // (len(starts) * len(windows.rows))
+        tokens_D, chosen = getattr(model, "module", model).lm_head.tokens, list[Tensor]()
+
+        def choose(logits_R1D: Tensor) -> Tensor:
+            chosen.append(rule.choose(logits_R1D[:, -1].detach(), uniforms_TR[len(chosen)])[0])
+            return tokens_D[chosen[-1]].unsqueeze(1)
+
+        features_BSF = self.features.of_rows(windows.rows, tokens_BS)
+        views = [view] * num_paths
+        read = (tokens_BS, features_BSF, starts, 1, views, T, True, offset, choose)
+        outputs = model(*read, self.guides(windows))
+        choose(outputs[-1])
+        return torch.stack(chosen, 1), torch.cat(outputs, 1)
 
     @torch.no_grad()
     def validate(self, model: Any) -> dict[str, float]:

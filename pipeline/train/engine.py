@@ -72,6 +72,10 @@ class Engine(Protocol):
         """Take over a state after `updates` optimizer steps; called by all."""
         ...
 
+    def close(self) -> None:
+        """Let go of the optimizer; nothing else is called after it."""
+        ...
+
 
 class TorchEngine:
     """One process, AdamW."""
@@ -127,6 +131,10 @@ class TorchEngine:
 
     def restore(self, updates: int, read: Read) -> None:
         restore_unsharded(self._model, self.optimizer, updates, read)
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
 
 
 def unsharded_part(model: nn.Module, optimizer: torch.optim.Optimizer, part: Part) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from pipeline.config.models import Pretrain
 from pipeline.config.schema import Config
 from pipeline.config.train import Variant
 from pipeline.decode import replay
+from pipeline.decode.sampling import Rule
 from pipeline.errors import NotFinite
 from pipeline.kv.guides import UNGUIDED, Guides, stored_guide
 from pipeline.kv.policies import GUIDED
@@ -25,6 +26,7 @@ from pipeline.metrics import Counts
 from pipeline.models.draft_vocabulary import draft_tokens
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import (
+    Draw,
     LabelledSequences,
     Shards,
     Windows,
@@ -36,7 +38,8 @@ from pipeline.train.batches import (
 )
 from pipeline.train.loop import OUTSIDE, WATCHED
 from pipeline.train.losses import LOSSES, TargetLabels
-from pipeline.train.windows import window_scores
+from pipeline.train.paths import PathTerm
+from pipeline.train.windows import sampled_paths, window_scores
 
 
 def name_rows(shards: Shards, indices: Sequence[int]) -> str:
@@ -104,7 +107,7 @@ def view_in(variant: Variant, budget: Budget) -> View:
 
 
 class MultiView:
-    """L = w·L_A + λ·L_C over windows of labelled sequences (paper section 3).
+    """L = w·L_A + λ·L_C over windows of labelled sequences (paper section 3), and the path term if any.
 
     Per micro-batch: one no-grad prefill of the sequences, views cut at every window's start, and one forward
     of all windows behind all their views. The prefix KV are detached.
@@ -117,8 +120,10 @@ class MultiView:
         data: LabelledSequences,
         validation: Sequence[tuple[Prompt, Continuation]],
         device: torch.device,
+        path: PathTerm | None = None,
     ) -> None:
         self.config, self.variant, self.data, self.device = config, variant, data, device
+        self.path = path
         self.seed = variant.seeds[0] if variant.seeds else config.seed
         self.validation = validation
         self.weights = [1.0]  # of the depths of what is learned
@@ -164,6 +169,9 @@ class MultiView:
                 sparse = sparse + drawn.budgets[view.budget] / variant.num_views * loss
         total = variant.full_weight * full + variant.sparse_weight * sparse
         told = {"total": total, "full": full, "sparse": sparse}
+        if self.path is not None:
+            told["path"] = self.path_loss(self.path, model, groups, drawn, step, micro)
+            told["total"] = total = total + told["path"]
         if proposable:
             told[OUTSIDE] = 1 - torch.cat(proposable).float().mean()
         return total, told
@@ -191,6 +199,44 @@ class MultiView:
         scores_by_view = window_scores(*read)
         for view, scores in zip(views, scores_by_view, strict=True):
             yield view, 0, LOSSES[self.loss_behind(view)](scores, labels)[learned]
+
+    def path_loss(
+        self,
+        path: PathTerm,
+        model: PreTrainedModel,
+        groups: Sequence[Windows],
+        drawn: Draw,
+        step: int,
+        micro: int,
+    ) -> Tensor:
+        """The path term as it adds to the loss: 0 in most steps; behind one of the sampled views if any."""
+        if not path.due(step):
+            return torch.zeros((), device=self.device)
+        rng = path.random(self.seed, step, micro)
+        budgets = [budget for budget, times in drawn.budgets.items() for _ in range(times)]
+        view = view_in(self.variant, budgets[rng.integers(len(budgets))]) if budgets else FULL
+        found = []
+        for windows in groups:
+            tokens_BS = self.data.tokens.rows(windows.rows).to(self.device)
+            shape = path.spec.length, path.spec.paths * len(windows.starts) * len(windows.rows)
+            uniforms_TR = torch.from_numpy(rng.random(shape, dtype=np.float32)).to(self.device)
+            sampled = self.sample(model, windows, tokens_BS, view, path.rule, uniforms_TR, drawn.offset)
+            found.append(path.losses(tokens_BS, windows.starts, *sampled, draft_tokens(model)))
+        return path.spec.weight * torch.cat(found).mean()
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        tokens_BS: Tensor,
+        view: View,
+        rule: Rule,
+        uniforms_TR: Tensor,
+        offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Paths from where windows start, and the drafter's logits of them: as `windows.sampled_paths`."""
+        read = (model, tokens_BS, windows.starts, view, rule, uniforms_TR, offset)
+        return sampled_paths(*read, self.guides(windows))
 
     def guides(self, windows: Windows) -> Guides:
         """What views of the prefixes of windows are chosen by, where they are chosen so."""

@@ -167,7 +167,7 @@ def there(here: Here, tmp_path_factory: pytest.TempPathFactory) -> There:
     return there
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pieces_elsewhere_give_what_one_piece_gives_here(uninterrupted: Path, there: There) -> None:
     """On a bare machine, from the light copy: the same fingerprints, weights and rows."""
     names = {path.parent.name for path in uninterrupted.glob("*/manifest.json")}
@@ -194,7 +194,7 @@ def counted(storage: Path) -> list[PromptRow]:
     return [row for row in rows if row.mode != "measure"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_comes_back_is_small_and_reports_elsewhere(
     here: Here, uninterrupted: Path, there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +222,7 @@ def test_what_comes_back_is_small_and_reports_elsewhere(
     assert all(stage.cached for stage in ours.stages[:-1]) and not ours.stages[-1].cached
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_says_what_was_reached_and_what_not(here: Here, uninterrupted: Path, tmp_path: Path) -> None:
     best = row(
         "GPU speculation ÷ our graphed AR, 4K, γ = 8",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from benchmarks.page_parts import acceptance, check_table
 from benchmarks.real_study import __main__ as real_study
 from benchmarks.real_study import checks, tables
 from benchmarks.study import runs
+from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import dump_config
 from pipeline.intervals import Interval
 from pipeline.results.axes import Axes
@@ -22,6 +24,7 @@ from pipeline.store.layout import CELLS
 from pipeline.store.rows import CellRow
 from tests.helpers.study_rows import EMPTY, gain, measured, replayed
 from tests.helpers.toys import artifact, toy_config
+from tests.jobs.stages.test_answers import asking
 
 
 def summary(**parts: Any) -> Summary:
@@ -125,3 +128,22 @@ def test_the_page_of_a_finished_run(
     assert led and all(acceptance(cell) in page for cell in led)
     for image in output.glob("*.png"):
         assert f"]({image.name})" in page
+
+
+@pytest.mark.slow
+def test_what_the_target_answered_lies_beside_the_page(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, file, output = (
+        toy_config(corpus, tmp_path / "runs", asking),
+        tmp_path / "toy.yaml",
+        tmp_path / "page",
+    )
+    file.write_text(dump_config(config))
+    run_pipeline(config)
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, check: None)
+    real_study.main([str(file), "--storage", str(tmp_path / "runs"), "--output", str(output)])
+    (line,) = (x for x in (output / "README.md").read_text().splitlines() if x.startswith("- Labels and"))
+    assert f"labels.answers.written={output}/answers.jsonl.xz` on the command" in line
+    first, *prompts = lzma.decompress((output / "answers.jsonl.xz").read_bytes()).splitlines()
+    assert json.loads(first)["target"] == "a toy" and len(prompts) == 10

@@ -20,6 +20,7 @@ from benchmarks.gpu import decoding as gpu
 from benchmarks.grid import grid_rows
 from benchmarks.memory import memory_row
 from benchmarks.pairs import Ours, Pair
+from benchmarks.paper_decoder import PaperDecoder
 from benchmarks.rows import Row, interleaved, median, row, table, write
 from benchmarks.synthetic import solve_alpha, synthetic_sampler
 from benchmarks.training import make_engine, paper_step
@@ -84,6 +85,24 @@ def test_synthetic_rounds_accept_at_the_stated_rate(
     ours = Ours(pair, view_of("chunk_topk", 16), 4)
     rates = [ours.speculation(0, 4, synthetic_sampler(0.8, 4, seed=seed))[2] for seed in range(4)]
     assert sum(rates) / 4 == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("gamma", [1, 4])
+def test_the_paper_s_decoder_gives_our_text_by_the_same_rounds(
+    target: PreTrainedModel, drafter: PreTrainedModel, gamma: int
+) -> None:
+    """Behind a prefix whose partial last chunk both drop."""
+    pair = Pair("toy", target, drafter, [random_tokens(1, 45, seed) for seed in range(3)], 40)
+    ours, theirs = Ours(pair, view_of("chunk_topk_paper", 16), gamma), PaperDecoder(pair, 16)
+    rates = []
+    for number in range(3):
+        text, _, rate = theirs.speculation(number, gamma)
+        mine, _, own = ours.speculation(number, gamma)
+        assert text == mine == ours.plain(number)[0] and rate == own
+        rates.append(rate)
+    assert min(rates) > 0 and max(rates) < 1, "some proposals stand and some do not"
+    whole = Ours(pair, FULL, gamma)
+    assert rates != [whole.speculation(number, gamma)[2] for number in range(3)], "the cut matters"
 
 
 @pytest.mark.slow

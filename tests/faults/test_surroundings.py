@@ -44,7 +44,7 @@ fcntl.flock = flock
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("the file system turning read-only between two stages")
 def test_a_disk_that_can_only_be_read_is_named(
     toy: Toy, tally: Tally, small_disk: Callable[[int], Path]
@@ -67,7 +67,7 @@ def test_a_disk_that_can_only_be_read_is_named(
     check_whole(tally, storage, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("a file system without locks")
 def test_a_disk_without_locks_is_named(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     """As an NFS mount without its lock daemon answers."""
@@ -80,7 +80,7 @@ def test_a_disk_without_locks_is_named(toy: Toy, tally: Tally, tmp_path: Path) -
     check_whole(tally, storage, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("a clock that jumps back an hour while a drafter trains")
 def test_the_clock_jumps_back(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
@@ -103,7 +103,7 @@ def test_the_clock_jumps_back(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     check_whole(tally, storage, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("the MLflow database restored from a copy that lacks the last pipeline")
 def test_an_old_database_is_filled_again(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     """What is missing is mirrored again, and nothing of what the copy has is doubled."""
@@ -136,7 +136,7 @@ def other_weights(file: Path) -> Iterator[None]:
     kept.replace(file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("the target's files changed under a running pipeline")
 def test_a_changed_target_is_noticed(toy: Toy, tally: Tally, tmp_path: Path) -> None:
     """The target of the clean run, as a pretrained one."""

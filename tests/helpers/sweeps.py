@@ -18,7 +18,7 @@ from pipeline.store.rows import Continuation, Prompt, PromptRow
 from pipeline.sweep.evaluator import Evaluator, MeasureTask, ReplayTask
 from pipeline.sweep.grid import Drafter
 from pipeline.sweep.picks import configured_picks
-from pipeline.train.teacher import ContinueTask, Teacher
+from pipeline.train.target.teacher import ContinueTask, Teacher
 from tests.helpers.pairs import make_pair, rounds_of, tokens_of
 from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, write_prepare
 

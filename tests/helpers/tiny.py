@@ -23,7 +23,7 @@ from pipeline.observe.training import read_metrics
 from pipeline.store.files import write_array, write_rows
 from pipeline.store.rows import Prompt
 from pipeline.train.job import TrainJob, run_job
-from pipeline.train.teacher import ContinueTask, LabelTask, Teacher
+from pipeline.train.target.teacher import ContinueTask, LabelTask, Teacher
 from tests.helpers.configs import MINIMAL
 
 VOCABULARY = 97
@@ -155,7 +155,7 @@ class Workshop:
             [v.name for v in config.train.variants] if "train.variants" in (changes or {}) else ["multi_view"]
         )
         outputs = {variant: self.folder / name / variant for variant in names}
-        return TrainJob(config, outputs, self.prepare, self.teach, self.drafter)
+        return TrainJob(config, outputs, self.prepare, self.teach, self.drafter, self.target)
 
     def train(self, name: str, changes: dict[str, Any] | None = None) -> Path:
         """Train in this process; the folder of the last variant."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.axes import FULL, NOTHING, Cell, Place, View, budget_order
+from kernels import reference
+from pipeline.axes import CHUNK, FULL, NOTHING, Cell, Place, View, budget_order
 
 CELL = Cell("a~1", "code", "64", View("streaming", 32, "other_prompt"), gamma=4, threshold=0.5, seed=3)
 
@@ -21,15 +22,20 @@ def test_a_cell_varies_in_its_view_as_in_itself() -> None:
         CELL.vary(gama=2)
 
 
-def test_every_value_but_the_kind_of_drafter_tells_cells_apart() -> None:
+def test_a_chunk_is_the_kernels() -> None:
+    assert CHUNK == reference.CHUNK
+
+
+def test_every_value_but_what_the_drafter_decides_tells_cells_apart() -> None:
     changes = {
         "drafter": "b", "dataset": "x", "context": "1K", "policy": "window", "budget": 16, "control": None,
-        "sinks": 4, "refresh": 8, "positions": "rebased", "gamma": 2, "threshold": 0.0, "temperature": 1.0,
+        "sinks": 4, "refresh": 8, "gamma": 2, "threshold": 0.0, "temperature": 1.0,
         "seed": 4, "rule": "dropmatch",
     }  # fmt: skip
     others = {CELL.vary(**{name: value}) for name, value in changes.items()}
     assert len(others) == len(changes) and CELL not in others
-    assert CELL.vary(kind="head") == CELL and hash(CELL.vary(kind="head")) == hash(CELL)
+    for decided in ({"kind": "head"}, {"positions": "rebased"}):
+        assert CELL.vary(**decided) == CELL and hash(CELL.vary(**decided)) == hash(CELL)
 
 
 def test_the_same_entries_have_one_name() -> None:

@@ -26,7 +26,7 @@ from tests.helpers.models import sharpen
 from tests.helpers.paths import ROOT
 
 PAPER = ROOT / "conf" / "paper.yaml"
-pytestmark = pytest.mark.slow  # 80 s for a run of all its cells
+pytestmark = pytest.mark.long  # 80 s for a run of all its cells
 # Everything that counts tokens, divided by 16.
 SMALL = (
     "data.sequence_tokens=1024", "data.max_sequences=6", "data.max_new_tokens=16", "data.prompts=3",

@@ -21,7 +21,7 @@ query heads per key/value head, D head width, T depth of chains, V draft vocabul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -202,6 +202,7 @@ class FeatureHead(PreTrainedModel):
         depth: int,
         logits: bool = False,
         offset: int = 0,
+        choose: Callable[[Tensor], Tensor] | None = None,
         guides: Guides = UNGUIDED,
     ) -> list[Tensor]:
         """Normed outputs of the chains of all tokens of windows, behind each view of what comes before.
@@ -214,7 +215,8 @@ class FeatureHead(PreTrainedModel):
             For each depth up to `depth`, [len(views) · len(starts) · B, C, H] (views outermost, then
             windows): at token t of its window, what gives the token at s + t + 1 + depth. Where a chain would
             read beyond the window it reads the window's last token, and means nothing. With `logits` they are
-            multiplied by the head, [..., C, V].
+            multiplied by the head, [..., C, V]. With `choose` chains read what it makes of the logits
+            [..., C, V] of one depth, tokens [..., C], at the next one, and not the window's tokens.
         """
         read = max(starts) + length
         slots = torch.arange(read - 1, device=tokens_BS.device).unsqueeze(0)
@@ -234,6 +236,7 @@ class FeatureHead(PreTrainedModel):
             torch.cat([value[:, :, row] for row in rows]),
             torch.cat([residual[:, row] for row in rows]),
             depth,
+            choose,
         )
         return [self.lm_head(output) for output in outputs] if logits else outputs
 
@@ -246,8 +249,13 @@ class FeatureHead(PreTrainedModel):
         value: Tensor,
         residual_RCH: Tensor,
         depth: int,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Chains from C slots, which are as `project` gives them; each view is of an equal part of R rows."""
+        """Chains from C slots, which are as `project` gives them; each view is of an equal part of R rows.
+
+        Args:
+            choose: as of `forward`.
+        """
         C = tokens_RC.shape[1]
         rows = tokens_RC.shape[0] // len(kept)
         first_R1 = torch.cat(
@@ -258,7 +266,10 @@ class FeatureHead(PreTrainedModel):
         z = self.finish(chain_attention(query, kept, true, own), residual_RCH)
         normed = [self.norm(z)]
         for at in range(1, depth):
-            read_RC = tokens_RC[:, (steps + at).clamp_max(C - 1)]
+            if choose is None:
+                read_RC = tokens_RC[:, (steps + at).clamp_max(C - 1)]
+            else:
+                read_RC = choose(self.lm_head(normed[-1]))
             fed = normed[-1] if self.config.norm_output else z
             query, *pair, residual_RCH = self.project(read_RC, fed, first_R1 + steps + at)
             own.append((pair[0], pair[1]))

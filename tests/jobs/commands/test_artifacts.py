@@ -107,6 +107,21 @@ def test_it_lists_states_sizes_and_users(shelf: Shelf) -> None:
     assert told["bytes"] == 300 + sum(one["bytes"] for one in by_name.values())
 
 
+def test_what_improving_came_to_is_kept_and_what_came_to_nothing_goes(shelf: Shelf) -> None:
+    served = make(shelf.storage, "served-multi_view", {"drafter": shelf.drafter.fingerprint})
+    stands = make(shelf.storage, "improved-multi_view", {"served": served.fingerprint})
+    judged = make(shelf.storage, "evidence-multi_view", {"drafter": stands.fingerprint})
+    gate = make(shelf.storage, "gate-multi_view", {"candidate": judged.fingerprint})
+    ended = make(shelf.storage, "improve", {"gates": [gate.fingerprint]})
+    make(shelf.storage, "served-full_only", {"drafter": shelf.other.fingerprint})
+    report = shelf.report.path / "data.bin"
+    report.write_bytes(report.read_bytes())  # the youngest: nothing is kept because it is new
+    kept = {one.path.name for one in (served, stands, judged, gate, ended)}
+    told = json.loads(command(shelf.storage, "--remove", "--json").stdout)
+    assert not kept & set(told["removed"]) and kept < shelf.names
+    assert shelf.other.path.name in told["removed"]
+
+
 def test_the_table_says_the_same(shelf: Shelf) -> None:
     lines = command(shelf.storage).stdout.splitlines()
     assert lines[0].split() == ["STAGE", "FINGERPRINT", "STATE", "SIZE", "AGE", "USED", "BY"]

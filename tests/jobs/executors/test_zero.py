@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ from pipeline.models.load import layers_ref
 from pipeline.store.files import write_rows
 from pipeline.train.checkpoints import PARTS, checkpoint_folder
 from pipeline.train.job import TrainJob, run_job
-from pipeline.train.teacher import AnswerTask, Teacher
+from pipeline.train.target.teacher import AnswerTask, Teacher
 from tests.helpers.group import copy_state, run_group, train
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import TRAIN, Workshop, assert_same_run, tiny_config, tiny_prompts
+from tests.helpers.tiny import TRAIN, Workshop, assert_same_run, losses, tiny_config, tiny_prompts
 
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 BACK = ("zero1", "zero3")  # whose sharded states one process goes on from
@@ -129,6 +130,26 @@ def test_a_drafter_of_the_targets_layers(layered: Workshop, target: PreTrainedMo
     )
 
 
+def count_engines(job: TrainJob) -> None:
+    """Train both variants of a job, and leave in their folder how many engines this process still holds."""
+    import deepspeed
+
+    train(job)
+    gc.collect()
+    held = sum(isinstance(found, deepspeed.DeepSpeedEngine) for found in gc.get_objects())
+    (folder_of(job).parent / f"held-{torch.distributed.get_rank()}").write_text(str(held))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_engine_after_another_is_let_go(workshop: Workshop, stage: int) -> None:
+    variants = [{"name": name, "budgets": {16: 1}} for name in ("first", "multi_view")]
+    settings = {"train.deepspeed": str(ROOT / f"conf/deepspeed/zero{stage}.json"), "train.variants": variants}
+    job = workshop.job(f"let-go-{stage}", BATCH | SCRATCH | settings | {"train.steps": 2})
+    run_group(1, [partial(count_engines, job)])
+    assert (folder_of(job).parent / "held-0").read_text() == "0"
+
+
 @pytest.mark.slow
 def test_answers_of_several_lengths(tmp_path: Path, make_model: Any) -> None:
     """Of one window or two, beside plain text: ZeRO-3 counts on equal passes in every rank."""
@@ -164,6 +185,35 @@ def test_answers_of_several_lengths(tmp_path: Path, make_model: Any) -> None:
     run_group(2, [partial(train, job) for job in jobs])
     for job in jobs:
         assert_same_run(folder_of(job), inline)
+
+
+PATH = {"name": "multi_view", "budgets": {16: 0.6, 32: 0.4}, "path": {"every": 2, "paths": 2, "length": 3}}
+HEADED: dict[str, Any] = {
+    "target.layers": 4, "target.pretrain": PRETRAIN, "labels.features": "recomputed", "train.chain_steps": 2,
+    "drafter": {"kind": "head", "feature_layers": [1, 2, 3]}, "train.draft_vocabulary": 40,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lm", "head"])
+def test_the_path_term(tmp_path: Path, make_model: Any, kind: str) -> None:
+    """Every rank asks the whole target, and makes as many passes as the others in steps of both kinds."""
+    workshop = Workshop(tmp_path, make_model(layers=4, seed=3), make_model(layers=1, seed=7))
+    models = SCRATCH
+    if kind == "head":
+        models, workshop.drafter = HEADED, workshop.target
+    changes = BATCH | models | {"train.variants": [PATH]}
+    inline = workshop.train("inline", changes)
+    jobs = []
+    for stage in (1, 3):
+        settings = str(ROOT / f"conf/deepspeed/zero{stage}.json")
+        jobs.append(
+            workshop.job(f"zero{stage}", changes | {"train.deepspeed": settings, "train.num_workers": 2})
+        )
+    run_group(2, [partial(train, job) for job in jobs])
+    for job in jobs:
+        assert_same_run(folder_of(job), inline)
+    assert all(row["loss/path"] > 0 for row in losses(inline) if "loss/path" in row)
 
 
 @pytest.mark.slow

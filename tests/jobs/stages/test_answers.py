@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
+from benchmarks.real_study.answers import collect
 from jobs.executors.choose import NoExecutor
 from jobs.plan.facts import known
 from jobs.stages import pipeline
 from jobs.stages.pipeline import run_pipeline
 from pipeline.config.files import ConfigError
 from pipeline.config.schema import Config
-from pipeline.errors import Incomplete
+from pipeline.errors import BadData, Incomplete
 from pipeline.store.files import read_rows
 from pipeline.store.layout import MANIFEST
 from pipeline.store.rows import Prompt, PromptRow
@@ -117,6 +119,35 @@ def test_a_server_of_the_target_may_write_the_answers(corpus: Path, tmp_path: Pa
     assert theirs - shares == files and len(shares) == 3  # a shard of answers
     for file in files:
         assert (alone / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_the_answers_of_a_finished_run_may_be_taken_from_a_file(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "runs"
+    run_pipeline(toy_config(corpus, storage, asking), "teach")
+    alone = artifact(storage, "teach")
+    assert collect(alone, tmp_path / "one" / "answers.xz", "toy") == 10
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+
+    def from_file(place: str) -> Config:
+        def change(values: dict[str, Any]) -> None:
+            asking(values)
+            values["labels"]["answers"]["written"] = str(tmp_path / place / "answers.xz")
+
+        return toy_config(corpus, storage, change)
+
+    run_pipeline(from_file("one"), "teach")
+    (folder,) = set(storage.glob("teach-*")) - {alone}
+    counts = json.loads((folder / MANIFEST).read_text())["counts"]
+    assert (counts["served"], counts["refused"], counts["missing"]) == (10, 0, 0)
+    for file in alone.rglob("*.*"):
+        if file.name != MANIFEST:
+            assert file.read_bytes() == (folder / file.relative_to(alone)).read_bytes(), file
+    monkeypatch.setattr(pipeline, "make_executor", lambda config: NoExecutor())
+    run_pipeline(from_file("two"), "teach")  # the same file elsewhere: finds everything
+    with pytest.raises(BadData, match=r"labels.answers.written: .*three/answers.xz: No such file"):
+        run_pipeline(from_file("three"), "teach")
 
 
 def test_training_may_be_on_answers_alone(corpus: Path, tmp_path: Path) -> None:

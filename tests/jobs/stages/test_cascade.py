@@ -12,9 +12,9 @@ from jobs.plan.facts import known
 from jobs.stages.pipeline import run_pipeline
 from pipeline.axes import Place
 from pipeline.config.schema import Config
-from pipeline.plan.sweep_counts import count_sweep
 from pipeline.store.files import read_all, read_rows
 from pipeline.store.rows import CellRow, ModelSize, PredictedRow, PromptRow, StepTimes
+from pipeline.sweep.counts import count_sweep
 from tests.helpers.toys import PROMPTS, toy_config
 
 

@@ -18,7 +18,7 @@ def test_defaults_are_as_if_the_fields_had_not_been_added() -> None:
     assert "features" not in dumped["labels"] and "answers" not in dumped["labels"]
     assert not {"chain_steps", "chain_decay"} & dumped["train"].keys()
     assert "sinks" not in dumped["sweep"]
-    assert not {"sinks", "positions", "served_tokens"} & dumped["train"]["variants"][0].keys()
+    assert not {"sinks", "positions", "served_tokens", "path"} & dumped["train"]["variants"][0].keys()
     assert not {"ask", "training_prompts", "chat_template"} & dumped["data"]["sources"][0].keys()
 
 

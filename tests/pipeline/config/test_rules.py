@@ -57,3 +57,21 @@ def test_every_named_cell_is_measured_by_each_rule_and_none_is_replayed_by_a_los
     assert lossy == [pick.vary(rule="dropmatch") for pick in exact]
     replayed = [cell for source in draft_sources(config) for cell in cells_at(config.sweep, source, place)]
     assert set(exact) <= set(replayed) and not any(cell.lossy for cell in replayed)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ({"length": 17}, r"variants.v.path.length \(17\) is more than train.window_tokens \(16\)"),
+        ({"paths": 1}, "path.paths\n.* greater than or equal to 2"),
+        ({"length": 1}, "path.length\n.* greater than or equal to 2"),
+        ({"every": 0}, "path.every\n.* greater than or equal to 1"),
+        ({"temperature": 0}, "path.temperature\n.* greater than 0"),
+        ({"steps": 3}, "path.steps\n.* not permitted"),
+    ],
+)
+def test_what_a_path_cannot_be(path: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny_config({"train.variants": [{"name": "v", "sparse_weight": 0, "path": path}]})
+    whole = tiny_config({"train.variants": [{"name": "v", "sparse_weight": 0, "path": {"length": 16}}]})
+    assert whole.train.variants[0].path is not None

@@ -172,3 +172,11 @@ def test_a_key_that_is_no_text(tmp_path: Path, text: str, told: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=told):
         load_group(GateConfig, path)
+
+
+@pytest.mark.parametrize("text", ['name: "a\\0b"\n', 'data: {root: "\\x00"}\n', '"a\\0": 1\n'])
+def test_text_that_no_path_can_hold(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="a NUL character, which no path can hold"):
+        load_config(path)

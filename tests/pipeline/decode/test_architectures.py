@@ -18,7 +18,7 @@ from pipeline.errors import BadData
 from pipeline.kv.slot_cache import SlotCache
 from pipeline.kv.views import view_of
 from pipeline.models.load import load_model
-from pipeline.train.labelling import write_ahead
+from pipeline.train.target.labelling import write_ahead
 from tests.helpers.models import VOCABULARY, random_tokens
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of, tokens_of
 from tests.helpers.zoo import our_model, plain_model, saved, tiny

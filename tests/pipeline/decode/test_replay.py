@@ -16,7 +16,7 @@ from pipeline.decode.sampling import Chance
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts, Round
-from pipeline.train.labelling import write_ahead
+from pipeline.train.target.labelling import write_ahead
 from tests.helpers.models import random_tokens
 from tests.helpers.pairs import NEVER, make_pair, plain_tokens, rounds_of
 

@@ -22,7 +22,7 @@ from pipeline.kv.views import view_of
 from pipeline.models.build import build_scratch
 from pipeline.models.export import export_model
 from pipeline.models.load import ModelRef, load_model, model_ref, own_positions, pick_device
-from pipeline.train.labelling import label_sequences
+from pipeline.train.target.labelling import label_sequences
 from tests.helpers import zoo
 from tests.helpers.pairs import make_pair, plain_tokens, rounds_of
 from tests.helpers.tiny import VOCABULARY, numbers, save_model, tiny_config, tiny_tokenizer

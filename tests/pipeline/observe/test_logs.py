@@ -18,7 +18,7 @@ from pipeline.data.documents import Part, Shard
 from pipeline.data.packing import EncodedPart, Packing
 from pipeline.observe import logs
 from pipeline.sweep.evaluator import CalibrateTask, ReplayTask
-from pipeline.train.teacher import ContinueTask, LabelTask
+from pipeline.train.target.teacher import ContinueTask, LabelTask
 from tests.helpers.clock import patience
 from tests.helpers.paths import ROOT
 
@@ -103,7 +103,7 @@ def test_credentials_are_hidden(tmp_path: Path) -> None:
 def test_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with logs.logging_to(tmp_path), logs.item(logs.WorkItem("teach", "a", 1)):
-        logging.getLogger("pipeline.train.teacher").info("more")
+        logging.getLogger("pipeline.train.target.teacher").info("more")
     told = capsys.readouterr().err
     assert told.count("No space left on device") == 1 and "log.jsonl" in told
 

@@ -19,7 +19,7 @@ from pipeline.serving.client import Reply
 from pipeline.serving.writer import ServedTexts
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import Prompt
-from pipeline.train.teacher import AnswerTask, LabelTask, TeachCounts, is_on_policy
+from pipeline.train.target.teacher import AnswerTask, LabelTask, TeachCounts, is_on_policy
 from tests.helpers.fake_server import Fake, greedy_texts, serving
 from tests.helpers.tiny import (
     VOCABULARY,
@@ -228,9 +228,7 @@ def test_another_model_ends_the_run(
     other = save_model(make_model(layers=2, seed=9), tmp_path / "other")
     task = answers(prepare) if asked == "answers" else sequences(prepare)
     more = {} if asked == "answers" else ON_POLICY
-    words = (
-        r"of \d+ tokens that http.*wrote, \d+\.\d+% are the target's arg-max, and least_agreement asks for 98"
-    )
+    words = r"of \d+ tokens that http.*wrote, \d+\.\d+% are the target's arg-max, and 98.00% have to be"
     with serve(saved, greedy_texts(Path(other.path), MOST)) as server, pytest.raises(BadData, match=words):
         teach(task, prepare, saved, tmp_path, **more, **served_by(server))
     assert not list(tmp_path.glob("labels/*"))

@@ -108,6 +108,16 @@ def test_every_changed_byte_of_a_manifest_is_noticed(artifact: Artifact) -> None
     assert left(artifact) == FILES.keys()  # the rest is kept
 
 
+@pytest.mark.parametrize("name", ["a\0b", "../" * 20 + "etc/passwd", "/etc/passwd"])
+def test_what_a_damaged_manifest_names_elsewhere_is_not_looked_at(artifact: Artifact, name: str) -> None:
+    manifest = artifact.path / MANIFEST
+    content = json.loads(manifest.read_text())
+    manifest.write_text(
+        json.dumps(content | {"files": content["files"] | {name: {"bytes": 1, "sha256": ""}}})
+    )
+    assert artifact.damaged() == [MANIFEST]
+
+
 def test_files_that_later_runs_write_anew_are_not_checked(tmp_path: Path) -> None:
     made = open_artifact(tmp_path, "report", {})
     write_json(made.path / "summary.json", {"stages": 1})

@@ -13,7 +13,7 @@ from pipeline.results.pool import replay_check
 from pipeline.store.files import read_rows
 from pipeline.store.rows import PromptRow
 from pipeline.sweep.evaluator import CalibrateTask
-from pipeline.train.teacher import ContinueTask, Teacher
+from pipeline.train.target.teacher import ContinueTask, Teacher
 from tests.helpers.sweeps import CPU, SweepBench, key
 from tests.helpers.tiny import tiny_config
 

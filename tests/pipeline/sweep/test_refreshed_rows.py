@@ -15,7 +15,7 @@ from pipeline.results.pool import replay_check
 from pipeline.store.files import read_rows
 from pipeline.store.rows import PromptRow
 from pipeline.sweep.grid import Drafter, views_of
-from pipeline.train.teacher import ContinueTask, Teacher
+from pipeline.train.target.teacher import ContinueTask, Teacher
 from tests.helpers.sweeps import CPU, LENGTH, SweepBench, key
 from tests.helpers.tiny import tiny_config
 

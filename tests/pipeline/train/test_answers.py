@@ -19,7 +19,7 @@ from pipeline.store.files import write_rows
 from pipeline.store.rows import Prompt
 from pipeline.train.batches import LabelledSequences, draw
 from pipeline.train.objectives import MultiView
-from pipeline.train.teacher import AnswerTask, Teacher
+from pipeline.train.target.teacher import AnswerTask, Teacher
 from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, tiny_prompts, tiny_tokenizer
 from tests.helpers.training import CPU
 

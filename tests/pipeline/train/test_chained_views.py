@@ -19,8 +19,8 @@ from pipeline.models.heads.eagle import FeatureHead
 from pipeline.store.rows import Continuation
 from pipeline.train.batches import LabelledSequences, draw
 from pipeline.train.chained_views import ChainedViews
-from pipeline.train.features import GivenFeatures
 from pipeline.train.losses import LOSSES, TargetLabels
+from pipeline.train.target.features import GivenFeatures
 from tests.helpers.feature_heads import head_pair, prompt, six_layers, trained_head
 from tests.helpers.pairs import plain_tokens, rounds_of
 from tests.helpers.tiny import VOCABULARY, tiny_config, tiny_prompts

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import LabelledSequences, Windows, draw, window_guides, window_starts
 from pipeline.train.objectives import MultiView
-from pipeline.train.teacher import AnswerTask, ContinueTask, LabelTask, Teacher
+from pipeline.train.target.teacher import AnswerTask, ContinueTask, LabelTask, Teacher
 from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, tiny_prompts, write_prepare
 from tests.helpers.training import CPU
 
@@ -169,3 +170,11 @@ def test_rows_of_before_are_read(taught: Path) -> None:
     row = read_rows(next((taught / "continuations").glob("test-*.jsonl")), Continuation)[0]
     before = row.model_dump(exclude={"guide"})
     assert Continuation.model_validate(before) == row.model_copy(update={"guide": []})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train.variants": [GUIDED]}, {"sweep.policies": ["target_guided"], "sweep.refresh": 2}]
+)
+def test_improving_has_no_guides(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="improve serves and judges without what the target says"):
+        tiny_config({**changes, "improve": {"kl_steps": 0}})

@@ -1,8 +1,4 @@
-"""The two-branch loss against separate dense forwards, one per window and view.
-
-The oracle is an attention function of its own: it sees whole sequences without any cache, detaches the
-prefix's keys and values, and hides what a policy does not keep with a mask.
-"""
+"""The two-branch loss against separate dense forwards, one per window and view."""
 
 from __future__ import annotations
 
@@ -14,56 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.axes import FULL, View
 from pipeline.config.schema import Config
-from pipeline.kv.policies import SNAP_WINDOW, select
 from pipeline.kv.view_cache import WHOLE
-from pipeline.kv.views import span_of, view_of
+from pipeline.kv.views import view_of
 from pipeline.train.batches import Draw, LabelledSequences, Shards, batch_indices, draw
 from pipeline.train.losses import States
 from pipeline.train.objectives import MultiView
 from pipeline.train.windows import window_scores
+from tests.helpers.dense import assert_same_gradients, dense_logits, gradients
 from tests.helpers.tiny import VOCABULARY, numbers
 from tests.helpers.training import CPU, SEQUENCE, WINDOW, config_for
 from tests.helpers.zoo import our_model, tiny
 
 NO_LIMIT = 2**40
-
-
-def dense_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    cut: tuple[int, View, bool],
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of prefix and window at once: [B, H·G, T, D], with `cut` = (prefix length, view, detach)."""
-    start, view, detach = cut
-    if detach:
-        key = torch.cat([key[:, :, :start].detach(), key[:, :, start:]], 2)
-        value = torch.cat([value[:, :, :start].detach(), value[:, :, start:]], 2)
-    B, H, T, _ = key.shape
-    queries = query.unflatten(1, (H, -1))
-    seen = torch.ones(T, T, dtype=torch.bool).tril().expand(B, H, T, T).clone()
-    if (span := span_of(view)) is not None:
-        query_T1, key_T = torch.arange(T).unsqueeze(1), torch.arange(T)
-        seen &= (key_T < span.sinks) | (key_T > query_T1 - span.recent)
-    elif view.budget != "full":
-        observed = queries[:, :, :, max(0, start - SNAP_WINDOW) : start]
-        kept = select(view.policy, key[:, :, :start].detach(), observed.detach(), view.budget)
-        prefix = torch.zeros(B, H, start, dtype=torch.bool).scatter_(2, kept, True)
-        seen[:, :, start:, :start] = prefix.unsqueeze(2)
-    scores = (queries @ key.unsqueeze(2).transpose(-1, -2)) * scaling
-    weights = scores.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1)
-    return (weights @ value.unsqueeze(2)).flatten(1, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("dense", dense_attention)
 
 
 @pytest.fixture
@@ -76,24 +38,7 @@ def oracle_logits(
     model: PreTrainedModel, tokens: Tensor, start: int, view: View, detach: bool = True
 ) -> Tensor:
     """Logits [B, WINDOW, V] of one window behind one view."""
-    model.set_attn_implementation("dense")
-    output = model(input_ids=tokens[:, : start + WINDOW], use_cache=False, cut=(start, view, detach))
-    model.set_attn_implementation("budgetdraft")
-    return output.logits[:, start:]
-
-
-def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: value.grad.clone() for name, value in model.named_parameters()}  # type: ignore[union-attr]
-
-
-def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """The loss itself is in single precision, so a little less than double."""
-    for name, gradient in theirs.items():
-        scale = float(gradient.abs().max())
-        assert scale > 0, name
-        torch.testing.assert_close(ours[name], gradient, atol=2e-5 * scale, rtol=1e-4, msg=name)
+    return dense_logits(model, tokens[:, : start + WINDOW], start, view, detach)
 
 
 def textbook(name: str, logits: Tensor, data: LabelledSequences, rows: list[int], start: int) -> Tensor:

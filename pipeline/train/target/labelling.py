@@ -1,9 +1,10 @@
-"""What the target says of tokens: its labels, texts of its own, and how far an engine's texts are its own.
+"""What the target says of tokens: its labels, texts of its own, and how far others' texts are its own.
 
 A greedy text is the target's where every token is the arg-max of its logits behind the tokens before. Another
 program, precision or batch rounds otherwise, so near a tie a text may part from what the target would have
 written here; all its other tokens are still the arg-max behind their own prefix. So the share of such tokens
-says whether an engine runs this target.
+says whether an engine runs this target. Of a sampled text no token is wrong; it comes with the arg-max that
+its writer had at each of its places, and that is compared.
 
 Shape legend: R texts; B prompts of S tokens; N sequences of L tokens, P of their positions at a time.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,23 +33,36 @@ from pipeline.kv.guides import Ranking
 from pipeline.kv.refresh import chunk_shares
 from pipeline.kv.slot_cache import slots_for
 from pipeline.store.rows import Prompt
-from pipeline.train.features import half
+from pipeline.train.target.features import half
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
 
 
-class Engine(Protocol):
-    """Who writes greedy texts in the target's place."""
+class Text(NamedTuple):
+    """A text, and its writer's arg-max at each of its places: of a greedy one its tokens, −1 if not known."""
 
-    name: str
+    tokens: list[int]
+    best: list[int]
+
+
+class Engine(Protocol):
+    """Who writes texts in the target's place, or has written them.
+
+    `field` of the config asks for it; `said` and `advice` are of what it wrote, for errors.
+    """
+
+    field: str
+    said: str
+    advice: str
     least_agreement: float
 
     def write(
-        self, prompts: Mapping[str, Sequence[int]], count: int, ends: bool
-    ) -> dict[str, list[int] | None]:
-        """By the prompts' names, the texts behind them: `count` tokens, fewer where an EOS `ends` one.
+        self, prompts: Mapping[str, Sequence[int]], count: int, ends: bool, copies: int = 1
+    ) -> dict[str, list[Text] | None]:
+        """By the prompts' names, so many texts behind each: `count` tokens, fewer where an EOS `ends` one.
 
-        None stands for a text that cannot be read as tokens, or that ends elsewhere.
+        None stands for a text that cannot be read as tokens, or that ends elsewhere. A prompt that is not
+        among them is left to the target.
 
         Raises:
             BadData: if a prompt is refused, or answered by what is no text of this target's tokens.
@@ -71,22 +85,37 @@ class Agreement:
 
 
 def agreement(
-    prompt: str, text: Sequence[int] | None, best: np.ndarray, never: frozenset[int] = frozenset()
+    prompt: str, texts: Sequence[Text] | None, best_RA: np.ndarray, never: frozenset[int] = frozenset()
 ) -> Agreement:
-    """How far a text is the target's, whose arg-max at its places, and maybe behind them, is `best`.
+    """How far the R texts behind a prompt are the target's, whose arg-max at their places, and maybe behind
+    them, is `best_RA`.
 
     A text that cannot be read counts as one other token. Places where the arg-max is a token that the text
     was `never` to have say nothing.
     """
-    if text is None:
+    if texts is None:
         return Agreement(prompt, 1, 0)
-    pairs = [(token, own) for token, own in zip(text, best.tolist(), strict=False) if own not in never]
-    return Agreement(prompt, len(pairs), sum(token == own for token, own in pairs))
+    pairs = [
+        (theirs, own)
+        for text, row in zip(texts, best_RA.tolist(), strict=True)
+        for theirs, own in zip(text.best, row, strict=False)
+        if theirs >= 0 and own not in never
+    ]
+    return Agreement(prompt, len(pairs), sum(theirs == own for theirs, own in pairs))
 
 
-def shares(told: Sequence[Agreement]) -> np.ndarray:
-    """[R] of each text, as it is stored."""
-    return np.array([one.share for one in told])
+def shares(told: Sequence[Agreement], left: int = 0) -> np.ndarray:
+    """Of each prompt, as it is stored; NaN of those that are `left` to the target."""
+    return np.array([one.share for one in told] + [np.nan] * left)
+
+
+def of_engine(engine: Engine, share: np.ndarray) -> dict[str, int]:
+    """How many prompts an engine had texts for, how many of them were refused, and those without any."""
+    return {
+        "served": int(np.isfinite(share).sum()),
+        "refused": int((share < engine.least_agreement).sum()),
+        "missing": int(np.isnan(share).sum()),
+    }
 
 
 def refused(told: Sequence[Agreement], engine: Engine) -> set[str]:
@@ -101,11 +130,9 @@ def refused(told: Sequence[Agreement], engine: Engine) -> set[str]:
     if tokens - matching > max(1.0, (1 - least) * tokens):
         worst = min(told, key=lambda one: one.share)
         raise BadData(
-            f"labels.server: of {tokens} tokens that {engine.name} wrote, {matching / tokens:.2%} are the "
-            f"target's arg-max, and least_agreement asks for {least:.2%}; behind {worst.prompt} it is "
-            f"{worst.share:.2%} of {worst.tokens}. Serve the very weights of the target, in their precision, "
-            "not quantised, from an engine that gives token ids (vLLM from 0.10 on), or leave "
-            "labels.server out: then the target writes"
+            f"{engine.field}: of {tokens} {engine.said}, {matching / tokens:.2%} are the target's arg-max, "
+            f"and {least:.2%} have to be; behind {worst.prompt} it is {worst.share:.2%} of {worst.tokens}. "
+            f"{engine.advice}, or leave {engine.field} out: then the target writes"
         )
     return {one.prompt for one in told if one.share < least}
 

@@ -20,7 +20,7 @@ from pipeline.models.load import ModelRef
 from pipeline.store.artifacts import Artifact
 from pipeline.store.files import read_rows, write_rows
 from pipeline.store.rows import Continuation, Prompt
-from pipeline.train.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
+from pipeline.train.target.teacher import ContinueTask, LabelTask, Teacher, is_on_policy
 from tests.helpers.tiny import VOCABULARY, save_model, tiny_config, tiny_tokenizer, write_prepare
 
 CPU = torch.device("cpu")

@@ -2,16 +2,16 @@
 
 Per shard of N sequences of L tokens it stores, for *every* position, `.tokens.npy` and `.argmax.npy` [N, L],
 and with `labels.top_k` also `.ids.npy` and `.log_probs.npy` [N, L, K] (float16, normalised over the whole
-vocabulary at `labels.temperature`). Training reads only these; the target is not in memory then.
+vocabulary at `labels.temperature`).
 
 To a prompt of the training split it writes its own answers, of at most A tokens. Of a shard of N of them
 `.tokens.npy` is [N, L], prompt and answer from the left, and the labels are of the answers alone, [N, A, …];
 `.prefix.npy` [N] are the tokens of the prompts, and of `.supervised.npy` [N] first labels each is learned
 from: what follows the end of a text has none.
 
-With `labels.server` an engine writes these answers, and the texts of `labels.on_policy_fraction`; the labels
-stay the target's, and `.agreement.npy` holds for every text of the engine the share of its tokens that are
-the target's arg-max. Continuations of evaluation prompts are always the target's: exactness is held to them.
+With `labels.server` an engine writes these answers, and the texts of `labels.on_policy_fraction`, and with
+`labels.answers.written` a file has the answers; the labels stay the target's. `.agreement.npy` then holds for
+every prompt the share of its texts' places at which the writer's arg-max is the target's.
 
 For the policy `target_guided`, `.guide.npy` [N, P, R] ranks the chunks before each of the P places where
 windows may start, as many as the largest budget holds; what is left over names a chunk that there is not.
@@ -44,15 +44,17 @@ from pipeline.store.files import read_rows, write_array, write_rows
 from pipeline.store.layout import CONTINUATIONS, LABELS, shares_file
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import answer_starts, window_starts
-from pipeline.train.features import features_file, features_of, half
-from pipeline.train.labelling import (
+from pipeline.train.target.features import features_file, features_of, half
+from pipeline.train.target.labelling import (
     Engine,
+    Text,
     agreement,
     behind_prefixes,
     equal_length_batches,
     is_on_policy,
     label_logits,
     label_sequences,
+    of_engine,
     refused,
     shares,
     smallest_uint,
@@ -64,10 +66,7 @@ from pipeline.train.labelling import (
 
 @dataclass(frozen=True)
 class LabelTask:
-    """Rows [first, last) of a sequences file → the label shard with this number.
-
-    `offset` is the number of the file's first row among all sequences.
-    """
+    """Rows [first, last) of a file, before which there are `offset` rows, → the shard with this number."""
 
     sequences: Path
     first: int
@@ -108,7 +107,7 @@ class ContinueTask:
 
 @dataclass(frozen=True)
 class TeachCounts:
-    """What one task wrote; of the texts of an engine how many, and how many the target then wrote itself."""
+    """What one task wrote; the last three are those of `of_engine`."""
 
     sequences: int = 0
     on_policy: int = 0
@@ -117,6 +116,7 @@ class TeachCounts:
     continuations: int = 0
     served: int = 0
     refused: int = 0
+    missing: int = 0
 
 
 class Teacher:
@@ -135,7 +135,7 @@ class Teacher:
         if config.guide_chunks:
             length = config.data.sequence_tokens
             self.ranking = Ranking(window_starts(config.train, length), config.guide_chunks, length)
-        self.engine: Engine | None = None  # who writes greedy texts to learn from; default: the target
+        self.engine: Engine | None = None  # who writes texts to learn from; default: the target
 
     def __call__(self, task: LabelTask | AnswerTask | ContinueTask) -> TeachCounts:
         if isinstance(task, AnswerTask):
@@ -182,23 +182,23 @@ class Teacher:
         One more pass of the target over these rows tells, before any of them is labelled.
         """
         assert self.engine
-        start, names = self.first_learned, [f"{task.sequences.stem}/{task.first + row}" for row in chosen]
-        begun = {name: rows_NL[row, :start].tolist() for name, row in zip(names, chosen, strict=True)}
+        start, rows = self.first_learned, {f"{task.sequences.stem}/{task.first + row}": row for row in chosen}
+        begun = {name: rows_NL[row, :start].tolist() for name, row in rows.items()}
         texts = self.engine.write(begun, rows_NL.shape[1] - start, ends=False)
-        told = []
-        for at in range(0, len(chosen), self.config.labels.batch_sequences):
-            batch = slice(at, at + self.config.labels.batch_sequences)
-            for row, name in zip(chosen[batch], names[batch], strict=True):
-                if (text := texts[name]) is not None:
-                    rows_NL[row, start:] = text
-            best_BL = label_sequences(self.target, rows_NL[chosen[batch]], Labels())["argmax"]
+        names, told = list(texts), []
+        for at in range(0, len(names), self.config.labels.batch_sequences):
+            batch = names[at : at + self.config.labels.batch_sequences]
+            for name in batch:
+                if given := texts[name]:
+                    rows_NL[rows[name], start:] = given[0].tokens
+            made = label_sequences(self.target, rows_NL[[rows[name] for name in batch]], Labels())
             told += [
-                agreement(name, texts[name], best_L[start - 1 :], stop_tokens(self.target))
-                for name, best_L in zip(names[batch], best_BL, strict=True)
+                agreement(name, texts[name], best_L[None, start - 1 :], stop_tokens(self.target))
+                for name, best_L in zip(batch, made["argmax"], strict=True)
             ]
-        again = refused(told, self.engine)
+        again = refused(told, self.engine) | (rows.keys() - texts.keys())
         write_array(self.output / LABELS / f"{task.name}.agreement.npy", shares(told))
-        return [row for name, row in zip(names, chosen, strict=True) if name in again]
+        return [row for name, row in rows.items() if name in again]
 
     @property
     def first_learned(self) -> int:
@@ -206,11 +206,8 @@ class Teacher:
         return self.config.data.sequence_tokens - self.config.train.learned_tokens
 
     def of_engine(self, stem: Path) -> dict[str, int]:
-        """How many texts of a shard an engine wrote, and how many of these were refused."""
-        if self.engine is None or not (file := Path(f"{stem}.agreement.npy")).exists():
-            return {}
-        share = np.load(file)
-        return {"served": len(share), "refused": int((share < self.engine.least_agreement).sum())}
+        file = Path(f"{stem}.agreement.npy")
+        return of_engine(self.engine, np.load(file)) if self.engine and file.exists() else {}
 
     def answer_prompts(self, task: AnswerTask) -> TeachCounts:
         """An answer that ends at once has nothing to learn from, and is left out."""
@@ -228,20 +225,23 @@ class Teacher:
         )
 
     def served_answers(self, prompts: list[Prompt], stem: Path) -> dict[str, np.ndarray]:
-        """The engine's answers with the target's labels; behind these the target's own, of those refused."""
+        """The engine's answers with the target's labels; behind these the target's own, to other prompts."""
         assert self.engine
-        begun = {prompt.prompt_id: prompt.tokens for prompt in prompts}
-        texts = self.engine.write(begun, self.config.train.learned_tokens, ends=True)
-        arrays = self.answered(prompts, texts)
-        order = [prompt.prompt_id for batch in self.batches(prompts) for prompt in batch]
-        told = [agreement(name, texts[name], best) for name, best in zip(order, arrays["best"], strict=True)]
-        again = refused(told, self.engine)
-        write_array(Path(f"{stem}.agreement.npy"), shares(told))
-        if not again:
-            return arrays
-        own = self.answered([prompt for prompt in prompts if prompt.prompt_id in again])
-        kept = [row for row, name in enumerate(order) if name not in again]
-        return {name: np.concatenate([array[kept], own[name]]) for name, array in arrays.items()}
+        begun, copies = {p.prompt_id: p.tokens for p in prompts}, self.config.labels.answers.per_prompt
+        texts = self.engine.write(begun, self.config.train.learned_tokens, ends=True, copies=copies)
+        again, told, parts = begun.keys() - texts.keys(), [], []
+        if there := [prompt for prompt in prompts if prompt.prompt_id in texts]:
+            arrays = self.answered(there, texts)
+            order = [prompt.prompt_id for batch in self.batches(there) for prompt in batch]
+            best_PRA = arrays["best"].reshape(len(order), copies, -1)
+            told = [agreement(name, texts[name], best) for name, best in zip(order, best_PRA, strict=True)]
+            again |= refused(told, self.engine)
+            kept = np.repeat([name not in again for name in order], copies)
+            parts.append({name: array[kept] for name, array in arrays.items()})
+        if own := [prompt for prompt in prompts if prompt.prompt_id in again]:
+            parts.append(self.answered(own))
+        write_array(Path(f"{stem}.agreement.npy"), shares(told, left=len(begun) - len(texts)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
         """Prompts that are answered together."""
@@ -249,12 +249,12 @@ class Teacher:
         return equal_length_batches(prompts, max(1, rows))
 
     def answered(
-        self, prompts: list[Prompt], texts: Mapping[str, list[int] | None] | None = None
+        self, prompts: list[Prompt], texts: Mapping[str, list[Text] | None] | None = None
     ) -> dict[str, np.ndarray]:
         """The arrays of `answers`, batch after batch."""
-        made = []
+        made, none = [], [Text([], [])] * self.config.labels.answers.per_prompt
         for batch in self.batches(prompts):
-            given = None if texts is None else [texts[prompt.prompt_id] or [] for prompt in batch]
+            given = None if texts is None else [t.tokens for p in batch for t in texts[p.prompt_id] or none]
             made.append(self.answers(batch, given))
         return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
 
@@ -273,9 +273,8 @@ class Teacher:
                 for prompt in prompts
                 for copy in range(asked.per_prompt)
             ]
-            written = write_on(
-                runner, logits_RV, count, eos, Sampler.seeded(asked.temperature, seeds, device)
-            )
+            sampler = Sampler.seeded(asked.temperature, seeds, device)
+            written = write_on(runner, logits_RV, count, eos, sampler)
             given = [[noted.token for noted in text] for text in written]
         written_RA = torch.zeros(len(given), count, dtype=torch.long, device=device)
         for row, text in enumerate(given):
