@@ -58,6 +58,8 @@ def taught(
         inputs["features"] = list(config.drafter.feature_layers or ()), config.labels.features
     if config.is_guided:
         inputs["guides"] = guides_identity(config)
+    if config.sweep.refresh:
+        inputs["shares"] = "of every token of a greedy continuation"
     return open_artifact(Path(config.storage), "teach", inputs), inputs
 
 

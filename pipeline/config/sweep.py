@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.axes import AcceptanceRule, Baseline, View, check_budget
 from pipeline.config.group import Group
+from pipeline.kv.policies import GUIDED
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window", "target_guided"]
 Control = Literal["other_prompt", "no_prefix"]
@@ -117,6 +118,13 @@ class Sweep(Group):
         exclude_if=lambda sinks: sinks == 0,
         description="first entries that the policy window always sees; 0 is an engine's sliding window",
     )
+    refresh: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda refresh: refresh is None,
+        description="rounds after which the policy target_guided chooses a drafter's entries again; all of "
+        "its prefix KV are then held aside. Default: never",
+    )
     budgets: tuple[int | Literal["full"], ...] = Field(min_length=1)
     gammas: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
         min_length=1, description="num_draft_tokens"
@@ -168,6 +176,7 @@ class Sweep(Group):
             if not self.gammas_of(context):
                 raise ValueError(f"max_gammas.{context} is below every one of gammas")
         self._rules_fit()
+        self._refresh_fits()
         if self.predicts and (0.0 not in self.temperatures or 0.0 not in self.thresholds):
             raise ValueError(
                 "measure.predict is for greedy cells that always draft γ: add 0.0 to temperatures and "
@@ -199,6 +208,25 @@ class Sweep(Group):
                     f"{', '.join(map(str, swept))}"
                 )
         return self
+
+    def _refresh_fits(self) -> None:
+        """Raises ValueError where nothing is chosen again, or replay or prediction could not follow it."""
+        if self.refresh is None:
+            return
+        if GUIDED not in self.policies:
+            raise ValueError(
+                f"refresh ({self.refresh}) goes with the policy target_guided: add it to policies"
+            )
+        if any(self.temperatures) or any(self.thresholds):
+            raise ValueError(
+                f"refresh ({self.refresh}) is for greedy cells that always draft γ: sweep temperatures and "
+                "thresholds above 0 apart"
+            )
+        if self.predicts:
+            raise ValueError(
+                "measure.predict predicts from single steps, which choose nothing again: with refresh set "
+                "measure.predict: false"
+            )
 
     def _rules_fit(self) -> None:
         """Raises ValueError where a lossy rule cannot be measured, or has nothing to stand beside."""

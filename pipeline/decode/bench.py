@@ -83,7 +83,8 @@ class Bench:
     its whole cache, and `self_prefill_s` is the time that they add to it. Where a drafter is to be `guided`,
     `guides` are those of the prompts, and `guide_s` the time that they add. `new_tokens`, by default the
     limit of the prompts, sizes the caches, so that shorter runs can have the shapes of longer ones.
-    `rehearse` is for prefills whose seconds are to be compared.
+    `rehearse` is for prefills whose seconds are to be compared; `refreshed` for drafters whose entries are
+    chosen again.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Bench:
         new_tokens: int | None = None,
         rehearse: bool = False,
         guided: bool = False,
+        refreshed: bool = False,
     ) -> None:
         self.rehearse = rehearse
         self.prompts, self.limit = list(prompts), prompts[0].max_new_tokens
@@ -105,6 +107,8 @@ class Bench:
         longest = max(len(prompt.tokens) for prompt in prompts)
         runners.begin(len(self.prompts), slots_for(longest), self.room)
         self.target = runners.get("target", target, len(self.prompts), slots_for(longest), self.room)
+        if refreshed:
+            self.target.cache.note_queries()
         self.device = target.geometry.device
         self.logits: list[Tensor] = []
         self.prefill_s: list[float] = []

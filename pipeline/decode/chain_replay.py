@@ -84,3 +84,21 @@ def tell_depth(
     following_Q = torch.tensor(text[1:], device=logits_RQV.device)
     match = padded((logits_RQV.argmax(-1) == following_Q).cpu().numpy())
     return Told(finite, match, padded(confidences(logits_RQV)) if surely else ())
+
+
+class ChainMatch:
+    """Of a head: its slots depend on no attention, and its chains begin anew in every round.
+
+    Args:
+        features_QF: the target's, of the token before each of the first Q.
+    """
+
+    def __init__(
+        self, head: FeatureHead, continuation: Sequence[int], features_QF: Tensor, depth: int
+    ) -> None:
+        self.head, self.text, self.features_QF, self.depth = head, continuation, features_QF, depth
+
+    def __call__(self, kept: PrefixView, start: int, end: int) -> Sequence[Sequence[bool]]:
+        told = tell_chains(self.head, [kept], self.text, self.features_QF, self.depth)
+        found: Sequence[Sequence[bool]] = told.match[0][start:end]
+        return found

@@ -26,6 +26,7 @@ from pipeline.decode.sampling import Rule, Sampler
 from pipeline.decode.sources import ModelDrafts, Proposals
 from pipeline.decode.target_reader import TargetReader
 from pipeline.kv.guides import UNGUIDED, Guides
+from pipeline.kv.refresh import Refresh
 from pipeline.kv.slot_cache import Geometry, SlotCache
 from pipeline.kv.views import PrefixView
 from pipeline.models.draft_vocabulary import among_all
@@ -204,8 +205,10 @@ class HeadDrafts(ModelDrafts):
         threshold: as of `ModelDrafts`.
     """
 
-    def __init__(self, runner: Runner, last_BF: Tensor, threshold: float = 0.0) -> None:
-        super().__init__(runner, threshold)
+    def __init__(
+        self, runner: Runner, last_BF: Tensor, threshold: float = 0.0, refresh: Refresh | None = None
+    ) -> None:
+        super().__init__(runner, threshold, refresh)
         self.round: tuple[Tensor, Tensor, Tensor] | None = None
         self.last_BF = last_BF
         assert isinstance(runner.model, LeanHead)
@@ -259,11 +262,15 @@ class HeadDrafts(ModelDrafts):
     def observe(self, report_BR: Tensor, features_BQF: Tensor | None, step_B: Tensor) -> None:
         """The tokens of a round, as verification reports them, become what the next round reads first."""
         assert features_BQF is not None, "a target that verifies for a head gives features"
+        super().observe(report_BR, features_BQF, step_B)
         self.round = (report_BR[:, 3:], features_BQF, report_BR[:, 0])
 
 
-def drafts(runner: Runner, views: Sequence[PrefixView], threshold: float = 0.0) -> ModelDrafts:
+def drafts(
+    runner: Runner, views: Sequence[PrefixView], threshold: float = 0.0, refresh: Refresh | None = None
+) -> ModelDrafts:
     """The source of a model that is loaded behind these views, one a row."""
     if not isinstance(runner.model, LeanHead):
-        return ModelDrafts(runner, threshold)
-    return HeadDrafts(runner, torch.cat([view.last for view in views if view.last is not None]), threshold)
+        return ModelDrafts(runner, threshold, refresh)
+    last_BF = torch.cat([view.last for view in views if view.last is not None])
+    return HeadDrafts(runner, last_BF, threshold, refresh)

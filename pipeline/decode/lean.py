@@ -118,6 +118,7 @@ class Lean:
         query = query_BQhD.transpose(1, 2)
         keys, values = cache.keys[number], cache.values[number]
         scaling = self.geometry.width**-0.5
+        cache.ask(number, query_BQhD, scaling, place)
         stored = place.mask_B1MS, place.stored_B, place.span
         out = dispatch.verify_attention(query, keys, values, scaling, *stored)
         return out.transpose(1, 2).flatten(2)

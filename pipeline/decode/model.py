@@ -148,6 +148,7 @@ class SlotWriter(NamedTuple):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.cache.write(layer, key.transpose(1, 2), value.transpose(1, 2), self.place)
+        self.cache.ask(layer, query.transpose(1, 2), scaling, self.place)
         return dispatch.verify_attention(
             query,
             self.cache.keys[layer],

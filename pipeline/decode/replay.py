@@ -14,12 +14,16 @@ accepted with min(1, p(y) ÷ q(y)), and y is emitted with p(y). These events are
 that expected rounds and acceptance follow without drawing a proposal (`expect`). That is an estimate, over
 the texts that were sampled.
 
-Shape legend: R views, Q = M - 1 tokens after the first of a continuation of M, V vocabulary.
+Where entries are chosen again (`kv/refresh.py`), what is proposed depends on when: each γ is replayed alone,
+a few rounds at a time (`refreshed_rounds`).
+
+Shape legend: R views, C chunks of the prefix, Q = M - 1 tokens after the first of a continuation of M, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +34,8 @@ from transformers import PreTrainedModel
 
 from pipeline.decode.sampling import GREEDY
 from pipeline.decode.sources import DraftSource
+from pipeline.errors import NotFinite
+from pipeline.kv.refresh import chosen
 from pipeline.kv.view_cache import ViewCache, read_continuation
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round, counted_proposals
@@ -165,6 +171,70 @@ def proposals(values: Any, start: int, count: int) -> Sequence[bool]:
     along = isinstance(values[start], bool | np.bool_)
     found: Sequence[bool] = values[start : start + count] if along else values[start][:count]
     return found
+
+
+Match = Callable[[PrefixView, int, int], Sequence[object]]
+
+
+def refreshed_rounds(
+    match: Match,
+    first: PrefixView,
+    whole: PrefixView,
+    shares_QC: Tensor,
+    frequencies: Tensor | None,
+    continuation: Sequence[int],
+    gamma: int,
+    limit: int,
+    ends_with_eos: bool,
+) -> list[Round]:
+    """As `rounds`, behind entries that are chosen again.
+
+    Args:
+        match: of a choice, what the drafter would propose from one token of the text on and before another,
+            as `rounds` takes it; asked in the text's order.
+        first: the choice at the prefix's end.
+        shares_QC: of the prefix's chunks in what each of the first Q = M - 1 tokens attends to.
+    """
+    view, total = first.view, len(continuation) - 1
+    assert view.refresh
+    result: list[Round] = []
+    kept, start = first, 0
+    while start < total:
+        end = min(total, start + view.refresh * (gamma + 1))
+        known = match(kept, start, end)
+        beyond = False if isinstance(known[0], bool) else [False] * gamma  # that n rounds do not reach
+        hits: Any = [*known, *[beyond] * (total - end)]
+        of_text = continuation[start:], gamma, limit - start, ends_with_eos
+        made = rounds(hits, *of_text)[: view.refresh]
+        result += made
+        last = start + sum(one.emitted for one in made[:-1])
+        start = last + made[-1].emitted
+        stands = slice(last, last + made[-1].accepted + 1)
+        kept = chosen(whole, view, shares_QC[stands].mean(0, keepdim=True), frequencies)
+    return result
+
+
+class ModelMatch:
+    """Of a causal drafter: its continuation KV are those of the choices that it was read behind."""
+
+    def __init__(self, drafter: PreTrainedModel, first: PrefixView, continuation: Sequence[int]) -> None:
+        self.drafter, self.text = drafter, continuation
+        self.cache = ViewCache([first], capacity=len(continuation) - 1)
+
+    @torch.no_grad()
+    def __call__(self, kept: PrefixView, start: int, end: int) -> list[bool]:
+        # A round begins with the last two tokens: the one before the last is read again.
+        begin = max(0, start - 1)
+        self.cache.exchange(kept, begin)
+        device, S = self.drafter.device, kept.prefix_tokens
+        tokens_1Q = torch.tensor([self.text[begin:end]], device=device)
+        positions_1Q = torch.arange(S + begin, S + end, device=device).unsqueeze(0)
+        logits_1QV = read_continuation(self.drafter, self.cache, tokens_1Q, positions_1Q)
+        logits_1QV = among_all(logits_1QV, draft_tokens(self.drafter), self.drafter.whole_tokens)
+        if not all(finite_views(logits_1QV)):
+            raise NotFinite("logits not finite in replay")
+        (match,) = match_views(logits_1QV, self.text[begin : end + 1])
+        return match[start - begin :]
 
 
 def source_rounds(

@@ -171,7 +171,7 @@ class Runner:
         if self.compile == "none":
             return step(self.model, self.cache, rule, *arguments)
         shapes = (None if tensor is None else tensor.shape for tensor in arguments)
-        key = (graph or step, rule, self.cache.span, *shapes)
+        key = (graph or step, rule, self.cache.span, self.cache.asked is None, *shapes)
         if key not in self.ready:
             began = time.perf_counter()
             function = step if graph else partial(compiled(step), self.model, self.cache, rule)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.decode.runner import Runner
 from pipeline.decode.sampling import Sampler
+from pipeline.kv.refresh import Refresh
 
 LONGEST_MATCH = 3  # tokens that prompt lookup compares, at most
 
@@ -68,10 +69,12 @@ class ModelDrafts(DraftSource):
         threshold: stop drafting behind a proposal that the model gives less probability than this. The
             proposal itself is still verified: dropping it would favour the likely ones. Above 0 the host
             waits for the device after every proposal.
+        refresh: chooses the kept entries again.
     """
 
-    def __init__(self, runner: Runner, threshold: float = 0.0) -> None:
+    def __init__(self, runner: Runner, threshold: float = 0.0, refresh: Refresh | None = None) -> None:
         self.runner, self.threshold, self.name = runner, threshold, runner.model.name
+        self.refresh = refresh
 
     def check_room(self, needed: int) -> None:
         self.runner.cache.check_room(needed)
@@ -90,6 +93,10 @@ class ModelDrafts(DraftSource):
 
             return self.propose_until(following, gamma, uniforms_TB, open_rows)
         return Proposals(*self.runner.draft(sampler.rule, gamma, unread_BQ, step_B, uniforms_TB))
+
+    def observe(self, report_BR: Tensor, features_BQF: Tensor | None, step_B: Tensor) -> None:
+        if self.refresh is not None:
+            self.refresh.observe(report_BR[:, 0], step_B)
 
     def propose_until(
         self,

@@ -81,6 +81,7 @@ class SlotCache:
         self.slot_S = torch.arange(shape[2], device=device)
         self.seen, self.hidden = torch.tensor([0.0, -torch.inf], dtype=geometry.dtype, device=device)
         self.span: Span | None = None  # of the views that are loaded, where they roll
+        self.asked: Tensor | None = None  # [B, R, H·G, D], where `note_queries` was called
         self.rotation, self.turns = rotation, None
         if rotation is not None:
             self.turns = rotation(self.step_R.repeat(rows, 1))
@@ -109,6 +110,25 @@ class SlotCache:
             positions_1R = (view.prefix_tokens + self.step_R).unsqueeze(0)
             for turns, table in zip(self.turns, self.rotation(positions_1R), strict=True):
                 turns[row] = table[0]
+
+    def note_queries(self) -> None:
+        """From now on keep the last layer's queries, scaled, of tokens that are read together."""
+        if self.asked is None:
+            heads = self.geometry.kv_heads * self.geometry.groups
+            self.asked = self.keys[0].new_zeros(self.rows, self.room, heads, self.geometry.width)
+
+    def ask(self, layer: int, query_BQhD: Tensor, scaling: float, place: SlotIndex) -> None:
+        """Keep queries of a layer, if it is the last and they are asked for."""
+        last = layer == self.geometry.layers - 1
+        if last and self.asked is not None and query_BQhD.shape[1] > 1:
+            self.asked[place.rows_B1, place.steps_BQ] = query_BQhD * scaling
+
+    def exchange(self, row: int, view: PrefixView) -> None:
+        """Put other entries of a row's prefix, as many, in place of those that are kept."""
+        assert view.kept == self.kept_B[row]
+        for buffers, part in ((self.keys, 0), (self.values, 1)):
+            for buffer, layer in zip(buffers, view.layers, strict=True):
+                buffer[row, :, : view.kept] = layer[part][0]
 
     def check_room(self, needed: int) -> None:
         """Raises ValueError if so many continuation tokens do not fit."""

@@ -194,6 +194,13 @@ class ViewCache(Cache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         return self.layers[layer].attend(query, scaling, self.masks)
 
+    def exchange(self, view: PrefixView, appended: int) -> None:
+        """Of a cache of one view: go back to so many continuation tokens, behind other entries, as many."""
+        for layer, pair in zip(self.layers, view.layers, strict=True):
+            for buffer, part in zip(layer.buffers[0], pair, strict=True):
+                buffer[:, :, : view.kept] = part
+            layer.appended = appended
+
 
 def alike(one: PrefixView, other: PrefixView) -> bool:
     """Whether attention over two views is masked alike."""

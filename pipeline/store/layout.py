@@ -6,6 +6,7 @@ of a label shard in `train/target/teacher.py`, a checkpoint in `train/checkpoint
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 StageName = Literal["prepare", "pretrain", "teach", "train", "sweep", "report"]
@@ -22,7 +23,7 @@ ASKED = "asked"  # prompts of the training split, which the target answers
 MODEL, METRICS, MEMORY = "model", "metrics.jsonl", "memory.json"
 
 # teach
-LABELS, CONTINUATIONS = "labels", "continuations"
+LABELS, CONTINUATIONS, SHARES = "labels", "continuations", "shares"
 
 # improve
 SERVED_ROUNDS = "rounds.jsonl"  # of a shard of labels; and of the whole, a row a round of improving
@@ -45,3 +46,8 @@ def stages_until(until: Until) -> tuple[Until, ...]:
     if until == IMPROVE:
         return (*stages_until("train"), IMPROVE)
     return STAGES[: STAGES.index(until) + 1]
+
+
+def shares_file(teach: Path, prompt_id: str) -> Path:
+    """Of a test prompt: what the target attends to along its continuation, where views are chosen again."""
+    return teach / SHARES / f"{prompt_id.replace('/', '-')}.npy"

@@ -185,7 +185,7 @@ class Evaluator:
         prompts = read_rows(task.prompts, Prompt)
         columns = zip(*(read_rows(file, Continuation) for file in task.continuations), strict=True)
         texts = list(columns)
-        guides = [first.guide for first, *_ in texts]
+        guides, folder = [first.guide for first, *_ in texts], task.continuations[0].parent.parent
         for contender in self.contenders:
             made: PromptReplay | None = None
             if contender.model is not None and contender.fast is not None:
@@ -194,7 +194,7 @@ class Evaluator:
                     self.sweep,
                     contender.drafter,
                     contender.model,
-                    PromptViews(contender.fast, prompts, views, guides),
+                    PromptViews(contender.fast, prompts, views, guides, folder),
                     inner and PromptViews(inner.model, prompts, [inner.view], guides),
                 )
             for at in range(task.first, task.last):
@@ -242,6 +242,7 @@ class Evaluator:
                     list(dict.fromkeys(self_views)),
                     rehearse=True,
                     guided=are_guided([*(pick.view for pick in picks), *within]),
+                    refreshed=any(pick.view.refresh for pick in picks),
                 )
                 trial = Trial(
                     self.sweep,

@@ -10,6 +10,7 @@ from pipeline.axes import (
     MODEL_FREE,
     NOTHING,
     Baseline,
+    Budget,
     Cell,
     DrafterKind,
     Place,
@@ -20,7 +21,7 @@ from pipeline.axes import (
 from pipeline.config.schema import Config
 from pipeline.config.sweep import Sweep
 from pipeline.decode.sampling import Chance
-from pipeline.kv.policies import WINDOW
+from pipeline.kv.policies import GUIDED, WINDOW
 from pipeline.kv.views import placed
 from pipeline.models.load import ModelRef
 
@@ -89,6 +90,13 @@ def draft_sources(config: Config) -> list[Drafter]:
     return trained + baselines
 
 
+def swept(sweep: Sweep, policy: str, budget: Budget) -> View:
+    """A view with what its policy asks of the sweep."""
+    sinks = sweep.sinks if policy == WINDOW and budget != "full" else None
+    refresh = sweep.refresh if policy == GUIDED and budget not in ("full", 0) else None
+    return View(policy, budget, sinks=sinks, refresh=refresh)
+
+
 def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
     """The views of a drafter, then its controls; a baseline has no controls."""
     if drafter.role == "target":
@@ -97,10 +105,7 @@ def views_of(sweep: Sweep, drafter: Drafter) -> list[View]:
     if drafter.baseline:
         return [NOTHING]
     views = [
-        placed(
-            View(policy, budget, sinks=sweep.sinks if policy == WINDOW and budget != "full" else None),
-            drafter.positions,
-        )
+        placed(swept(sweep, policy, budget), drafter.positions)
         for policy in sweep.policies
         for budget in sweep.budgets
     ]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.axes import Cell, View
+from pipeline.axes import FULL, Cell, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode.bench import Bench, Timed, timed_prefill
 from pipeline.decode.cascade import CascadeDrafts
@@ -19,6 +19,7 @@ from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES, DraftSource
 from pipeline.hardware import describe
 from pipeline.kv.guides import are_guided
+from pipeline.kv.refresh import Refresh
 from pipeline.kv.views import PrefixView
 from pipeline.metrics import Counts, Round
 from pipeline.store.rows import FailedCell, PromptRow, Timing
@@ -52,6 +53,7 @@ class Views:
     ) -> None:
         self.bench, self.drafter, self.model, self.inner = bench, drafter, model, inner
         self.inner_kept: list[PrefixView] = []
+        self.wholes: list[PrefixView] = []  # where entries are chosen again
         self.prefill_s = [0.0] * len(bench.prompts)
         self.kept: dict[View, list[PrefixView]] = {view: [] for view in views}
         for row in range(len(bench.prompts)):
@@ -61,7 +63,9 @@ class Views:
                 prefix_views = [bench.self_kept[row][view] for view in self.kept]
                 self.prefill_s[row] = bench.self_prefill_s[row]
             else:
-                prefix_views, self.prefill_s[row] = self.read(row, model, list(self.kept))
+                again = [FULL] if any(view.refresh for view in self.kept) else []
+                prefix_views, self.prefill_s[row] = self.read(row, model, [*self.kept, *again])
+                self.wholes += [prefix_views.pop() for _ in again]
             for kept, view in zip(self.kept.values(), prefix_views, strict=True):
                 kept.append(view)
             if inner is not None:
@@ -88,14 +92,21 @@ class Views:
             model, gamma = self.inner.model, self.inner.gamma
             small = bench.drafter(model, self.inner_kept, gamma)
             return CascadeDrafts(small, bench.drafter(self.model, kept, gamma), gamma)
-        return drafts(bench.drafter(self.model, kept), kept, threshold)
+        runner = bench.drafter(self.model, kept)
+        again = None
+        if view.refresh:
+            frequencies = getattr(self.model, "frequencies", None)
+            caches = bench.target.cache, runner.cache
+            again = Refresh(*caches, self.wholes, kept[0].view, frequencies)
+        return drafts(runner, kept, threshold, again)
 
     def kv_bytes(self, view: View) -> list[int]:
         """The bytes kept of each prompt, by all that draft; 0 for a source without a model."""
         if self.model is None:
             return [0] * len(self.bench.prompts)
-        inner = [kept.num_bytes for kept in self.inner_kept] or [0] * len(self.bench.prompts)
-        return [kept.num_bytes + more for kept, more in zip(self.kept[view], inner, strict=True)]
+        held = self.wholes if view.refresh else self.inner_kept
+        beside = [kept.num_bytes for kept in held] or [0] * len(self.bench.prompts)
+        return [kept.num_bytes + more for kept, more in zip(self.kept[view], beside, strict=True)]
 
 
 @dataclass

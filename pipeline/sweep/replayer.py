@@ -6,32 +6,36 @@ The target's greedy continuation gives exact rows; every continuation that it sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.axes import NOTHING, Place, View
+from pipeline.axes import FULL, NOTHING, Place, View
 from pipeline.config.sweep import Sweep
 from pipeline.decode import replay
-from pipeline.decode.chain_replay import tell_chains
+from pipeline.decode.chain_replay import ChainMatch, tell_chains
 from pipeline.decode.feature_head import LeanHead
 from pipeline.decode.model import DecodeModel
 from pipeline.decode.sampling import Chance
 from pipeline.decode.sources import SOURCES
-from pipeline.errors import NotFinite
+from pipeline.errors import BadData, NotFinite
 from pipeline.kv.guides import are_guided, stored_guide
+from pipeline.kv.positions import frequencies_of
 from pipeline.kv.views import PrefixView
-from pipeline.metrics import Counts
+from pipeline.metrics import Counts, Round
 from pipeline.models.heads.eagle import FeatureHead
+from pipeline.store.layout import shares_file
 from pipeline.store.rows import Continuation, FailedCell, Mode, Prompt, PromptRow
 from pipeline.sweep.grid import Drafter, can_replay, cells_behind, views_of
 from pipeline.sweep.make_rows import all_cells, at_chance, make_failure, make_row
 
 log = logging.getLogger(__name__)
 
+Again = Callable[[int], list[Round]]
 REMEMBERED = 2  # prompts of which a drafter's views are held
 
 
@@ -67,10 +71,43 @@ class PromptReplay:
                 )
                 views = [view for view in views if view.control != "other_prompt"]
         of_partner = of_prompt if partner is None else self.views.of(partner, by=prompt)
-        kept = [(of_partner if view.control == "other_prompt" else of_prompt)[view.kept] for view in views]
+        sources = [of_partner if view.control == "other_prompt" else of_prompt for view in views]
+        kept = [source[view.kept] for source, view in zip(sources, views, strict=True)]
+        wholes = [source[FULL] if view.refresh else None for source, view in zip(sources, views, strict=True)]
         for continuation, read in zip(continuations, features, strict=True):
             told = self.tell(continuation, kept, read)
-            yield from self.continuation_rows(prompt, continuation, views, kept, told)
+            again = [
+                None if whole is None else self.again(prompt, continuation, first, whole, read)
+                for first, whole in zip(kept, wholes, strict=True)
+            ]
+            held = [whole.num_bytes if whole else 0 for whole in wholes]
+            yield from self.continuation_rows(prompt, continuation, views, kept, told, again, held)
+
+    def again(
+        self,
+        prompt: Prompt,
+        continuation: Continuation,
+        first: PrefixView,
+        whole: PrefixView,
+        features_QF: torch.Tensor | None,
+    ) -> Again:
+        """The rounds of every γ behind entries that are chosen again."""
+        model, tokens, ended = self.model, continuation.tokens, continuation.eos_at is not None
+        shares_QC, head = self.views.shares(prompt), isinstance(model, FeatureHead)
+        frequencies = model.rotary.inv_freq if head else frequencies_of(model)
+        deepest = max(self.sweep.gammas_of(continuation.context))
+
+        def rounds(gamma: int) -> list[Round]:
+            match: replay.Match
+            if isinstance(model, FeatureHead):
+                assert features_QF is not None
+                match = ChainMatch(model, tokens, features_QF, deepest)
+            else:
+                match = replay.ModelMatch(model, first, tokens)
+            of_text = tokens, gamma, prompt.max_new_tokens, ended
+            return replay.refreshed_rounds(match, first, whole, shares_QC, frequencies, *of_text)
+
+        return rounds
 
     def tell(
         self, continuation: Continuation, kept: list[PrefixView], features_QF: torch.Tensor | None
@@ -93,7 +130,15 @@ class PromptReplay:
         views: list[View],
         kept: list[PrefixView],
         told: replay.Told,
+        again: Sequence[Again | None],
+        held: Sequence[int],
     ) -> Iterator[PromptRow | FailedCell]:
+        """Rows of a continuation.
+
+        Args:
+            again: of each view, its rounds where its entries are chosen again.
+            held: bytes that are held for that.
+        """
         mode, chance = telling(continuation, self.sweep)
         finite = told.finite
         inner_bytes = 0
@@ -104,9 +149,10 @@ class PromptReplay:
         # A column holds the cells of one γ and threshold behind every view.
         columns = [cells for cells in zip(*behind, strict=True) if can_replay(cells[0], chance)]
         lengths = [(cells[0].gamma, cells[0].threshold) for cells in columns]
-        counts = self.counts(told, prompt, continuation, lengths)
+        counts = self.counts(told, prompt, continuation, lengths, again)
+        sizes = [view.num_bytes + more for view, more in zip(kept, held, strict=True)]
         for cells, counted in zip(columns, counts, strict=True):
-            for cell, view, good, cell_counts in zip(cells, kept, finite, counted, strict=True):
+            for cell, size, good, cell_counts in zip(cells, sizes, finite, counted, strict=True):
                 if good:
                     yield make_row(
                         mode,
@@ -115,7 +161,7 @@ class PromptReplay:
                         prompt,
                         cell_counts,
                         continuation.tokens,
-                        view.num_bytes + inner_bytes,
+                        size + inner_bytes,
                         self.sweep.looping_rate,
                     )
         for seen, good in zip(views, finite, strict=True):
@@ -129,6 +175,7 @@ class PromptReplay:
         prompt: Prompt,
         continuation: Continuation,
         lengths: Sequence[tuple[int, float]],
+        again: Sequence[Again | None],
     ) -> Iterator[list[Counts]]:
         """For every γ and threshold, the counts behind each view."""
         limit, ended, tokens = prompt.max_new_tokens, continuation.eos_at is not None, continuation.tokens
@@ -140,7 +187,11 @@ class PromptReplay:
             counts = []
             for row, match in enumerate(told.match):
                 stops = (np.asarray(told.sure[row]) < threshold).tolist() if threshold else None
-                counts.append(Counts.of(replay.rounds(match, tokens, gamma, limit, ended, stops), gamma))
+                if (refreshed := again[row]) is not None:
+                    rounds = refreshed(gamma)
+                else:
+                    rounds = replay.rounds(match, tokens, gamma, limit, ended, stops)
+                counts.append(Counts.of(rounds, gamma))
             yield counts
 
 
@@ -181,7 +232,8 @@ def telling(continuation: Continuation, sweep: Sweep) -> tuple[Mode, Chance]:
 class PromptViews:
     """A drafter's views of the prompts of one file, read when needed; the last prompts are remembered.
 
-    `guides` are the target's rankings of the prompts' chunks, empty where no view is chosen by them.
+    `guides` are the target's rankings of the prompts' chunks, empty where no view is chosen by them. `folder`
+    is stage teach's, for views that are chosen again.
     """
 
     def __init__(
@@ -190,12 +242,16 @@ class PromptViews:
         prompts: list[Prompt],
         views: Sequence[View],
         guides: Sequence[Sequence[int]] = (),
+        folder: Path | None = None,
     ) -> None:
         self.model, self.prompts, self.views = (
             model,
             prompts,
             list(dict.fromkeys(view.kept for view in views)),
         )
+        if any(view.refresh for view in self.views):
+            self.views = list(dict.fromkeys([*self.views, FULL]))
+        self.folder = folder
         self.guides: dict[str, Sequence[int]] = {}
         if are_guided(self.views):
             ids = [prompt.prompt_id for prompt in prompts]
@@ -215,6 +271,14 @@ class PromptViews:
             kept, _ = self.model.prefill(tokens_1S, [(S, view) for view in self.views], guides)
             self.recent[key] = dict(zip(self.views, kept, strict=True))
         return self.recent[key]
+
+    def shares(self, prompt: Prompt) -> torch.Tensor:
+        """[Q, C] of the prompt's chunks in what the target attends to at each token of its text."""
+        assert self.folder is not None
+        file = shares_file(self.folder, prompt.prompt_id)
+        if not file.exists():
+            raise BadData(f"{file} is missing, which sweep.refresh asks for: run stage teach anew")
+        return torch.from_numpy(np.load(file)).to(self.model.geometry.device)
 
     def features(self, prompt: Prompt, continuation: Continuation) -> torch.Tensor | None:
         """[Q, F] what a head reads along a continuation of a prompt; None for other drafters."""

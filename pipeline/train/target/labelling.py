@@ -30,7 +30,9 @@ from pipeline.decode.sampling import Sampler
 from pipeline.decode.steps import note
 from pipeline.errors import BadData, NotFinite
 from pipeline.kv.guides import Ranking
+from pipeline.kv.refresh import chunk_shares
 from pipeline.kv.slot_cache import slots_for
+from pipeline.store.rows import Prompt
 from pipeline.train.target.features import half
 
 POSITIONS = 1024  # positions whose logits are labelled at a time
@@ -225,6 +227,27 @@ def behind_prefixes(
 
 
 @torch.no_grad()
+def text_shares(target: Runner, texts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """[M - 1, C] of each text, one behind each prefix of the target's, from one more pass over all of them.
+
+    A text of one token is left out: nothing is drafted there.
+    """
+    longest = max(len(text) for text in texts.values())
+    if longest < 2:
+        return {}
+    target.cache.note_queries()
+    width = max(2, longest - 1)  # queries are kept of tokens that are read together
+    read_BQ = [[*text[:-1], *[0] * (width + 1 - len(text))] for text in texts.values()]
+    tokens_BQ = torch.tensor(read_BQ, device=target.model.geometry.device)
+    target.model.hidden(tokens_BQ, torch.zeros_like(tokens_BQ[:, 0]), target.cache)
+    return {
+        name: torch.cat([chunk_shares(target.cache, row, step, 1) for step in range(len(text) - 1)])
+        for row, (name, text) in enumerate(texts.items())
+        if len(text) > 1
+    }
+
+
+@torch.no_grad()
 def write_on(
     runner: Runner, logits_RV: Tensor, count: int, eos: frozenset[int], sampler: Sampler
 ) -> list[list[Noted]]:
@@ -236,3 +259,16 @@ def write_on(
         for text, chosen in zip(texts, step, strict=True):
             text += [] if chosen is None else [chosen]
     return texts
+
+
+def is_on_policy(seed: int, index: int, fraction: float) -> bool:
+    """Whether the target rewrites all windows of this sequence; drawn from the seed and its number."""
+    return fraction > 0 and np.random.default_rng([seed, 7, index]).random() < fraction
+
+
+def equal_length_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Batches of prompts with the same length and limit, in a stable order."""
+    groups: dict[tuple[int, int], list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault((len(prompt.tokens), prompt.max_new_tokens), []).append(prompt)
+    return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]

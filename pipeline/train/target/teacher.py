@@ -41,7 +41,7 @@ from pipeline.metrics import repetition_rate
 from pipeline.models.generation import stop_tokens, warn_of_settings
 from pipeline.models.load import ModelRef, load_model, shared_tokens
 from pipeline.store.files import read_rows, write_array, write_rows
-from pipeline.store.layout import CONTINUATIONS, LABELS
+from pipeline.store.layout import CONTINUATIONS, LABELS, shares_file
 from pipeline.store.rows import Continuation, Prompt
 from pipeline.train.batches import answer_starts, window_starts
 from pipeline.train.target.features import features_file, features_of, half
@@ -50,12 +50,15 @@ from pipeline.train.target.labelling import (
     Text,
     agreement,
     behind_prefixes,
+    equal_length_batches,
+    is_on_policy,
     label_logits,
     label_sequences,
     of_engine,
     refused,
     shares,
     smallest_uint,
+    text_shares,
     write_ahead,
     write_on,
 )
@@ -350,6 +353,10 @@ class Teacher:
         runner, logits_BV, _, guide_BC = behind_prefixes(self.writer, tokens_BS, count, guided=guided)
         written = write_on(runner, logits_BV, count, eos, sampler)
         guides = guide_BC.tolist() if guide_BC is not None else [[] for _ in prompts]
+        if self.config.sweep.refresh and prompts[0].split == "test" and chance == GREEDILY:
+            texts = {p.prompt_id: [n.token for n in text] for p, text in zip(prompts, written, strict=True)}
+            for name, shares_QC in text_shares(runner, texts).items():
+                write_array(shares_file(self.output, name), shares_QC.cpu().numpy())
         rows = []
         for prompt, chosen, guide in zip(prompts, written, guides, strict=True):
             tokens = [noted.token for noted in chosen]
@@ -384,16 +391,3 @@ def sampled_name(prompts: str, chance: Chance) -> str:
     if chance.temperature == 0:
         return prompts
     return f"{Path(prompts).stem}-t{chance.temperature:g}-s{chance.seed}.jsonl"
-
-
-def is_on_policy(seed: int, index: int, fraction: float) -> bool:
-    """Whether the target rewrites all windows of this sequence; drawn from the seed and its number."""
-    return fraction > 0 and np.random.default_rng([seed, 7, index]).random() < fraction
-
-
-def equal_length_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
-    """Batches of prompts with the same length and limit, in a stable order."""
-    groups: dict[tuple[int, int], list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault((len(prompt.tokens), prompt.max_new_tokens), []).append(prompt)
-    return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]

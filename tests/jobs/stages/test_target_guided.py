@@ -25,17 +25,25 @@ def guided(values: dict[str, Any]) -> None:
     values["sweep"]["measure"] |= {"temperatures": [0.0]}
 
 
-def headed(values: dict[str, Any]) -> None:
+def refreshed(values: dict[str, Any]) -> None:
     guided(values)
+    values["sweep"] |= {"temperatures": [0.0], "refresh": 2}
+
+
+def headed(values: dict[str, Any]) -> None:
+    refreshed(values)
     values["target"] = {**values["target"], "layers": 4}
     values["target"]["pretrain"] |= {"steps": 40}
     values["drafter"] = {"kind": "head", "feature_layers": [1, 2, 3]}
-    values["sweep"]["temperatures"] = [0.0]
 
 
-@pytest.mark.parametrize("kind", ["lm", "head"])
+CONFIGS = {"lm": guided, "lm, refreshed": refreshed, "head, refreshed": headed}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_from_the_target_to_the_report(corpus: Path, tmp_path: Path, kind: str) -> None:
-    config = toy_config(corpus, tmp_path / "runs", guided if kind == "lm" else headed)
+    config = toy_config(corpus, tmp_path / "runs", CONFIGS[kind])
     storage = Path(config.storage)
     summary = json.loads(run_pipeline(config).read_text())
     assert summary["lossless"]["exact"] == summary["lossless"]["prompts"] > 0
@@ -45,13 +53,14 @@ def test_from_the_target_to_the_report(corpus: Path, tmp_path: Path, kind: str) 
     behind = [row for row in rows if row.cell.policy == "target_guided" and row.cell.budget == 16]
     assert any(row.counts.num_accepted for row in behind)
     assert {row.cell.control for row in behind} == {None, "other_prompt"}
+    assert {row.cell.view.refresh for row in behind} == {2 if "refreshed" in kind else None}
 
     teach = artifact(storage, "teach")
     continuations = read_all(teach / "continuations", Continuation)
     assert all(sorted(row.guide) == list(range(row.prompt_tokens // 8)) for row in continuations)
     shapes, facts = known(config)
     written = sum(np.load(file).nbytes for file in (teach / "labels").glob("*.npy"))
-    features = 3 * shapes["target"].hidden if kind == "head" else 0
+    features = 3 * shapes["target"].hidden if "head" in kind else 0
     assert label_bytes(config, facts.labelled, 0, facts.vocab, features) == written
 
     models = artifact(storage, "pretrain-target") / "model", artifact(storage, "drafter-multi_view") / "model"
