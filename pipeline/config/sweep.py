@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.axes import AcceptanceRule, Baseline, View, check_budget
 from pipeline.config.group import Group
-from pipeline.kv.policies import GUIDED
 
 Policy = Literal["chunk_topk", "chunk_topk_paper", "streaming", "snapkv", "window", "target_guided"]
 Control = Literal["other_prompt", "no_prefix"]
@@ -213,7 +212,7 @@ class Sweep(Group):
         """Raises ValueError where nothing is chosen again, or replay or prediction could not follow it."""
         if self.refresh is None:
             return
-        if GUIDED not in self.policies:
+        if "target_guided" not in self.policies:
             raise ValueError(
                 f"refresh ({self.refresh}) goes with the policy target_guided: add it to policies"
             )

@@ -41,13 +41,13 @@ RUN_OFF, AGAIN = "run_off.jsonl", "again.jsonl"
 SUMMARY, PAGE = "summary.json", "report.html"
 
 
-def shares_file(teach: Path, prompt_id: str) -> Path:
-    """Of a test prompt: what the target attends to along its continuation, where views are chosen again."""
-    return teach / SHARES / f"{prompt_id.replace('/', '-')}.npy"
-
-
 def stages_until(until: Until) -> tuple[Until, ...]:
     """The stages that run, up to and including this one."""
     if until == IMPROVE:
         return (*stages_until("train"), IMPROVE)
     return STAGES[: STAGES.index(until) + 1]
+
+
+def shares_file(teach: Path, prompt_id: str) -> Path:
+    """Of a test prompt: what the target attends to along its continuation, where views are chosen again."""
+    return teach / SHARES / f"{prompt_id.replace('/', '-')}.npy"
