@@ -19,7 +19,7 @@ from tests.helpers.paths import ROOT
 BLOCKED = ("ray", "deepspeed", "mlflow", "datasets", "pydantic", "typer", "matplotlib", "pyarrow", "pytest")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_script_at_toy_size_on_a_bare_machine(tmp_path: Path) -> None:
     block = "\n".join(f"sys.modules[{name!r}] = None" for name in BLOCKED)
     (tmp_path / "sitecustomize.py").write_text(f"import sys\n{block}\n")

@@ -105,7 +105,7 @@ def test_the_paper_s_decoder_gives_our_text_by_the_same_rounds(
     assert rates != [whole.speculation(number, gamma)[2] for number in range(3)], "the cut matters"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_timed_where_texts_differ(
     target: PreTrainedModel, make_model: Callable[..., PreTrainedModel]
 ) -> None:

@@ -51,5 +51,6 @@ def copy_state(job: TrainJob, source: Path, target: Path) -> None:
     assert job.drafter is not None
     make = deepspeed_engine(job.config, read_settings(job.config.train.deepspeed))
     schedule = Schedule(job.config.train, job.config.train, job.config.train.steps)
-    engine = make(load_drafter(job.drafter, VOCABULARY), schedule)
+    layers_alone = job.config.drafter.kind == "first_layers"
+    engine = make(load_drafter(job.drafter, VOCABULARY, layers_alone=layers_alone), schedule)
     save(engine, target, resume(engine, source).step, [])

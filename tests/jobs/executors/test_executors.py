@@ -249,7 +249,7 @@ class DivergingJob(TrainJob):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_worker_trains_as_inline_after_it_diverged_and_was_mended(
     on_local_ray: ModuleType, workshop: Workshop, inline: Path
 ) -> None:

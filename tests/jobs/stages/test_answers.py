@@ -82,8 +82,12 @@ def greedily(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "executor", ["inline", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
-def test_a_server_of_the_target_may_write_the_answers(corpus: Path, tmp_path: Path, executor: str) -> None:
+def test_a_server_of_the_target_may_write_the_answers(
+    corpus: Path, tmp_path: Path, executor: str, request: pytest.FixtureRequest
+) -> None:
     """Down at first; then what the target alone would have written, with the same labels."""
+    if executor == "ray":
+        request.getfixturevalue("on_local_ray")
     storage = tmp_path / "runs"
     run_pipeline(toy_config(corpus, storage, greedily), "teach")
     alone = artifact(storage, "teach")
