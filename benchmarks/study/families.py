@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from pipeline.store.rows import PromptRow
 GAMMA, SMALLEST, SAMPLES, SEED = 4, 64, 2000, 42
 RUNS = ("table-3", "ablations", "on-policy")
 
+Counted = Callable[[Sequence[PromptRow]], tuple[list[Number], list[Number]]]
 BySeed = Mapping[str, Mapping[str, PromptRow]]  # training seed → prompt → row
 # (variant, data set, budget, temperature, control) → rows of all contexts.
 Families = Mapping[tuple[str, str, int | str, float, str | None], BySeed]
@@ -69,18 +70,23 @@ class Column(NamedTuple):
 
 
 def families_of(studies: Mapping[str, Study]) -> Families:
-    """Rows by family and training seed; a drafter that was not distilled stands under every seed.
+    """The families of the paper's experiments."""
+    return grouped([studies[name] for name in RUNS], GAMMA)
+
+
+def grouped(studies: Sequence[Study], gamma: int) -> Families:
+    """Rows of one γ by family and training seed; a drafter that was not distilled stands under every seed.
 
     Every seed's training started from that drafter, so that it can be compared with all of them.
     """
     cells: dict[tuple[str, str, int | str, float, str | None], dict[str, dict[str, PromptRow]]] = {}
-    for study in (studies[name] for name in RUNS):
+    for study in studies:
         drafters = study.config.train.drafters
         seeds = {drafter.name: seeds_of(drafter, study.config) for drafter in drafters}
         every = sorted({seed for drafter_seeds in seeds.values() for seed in drafter_seeds})
         seeds |= {drafter.name: every for drafter in drafters if drafter.steps == 0}
         for row in study.rows:
-            if row.cell.gamma == GAMMA and row.counts.num_proposed:
+            if row.cell.gamma == gamma and row.counts.num_proposed:
                 key = (
                     family(row.cell.drafter),
                     row.cell.dataset,
@@ -131,8 +137,11 @@ def change(
     return difference(ours, theirs) if any(ours.values()) else None
 
 
-def difference(ours: BySeed, theirs: BySeed) -> Change:
+def difference(ours: BySeed, theirs: BySeed, counted: Counted = accepted_of_proposed) -> Change:
     """One family minus another, over the seeds that both have and the prompts that all these drafters have.
+
+    Args:
+        counted: the numerators and denominators of the rate that is compared, of each row.
 
     Raises:
         ValueError: if they have no seed or no prompt in common.
@@ -144,7 +153,7 @@ def difference(ours: BySeed, theirs: BySeed) -> Change:
         raise ValueError("two families have no training seed or no prompt in common")
 
     def counts(side: BySeed, seeds: Sequence[str]) -> tuple[list[list[Number]], list[list[Number]]]:
-        pairs = [accepted_of_proposed([side[seed][prompt] for prompt in prompts]) for seed in seeds]
+        pairs = [counted([side[seed][prompt] for prompt in prompts]) for seed in seeds]
         return [accepted for accepted, _ in pairs], [proposed for _, proposed in pairs]
 
     clusters = [ours[seeds[0]][prompt].document_id for prompt in prompts]

@@ -34,15 +34,22 @@ SWEEP: dict[str, Any] = {
 
 
 class SweepBench:
-    """Prompts, the target's continuations, and drafters on disk."""
+    """Prompts, the target's continuations, and drafters on disk.
 
-    def __init__(self, folder: Path, models: dict[str, PreTrainedModel]) -> None:
+    Args:
+        taught: changes of the config under which the continuations are written.
+    """
+
+    def __init__(
+        self, folder: Path, models: dict[str, PreTrainedModel], taught: dict[str, Any] | None = None
+    ) -> None:
         self.folder = folder
         self.refs = {name: save_model(model, folder / name) for name, model in models.items()}
         self.prepare = write_prepare(folder / "prepare", tiny_config(), test_prompts=PROMPTS)
         (self.file,) = (self.prepare / "prompts").glob("test-*.jsonl")
         self.teach = folder / "teach"
-        teacher = Teacher(tiny_config(), self.refs["target"], self.prepare / "tokenizer", self.teach, CPU)
+        given = tiny_config(taught or {})
+        teacher = Teacher(given, self.refs["target"], self.prepare / "tokenizer", self.teach, CPU)
         teacher(ContinueTask(self.file))
         self.pair = tuple(load_model(self.refs[name], VOCABULARY) for name in ("target", "drafter"))
         self.prompts = read_rows(self.file, Prompt)
@@ -60,6 +67,12 @@ class SweepBench:
     def replay_task(self, output: Path, first: int = 0, last: int = PROMPTS) -> ReplayTask:
         continuations = self.teach / "continuations" / self.file.name
         return ReplayTask(self.file, (continuations,), first, last, output / "rows" / f"replay-{first}.jsonl")
+
+    def replayed(self, changes: dict[str, Any]) -> list[PromptRow]:
+        """The rows of all prompts and of one drafter."""
+        task = self.replay_task(self.folder / "replayed")
+        assert self.evaluator(changes=changes)(task).failed == 0
+        return read_rows(task.output, PromptRow)
 
     def measure_task(
         self, evaluator: Evaluator, output: Path, first: int = 0, last: int = PROMPTS

@@ -13,9 +13,7 @@ from pipeline.results.pool import replay_check
 from pipeline.store.files import read_rows
 from pipeline.store.rows import PromptRow
 from pipeline.sweep.evaluator import CalibrateTask
-from pipeline.train.target.teacher import ContinueTask, Teacher
-from tests.helpers.sweeps import CPU, SweepBench, key
-from tests.helpers.tiny import tiny_config
+from tests.helpers.sweeps import SweepBench, key
 
 CHANGES = {"sweep.policies": ["target_guided", "streaming"]}
 
@@ -25,18 +23,13 @@ def guided(
     tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, drafter: PreTrainedModel
 ) -> SweepBench:
     """A bench whose continuations have the prompts' guides."""
-    bench = SweepBench(tmp_path_factory.mktemp("guided"), {"target": target, "drafter": drafter})
-    bench.teach = bench.folder / "with guides"
-    tokenizer = bench.prepare / "tokenizer"
-    Teacher(tiny_config(CHANGES), bench.refs["target"], tokenizer, bench.teach, CPU)(ContinueTask(bench.file))
-    return bench
+    models = {"target": target, "drafter": drafter}
+    return SweepBench(tmp_path_factory.mktemp("guided"), models, CHANGES)
 
 
 @pytest.fixture(scope="module")
 def rows(guided: SweepBench) -> list[PromptRow]:
-    task = guided.replay_task(guided.folder / "replayed")
-    assert guided.evaluator(changes=CHANGES)(task).failed == 0
-    return read_rows(task.output, PromptRow)
+    return guided.replayed(CHANGES)
 
 
 def test_replay_is_decoding_with_the_targets_choice(guided: SweepBench, rows: list[PromptRow]) -> None:

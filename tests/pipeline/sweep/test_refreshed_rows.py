@@ -15,8 +15,7 @@ from pipeline.results.pool import replay_check
 from pipeline.store.files import read_rows
 from pipeline.store.rows import PromptRow
 from pipeline.sweep.grid import Drafter, views_of
-from pipeline.train.target.teacher import ContinueTask, Teacher
-from tests.helpers.sweeps import CPU, LENGTH, SweepBench, key
+from tests.helpers.sweeps import LENGTH, SweepBench, key
 from tests.helpers.tiny import tiny_config
 
 CHANGES: dict[str, Any] = {"sweep.policies": ["target_guided", "streaming"], "sweep.refresh": 1}
@@ -26,18 +25,13 @@ CHANGES: dict[str, Any] = {"sweep.policies": ["target_guided", "streaming"], "sw
 def bench(
     tmp_path_factory: pytest.TempPathFactory, target: PreTrainedModel, drafter: PreTrainedModel
 ) -> SweepBench:
-    bench = SweepBench(tmp_path_factory.mktemp("refreshed"), {"target": target, "drafter": drafter})
-    bench.teach = bench.folder / "with shares"
-    tokenizer = bench.prepare / "tokenizer"
-    Teacher(tiny_config(CHANGES), bench.refs["target"], tokenizer, bench.teach, CPU)(ContinueTask(bench.file))
-    return bench
+    models = {"target": target, "drafter": drafter}
+    return SweepBench(tmp_path_factory.mktemp("refreshed"), models, CHANGES)
 
 
 @pytest.fixture(scope="module")
 def rows(bench: SweepBench) -> list[PromptRow]:
-    task = bench.replay_task(bench.folder / "replayed")
-    assert bench.evaluator(changes=CHANGES)(task).failed == 0
-    return read_rows(task.output, PromptRow)
+    return bench.replayed(CHANGES)
 
 
 def test_only_sparse_guided_views_are_chosen_again() -> None:
