@@ -56,8 +56,8 @@ test-slow: setup ## run those that `make test` leaves out: larger grids, faults,
 test-long: setup ## run those that neither runs: a cluster, containers' install steps, whole studies
 	$(BIN)/python -m pytest -q -m "long and not fault" --long
 
-test-faults: setup ## break a pipeline on purpose, TRIES times each; writes faults.json and docs/reliability.md
-	$(BIN)/python -m pytest -q -m fault --long --tries=$(TRIES) --faults-page
+test-faults: setup ## break a pipeline on purpose, TRIES times each, in WORKERS processes; writes faults.json and docs/reliability.md
+	$(PYTEST) --dist load tests/faults -m fault --long --tries=$(TRIES) --faults-page
 
 setup-vllm: .venv-vllm/.installed ## make .venv-vllm with vLLM for a CPU, beside .venv since its pins differ (2 GB)
 

@@ -20,6 +20,7 @@ from benchmarks.decoding import against_huggingface, over_prompts
 from benchmarks.gpu.decoding import random_runner, weights_read
 from benchmarks.pairs import Ours, Pair, mean
 from benchmarks.paper_decoder import PaperDecoder
+from benchmarks.real_head import head_rows
 from benchmarks.rows import Row, interleaved, ratios, row, seconds_of
 from pipeline.config.train import Labels
 from pipeline.data.sources.text import expand
@@ -50,6 +51,7 @@ def real_rows(folder: Path, repeats: int) -> list[Row]:
         lambda: step_rows(target, ref, len(tokenizer), repeats),
         lambda: [teaching(target, texts(tokenizer, 4, 512), repeats)],
         lambda: against_huggingface(pair, huggingface(target), (1.0, 1.0), max(3, repeats // 3)),
+        lambda: list(head_rows(target, prompts[0], NAME, repeats)),
         lambda: [against_paper(replace(pair, drafter=layers_of(ref, (0, 1), len(tokenizer))), repeats)],
     ):
         made = measure()

@@ -28,7 +28,6 @@ class Fault:
     lost: int = 0
 
 
-FAULTS = pytest.StashKey[dict[str, Fault]]()
 TALLY = pytest.StashKey[Tally]()
 
 
@@ -41,16 +40,46 @@ def tally(request: pytest.FixtureRequest) -> Tally:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """What a try came to goes with its report, which may come from another process."""
     report = yield
     marker = item.get_closest_marker("fault")
     if marker and (report.when == "call" or (report.when == "setup" and report.failed)):
-        faults = item.config.stash.setdefault(FAULTS, {})
-        line = faults.setdefault(marker.args[0], Fault(marker.args[0]))
-        if not report.skipped:
-            line.tries += 1
-            line.survived += report.passed
-            line.lost += item.stash.get(TALLY, Tally()).lost
+        report.user_properties += [("fault", marker.args[0]), ("lost", item.stash.get(TALLY, Tally()).lost)]
     return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Counter(config))
+
+
+class Counter:
+    """Adds up the reports of all processes in the one that started them, and writes the page in the end.
+
+    Which process is done first is chance, so that lines are in the order of the tests.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.faults: dict[tuple[str, int, str], Fault] = {}  # by file, line and name
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = dict(report.user_properties)
+        if "fault" in told:
+            file, number, _ = report.location
+            name = str(told["fault"])
+            line = self.faults.setdefault((file, number or 0, name), Fault(name))
+            if not report.skipped:
+                line.tries += 1
+                line.survived += report.passed
+                line.lost += int(str(told["lost"]))
+
+    def pytest_sessionfinish(self) -> None:
+        if self.faults and self.config.getoption("faults_page"):
+            lines = [asdict(line) for _, line in sorted(self.faults.items())]
+            reliability.FAULTS.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+            reliability.write_page()
 
 
 @pytest.fixture(scope="session")
@@ -78,16 +107,19 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All first tries come before all second ones, so that an interrupted run has tried every fault."""
+
+    def attempt(item: pytest.Item) -> int:
+        call = getattr(item, "callspec", None)  # a test without parameters has none
+        return int(call.params.get("attempt", 0)) if call else 0
+
+    items.sort(key=attempt)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of a fault once for each try."""
     if metafunc.definition.get_closest_marker("fault") and "attempt" not in metafunc.fixturenames:
         metafunc.fixturenames.append("attempt")
     if "attempt" in metafunc.fixturenames:
         metafunc.parametrize("attempt", range(metafunc.config.getoption("tries")))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("faults_page"):
-        lines = [asdict(line) for line in session.config.stash.get(FAULTS, {}).values()]
-        reliability.FAULTS.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
-        reliability.write_page()

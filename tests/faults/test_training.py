@@ -33,7 +33,7 @@ RARELY = (f"train.steps={STEPS}", "train.checkpoint_every=1000")  # rows of the 
 TWO = "train.num_workers=2"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def taught(toy: Toy) -> Path:
     """A storage whose stages before the drafters' training are done."""
     storage = toy.folder / "taught"
@@ -53,12 +53,12 @@ def clean(toy: Toy, taught: Path, *overrides: str, executor: str) -> dict[str, A
     return outcome(storage)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected(toy: Toy, taught: Path) -> dict[str, Any]:
     return clean(toy, taught, executor="inline")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected_of_two(toy: Toy, taught: Path) -> dict[str, Any]:
     return clean(toy, taught, TWO, executor="ray")
 

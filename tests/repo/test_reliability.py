@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from tests.faults.conftest import Counter
+from tests.helpers import reliability
 from tests.helpers.reliability import FAULTS, PAGE, SOAK, page, read
 from tests.soak.pipelines import Soak
 
@@ -21,3 +29,31 @@ def test_what_was_not_as_expected_is_on_the_page() -> None:
     assert "| pieces lost, doubled or different | 3 |" in told
     assert "first and last third | 1 and 2 MiB |" in told and "first and last third | 5 and 6 |" in told
     assert not soak.good
+
+
+def report(line: int, fault: str | None, outcome: Any, lost: int = 0) -> pytest.TestReport:
+    properties = [] if fault is None else [("fault", fault), ("lost", lost)]
+    return pytest.TestReport(
+        "tests/faults/test_x.py::test", ("tests/faults/test_x.py", line, "test"), {}, outcome, None, "call",
+        user_properties=properties,
+    )  # fmt: skip
+
+
+def test_reports_of_several_processes_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the tests, whichever was done first; what was skipped has not been tried."""
+    monkeypatch.setattr(reliability, "FAULTS", tmp_path / "faults.json")
+    monkeypatch.setattr(reliability, "PAGE", tmp_path / "page.md")
+    counter = Counter(SimpleNamespace(getoption={"faults_page": True}.__getitem__))  # type: ignore[arg-type]
+    counter.pytest_sessionfinish()
+    assert not reliability.FAULTS.exists(), "without a fault there is nothing to write"
+    for told in (
+        report(9, "b", "passed"), report(2, "a", "failed", 3), report(2, "a", "passed"),
+        report(2, "a", "skipped"), report(5, None, "failed"),
+    ):  # fmt: skip
+        counter.pytest_runtest_logreport(told)
+    counter.pytest_sessionfinish()
+    assert json.loads(reliability.FAULTS.read_text()) == [
+        {"fault": "a", "tries": 2, "survived": 1, "lost": 3},
+        {"fault": "b", "tries": 1, "survived": 1, "lost": 0},
+    ]
+    assert "| a | 2 | 1 | 3 |" in reliability.PAGE.read_text()
