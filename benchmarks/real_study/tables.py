@@ -162,7 +162,7 @@ def context_table(run: Study) -> str:
 
 def looping_table(run: Study) -> str:
     """Greedy texts by place: how many loop, and what share of them the draft vocabulary holds."""
-    held = {(c.dataset, c.context): c for c in run.summary.coverage}
+    held = {(c.dataset, c.context): c for c in run.summary.coverage if not c.temperature}
     first: dict[Place, CellRow] = {}
     for row in replayed(run, 0.0, control=None):
         first.setdefault(row.cell.place, row)

@@ -207,10 +207,9 @@ def run_stages(config: Config, until: Until, stages: Stages) -> Path:
         check_complete(failures, swept.path)
         return swept.path
     with stages.record.stage("report"), tracker.stage_run("report") as run:
-        reported = report(
-            config,
-            ReportInputs(prepared, taught, swept, tuple(stages.done), (*scratch.values(), *trained.values())),
-        )
+        models = (*scratch.values(), *trained.values())
+        inputs = ReportInputs(prepared, taught, swept, tuple(stages.done), models, sampled)
+        reported = report(config, inputs)
         # By the report's fingerprint: a sweep that is tried again keeps its own, and gains rows.
         tracker.log_sweep(sweep_run, reported.fingerprint, read_rows(reported.path / CELLS, CellRow))
         tracker.log_files(run, [reported.path / name for name in (PAGE, SUMMARY, CELLS)])

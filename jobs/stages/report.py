@@ -71,7 +71,7 @@ class ReportInputs:
     """Artifacts that the report reads, and this run's earlier stages in order.
 
     The sweep may be incomplete: its failures are part of the report. `trained` are the models of stages
-    pretrain and train.
+    pretrain and train, `sampled` the target's sampled texts where the sweep has some.
     """
 
     prepare: Artifact
@@ -79,6 +79,7 @@ class ReportInputs:
     sweep: Artifact
     stages: Sequence[Stage]
     trained: Sequence[Artifact] = ()
+    sampled: Artifact | None = None
 
 
 def report(config: Config, inputs: ReportInputs) -> Artifact:
@@ -90,12 +91,13 @@ def report(config: Config, inputs: ReportInputs) -> Artifact:
     this_stage = Stage(name="report", seconds=round(time.perf_counter() - began, 3), cached=cached)
     memory = training_memory(inputs.trained)
     continuations = read_all(inputs.teach.path / CONTINUATIONS, Continuation)
+    sampled = read_all(inputs.sampled.path / CONTINUATIONS, Continuation) if inputs.sampled else []
     run = {
         "config": config.name,
         "prepared": os.path.relpath(inputs.prepare.path, artifact.path),
         "stages": (*inputs.stages, this_stage),
         "training_memory": memory,
-        "coverage": coverage(inputs.trained, continuations),
+        "coverage": coverage(inputs.trained, [*continuations, *sampled]),
     }
     summary = analysis.model_copy(update=run)
     page = PageInputs(
@@ -182,7 +184,8 @@ def training_memory(trained: Sequence[Artifact]) -> tuple[RankMemory, ...]:
 
 
 def coverage(trained: Sequence[Artifact], continuations: Sequence[Continuation]) -> tuple[Coverage, ...]:
-    """What the drafters' draft vocabulary holds of each place's test texts; () where there is none.
+    """What the drafters' draft vocabulary holds of each place's test texts, the greedy ones and those sampled
+    at each temperature apart; () where there is none.
 
     All drafters of a run have the same one. The token that the prefill gives is never proposed.
     """
@@ -190,10 +193,10 @@ def coverage(trained: Sequence[Artifact], continuations: Sequence[Continuation])
     tokens_D = next((tokens for tokens in found if tokens is not None), None)
     if tokens_D is None:
         return ()
-    texts: dict[Place, list[int]] = defaultdict(list)
+    texts: dict[tuple[Place, float], list[int]] = defaultdict(list)
     for text in continuations:
         if text.split == "test":
-            texts[Place(text.dataset, text.context)] += text.tokens[1:]
+            texts[Place(text.dataset, text.context), text.temperature] += text.tokens[1:]
     inside = frozenset(tokens_D.tolist())
     return tuple(
         Coverage(
@@ -201,8 +204,9 @@ def coverage(trained: Sequence[Artifact], continuations: Sequence[Continuation])
             context=place.context,
             share=sum(token in inside for token in tokens) / len(tokens),
             tokens=len(tokens),
+            temperature=temperature,
         )
-        for place, tokens in texts.items()
+        for (place, temperature), tokens in texts.items()
         if tokens
     )
 

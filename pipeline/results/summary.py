@@ -142,12 +142,16 @@ class RankMemory(Row):
 
 
 class Coverage(Row):
-    """The share of the target's greedy tokens in a place that a draft vocabulary holds."""
+    """The share of the target's tokens in a place that a draft vocabulary V_d holds.
+
+    Of texts that were sampled at `temperature` the share estimates, without bias, the mass p(V_d) along them.
+    """
 
     dataset: str
     context: str
     share: float
     tokens: int
+    temperature: float = 0.0
 
 
 class Check(Row):

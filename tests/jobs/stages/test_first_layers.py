@@ -92,15 +92,19 @@ def test_drafters_that_propose_few_tokens(corpus: Path, storage: Path) -> None:
     )
     ranked = sorted(range(told["of"]), key=lambda token: (-np.count_nonzero(labels == token), token))
     assert len({*ranked[:16]} ^ inside) <= 2  # for what ends texts
+    (sampled,) = storage.glob("sample-*")
     texts = [
-        row.tokens[1:]
-        for row in read_all(artifact(storage, "teach") / "continuations", Continuation)
+        row
+        for folder in (artifact(storage, "teach"), sampled)
+        for row in read_all(folder / "continuations", Continuation)
         if row.split == "test"
     ]
-    tokens = [token for text in texts for token in text]
-    (covered,) = summary["coverage"]
-    assert covered["tokens"] == len(tokens)
-    assert covered["share"] == sum(token in inside for token in tokens) / len(tokens) < 1
+    assert {text.temperature for text in texts} == {0.0, 0.8}
+    for covered in summary["coverage"]:  # greedy and sampled texts apart
+        tokens = [t for text in texts if text.temperature == covered["temperature"] for t in text.tokens[1:]]
+        assert covered["tokens"] == len(tokens)
+        assert covered["share"] == sum(token in inside for token in tokens) / len(tokens) < 1
+    assert [covered["temperature"] for covered in summary["coverage"]] == [0.0, 0.8]
     rows = [json.loads(line) for line in (drafter / "metrics.jsonl").read_text().splitlines()]
     shares = [row["train/outside"] for row in rows if "train/outside" in row]
     assert shares and all(0 < share < 0.9 for share in shares)
