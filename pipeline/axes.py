@@ -97,6 +97,18 @@ class View:
         return "full" if self.budget == "full" else f"{self.policy}/{self.budget}"
 
 
+def extras_text(view: View) -> str:
+    """What a view has beside its policy and budget, for people; often nothing."""
+    sinks = f", {view.sinks} of them sinks" if view.sinks else ""
+    again = f", chosen again after every {view.refresh} rounds" if view.refresh else ""
+    return sinks + again
+
+
+def view_text(view: View) -> str:
+    """A view for people."""
+    return f"{view.policy}, B = {view.budget}{extras_text(view)}"
+
+
 FULL = View("full", "full")
 NOTHING = View("none", 0)  # what a source without a model keeps of a prefix
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from jobs.stages.pipeline import completed
@@ -10,11 +11,14 @@ from pipeline.axes import AcceptanceRule
 from pipeline.config.schema import Config
 from pipeline.decode.dropmatch import DropMatch
 from pipeline.decode.sampling import Chance
-from pipeline.errors import BadData
+from pipeline.errors import BadData, ConfigError
+from pipeline.kv.policies import GUIDED
 from pipeline.kv.views import view_of
 from pipeline.metrics import Counts
 from pipeline.results.lossy import WARNING, departure_text
 from pipeline.serving.pair import load_pair
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
 
@@ -54,9 +58,16 @@ def generate(
         decode.compile,
         decode.prefill_chunk,
     )
-    reading = pair.read(
-        [prompt], view_of(policy, budget, config.sweep.sinks), gamma, max_new_tokens, threshold
-    )
+    try:
+        view = view_of(policy, budget, config.sweep.sinks)
+    except ValueError as error:
+        raise ConfigError(f"sweep.sinks: {error}") from error
+    if config.sweep.refresh and policy == GUIDED:
+        log.warning(
+            "sweep.refresh (%d): here entries are chosen once, and fewer may be accepted than in the sweep",
+            config.sweep.refresh,
+        )
+    reading = pair.read([prompt], view, gamma, max_new_tokens, threshold)
     masks = None
     if rule == "dropmatch":
         masks = DropMatch(config.sweep.dropmatch.masks, config.sweep.dropmatch.dropout, seed)

@@ -25,12 +25,11 @@ from typing import Any
 from jobs.executors.base import Executor
 from jobs.registry.decision import Decision, Side
 from jobs.registry.gate import JSON, write
-from jobs.stages.sweep import positions, ref
+from jobs.stages.sweep import positions, ref, variant_of
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import Watch, model_identity, run_missing, target_ref
 from pipeline.config.improve import Improve
 from pipeline.config.schema import Config
-from pipeline.config.train import Variant
 from pipeline.errors import BadData, Incomplete
 from pipeline.gate.evidence import Evidence, prompts_fingerprint, trained_budgets
 from pipeline.gate.verdict import compare
@@ -141,7 +140,10 @@ class Steps:
         """The config that a candidate is trained by."""
         train, spec = self.config.train, self.spec
         changes = {
-            "variants": tuple(variant.model_copy(update={"steps": None}) for variant in train.variants),
+            # Sampled paths are no served rounds: the term is for training alone.
+            "variants": tuple(
+                variant.model_copy(update={"steps": None, "path": None}) for variant in train.variants
+            ),
             "steps": spec.steps,
             "learning_rate": spec.learning_rate or train.learning_rate,
             "warmup_steps": spec.warmup_steps,
@@ -308,7 +310,3 @@ class Steps:
         artifact = made(self.config, f"gate-{self.name}", inputs, make)
         text = (artifact.path / JSON).read_text(encoding="utf-8")
         return artifact, Decision.model_validate_json(text)
-
-
-def variant_of(config: Config, name: str) -> Variant:
-    return next(variant for variant in config.train.drafters if variant.name == name)

@@ -11,6 +11,7 @@ from jobs.executors.base import Executor
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import drafter_ref, model_identity, target_ref
 from pipeline.config.schema import Config
+from pipeline.config.train import Variant
 from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
@@ -38,12 +39,14 @@ def sweep(
     """
     sources, cascade = draft_sources(config), config.sweep.cascade
     drafting = [source.name for source in sources if source.role == "drafter"]
-    drafting += [cascade.drafter] if cascade and cascade.drafter not in drafting else []
+    within = [cascade.drafter] if cascade and cascade.drafter not in drafting else []
     inputs = {
         "teach": teach.fingerprint,
         "sample": sample.fingerprint if sample else None,
         "target": model_identity(config.target, scratch.get("target")),
         "drafters": {name: trained[name].fingerprint for name in drafting},
+        # Not among the drafters: it has no rows of its own, and is no candidate.
+        **({"within": {name: trained[name].fingerprint for name in within}} if within else {}),
         "drafter_dtype": config.drafter_dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
@@ -84,8 +87,10 @@ def located(
             reach = min(reach, positions(config, scratch, cascade.drafter))
             inner = ref(config, trained[cascade.drafter])
         return replace(source, ref=model, trained_positions=reach, inner=inner)
-    reach = positions(config, scratch, source.name)
-    return replace(source, ref=ref(config, trained[source.name]), trained_positions=reach)
+    reach, variant = positions(config, scratch, source.name), variant_of(config, source.name)
+    served = (variant.served_tokens or 0) if config.train.steps_of(variant) else 0
+    model = ref(config, trained[source.name])
+    return replace(source, ref=model, trained_positions=reach, served_positions=served)
 
 
 def ref(config: Config, trained: Artifact) -> ModelRef:
@@ -104,12 +109,15 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
 
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
-    variant = next(v for v in config.train.drafters if v.name == name)
-    base = config.drafter_base
+    variant, base = variant_of(config, name), config.drafter_base
     if base.kind == "scratch":
         pretrain = base.pretrain
         pretrained = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
         pretrained = own_positions(drafter_ref(config, scratch))
-    trained = variant.served_tokens or config.data.sequence_tokens
-    return max(pretrained, trained if config.train.steps_of(variant) else 0)
+    return max(pretrained, config.data.sequence_tokens if config.train.steps_of(variant) else 0)
+
+
+def variant_of(config: Config, name: str) -> Variant:
+    """What a drafter was trained as."""
+    return next(variant for variant in config.train.drafters if variant.name == name)

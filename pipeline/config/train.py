@@ -182,6 +182,8 @@ class Variant(Group):
             raise ValueError("served_tokens goes with positions: anchor_offset, which needs it")
         if self.positions == "rebased" and self.policy == "window":
             raise ValueError("positions: rebased is for views that keep their entries, and a window rolls")
+        if self.positions == "anchor_offset" and self.policy == "window" and not self.sinks:
+            raise ValueError("positions: anchor_offset moves sinks, and this window has none: set sinks")
         if self.name in RESERVED:
             raise ValueError(f"{self.name!r} is what results call something else: choose another name")
         twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]

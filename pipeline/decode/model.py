@@ -21,6 +21,7 @@ from kernels import dispatch
 from pipeline.axes import FULL, View
 from pipeline.decode.lean import LeanModel, side_by_side
 from pipeline.kv.guides import UNGUIDED, Guides
+from pipeline.kv.positions import frequencies_of
 from pipeline.kv.slot_cache import Geometry, Rotation, SlotCache, SlotIndex
 from pipeline.kv.view_cache import read_prefix
 from pipeline.kv.views import PrefixView
@@ -44,6 +45,11 @@ class DecodeModel(Protocol):
     @property
     def rotation(self) -> Rotation | None:
         """Cosines and sines of positions, for the cache to hold; None where the model has its own way."""
+        ...
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """[D/2] radians a position by which keys are turned; None where there is no one way."""
         ...
 
     def hidden(self, tokens_BQ: Tensor, step_B: Tensor, cache: SlotCache) -> Tensor:
@@ -97,6 +103,7 @@ class ModuleModel:
         self.name = model.name_or_path or type(model).__name__
         self.num_tokens = model.whole_tokens
         self.feature_layers: tuple[int, ...] = ()
+        self.frequencies = frequencies_of(model)
         # One token tells what the model's KV look like.
         (view,), _ = read_prefix(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), [(1, FULL)])
         keys = view.layers[0][0]

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.axes import Cell, budget_order
+from pipeline.axes import Cell, budget_order, view_text
 from pipeline.config.gate import GateConfig
 from pipeline.errors import BadData
 from pipeline.gate.evidence import Evidence
@@ -212,4 +212,4 @@ def order(key: Cell) -> tuple[str | float, ...]:
 def place(key: Cell) -> str:
     """A cell in words."""
     sampling = f", temperature {key.temperature:g}, seed {key.seed}" if key.temperature else ""
-    return f"{key.dataset}, context {key.context}, {key.policy}, B = {key.budget}, γ = {key.gamma}{sampling}"
+    return f"{key.dataset}, context {key.context}, {view_text(key.view)}, γ = {key.gamma}{sampling}"

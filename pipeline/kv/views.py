@@ -17,7 +17,13 @@ from pipeline.kv.positions import moves, turn
 
 
 def view_of(policy: str, budget: Budget, sinks: int = 0, positions: Positions = "true") -> View:
-    """The view of a (policy, budget) pair, under the one name of its entries; `sinks` are a window's."""
+    """The view of a (policy, budget) pair, under the one name of its entries; `sinks` are a window's.
+
+    Raises:
+        ValueError: if a window is all sinks.
+    """
+    if policy == WINDOW and budget != "full" and 0 < budget <= sinks:
+        raise ValueError(f"a window of {budget} with {sinks} sinks leaves no room for what comes last")
     return placed(View(policy, budget, sinks=sinks if policy == WINDOW else None), positions).kept
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.axes import kept_positions
 from pipeline.errors import BadData
 from pipeline.models.build import scratch_config
 from pipeline.models.heads.begin import default_layers
@@ -88,9 +89,20 @@ def check_draft_vocabulary(config: Config, ref: ModelRef, folder: Path) -> None:
 
 
 def check_positions(config: Config, ref: ModelRef, folder: Path) -> None:
-    """Raises BadData for a variant that moves kept entries in a model that does not rotate whole keys."""
-    kind = read_config(ref, folder).get_text_config(decoder=True).model_type
+    """Whether kept entries can stand where variants have them.
+
+    Raises:
+        BadData: for a variant that moves entries in a model that does not rotate whole keys, or one without
+            steps whose model has learned them to stand elsewhere.
+    """
+    given = read_config(ref, folder)
+    kind, learned = given.get_text_config(decoder=True).model_type, kept_positions(given)
     for variant in config.train.variants:
+        if learned == "rebased" != variant.positions and not config.train.steps_of(variant):
+            raise BadData(
+                f"train.variants.{variant.name}.positions: {variant.positions} is not how {ref.path!r} was "
+                "trained, and without steps it stays as it is: set positions: rebased"
+            )
         if variant.positions != "true" and kind not in FAMILY:
             raise BadData(
                 f"train.variants.{variant.name}.positions: {variant.positions} is for {', '.join(FAMILY)}, "

@@ -40,7 +40,8 @@ def longest_text(config: Config) -> int:
     """Positions that a config asks of both models. Drafting looks up to γ beyond the end of a text."""
     data = config.data
     texts = max(data.context_tokens.values()) + data.max_new_tokens + max(config.sweep.gammas)
-    return max(data.sequence_tokens, texts)
+    served = data.sequence_tokens + (config.improve.gamma if config.improve else 0)
+    return max(served, texts)
 
 
 def problem_of_length(limits: list[Limit], kind: str, reach: int | None) -> str | None:

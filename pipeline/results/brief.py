@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.axes import MODEL_FREE, Place
+from pipeline.axes import MODEL_FREE, Place, extras_text
 from pipeline.intervals import Interval
 from pipeline.results.recommend import Choice, Recommendation
 from pipeline.results.summary import Summary
@@ -66,7 +66,7 @@ def source_text(choice: Choice) -> str:
     if cell.drafter in MODEL_FREE:
         return f"{cell.drafter.replace('_', ' ').capitalize()}, {cell.gamma} tokens a round{stops}"
     kept = f"the full cache, {cell.gamma}" if cell.budget == "full" else (
-        f"{cell.budget} prefix entries ({cell.policy}), {cell.gamma}"
+        f"{cell.budget} prefix entries ({cell.policy}{extras_text(cell.view)}), {cell.gamma}"
     )  # fmt: skip
     return f"The drafter {cell.drafter} behind {kept} tokens a round{stops}"
 

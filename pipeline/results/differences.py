@@ -142,13 +142,16 @@ def lost(
 def control_gaps(cells: Cells, axes: Axes, resampling: Resampling) -> list[ControlGap]:
     """Real prefix minus control, for every control cell. `no_prefix` is set against the smallest budget."""
     gaps = []
+    # A view without a prefix has no sinks, and nothing that is chosen again.
+    real = {key.vary(sinks=None, refresh=None): key for key in cells if key.control is None}
     for key in cells:
         if key.control is None:
             continue
         budget: Budget | None = axes.smallest_budget if key.control == "no_prefix" else key.budget
         if budget is None:
             continue
-        paired = paired_rows(cells, [key.vary(control=None, budget=budget), key], False)
+        beside = real.get(key.vary(control=None, budget=budget, sinks=None, refresh=None))
+        paired = paired_rows(cells, [beside, key], False) if beside else None
         if paired:
             gaps.append(
                 ControlGap(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from pipeline.axes import BASELINES, MODEL_FREE, Cell, Place
+from pipeline.axes import BASELINES, MODEL_FREE, Cell, Place, view_text
 from pipeline.errors import BadData
 from pipeline.intervals import Interval
 from pipeline.metrics import Departure
@@ -81,11 +81,10 @@ Sizes = Mapping[str, ModelSize]
 
 
 def settings_text(cell: Cell) -> str:
-    """What to set for a cell: draft source, policy, budget, γ, and the threshold and a lossy rule where there
-    is one."""
+    """What to set for a cell: draft source, view and γ, and a threshold and a lossy rule if there are any."""
     stops = f", stopping under {cell.threshold:g}" if cell.threshold else ""
     rule = f", {cell.rule} ({WARNING})" if cell.lossy else ""
-    return f"{cell.drafter}, {cell.policy}, B = {cell.budget}, γ = {cell.gamma}{stops}{rule}"
+    return f"{cell.drafter}, {view_text(cell.view)}, γ = {cell.gamma}{stops}{rule}"
 
 
 def models_of(cell: Cell) -> tuple[str, ...]:

@@ -71,12 +71,20 @@ def recommendations(cells: Sequence[CellRow], predictions: Predictions, axes: Ax
 
 
 def untimed(cells: Sequence[CellRow], predictions: Predictions) -> dict[str, list[str]]:
-    """Context → the drafters that were replayed there and have no predicted speed: no step was timed."""
+    """Context → the drafters that were replayed there and have no predicted speed: no step was timed.
+
+    A cascade is none of them: its speed does not follow from single steps.
+    """
     if not predictions.sizes:  # every sweep that predicts writes them
         return {}
     known = {(row.cell.drafter, row.cell.context) for row in predictions.predicted}
     exact = [
-        row for row in cells if row.mode == "replay" and row.cell.control is None and not row.cell.threshold
+        row
+        for row in cells
+        if row.mode == "replay"
+        and row.cell.control is None
+        and not row.cell.threshold
+        and row.cell.kind != "cascade"
     ]
     untimed_by_context: dict[str, list[str]] = {}
     for drafter, context in dict.fromkeys((row.cell.drafter, row.cell.context) for row in exact):

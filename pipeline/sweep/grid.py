@@ -34,7 +34,7 @@ class Drafter:
 
     `ref` is the target's for self-speculation and for a cascade, whose small drafter is `inner`; it is None
     for a source without a model. `positions` are those that the drafter, or what drafts within a cascade, was
-    trained with.
+    trained with; `served_positions` those that its anchor_offset has stood for.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Drafter:
     trained_kind: DrafterKind = "lm"
     positions: Positions = "true"
     inner: ModelRef | None = None
+    served_positions: int = 0
 
     @property
     def kind(self) -> DrafterKind:

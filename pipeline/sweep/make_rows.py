@@ -16,6 +16,7 @@ from pipeline.sweep.grid import Drafter
 
 # Errors that end one cell and not the others: logits that are not finite, no memory.
 CELL_ERRORS = (ArithmeticError, RuntimeError, MemoryError)
+RECENT = ("streaming", "window")  # policies that keep sinks and the last entries
 ALL_VIEWS = View("all", "full")  # of a failure that ended all views
 
 
@@ -47,19 +48,29 @@ def make_row(
         num_left_out=num_left_out,
         repetition_rate=repetition,
         looping=repetition > looping_rate,
-        in_trained_range=reach(cell.view, prompt) <= drafter.trained_positions,
+        in_trained_range=in_trained_range(drafter, cell.view, prompt),
         drafter_kv_bytes=kv_bytes,
         timing=timing,
         departure=departure,
     )
 
 
-def reach(view: View, prompt: Prompt) -> int:
-    """The positions that a drafter gets by; rebased entries stand as if nothing lay between them."""
-    prefix = len(prompt.tokens)
-    if view.positions == "rebased" and view.budget != "full":
-        prefix = min(prefix, view.budget)
-    return prefix + prompt.max_new_tokens
+def in_trained_range(drafter: Drafter, view: View, prompt: Prompt) -> bool:
+    """Whether a drafter has seen in training every distance that it meets, its own reading of the prompt
+    included.
+
+    That reading is true attention over the whole prompt but for a head, which stores a prefix without any. So
+    heads alone gain by what is moved: rebased entries stand as if nothing lay between them; and an offset has
+    stood for the distance between sinks and the rest, which is all that longer texts change where the rest
+    is recent.
+    """
+    prefix, trained = len(prompt.tokens), drafter.trained_positions
+    if drafter.kind == "head" and view.budget != "full":
+        if view.positions == "rebased":
+            prefix = min(prefix, view.budget)
+        if view.policy in RECENT:
+            trained = max(trained, drafter.served_positions)
+    return prefix + prompt.max_new_tokens <= trained
 
 
 def all_cells(sweep: Sweep, drafter: Drafter, prompt: Prompt, view: View = ALL_VIEWS) -> Cell:

@@ -95,9 +95,9 @@ class Views:
         runner = bench.drafter(self.model, kept)
         again = None
         if view.refresh:
-            frequencies = getattr(self.model, "frequencies", None)
+            assert self.model is not None
             caches = bench.target.cache, runner.cache
-            again = Refresh(*caches, self.wholes, kept[0].view, frequencies)
+            again = Refresh(*caches, self.wholes, kept[0].view, self.model.frequencies)
         return drafts(runner, kept, threshold, again)
 
     def kv_bytes(self, view: View) -> list[int]:

@@ -244,9 +244,12 @@ def from_labels(
 
 
 def placing(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
-    """Let a model's config say where its kept entries stand, for those who load it."""
-    if variant.positions == "rebased":
-        model.config.kept_positions = variant.positions
+    """Let a model's config say where its kept entries stand, for those who load it.
+
+    A drafter that came with `rebased` and is trained otherwise no longer says so.
+    """
+    if variant.positions == "rebased" or hasattr(model.config, "kept_positions"):
+        model.config.kept_positions = "rebased" if variant.positions == "rebased" else "true"
     return model
 
 

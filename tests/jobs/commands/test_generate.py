@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.commands.generate import generate
 from jobs.stages.pipeline import completed
-from pipeline.errors import BadData
+from pipeline.errors import BadData, ConfigError
 from pipeline.models.limits import longest_text
 from tests.helpers.documents import story
 from tests.helpers.toys import artifact, toy_config
@@ -59,6 +59,9 @@ def test_by_a_lossy_rule_it_says_that_the_text_is_not_the_targets(
     ), last
 
 
+WIDE = {"policies": ["window"], "budgets": [64], "sinks": 16, "measure": {"predict": False}}
+
+
 def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: Path) -> None:
     def call(storage: Path, drafter: str | None) -> None:
         generate(toy_config(corpus, storage), "Once", drafter, "chunk_topk", 16, 2, 0.3, 0.0, 4, 0)
@@ -68,6 +71,9 @@ def test_generate_says_what_is_missing(corpus: Path, finished: Path, tmp_path: P
     with pytest.raises(BadData, match="run `budgetdraft run CONFIG` first"):
         call(tmp_path / "empty", None)
     assert not (tmp_path / "empty").exists()
+    sinks = toy_config(corpus, finished, lambda values: values["sweep"].update(WIDE))
+    with pytest.raises(ConfigError, match=r"sweep\.sinks: a window of 16 with 16 sinks leaves no room"):
+        generate(sinks, "Once", None, "window", 16, 2, 0.3, 0.0, 4, 0)
 
 
 def test_models_know_how_long_the_texts_of_their_config_get(corpus: Path, finished: Path) -> None:

@@ -12,6 +12,8 @@ from jobs.plan.facts import known
 from jobs.stages.pipeline import run_pipeline
 from pipeline.axes import Place
 from pipeline.config.schema import Config
+from pipeline.errors import BadData
+from pipeline.gate.evidence import open_results
 from pipeline.store.files import read_all, read_rows
 from pipeline.store.rows import CellRow, ModelSize, PredictedRow, PromptRow, StepTimes
 from pipeline.sweep.counts import count_sweep
@@ -78,7 +80,12 @@ def test_from_the_drafter_to_the_report(config: Config) -> None:
     assert {cell.mode for cell in cells if cell.cell.drafter == "cascade"} == {
         "replay", "estimate", "measure"
     }  # fmt: skip
+    # What drafts within it has no rows, and is no candidate for registry, gate or check.
+    assert open_results(report.parent).name == "full_only"
+    with pytest.raises(BadData, match="no trained drafter 'multi_view'; there are full_only"):
+        open_results(report.parent, "multi_view")
     summary = json.loads(report.read_text())
+    assert not any("no speed is predicted for cascade" in said for said in summary["findings"])
     assert summary["replay_check"]["equal"] == summary["replay_check"]["rows"] > 0
     assert '<td class="text">cascade</td>' in report.with_name("report.html").read_text()
 

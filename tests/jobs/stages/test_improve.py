@@ -243,6 +243,21 @@ def test_layers_of_the_target_keep_what_lies_around_them(corpus: Path, fresh: Pa
     assert proposals <= tokens and len(tokens) == 40
 
 
+def test_the_term_of_sampled_paths_is_no_part_of_improving(corpus: Path, fresh: Path) -> None:
+    """Rounds that were served take its place; neither fingerprint nor card names it."""
+
+    def with_paths(values: dict[str, Any]) -> None:
+        values["train"]["variants"][0]["path"] = {"every": 2, "paths": 2, "length": 2}
+        values["improve"] |= {"rounds": 1}
+
+    run_pipeline(improving(corpus, fresh, with_paths), "improve")
+    (candidate,) = fresh.glob("improved-*")
+    (trained,) = (path for path in fresh.glob("drafter-*") if "path" in inputs(path)["variant"])
+    assert "path" not in inputs(candidate)["variant"]
+    assert "path" in (trained / "model" / "README.md").read_text()
+    assert "path (" not in (candidate / "model" / "README.md").read_text()
+
+
 def test_without_a_group_improve_nothing_is_run(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no group improve"):
         run_pipeline(toy_config(corpus, tmp_path / "runs"), "improve")

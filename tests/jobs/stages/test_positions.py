@@ -47,11 +47,11 @@ def test_from_the_target_to_the_report(corpus: Path, storage: Path) -> None:
     # One is compared with the other wherever its entries stand.
     compared = {gain["cell"]["drafter"] for gain in summary["headline"]}
     assert compared == {"rebased", "anchored"}
-    # No distance is longer than those of training, or offsets have stood for longer texts.
+    # These texts are no longer than those of training.
     inside = {
         (row.cell.drafter, row.cell.budget): row.in_trained_range for row in rows if not row.cell.control
     }
-    assert inside["rebased", 16] and inside["anchored", 16] and inside["anchored", "full"]
+    assert set(inside.values()) == {True}
 
     target = artifact(storage, "pretrain-target") / "model"
     models = {name: folders[f"drafter-{name}"] / "model" for name in ("rebased", "anchored")}

@@ -56,6 +56,10 @@ def test_defaults_are_as_if_the_fields_had_not_been_added() -> None:
             "served_tokens goes with positions: anchor_offset",
         ),
         (
+            {"train.variants": [WINDOW | {"positions": "anchor_offset", "served_tokens": 500}]},
+            "positions: anchor_offset moves sinks, and this window has none: set sinks",
+        ),
+        (
             {"train.variants": [{"name": "v", "budgets": {16: 1}, "served_tokens": 500}]},
             "served_tokens goes with positions: anchor_offset",
         ),

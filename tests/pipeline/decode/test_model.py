@@ -74,6 +74,8 @@ def test_decoding_equals_transformers(name: str) -> None:
     expected = twin(input_ids=(tokens := random_tokens(2, 60))).logits
     fast = decode_model(model)
     assert type(fast) is (ModuleModel if name in ("olmo2", "llama-dynamic") else LeanModel)
+    assert fast.frequencies is not None, "by which entries that are chosen again can be moved"
+    torch.testing.assert_close(fast.frequencies, model.base_model.rotary_emb.inv_freq)
     (view,), logits = fast.prefill(tokens[:, :50], [(50, FULL)])
     torch.testing.assert_close(logits, expected[:, 49], atol=1e-4, rtol=1e-4)
     cache = SlotCache(fast.geometry, 2, 64, 12, fast.rotation)

@@ -114,6 +114,17 @@ def test_entries_are_moved_in_models_that_rotate_whole_keys(tmp_path: Path) -> N
             check_models(config)
 
 
+def test_a_rebased_drafter_that_is_not_trained_is_swept_rebased(tmp_path: Path) -> None:
+    spec = pretrained(
+        tmp_path / "model", tiny("llama", max_position_embeddings=128, kept_positions="rebased")
+    )
+    variant = {"name": "b", "budgets": {16: 1}}
+    told = refused(tiny_config({"drafter": spec, "train.variants": [variant | {"steps": 0}]}))
+    assert "train.variants.b.positions: true is not how" in told and "set positions: rebased" in told
+    for fine in ({"steps": 0, "positions": "rebased"}, {"steps": 3}):
+        check_models(tiny_config({"drafter": spec, "train.variants": [variant | fine]}))
+
+
 @pytest.mark.parametrize(
     ("values", "part"),
     [

@@ -115,6 +115,9 @@ def test_lengths_that_are_asked_for() -> None:
     assert longest_text(tiny_config()) == 96
     assert longest_text(tiny_config({"data.max_new_tokens": 40})) == 64 + 40 + 4
     assert longest_text(tiny_config({"data.max_new_tokens": 40, "sweep.gammas": [2, 9]})) == 64 + 40 + 9
+    gate = {"gammas": [2], "least_documents": 5}
+    improving = {"improve": {"gamma": 7, "kl_steps": 0, "gate": gate}, "data.validation_prompts": 6}
+    assert longest_text(tiny_config(improving)) == 96 + 7, "what is served is as long as a sequence"
 
 
 def test_what_is_told_of_a_limit() -> None:

@@ -33,6 +33,17 @@ def test_intervals_of_differences_resample_documents():
     assert (gap.num_prompts, gap.num_documents) == (6, 3)
 
 
+@pytest.mark.parametrize("extra", [{"sinks": 4}, {"refresh": 2}, {}], ids=str)
+def test_a_control_without_a_prefix_stands_beside_every_kind_of_view(extra):
+    """Views without a prefix have no sinks and choose nothing again; other controls have what theirs has."""
+    rows = [row("full_only", p, 40, 100, **extra) for p in range(6)]
+    rows += [row("full_only", p, 30, 100, budget=0, control="no_prefix") for p in range(6)]
+    rows += [row("full_only", p, 25, 100, control="other_prompt", **extra) for p in range(6)]
+    gaps = {gap.cell.control: gap for gap in found(control_gaps, rows)}
+    assert gaps["no_prefix"].value.mean == pytest.approx(0.1) and gaps["no_prefix"].real_budget == 16
+    assert gaps["other_prompt"].value.mean == pytest.approx(0.15)
+
+
 @pytest.mark.parametrize(
     ("drafters", "pairs"),
     [

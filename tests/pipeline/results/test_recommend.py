@@ -197,6 +197,10 @@ def test_the_settings_of_a_cell() -> None:
     assert settings_text(choice(1.2, 1.1).cell) == "multi_view, chunk_topk, B = 16, γ = 4"
     whole = choice(1.2, 1.1, budget="full", threshold=0.25)
     assert settings_text(whole.cell) == "multi_view, chunk_topk, B = full, γ = 4, stopping under 0.25"
+    rolling = whole.cell.vary(policy="window", budget=64, sinks=4, threshold=0.0)
+    assert settings_text(rolling) == "multi_view, window, B = 64, 4 of them sinks, γ = 4"
+    again = whole.cell.vary(policy="target_guided", budget=64, refresh=8, threshold=0.0)
+    assert "B = 64, chosen again after every 8 rounds, γ" in settings_text(again)
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────
