@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 .PHONY: help setup demo quickstart test test-slow test-long test-faults setup-vllm test-serving setup-llama-cpp soak bench lint format clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv and install the pinned dependencies (skipped while neither file changed)
 
@@ -96,5 +96,5 @@ clean: ## remove caches; runs/ and .venv stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## remove runs/ and .venv too
+distclean: clean ## remove runs/ and the virtual environments too
 	rm -rf $(VENV) .venv-vllm .venv-llama-cpp runs *.egg-info

@@ -7,8 +7,8 @@
     mlflow_address.py  where MLflow is, and what is wrong with an address
     tracking/   MLflow's mirror of a run
     registry/   versions of drafters in MLflow's registry, the champion, the gate before it
-    plan/       `budgetdraft plan`: the memory, disk and hours that a config will need on this machine
-    commands/   what the other commands do: doctor, submit, artifacts, recommend, generate
+    plan/       `budgetdraft plan`: what a config will need, by the formulas of pipeline/plan
+    commands/   what the other commands do: doctor, submit, artifacts, recommend, generate, check-server
 
 Importing this package sets environment variables that these libraries read on import; a value that the user
 has set stands. The package also defines how SIGTERM ends a process.

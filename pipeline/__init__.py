@@ -36,7 +36,7 @@ Files to read first:
     6. pipeline/decode/loop.py       the decoding loops
     7. pipeline/decode/replay.py     exact acceptance of every γ from one forward pass
     8. pipeline/metrics.py           every metric, defined once
-    9. pipeline/results/findings.py  where the report's sentences come from
+    9. pipeline/results/findings.py  where the report's sentences come from; its first screen: brief.py
     10. jobs/stages/pipeline.py      all stages in order
 
 The config from `jobs/cli/run.py` to the loss, four files between the command and the arithmetic:

@@ -23,13 +23,13 @@ CONFIG is a YAML file, such as conf/quickstart.yaml. OVERRIDES change its fields
 \b
 Results and progress: results go to the storage folder, progress to stderr. The last line of stdout is
 the path of what was made: summary.json for run and report, the artifact folder for other stages, the
-model folder for convert.
+model folder for convert, their JSON for gate and check-server; for export the engine's command.
 \b
 Exit codes:
   0    done
   1    unexpected error, with its traceback
   2    wrong usage or config; broken installation
-  3    bad data: an input is missing or cannot be used
+  3    bad data: an input is missing or cannot be used, a plan does not fit, results do not compare
   4    incomplete: some work failed or diverged, a disk is full, MLflow is out of reach; what is done is
        kept, and the same command does the rest (doctor: a check failed)
   5    gate, check-server: worse than what is tolerated

@@ -19,15 +19,24 @@ TargetOption = Annotated[
 ]
 WindowOption = Annotated[int | None, typer.Option(min=1, help="Entries that it sees; default: all.")]
 SinksOption = Annotated[int, typer.Option(min=0, help="How many of them are the first ones.")]
+GammaOption = Annotated[
+    int, typer.Option(min=1, help="Proposals a round, in the engine's command line.", show_default=True)
+]
 
 
 def exported(
-    drafter: Path, output: Path, engine: LayoutName, target: Path | None, window: int | None, sinks: int
+    drafter: Path,
+    output: Path,
+    engine: LayoutName,
+    target: Path | None,
+    window: int | None,
+    sinks: int,
+    gamma: int,
 ) -> str:
     """Write it as `export_for` does; returns the engine's command line."""
     from pipeline.serving.export import export_for
 
-    return export_for(drafter, output, engine, layers_of(target), window, sinks, target)
+    return export_for(drafter, output, engine, layers_of(target), window, sinks, target, gamma)
 
 
 def layers_of(target: Path | None) -> int | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.app import app
-from jobs.cli.engines import EngineOption, SinksOption, TargetOption, WindowOption, exported
+from jobs.cli.engines import EngineOption, GammaOption, SinksOption, TargetOption, WindowOption, exported
 from pipeline.config.files import load_group
 from pipeline.config.gate import GateConfig
 from pipeline.errors import ConfigError
@@ -79,6 +79,7 @@ def pull_drafter(
     target: TargetOption = None,
     window: WindowOption = None,
     sinks: SinksOption = 0,
+    gamma: GammaOption = 3,
     model: ModelOption = None,
     tracking_uri: TrackingOption = LOCAL,
 ) -> None:
@@ -94,7 +95,7 @@ def pull_drafter(
     else:
         with TemporaryDirectory(prefix="budgetdraft-") as temporary:
             pulled = pull(version, Path(temporary) / "pulled")
-            typer.echo(exported(pulled, folder, engine, target, window, sinks), err=True)
+            typer.echo(exported(pulled, folder, engine, target, window, sinks, gamma), err=True)
         made = folder
     typer.echo(f"{version}: {version.tags['drafter']}, trained for {version.tags['budgets']}", err=True)
     typer.echo(made)

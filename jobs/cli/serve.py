@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.app import app, set_up_logging
-from jobs.cli.engines import LayoutName, SinksOption, TargetOption, WindowOption, exported
+from jobs.cli.engines import GammaOption, LayoutName, SinksOption, TargetOption, WindowOption, exported
 from jobs.cli.registry import LOCAL, ModelOption, TrackingOption
 
 
@@ -20,9 +20,10 @@ def export_drafter(
     target: TargetOption = None,
     window: WindowOption = None,
     sinks: SinksOption = 0,
+    gamma: GammaOption = 3,
 ) -> None:
     """Write a drafter in the layout of a serving engine, and print how the engine is started with it."""
-    typer.echo(exported(drafter, output, engine, target, window, sinks))
+    typer.echo(exported(drafter, output, engine, target, window, sinks, gamma))
 
 
 @app.command("check-server", short_help="Compare what a server accepts with what replay promised.")

@@ -3,7 +3,7 @@
 `read_prefix` runs one forward over a prefix and keeps, layer by layer, the KV entries that each requested
 view selects; a layer's other KV are freed before the next layer runs. `ViewCache` holds the kept entries of
 one or many views and the continuation KV behind them, which are appended at their true positions and never
-evicted. Keys are kept as rotated, at their original positions.
+evicted. Keys are kept as rotated, at their original positions unless the view moves them (`positions.py`).
 
 Both are transformers caches. Attention over them is `attend`, registered with transformers as
 "budgetdraft"; the cache travels to it as the keyword `view_cache`.

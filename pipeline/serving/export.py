@@ -37,6 +37,7 @@ def export_for(
     window: int | None = None,
     sinks: int = 0,
     target: Path | None = None,
+    gamma: int = 3,
 ) -> str:
     """Write a new folder `output`, whole or not at all; returns the engine's command line.
 
@@ -48,6 +49,7 @@ def export_for(
         window: W, the most entries that the drafter sees; None is all of them.
         sinks: how many of them are the first ones.
         target: the target's folder, which the format of speculators names.
+        gamma: proposals a round, for the command line.
 
     Raises:
         BadData: if the folder holds no drafter, `output` exists, or the engine cannot do what is asked.
@@ -82,7 +84,7 @@ def export_for(
     else:
         shutil.copytree(drafter, temporary, ignore=shutil.ignore_patterns("README.md"))
     write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-    command = command_line(reader, head, output, window, sinks)
+    command = command_line(reader, head, gamma, output, window, sinks)
     write_text(temporary / "README.md", card(engine, drafter, command, window, sinks))
     temporary.rename(output)
     return command
@@ -186,13 +188,13 @@ def head_tensors(drafter: Path, given: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def command_line(engine: Engine, head: bool, output: Path, window: int | None, sinks: int) -> str:
-    """How the engine is started with the target and this folder; γ is for the user to choose."""
+def command_line(engine: Engine, head: bool, gamma: int, output: Path, window: int | None, sinks: int) -> str:
+    """How the engine is started with the target and this folder."""
     program = {
         "vllm": "python -m vllm.entrypoints.openai.api_server --model TARGET",
         "sglang": "python -m sglang.launch_server --model-path TARGET",
     }[engine]
-    return f"{program} {speculation(engine, 'head' if head else 'lm', 3, str(output), window, sinks)}"
+    return f"{program} {speculation(engine, 'head' if head else 'lm', gamma, str(output), window, sinks)}"
 
 
 def card(engine: Layout, drafter: Path, command: str, window: int | None, sinks: int) -> str:

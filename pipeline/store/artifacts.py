@@ -1,4 +1,4 @@
-"""Artifact folders: fingerprints, atomic writes, manifests, provenance, typed rows.
+"""Artifact folders: fingerprints, claims, manifests, and files that appear whole.
 
 A stage writes into `<storage>/<stage>-<fingerprint>/`. The fingerprint covers the stage's config and the
 fingerprints of its inputs, so the same work has the same folder. Every file appears by rename, and

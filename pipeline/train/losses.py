@@ -1,4 +1,5 @@
-"""The two branches of the training loss: L = w·L_A + λ·L_C (paper section 3).
+"""The losses ℓ between drafter and target, position by position; `objectives.py` adds them up over the two
+branches, L = w·L_A + λ·L_C (paper section 3).
 
 L_A compares the drafter behind its full view with the target, L_C behind sparse views; the target's labels
 are the same for every view. A new loss is a function, a line of LOSSES, and its name

@@ -27,7 +27,7 @@ def test_what_was_not_as_expected_is_on_the_page() -> None:
     told = page(None, asdict(soak))
     assert "exit code 1 after" in told and "SEED=7" in told
     assert "| pieces lost, doubled or different | 3 |" in told
-    assert "first and last third | 1 and 2 MiB |" in told and "first and last third | 5 and 6 |" in told
+    assert "last third of starts | 1 and 2 MiB |" in told and "last third of starts | 5 and 6 |" in told
     assert not soak.good
 
 

@@ -25,7 +25,7 @@ PACKAGE_HOSTS = (
 )
 LOCAL_PATH = re.compile(r"(?<![\w./])/(?:home|Users|root|work)/")
 # What runs write, and what is yet to be measured.
-WRITTEN = {"docker/.env", "docs/results/gpu"}
+WRITTEN = {"docker/.env", "docs/results/gpu", "docs/results/windows"}
 
 
 @cache
