@@ -57,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class Counter:
     """Adds up the reports of all processes in the one that started them, and writes the page in the end.
 
-    Which process is done first is chance, so that lines are in the order of the tests.
+    Which process is done first is chance, so that new lines are in the order of the tests. A fault that was
+    not tried keeps the line of the last run that did.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -77,8 +78,9 @@ class Counter:
 
     def pytest_sessionfinish(self) -> None:
         if self.faults and self.config.getoption("faults_page"):
-            lines = [asdict(line) for _, line in sorted(self.faults.items())]
-            reliability.FAULTS.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+            lines = {line["fault"]: line for line in reliability.read(reliability.FAULTS) or []}
+            lines |= {line.fault: asdict(line) for _, line in sorted(self.faults.items()) if line.tries}
+            reliability.FAULTS.write_text(json.dumps([*lines.values()], indent=2) + "\n", encoding="utf-8")
             reliability.write_page()
 
 

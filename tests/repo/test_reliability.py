@@ -57,3 +57,10 @@ def test_reports_of_several_processes_are_one_table(tmp_path: Path, monkeypatch:
         {"fault": "b", "tries": 1, "survived": 1, "lost": 0},
     ]
     assert "| a | 2 | 1 | 3 |" in reliability.PAGE.read_text()
+    # A run of some faults alone leaves the lines of the others.
+    again = Counter(counter.config)
+    for told in (report(9, "b", "passed"), report(9, "b", "passed"), report(12, "c", "skipped")):
+        again.pytest_runtest_logreport(told)
+    again.pytest_sessionfinish()
+    lines = {line["fault"]: line["tries"] for line in json.loads(reliability.FAULTS.read_text())}
+    assert lines == {"a": 2, "b": 2}
