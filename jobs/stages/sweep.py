@@ -15,7 +15,7 @@ from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import FAILED, MODEL
-from pipeline.sweep.grid import Drafter, draft_sources
+from pipeline.sweep.grid import Drafter, draft_sources, loaded_drafters
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,11 @@ def sweep(
     the extremes of each place. Last, the fastest few of each place are measured twice more, greedily and with
     more repeats. With failures the artifact stays incomplete, and the next run tries them again.
     """
-    sources, cascade = draft_sources(config), config.sweep.cascade
-    drafting = [source.name for source in sources if source.role == "drafter"]
-    drafting += [cascade.drafter] if cascade and cascade.drafter not in drafting else []
     inputs = {
         "teach": teach.fingerprint,
         "sample": sample.fingerprint if sample else None,
         "target": model_identity(config.target, scratch.get("target")),
-        "drafters": {name: trained[name].fingerprint for name in drafting},
+        "drafters": {name: trained[name].fingerprint for name in loaded_drafters(config)},
         "drafter_dtype": config.drafter_dtype,
         "sweep": config.sweep.model_dump(mode="json", exclude={"num_evaluators"}),
         # Wall clock belongs to a device and its threads. As configured: the driver may lack the GPU that its
@@ -60,7 +57,7 @@ def sweep(
         if not unfinished:
             return artifact, 0
         began = time.perf_counter()
-        drafters = [located(config, scratch, trained, source) for source in sources]
+        drafters = [located(config, scratch, trained, source) for source in draft_sources(config)]
         target = target_ref(config, scratch)
         run = Phases(config, executor, prepare, teach, sample, artifact, target, drafters)
         run.all()
