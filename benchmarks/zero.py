@@ -30,11 +30,10 @@ from pipeline.config.models import Pretrain, ScratchModel
 from pipeline.hardware import Device
 from pipeline.models.build import build_random, build_scratch
 from pipeline.models.shape import Shape, shape_of_model
-from pipeline.plan.train_memory import training_step
 from pipeline.train.engine import Engine, TorchEngine
 from pipeline.train.loop import Schedule
 from pipeline.train.objectives import next_token_loss
-from pipeline.train.sharding import Sharding, sharding_of
+from pipeline.train.sharding import Sharding, sharding_of, training_step
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")

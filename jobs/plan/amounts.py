@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs.plan.facts import Facts
-from jobs.stages.teach import label_bytes, taught
-from jobs.stages.train import drafters, model_bytes, scratch_models
-from pipeline.config.models import Head, Role
+from jobs.stages.pipeline import folders
+from jobs.stages.teach import label_bytes
+from jobs.stages.train import model_bytes
+from pipeline.config.models import Role
 from pipeline.config.schema import Config
-from pipeline.models.heads.begin import default_layers
 from pipeline.models.shape import Shape
 from pipeline.store.artifacts import Artifact
 from pipeline.sweep.counts import SweepCounts
@@ -55,22 +55,15 @@ def on_disk(
 
     Each with the bytes that are not written yet; of the rows those are all.
     """
-    teach: Artifact | None = None
-    scratch: dict[str, Artifact] = {}
-    trained: dict[str, Artifact] = {}
-    if facts.prepared is not None:  # else the folders of later stages are not known yet
-        scratch, _ = scratch_models(config, facts.prepared)
-        teach, _ = taught(config, facts.prepared, scratch)
-        trained, _ = drafters(config, teach, scratch)
+    # Before stage prepare the folders of later stages are not known yet.
+    scratch, teach, trained = folders(config, facts.prepared) if facts.prepared else ({}, None, {})
 
     def written(name: str, how: str, *parts: tuple[int, Artifact | None]) -> tuple[Amount, int]:
         missing = sum(folder.missing(size) if folder else size for size, folder in parts)
         return Amount(f"{name} on disk", sum(size for size, _ in parts), "B", how), missing
 
-    features, drafter, target = 0, config.drafter, shapes["target"]
-    if isinstance(drafter, Head) and config.labels.features != "recomputed":
-        features = len(drafter.feature_layers or default_layers(target.layers)) * target.hidden
-    labels = label_bytes(config, facts.labelled, facts.answers, facts.vocab, features)
+    texts = facts.labelled, facts.answers
+    labels = label_bytes(config, *texts, facts.vocab, shapes["drafter"].features)
     yield written("labels", facts.how, (labels, teach))
     for role, spec in config.scratch.items():
         size = model_bytes(shapes[role], spec.pretrain.steps)

@@ -20,8 +20,7 @@ from pipeline.models.shape import Shape
 from pipeline.plan.peaks import Memory
 from pipeline.plan.rates import timed_step
 from pipeline.plan.sweep_memory import measure_memory, replay_memory
-from pipeline.plan.teach_memory import teach_memory
-from pipeline.plan.train_memory import pretrain_memory, train_memory
+from pipeline.plan.train_memory import pretrain_memory, teach_memory, train_memory, with_target
 from pipeline.train.sharding import Sharding, sharding_of
 
 # Resident bytes of imports that stages need and a plan does not, measured on Linux with the pinned versions.
@@ -69,12 +68,11 @@ def memory(config: Config, shapes: Mapping[Role, Shape], facts: Facts, device: D
     most = max(config.data.validation_prompts, *facts.prompts.values())
     stages.append((teach_memory(config, shapes["target"], most, device), config.labels.num_workers, "teach"))
     steps = sum(train.steps_of(variant) for variant in train.drafters)
-    trained = [
-        train_memory(config, variant, steps, shapes["drafter"], sharding, device)
-        for variant in train.drafters
-        if train.steps_of(variant)
-    ]
-    if trained:
+    trained = []
+    for variant in filter(train.steps_of, train.drafters):
+        peak = train_memory(config, variant, steps, shapes["drafter"], sharding, device)
+        trained.append(with_target(peak, config, variant, shapes, facts.labelled + facts.answers, device))
+    if steps:
         stages.append((max(trained, key=lambda peak: peak.each), train.num_workers, "train"))
     if sweep.mode != "measure":
         stages.append((replay_memory(config, shapes, device), sweep.num_evaluators, "replay"))

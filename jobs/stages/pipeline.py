@@ -26,8 +26,8 @@ from jobs.stages.improve import improve
 from jobs.stages.prepare import prepare
 from jobs.stages.report import ReportInputs, report
 from jobs.stages.sweep import ref, sweep
-from jobs.stages.teach import sample, teach
-from jobs.stages.train import Watch, pretrain, target_ref, train
+from jobs.stages.teach import sample, taught, teach
+from jobs.stages.train import Watch, drafters, pretrain, scratch_models, target_ref, train
 from jobs.tracking.store import Run
 from jobs.tracking.tracker import Tracker
 from pipeline.config.run import Work
@@ -235,6 +235,13 @@ class Trained:
     tokenizer: Path
     target: ModelRef
     drafters: dict[str, ModelRef]
+
+
+def folders(config: Config, prepared: Artifact) -> tuple[dict[str, Artifact], Artifact, dict[str, Artifact]]:
+    """Of scratch models, labels and drafters, which need not exist yet."""
+    scratch, _ = scratch_models(config, prepared)
+    labels, _ = taught(config, prepared, scratch)
+    return scratch, labels, drafters(config, labels, scratch)[0]
 
 
 def completed(config: Config) -> Trained:

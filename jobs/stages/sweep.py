@@ -16,7 +16,7 @@ from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
 from pipeline.store.layout import FAILED, MODEL
-from pipeline.sweep.grid import Drafter, draft_sources
+from pipeline.sweep.grid import Drafter, draft_sources, loaded_drafters
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def sweep(
     the extremes of each place. Last, the fastest few of each place are measured twice more, greedily and with
     more repeats. With failures the artifact stays incomplete, and the next run tries them again.
     """
-    sources, cascade = draft_sources(config), config.sweep.cascade
+    sources = draft_sources(config)
     drafting = [source.name for source in sources if source.role == "drafter"]
-    within = [cascade.drafter] if cascade and cascade.drafter not in drafting else []
+    within = [name for name in loaded_drafters(config) if name not in drafting]
     inputs = {
         "teach": teach.fingerprint,
         "sample": sample.fingerprint if sample else None,

@@ -206,8 +206,9 @@ def label_bytes(config: Config, sequences: int, answers: int, vocab: int, featur
 
     Args:
         vocab: entries of the vocabulary.
-        features: width of the features that are stored beside them, in half precision.
+        features: width of the features beside them, in half precision where they are stored.
     """
+    features = 0 if config.labels.features == "recomputed" else features
     size = np.dtype(smallest_uint(vocab)).itemsize
     per_label = size + min(config.labels.top_k, vocab) * (size + 2)
     tokens = (sequences + answers) * config.data.sequence_tokens

@@ -62,13 +62,17 @@ class Linear:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR)
 
 
+def packed_bytes(weights: int, itemsize: int, device: str) -> int:
+    """The most that packed copies of weights take: 0 but of large models on a CPU in fp32."""
+    packs = device == "cpu" and itemsize == 4 and torch.backends.mkldnn.is_available()
+    return weights if packs and weights >= LARGE_BYTES else 0
+
+
 def choose_forms(layers: Iterable[Linear]) -> None:
     """Give the linear layers of a large model on a CPU their fastest forms; others stay as they are."""
     layers = list(layers)
     first = layers[0].weight
-    if first.device.type != "cpu" or first.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return
-    if sum(layer.weight.nbytes for layer in layers) < LARGE_BYTES:
+    if not packed_bytes(sum(layer.weight.nbytes for layer in layers), first.itemsize, first.device.type):
         return
     by_shape: dict[tuple[int, ...], list[Linear]] = {}
     for layer in layers:

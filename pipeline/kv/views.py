@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,6 +41,11 @@ def span_of(view: View) -> Span | None:
     if view.policy != WINDOW or view.budget == "full":
         return None
     return Span(view.sinks or 0, view.budget - (view.sinks or 0))
+
+
+def entries(views: Iterable[View], prefix: int) -> int:
+    """Entries of a prefix of so many tokens that these views keep."""
+    return sum(prefix if view.budget == "full" else min(view.budget, prefix) for view in views)
 
 
 def readings(cuts: Sequence[tuple[int, View]]) -> dict[Span | None, list[int]]:

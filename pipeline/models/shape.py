@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,6 +18,16 @@ from pipeline.models.load import model_ref, read_config
 if TYPE_CHECKING:
     from pipeline.config.models import Role
     from pipeline.config.schema import Config
+    from pipeline.hardware import Device
+
+
+class Reading(NamedTuple):
+    """Tokens that a model reads, each attending to so many; `training` is with a backward pass."""
+
+    role: Role
+    tokens: float
+    attended: float
+    training: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Shape:
     itemsize: int = 4
     frozen: int = 0
     proposable: int | None = None  # tokens of a draft vocabulary
+    features: int = 0  # width of the target's hidden states that a head reads
+    heads: int = 1  # of queries
 
     @property
     def logits(self) -> int:
@@ -53,6 +65,28 @@ class Shape:
     def kv_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens, all layers."""
         return 2 * self.layers * self.kv * tokens * self.itemsize
+
+    @property
+    def reading_bytes(self) -> int:
+        """What one token needs in the layer that is being computed without gradients."""
+        widest = max(3 * self.intermediate, 4 * self.query + 3 * self.kv)
+        return self.itemsize * (2 * self.hidden + widest)
+
+    def prefill_bytes(self, rows: int, prefix: int, chunk: int, device: Device) -> int:
+        """The hidden states and the KV of one layer, and the activations of a chunk."""
+        alive = rows * prefix * (self.hidden + 2 * self.kv) * self.itemsize
+        alive += rows * min(prefix, chunk) * self.reading_bytes
+        return device.held(alive, rows * prefix * max(self.hidden, 2 * self.kv) * self.itemsize)
+
+    def training_bytes(self, bfloat16: bool) -> int:
+        """What one token leaves in one layer for its backward pass.
+
+        Of each norm: its input, the normalised input and the result, which the projections keep. Of the
+        attention: rotated queries and keys, values, its result. Of the MLP: gate, its activation, up, their
+        product. Under autocast the norms' fp32 stays and what projections read is kept in bfloat16.
+        """
+        norms, rest = 6 * self.hidden, 2 * self.query + 2 * self.kv + 4 * self.intermediate
+        return 20 * self.hidden + 2 * rest if bfloat16 else 4 * (norms + rest)
 
     def forward_flops(self, tokens: float, attended: float) -> float:
         """2 a parameter for every token, and 4 a query channel for every token that a token attends to."""
@@ -83,8 +117,9 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layers, hidden = config.num_hidden_layers, config.hidden_size
     vocab = getattr(config, "draft_vocab_size", None) or config.vocab_size  # of a head over features
-    frozen = parameters - trained
-    return Shape(parameters, layers, hidden, heads * width, kv, inner, vocab, frozen=frozen)
+    features = len(getattr(config, "feature_layers", ())) * getattr(config, "target_hidden_size", 0)
+    more = {"frozen": parameters - trained, "features": features, "heads": heads}
+    return Shape(parameters, layers, hidden, heads * width, kv, inner, vocab, **more)
 
 
 def outline(config: Config, role: Role, vocab: int) -> PreTrainedModel:

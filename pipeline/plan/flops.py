@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from pipeline.axes import Place
-from pipeline.config.models import Head, Role
+from pipeline.config.models import Role
 from pipeline.config.schema import Config
-from pipeline.models.shape import Shape
-from pipeline.store.layout import MEASURED_AGAIN
-from pipeline.sweep.grid import draft_sources, texts, views_of
-from pipeline.sweep.picks import FASTEST_MEASURED, measures_again, most_timed
+from pipeline.models.shape import Reading, Shape
+from pipeline.sweep.counts import replay_readings, timed_readings
+from pipeline.train.readings import improve_readings, pretrain_readings, teach_readings, train_readings
 
 MEASURING = "sweep measure"  # the stage, as in `pipeline.plan.sweep_memory.measure_memory`
 Rates = dict[tuple[Role, bool], float]  # FLOP/s by the model's role, and whether it trains
@@ -27,6 +26,13 @@ class StageFlops(NamedTuple):
     flops: float
 
 
+def flops_of(stage: str, readings: Iterable[Reading], shapes: Mapping[Role, Shape]) -> Iterator[StageFlops]:
+    """A backward pass is twice a forward one."""
+    for role, tokens, attended, training in readings:
+        forward = shapes[role].forward_flops(tokens, attended)
+        yield StageFlops(stage, role, training, (1 + 2 * training) * forward)
+
+
 def work(
     config: Config,
     shapes: Mapping[Role, Shape],
@@ -37,78 +43,21 @@ def work(
     """All arithmetic up to replay, without validation; `prefills` has the reading of measured prompts.
 
     Args:
-        labelled: sequences that the target labels.
-        answers: that it writes to training prompts.
-        prompts: of the test split.
+        labelled: see `teach_readings`, for the others too.
     """
-
-    def flops(stage: str, role: Role, tokens: float, attended: float, training: bool = False) -> StageFlops:
-        """A backward pass is twice a forward one."""
-        return StageFlops(
-            stage, role, training, (1 + 2 * training) * shapes[role].forward_flops(tokens, attended)
-        )
-
-    data, train, sweep, length = config.data, config.train, config.sweep, config.data.sequence_tokens
-    for role, spec in config.scratch.items():
-        piece = spec.pretrain.sequence_tokens or length
-        tokens = spec.pretrain.steps * spec.pretrain.batch_sequences * piece
-        yield flops(f"pretrain {role}", role, tokens, piece / 2, training=True)
-
-    written = len(texts(sweep, {0.0, *sweep.temperatures}))  # the greedy text always is
-    read = [(data.context_tokens[place.context], count) for place, count in prompts.items()]
-    yield flops("teach", "target", labelled * length * (1 + config.labels.on_policy_fraction), length / 2)
-    if answers:  # prompts are read once, answers are written and read again
-        asked, learned = answers / config.labels.answers.per_prompt, train.learned_tokens
-        yield flops("teach", "target", asked * (length - learned) + 2 * answers * learned, length / 2)
-    for tokens, count in read:
-        yield flops("teach", "target", count * written * (tokens + data.max_new_tokens), tokens / 2)
-
-    headed = isinstance(config.drafter, Head)
+    train = config.train
+    for role in config.scratch:
+        yield from flops_of(f"pretrain {role}", pretrain_readings(config, role), shapes)
+    yield from flops_of("teach", teach_readings(config, labelled, answers, prompts), shapes)
     for variant in train.drafters:
-        sequences = train.steps_of(variant) * train.batch_sequences
-        yield flops("train", "drafter", sequences * length, length / 2)
-        attended = [length / 2] if variant.full_weight else []
-        if variant.sparse_weight and variant.budgets:
-            attended += [float(max(variant.budgets))] * min(variant.num_views, len(variant.budgets))
-        for entries in attended:
-            # A head runs its layer once for every proposal of a chain; nothing of a prefix is attended to.
-            tokens = sequences * train.learned_tokens * (config.chain_steps if headed else 1)
-            yield flops("train", "drafter", tokens, entries, training=True)
-
-    for source in draft_sources(config) if sweep.mode != "measure" else ():
-        if source.role is not None:
-            rows = len(views_of(sweep, source)) * len(texts(sweep, sweep.temperatures))
-            for tokens, count in read:
-                new_tokens = rows * data.max_new_tokens
-                yield flops("sweep replay", source.role, count * (tokens + new_tokens), tokens / 2)
-                if source.baseline == "cascade":
-                    yield flops("sweep replay", "drafter", count * tokens, tokens / 2)
-                if headed and source.role == "drafter":  # the target reads what the head reads features of
-                    yield flops("sweep replay", "target", count * tokens, tokens / 2)
+        yield from flops_of("train", train_readings(config, variant, train.steps_of(variant)), shapes)
+    yield from flops_of("sweep replay", replay_readings(config, prompts), shapes)
+    yield from flops_of("improve", improve_readings(config), shapes)
 
 
 def prefills(config: Config, shapes: Mapping[Role, Shape], prompts: Mapping[Place, int]) -> list[StageFlops]:
-    """Reading the timed prompts: by the target, by each drafter, that of a cascade too, and once more by a
-    target that drafts. Each reading is done twice, as only the second is timed.
-
-    Where the fastest cells are measured again, the target reads the prompts each time, and so do the largest
-    sources, as many as there can be cells.
-    """
-    done: list[StageFlops] = []
-    target: Role = "target"
-    for place, count in prompts.items():
-        tokens, timed = config.data.context_tokens[place.context], min(count, config.sweep.measure.prompts)
-        flops = {role: shape.forward_flops(timed * tokens, tokens / 2) for role, shape in shapes.items()}
-        names = {cell.drafter for cell in most_timed(config, place)}
-        timed_sources = [source for source in draft_sources(config) if source.name in names]
-        roles: list[Role] = [source.role for source in timed_sources if source.role == "drafter"]
-        roles += [target] * any(source.role == target for source in timed_sources)  # once for all of these
-        roles += ["drafter" for source in timed_sources if source.baseline == "cascade"]
-        readers = sorted(roles, key=lambda role: -flops[role])
-        again = len(MEASURED_AGAIN) * measures_again(config.sweep)
-        reading = [target, *readers, *again * [target, *readers[:FASTEST_MEASURED]]]
-        done += [StageFlops(MEASURING, role, False, 2 * flops[role]) for role in reading]
-    return done
+    """The reading of timed prompts."""
+    return list(flops_of(MEASURING, timed_readings(config, prompts), shapes))
 
 
 def hours(done: Iterable[StageFlops], rates: Rates) -> dict[str, float]:

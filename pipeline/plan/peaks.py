@@ -7,9 +7,10 @@ so that a process may take more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.decode.products import LARGE_BYTES
+from pipeline.decode.products import packed_bytes
 from pipeline.hardware import Device
 from pipeline.models.shape import Shape
 
@@ -40,13 +41,12 @@ class Memory:
         return self.processes * self.each
 
 
-def reading_bytes(shape: Shape) -> int:
-    """What one token needs in the layer that is being computed without gradients."""
-    widest = max(3 * shape.intermediate, 4 * shape.query + 3 * shape.kv)
-    return shape.itemsize * (2 * shape.hidden + widest)
-
-
-def packed_bytes(shape: Shape, device: Device) -> int:
-    """The second copy of a large model's weights that decoding on a CPU reads (`decode.products`)."""
-    large = device.kind == "cpu" and shape.itemsize == FP32 and shape.weights >= LARGE_BYTES
-    return shape.weights if large else 0
+def weights_together(shapes: Sequence[Shape], device: Device) -> int:
+    """Of models that decode in one process: what lies around the layers of `first_layers` drafters is held
+    once."""
+    packed = sum(packed_bytes(shape.weights, shape.itemsize, device.kind) for shape in shapes)
+    own = sum(shape.weights - shape.frozen * shape.itemsize for shape in shapes)
+    # The target holds the rest too; without it, or in another precision, the first of the drafters does.
+    whole = [shape.itemsize for shape in shapes if not shape.frozen]
+    alone = any(shape.frozen and shape.itemsize not in whole for shape in shapes)
+    return packed + own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from itertools import pairwise, product
+from functools import partial
+from itertools import product
 
 import torch
+from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer
 
 from pipeline.config.models import Role, ScratchModel
 from pipeline.config.run import Work
@@ -65,18 +67,15 @@ def threads_of(config: Config, device: str, work: Work) -> int:
 def timed_step(
     spec: ScratchModel, vocab: int, tokens: int, device: str, bfloat16: bool = False
 ) -> dict[bool, float]:
-    """Seconds of one sequence forward alone (False) and of a whole training step (True), the best run.
+    """Seconds of one sequence forward alone (False) and of a whole training step (True).
 
     On a CPU they are seconds of one thread's own time: what else runs on the machine does not count.
     """
     model = build_random(spec, vocab).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens_1S = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    seconds, threads = {False: math.inf, True: math.inf}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    for training in [False, True] * TIMED_RUNS:
-        began = clock()
+
+    def step(training: bool) -> None:
         half = torch.autocast(device, torch.bfloat16, enabled=bfloat16 and training)
         with torch.set_grad_enabled(training), half:
             logits = model(input_ids=tokens_1S, use_cache=False).logits
@@ -84,11 +83,14 @@ def timed_step(
             logits.float().logsumexp(-1).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds[training] = min(seconds[training], clock() - began)
-    torch.set_num_threads(threads)
-    return seconds
+
+    clock = time.process_time if device == "cpu" else timer
+    return {
+        training: Timer("step()", timer=clock, globals={"step": partial(step, training)})
+        .timeit(TIMED_RUNS)
+        .mean
+        for training in (False, True)
+    }
 
 
 def step_of(config: Config, vocab: int, device: str, step_ms: float | None) -> tuple[float | None, str]:
@@ -113,14 +115,10 @@ def timed_decoding(spec: ScratchModel, vocab: int, prefix: int, device: str, thr
     Timed with `threads` threads, as so small a step does not divide evenly among them.
     """
     model = decode_model(build_random(spec, vocab).to(device, getattr(torch, spec.dtype)))
-    runner = Runner(model, 1, slots_for(prefix), TIMED_STEPS, "none")
+    tokens = 1 + 3 * TIMED_STEPS  # before each timed step are two to warm up
+    runner = Runner(model, 1, slots_for(prefix), tokens, "none")
     runner.cache.kept_B.fill_(prefix)
     sampler = GREEDILY.sampler(["timed"], torch.device(device))
-    least, before = math.inf, torch.get_num_threads()
-    torch.set_num_threads(threads)
-    for _ in range(TIMED_RUNS):
-        steps = autoregressive(runner, [0], TIMED_STEPS, frozenset(), sampler)
-        ends = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
-        least = min(least, *(end - began for began, end in pairwise(ends)))
-    torch.set_num_threads(before)
-    return least
+    steps = autoregressive(runner, [0], tokens, frozenset(), sampler)
+    timed = Timer("next(steps)", globals={"steps": steps}, num_threads=threads)
+    return min(timed.timeit(1).mean for _ in range(TIMED_STEPS))

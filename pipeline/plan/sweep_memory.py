@@ -7,49 +7,22 @@ that measured on a CPU took an eighth more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from pipeline.axes import Place, View
+from pipeline.axes import Place
 from pipeline.config.models import Head, Role
 from pipeline.config.schema import Config
 from pipeline.decode.runner import LOGIT_COPIES
 from pipeline.hardware import Device
 from pipeline.kv.slot_cache import capacity_of, slots_for
+from pipeline.kv.views import entries
 from pipeline.models.shape import Shape
-from pipeline.plan.peaks import FP32, Memory, packed_bytes, reading_bytes
-from pipeline.sweep.grid import draft_sources, views_of
+from pipeline.plan.peaks import FP32, Memory, weights_together
+from pipeline.sweep.grid import draft_sources, loaded_drafters, views_of
 from pipeline.sweep.picks import picks_at
 from pipeline.sweep.replayer import REMEMBERED
 
 INDUCTOR_BYTES = 100_000_000  # resident, measured on Linux with the pinned version
-
-
-def kept(views: Iterable[View], prefix: int) -> int:
-    """Entries of a prefix that these views keep."""
-    return sum(prefix if view.budget == "full" else min(view.budget, prefix) for view in views)
-
-
-def weights_together(shapes: Sequence[Shape], device: Device) -> int:
-    """Of models in one process: what lies around the layers of `first_layers` drafters is held once."""
-    packed = sum(packed_bytes(shape, device) for shape in shapes)
-    own = sum(shape.weights - shape.frozen * shape.itemsize for shape in shapes)
-    # The target holds the rest too; without it, or in another precision, the first of the drafters does.
-    whole = [shape.itemsize for shape in shapes if not shape.frozen]
-    alone = any(shape.frozen and shape.itemsize not in whole for shape in shapes)
-    return packed + own + max((shape.frozen * shape.itemsize for shape in shapes), default=0) * alone
-
-
-def num_drafters(config: Config) -> int:
-    """Drafters that an evaluator loads: those that are swept, and that of a cascade."""
-    names = {source.name for source in draft_sources(config) if source.role == "drafter"}
-    return len(names | ({config.sweep.cascade.drafter} if config.sweep.cascade else set()))
-
-
-def prefill_bytes(shape: Shape, prefix: int, chunk: int, device: Device) -> int:
-    """The hidden states and the KV of one layer, and the activations of a chunk."""
-    alive = prefix * (shape.hidden + 2 * shape.kv) * shape.itemsize
-    alive += min(prefix, chunk) * reading_bytes(shape)
-    return device.held(alive, prefix * max(shape.hidden, 2 * shape.kv) * shape.itemsize)
 
 
 def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) -> Memory:
@@ -61,33 +34,30 @@ def replay_memory(config: Config, shapes: Mapping[Role, Shape], device: Device) 
     """
     sweep, prefix = config.sweep, max(config.data.context_tokens.values())
     sources = [(source, shapes[source.role]) for source in draft_sources(config) if source.role]
-    targets = [shapes["target"]] if any(source.role == "target" for source, _ in sources) else []
-    weights = weights_together([*targets, *[shapes["drafter"]] * num_drafters(config)], device)
+    target, chunk, headed = shapes["target"], config.decode.prefill_chunk, isinstance(config.drafter, Head)
+    targets = [target] if headed or any(source.role == "target" for source, _ in sources) else []
+    weights = weights_together([*targets, *[shapes["drafter"]] * len(loaded_drafters(config))], device)
     whole = 0
-    if isinstance(config.drafter, Head):  # over the target, which reads each prompt whole
-        target = shapes["target"]
-        weights += target.weights + packed_bytes(target, device)
-        whole = 2 * target.kv_bytes(prefix) + prefill_bytes(
-            target, prefix, config.decode.prefill_chunk, device
-        )
+    if headed:  # over the target, which reads each prompt whole
+        whole = 2 * target.kv_bytes(prefix) + target.prefill_bytes(1, prefix, chunk, device)
     in_fp32 = any(sweep.temperatures) or any(sweep.thresholds)
     peaks = []
     for source, shape in sources:
         views = [view.kept for view in views_of(sweep, source)]
         tokens, size = len(views) * config.data.max_new_tokens, shape.itemsize
-        held = REMEMBERED * kept(set(views), prefix) + kept(views, prefix) + tokens
+        held = REMEMBERED * entries(set(views), prefix) + entries(views, prefix) + tokens
         inner = 0
         if source.baseline == "cascade" and sweep.cascade:
-            inner = shapes["drafter"].kv_bytes(REMEMBERED * kept([sweep.cascade.view], prefix))
+            inner = shapes["drafter"].kv_bytes(REMEMBERED * entries([sweep.cascade.view], prefix))
         logits = tokens * shape.vocab
         copies = logits * max(2 * size, size + 2 * FP32 * in_fp32)
-        prefill = prefill_bytes(shape, prefix, config.decode.prefill_chunk, device)
+        prefill = shape.prefill_bytes(1, prefix, chunk, device)
         peaks.append(
             Memory(
                 "sweep replay",
                 device.base_bytes,
                 weights,
-                activations=max(prefill, tokens * reading_bytes(shape)),
+                activations=max(prefill, tokens * shape.reading_bytes),
                 logits=device.held(copies, logits * size),
                 kv=whole + inner + device.held(shape.kv_bytes(held), prefix * shape.kv * size),
             )
@@ -122,20 +92,20 @@ def measure_memory(
         cached[source.role] += sum(
             capacity + room + beyond for capacity in {capacity_of(view, prefix) for view in views}
         )
-        held[source.role] = max(held[source.role], kept(views, prefix))
+        held[source.role] = max(held[source.role], entries(views, prefix))
         if inner and views:
             cached["drafter"] += capacity_of(inner.view, prefix) + room + beyond
-            held["drafter"] = max(held["drafter"], kept([inner.view], prefix))
+            held["drafter"] = max(held["drafter"], entries([inner.view], prefix))
     together = min(sweep.measure.prompts_together, sweep.measure.prompts)
     target, chunk = shapes["target"], config.decode.prefill_chunk
     kv = sum(shapes[role].kv_bytes(together * (cached[role] + held[role])) for role in cached)
     whole = 1 + (together > 1) + (held["target"] > 0)
-    drafters = num_drafters(config)
+    drafters = [shapes["drafter"]] * len(loaded_drafters(config))
     return Memory(
         "sweep measure",
         device.base_bytes + INDUCTOR_BYTES * (config.decode.compile != "none"),
-        weights_together([target, *[shapes["drafter"]] * drafters], device),
-        activations=max(prefill_bytes(shape, prefix, chunk, device) for shape in shapes.values()),
+        weights_together([target, *drafters], device),
+        activations=max(shape.prefill_bytes(1, prefix, chunk, device) for shape in shapes.values()),
         logits=LOGIT_COPIES * FP32 * together * room * target.vocab,
         kv=kv + target.kv_bytes(whole * prefix),
     )

@@ -91,6 +91,13 @@ def draft_sources(config: Config) -> list[Drafter]:
     return trained + baselines
 
 
+def loaded_drafters(config: Config) -> list[str]:
+    """The trained drafters that a sweep loads: those that it evaluates, and that of a cascade."""
+    names = [source.name for source in draft_sources(config) if source.role == "drafter"]
+    cascade = config.sweep.cascade
+    return list(dict.fromkeys([*names, *([cascade.drafter] if cascade else [])]))
+
+
 def swept(sweep: Sweep, policy: str, budget: Budget) -> View:
     """A view with what its policy asks of the sweep."""
     sinks = sweep.sinks if policy == WINDOW and budget != "full" else None

@@ -21,6 +21,10 @@ from pipeline.kv.guides import UNGUIDED, Guides
 from pipeline.train.losses import TargetLabels
 
 PHASES = 4  # places in a window where windows may start; a fifth if the first start is none of them
+# On a CPU oneDNN compiles a bfloat16 product for every new shape and keeps the last 1024 of them. Measured on
+# drafters of 64 and 128 channels: about ten new products a micro-batch until each prefix length that windows
+# have was met, three products a length, .76 and 1.05 MiB each; none in fp32.
+PRODUCT_BYTES, MOST_PRODUCTS, NEW_PRODUCTS, PRODUCTS_A_LENGTH = int(0.9 * 2**20), 1024, 10, 3
 
 
 class Shards:
@@ -161,7 +165,7 @@ def draw(
     rng = np.random.default_rng([seed, step, micro])
     C = train.window_tokens
     if on_policy:
-        starts = tuple(sequence_tokens - (place + 1) * C for place in range(train.windows))
+        starts = last_starts(train, sequence_tokens)
         return Draw(starts, draw_budgets(variant, rng), draw_offset(variant, sequence_tokens, rng))
     # A start must leave the prefix long enough, and its window (inputs start .. start+C-1) inside.
     offset = int(rng.choice(start_phases(train, sequence_tokens)))
@@ -169,6 +173,24 @@ def draw(
     chosen = np.sort(rng.choice(places, size=train.windows, replace=False))
     starts = tuple(int(sequence_tokens - offset - (place + 1) * C) for place in chosen)
     return Draw(starts, draw_budgets(variant, rng), draw_offset(variant, sequence_tokens, rng))
+
+
+def last_starts(train: Train, sequence_tokens: int) -> tuple[int, ...]:
+    """Where windows start that are the end of a sequence, the last first."""
+    return tuple(sequence_tokens - (place + 1) * train.window_tokens for place in range(train.windows))
+
+
+def largest(variant: Variant, train: Train, sequence_tokens: int) -> Draw:
+    """The draw that takes the most memory."""
+    budgets = sorted(variant.budgets, reverse=True)[: variant.num_views] if variant.sparse_weight else []
+    return Draw(last_starts(train, sequence_tokens), dict.fromkeys(budgets, 1))
+
+
+def product_bytes(train: Train, steps: int, sequence_tokens: int) -> int:
+    """What oneDNN keeps of the bfloat16 products of so many steps, on a CPU."""
+    lengths = len(start_phases(train, sequence_tokens)) * (sequence_tokens - train.min_prefix_tokens)
+    met = NEW_PRODUCTS * steps * train.batch_sequences // train.micro_batch_sequences
+    return PRODUCT_BYTES * min(met, PRODUCTS_A_LENGTH * (lengths // train.window_tokens), MOST_PRODUCTS)
 
 
 def draw_budgets(variant: Variant, rng: np.random.Generator) -> dict[int, int]:

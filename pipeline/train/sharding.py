@@ -1,15 +1,18 @@
-"""What a training worker holds of a model: its weights, their gradients, and the optimizer's state."""
+"""What a training worker holds: of a model, of the optimizer, and of a step for its backward pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.hardware import HEAP_FACTOR, Device
+from pipeline.models.shape import Shape
 
 FP32 = 4
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
+LOSS_COPIES = 3  # of fp32 logits: log-softmax and, in backward, the gradients before and behind it
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,40 @@ def sharding_of(settings: dict[str, Any], workers: int) -> Sharding:
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
     live = int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
     return Sharding(int(zero.get("stage", 0)), workers, bucket, live, offload)
+
+
+def training_step(shape: Shape, tokens: int, bfloat16: bool, device: Device) -> tuple[int, int]:
+    """Activations and logits of a forward and backward pass.
+
+    One layer at a time also has its gradients: two of the MLP's width, two of the model's.
+    """
+    wide, narrow = FP32 * tokens * shape.intermediate, FP32 * tokens * shape.hidden
+    mlp = shape.layers * 4 * wide // (2 if bfloat16 else 1)
+    rest = shape.layers * tokens * shape.training_bytes(bfloat16) - mlp
+    activations = device.held(mlp + 2 * wide, wide) + device.held(rest + 2 * narrow, narrow)
+    logits = FP32 * tokens * shape.logits
+    return activations, device.held(LOSS_COPIES * logits + (logits // 2 if bfloat16 else 0), logits)
+
+
+def behind_views(
+    shape: Shape, micro: int, behind: Sequence[int], length: int, depth: int, bfloat16: bool, device: Device
+) -> tuple[int, int, int]:
+    """Activations, logits and KV of `length` tokens behind so many kept entries each, forward and backward.
+
+    A cache copies the views, and backward makes the gradients of one layer of it twice. A head keeps, at
+    each of the `depth` steps of its chains, what tokens attend to: the weights, and keys and values once
+    more for each query head. Such prefixes are rare where windows start, so that HEAP_FACTOR is not applied.
+
+    Args:
+        micro: rows of each window.
+        depth: of the chains of a head; 0 for other drafters.
+    """
+    tokens, seen = micro * length * len(behind), micro * (sum(behind) + length * len(behind))
+    steps = replace(shape, layers=depth or shape.layers)  # a chain runs its one layer again and again
+    activations, logits = training_step(steps, tokens, bfloat16, device)
+    if depth:
+        kv = FP32 * depth * seen * (shape.heads * length + 2 * shape.query) // (2 if bfloat16 else 1)
+        return activations, depth * logits, kv
+    cache = shape.kv_bytes(seen)
+    # Under autocast attention reads, and keeps for backward, a bfloat16 copy of the cache.
+    return activations, logits, cache + (cache // 2 if bfloat16 else 0) + 2 * cache // shape.layers

@@ -291,6 +291,14 @@ def test_nothing_is_advised_where_nothing_helps(
         plan(planned_config(corpus, tmp_path), as_json=False, memory_gb=0.5, tflops=1.0)
 
 
+def run(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], int]:
+    """A command, and the largest resident bytes of its process."""
+    peak, command = tmp_path / "peak", [sys.executable, "-m", "jobs", *arguments]
+    call = [sys.executable, "-c", PEAK_OF, str(peak), *command]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done, int(peak.read_text())
+
+
 @pytest.mark.slow
 def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
     """Measured: the largest resident size of the stages up to teach, against the largest that was planned."""
@@ -308,23 +316,50 @@ def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
 
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(planned_config(folder, storage, change).model_dump(mode="json")))
-
-    def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], int]:
-        """A command, and the largest resident bytes of its process."""
-        peak, command = tmp_path / "peak", [sys.executable, "-m", "jobs", *arguments]
-        call = [sys.executable, "-c", PEAK_OF, str(peak), *command]
-        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-        return done, int(peak.read_text())
-
-    refused, _ = run("plan", str(config), "--json", "--memory-gb", "0.001", "--tflops", "1")
+    refused, _ = run(tmp_path, "plan", str(config), "--json", "--memory-gb", "0.001", "--tflops", "1")
     assert refused.returncode == 3
     assert "stage pretrain target needs" in refused.stderr and "Traceback" not in refused.stderr
     planned = json.loads(refused.stdout)["memory"]
     assert not storage.exists()
-    done, actual = run("teach", str(config))
+    done, actual = run(tmp_path, "teach", str(config))
     assert done.returncode == 0, done.stderr
     expected = max(peak["total"] for peak in planned if peak["stage"] in ("pretrain target", "teach"))
     assert expected - planned[0]["base"] > 0.25 * expected  # a test of more than the imports
     assert expected == pytest.approx(actual, rel=0.2)
     manifests = [json.loads(file.read_text()) for file in storage.glob("*/manifest.json")]
     assert max(made["peak_memory_bytes"] for made in manifests) == pytest.approx(actual, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["stored", "recomputed", "path"])
+def test_the_peak_of_training_a_head(tmp_path: Path, more: str) -> None:
+    """Measured in a process that trains alone: chains of three proposals behind two views of each prefix."""
+    folder, storage = tmp_path / "texts", tmp_path / "runs"
+    folder.mkdir()
+    for number in range(24):
+        (folder / f"{number}.txt").write_text("".join(story(100 * number + k) for k in range(12)))
+
+    def change(values: dict[str, Any]) -> None:
+        values["data"] |= {"sequence_tokens": 1024, "max_sequences": 16}
+        model = {"layers": 6, "hidden": 256, "intermediate": 768, "max_positions": 1024}
+        values["target"] = {**SCRATCH, **model, "pretrain": {"steps": 0}}
+        values["drafter"] = {"kind": "head"}
+        values["labels"] |= {"features": "recomputed" if more == "recomputed" else "stored"}
+        variant = {"name": "multi_view", "budgets": {256: 1}, "num_views": 1}
+        variant |= {"path": {"paths": 4, "length": 8}} if more == "path" else {}
+        values["train"] |= {"micro_batch_sequences": 4, "window_tokens": 128, "windows": 3}
+        values["train"] |= {
+            "min_prefix_tokens": 640
+        }  # so that windows start as late as the plan takes them to
+        values["train"] |= {"steps": 3, "chain_steps": 3, "variants": [variant]}
+        values["sweep"] |= {"mode": "replay", "measure": {}}
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(planned_config(folder, storage, change).model_dump(mode="json")))
+    planned, _ = run(tmp_path, "plan", str(config), "--json", "--tflops", "1")
+    (peak,) = (peak for peak in json.loads(planned.stdout)["memory"] if peak["stage"] == "train multi_view")
+    assert run(tmp_path, "teach", str(config))[0].returncode == 0
+    done, actual = run(tmp_path, "train", str(config))
+    assert done.returncode == 0, done.stderr
+    assert peak["total"] - peak["base"] > 0.25 * peak["total"]  # a test of more than the imports
+    assert peak["total"] == pytest.approx(actual, rel=0.2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.axes import Place
+from pipeline.config.schema import Config
 from pipeline.hardware import Device
 from pipeline.models import shape as costs
 from pipeline.models.shape import Shape
@@ -147,6 +148,45 @@ def test_hours_by_hand_and_from_a_measured_step() -> None:
     if not torch.cuda.is_available():
         assert rates_of(config, shapes, "cuda", None)[0] is None
         assert step_of(config, 300, "cuda", None)[0] is None
+
+
+def test_the_path_term_the_target_and_rounds_are_counted() -> None:
+    """In one of two steps, 4 sequences with a window each: 3 paths of 5 tokens behind 32 entries."""
+    path = {"every": 2, "paths": 3, "length": 5}
+    variant = {**MINIMAL["train"]["variants"][1], "path": path}
+    plain = config_with()
+    config = config_with(train={"variants": [MINIMAL["train"]["variants"][0], variant]})
+
+    def trained(config: Config, stage: str = "train") -> Counter[str]:
+        flops: Counter[str] = Counter()
+        for part in work(config, SHAPES, 10, 0, {}):
+            flops[part.role] += int(part.flops * (part.stage == stage))
+        return flops
+
+    tokens = 4 * 3 * 5
+    more = {
+        "target": TARGET.forward_flops(4 * 96, 48) + TARGET.forward_flops(tokens, 96),
+        "drafter": DRAFTER.forward_flops(4 * 96, 48) + 4 * DRAFTER.forward_flops(tokens, 32),
+    }
+    assert {role: trained(config)[role] - trained(plain)[role] for role in more} == more
+    rounds = {"rounds": 3, "steps": 4, "kl_steps": 0, "gate": {"least_documents": 5}}
+    learnt = trained(config_with(improve=rounds, data={"validation_prompts": 5}), "improve")
+    once = config_with(train={"variants": [MINIMAL["train"]["variants"][1]], "steps": 3 * 4})
+    assert learnt == trained(once)
+
+    before, whole = (
+        train_memory.with_target(
+            train_memory.train_memory(one, one.train.drafters[1], 2, DRAFTER, Sharding(), GPU),
+            one, one.train.drafters[1], SHAPES, 10, GPU,
+        )
+        for one in (plain, config)
+    )  # fmt: skip
+    assert whole.weights - before.weights == TARGET.weights
+    rows, sampled = 2 * 3, 2 * 3 * 5  # of the drafter: caches behind 32 entries, and their gradients
+    cache = DRAFTER.kv_bytes(rows * 32 + sampled)
+    cached = TARGET.kv_bytes(2 * (96 + 128 + 5))  # a prefix of 80 tokens has 128 slots
+    assert whole.kv - before.kv == 3 * cache + cached
+    assert whole.logits - before.logits == 3 * 4 * sampled * 300 + 3 * 4 * sampled * (300 + 300)
 
 
 def test_prompts_are_read_again_where_the_fastest_are_measured_again() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.decode.products import packed_bytes
 from pipeline.hardware import Device
 from pipeline.models.shape import Shape
-from pipeline.plan.peaks import packed_bytes
-from pipeline.plan.sweep_memory import weights_together
+from pipeline.plan.peaks import weights_together
 
 GPU, CPU = Device("cuda", 0), Device("cpu", 0)
 SHAPE = Shape(parameters=1000, layers=1, hidden=10, query=10, kv=10, intermediate=20, vocab=60)
@@ -23,8 +23,7 @@ def test_what_lies_around_the_layers_is_counted_once() -> None:
 
 
 def test_large_models_are_packed_on_a_cpu_in_fp32() -> None:
-    assert packed_bytes(LARGE, CPU) == LARGE.weights == 160_000_000
-    assert [
-        packed_bytes(*case) for case in ((LARGE, GPU), (SHAPE, CPU), (replace(LARGE, itemsize=2), CPU))
-    ] == [0, 0, 0]
+    assert packed_bytes(LARGE.weights, 4, "cpu") == LARGE.weights == 160_000_000
+    cases = ((LARGE.weights, 4, "cuda"), (SHAPE.weights, 4, "cpu"), (LARGE.weights, 2, "cpu"))
+    assert [packed_bytes(*case) for case in cases] == [0, 0, 0]
     assert weights_together([LARGE, SHAPE], CPU) == 2 * LARGE.weights + SHAPE.weights
