@@ -10,7 +10,6 @@ report of the run; nothing is typed in.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from benchmarks.page_parts import check_table
 from benchmarks.real_study import answers, tables
 from benchmarks.real_study.checks import all_checks
 from benchmarks.study import speed as speeds
-from benchmarks.study.runs import Study, commits, study
+from benchmarks.study.runs import Study, commits, study, study_parser
 from pipeline.config.schema import Config
 from pipeline.results.summary import Check
 from pipeline.store import layout
@@ -33,19 +32,7 @@ FIGURES = {"acceptance": "acceptance_by_budget_chunk_topk", "speed": "speedup_by
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.real_study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--storage", default="runs")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--costs", type=Path, help="rows of `python -m benchmarks --only real`, for the checks"
-    )
-    parser.add_argument("overrides", nargs="*", help="fields of the config, such as data.root=DIR")
-    given = parser.parse_intermixed_args(arguments)
+    given = study_parser("real_study", __doc__).parse_intermixed_args(arguments)
     run = study(given.config, given.storage, given.overrides)
     checks = all_checks(run, given.costs)
     given.output.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from benchmarks.real_study.tables import (
 from benchmarks.study.runs import Study
 from benchmarks.study.tables import when
 from pipeline.axes import Place, budget_text, family
+from pipeline.intervals import Interval
 from pipeline.results.recommend import settings_text
 from pipeline.results.summary import Check
 from pipeline.store.rows import CellRow
@@ -77,6 +78,11 @@ def looping(run: Study) -> Iterator[Check]:
         )
 
 
+def judged(row: str, value: Interval, target: str, met: bool | None, note: str) -> Check:
+    """A check of a value with its interval."""
+    return Check(row=row, value=value.mean, low=value.low, high=value.high, target=target, met=met, note=note)
+
+
 def few(documents: int) -> str:
     return "" if documents >= ENOUGH else f"; too few documents for a verdict: {documents} of {ENOUGH}"
 
@@ -88,15 +94,13 @@ def enough(documents: int, met: bool) -> bool | None:
 def faster(run: Study) -> Iterator[Check]:
     """Speed of the fastest measured cell against autoregressive decoding."""
     again = {row.cell: row for row in run.again}
-    for row in fastest(run):
+    for row in fastest(run.cells):
         best = again.get(row.cell, row)
         assert best.speed is not None
         value = best.speed.speedup
-        yield Check(
+        yield judged(
             row=f"fastest measured ÷ AR, {' '.join(row.cell.place)}",
-            value=value.mean,
-            low=value.low,
-            high=value.high,
+            value=value,
             target=f"at least {FASTER:g} by its interval, on fresh repeats",
             met=value.low >= FASTER if row.cell in again else None,
             note=f"{settings_text(row.cell)}; {best.speed.num_clocked} documents, "
@@ -111,11 +115,9 @@ def gained(run: Study) -> Iterator[Check]:
     for gain in compared(run):
         where = f"{' '.join(gain.cell.place)}, {when(gain.cell.temperature)}"
         other = beside(run, gain, control="other_prompt")
-        yield Check(
+        yield judged(
             row=f"{OURS} − {PLAIN} at {budget_text(smallest(run))}, {where}",
-            value=gain.value.mean,
-            low=gain.value.low,
-            high=gain.value.high,
+            value=gain.value,
             target="above 0 by its interval",
             met=enough(gain.num_documents, gain.value.low > 0),
             note=f"{points(gain.value)} points"
@@ -126,12 +128,10 @@ def gained(run: Study) -> Iterator[Check]:
         cell = gap.cell
         wanted = OURS, "other_prompt", leading_gamma(run), smallest(run)
         if (family(cell.drafter), cell.control, cell.gamma, cell.budget) == wanted:
-            yield Check(
+            yield judged(
                 row=f"{OURS}, own − other document's context at {budget_text(smallest(run))}, "
                 f"{' '.join(cell.place)}, {when(cell.temperature)}",
-                value=gap.value.mean,
-                low=gap.value.low,
-                high=gap.value.high,
+                value=gap.value,
                 target="above 0 by its interval",
                 met=enough(gap.num_documents, gap.value.low > 0),
                 note=f"{points(gap.value)} points" + few(gap.num_documents),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,21 @@ class Study:
         """The folders of the drafters that were swept."""
         drafters = manifest(self.swept)["inputs"]["drafters"]
         return [self.swept.parent / f"drafter-{name}-{made}" for name, made in drafters.items()]
+
+
+def study_parser(name: str, about: str | None) -> ArgumentParser:
+    """What every study of a config takes on its command line; parse it intermixed, as overrides come last."""
+    parser = ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=about, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--costs", type=Path, help="rows of `python -m benchmarks --only real`, for the checks"
+    )
+    parser.add_argument("overrides", nargs="*", help="fields of every config, such as data.root=DIR")
+    return parser
 
 
 def study(file: Path, storage: str, overrides: Sequence[str]) -> Study:

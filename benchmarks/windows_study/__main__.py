@@ -10,7 +10,6 @@ reports of the runs; nothing is typed in.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from benchmarks.page_parts import check_table
 from benchmarks.real_study import tables as parts
 from benchmarks.real_study.__main__ import short_summary
 from benchmarks.study import speed as speeds
-from benchmarks.study.runs import Study, commits, study
+from benchmarks.study.runs import Study, commits, study, study_parser
 from benchmarks.windows_study import tables
 from benchmarks.windows_study.checks import Grid, all_checks
 from pipeline.results.summary import Check
@@ -32,19 +31,8 @@ FIGURE = "acceptance_by_budget_window.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.windows_study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", type=Path)
+    parser = study_parser("windows_study", __doc__)
     parser.add_argument("--layers", type=Path, help="config of drafters of the target's layers")
-    parser.add_argument("--storage", default="runs")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--costs", type=Path, help="rows of `python -m benchmarks --only real`, for the checks"
-    )
-    parser.add_argument("overrides", nargs="*", help="fields of both configs, such as data.root=DIR")
     given = parser.parse_intermixed_args(arguments)
     files = [given.config, *([given.layers] if given.layers else [])]
     heads, *layers = (study(file, given.storage, given.overrides) for file in files)

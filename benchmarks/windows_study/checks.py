@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.page_parts import points
-from benchmarks.real_study.checks import costs_of_steps, enough, few, looping, own
-from benchmarks.real_study.tables import OURS, leading_gamma
+from benchmarks.real_study.checks import costs_of_steps, enough, few, judged, looping, own
+from benchmarks.real_study.tables import OURS, fastest, leading_gamma
 from benchmarks.study.families import BySeed, Column, Families, difference, grouped, rows_of
 from benchmarks.study.runs import Study
-from benchmarks.study.speed import speedup_of
 from benchmarks.study.tables import when
 from pipeline.axes import Budget, Place, budget_order, budget_text, family
 from pipeline.config.schema import Config
@@ -112,12 +111,10 @@ def at_home(grid: Grid) -> Iterator[Check]:
         for place, temperature in grid.columns:
             found = grid.change(OURS, name, place, temperature, budget)
             documents = grid.documents(place)
-            yield Check(
+            yield judged(
                 row=f"{OURS} − {name} at home ({budget_text(budget)}), "
                 f"{' '.join(place)}, {when(temperature)}",
-                value=found.mean,
-                low=found.low,
-                high=found.high,
+                value=found,
                 target=f"above {-100 * LOSS:g} points by its interval",
                 met=enough(documents, found.low > -LOSS),
                 note=f"{points(found)} points" + few(documents),
@@ -135,11 +132,9 @@ def away_from_home(grid: Grid) -> Iterator[Check]:
             }
             budget, worst = min(away.items(), key=lambda item: item[1].mean)
             documents = grid.documents(place)
-            yield Check(
+            yield judged(
                 row=f"{name} − {OURS} where it loses most, {' '.join(place)}, {when(temperature)}",
-                value=worst.mean,
-                low=worst.low,
-                high=worst.high,
+                value=worst,
                 target=f"below {-100 * LOSS:g} points by its interval",
                 met=enough(documents, worst.high < -LOSS),
                 note=f"behind {budget_text(budget)}, {points(worst)} points" + few(documents),
@@ -157,12 +152,10 @@ def against_layers(heads: Grid, layers: Grid) -> Iterator[Check]:
         head, other = (grid.of_family(OURS, place, temperature, "full") for grid in (heads, layers))
         found = difference(head, other, counted=first_of_reached).value
         documents = heads.documents(place)
-        yield Check(
+        yield judged(
             row=f"head − first_layers, first proposals accepted, the full cache, {' '.join(place)}, "
             f"{when(temperature)}",
-            value=found.mean,
-            low=found.low,
-            high=found.high,
+            value=found,
             target=f"at least {100 * FIRST:g} points by its interval",
             met=enough(documents, found.low >= FIRST),
             note=f"{points(found)} points" + few(documents),
@@ -180,19 +173,16 @@ def against_layers(heads: Grid, layers: Grid) -> Iterator[Check]:
 
 
 def measured(run: Study) -> list[CellRow]:
-    """Greedy measured cells of ours, with the true prefix."""
-    return [
-        row
-        for row in run.cells
-        if row.speed and family(row.cell.drafter) == OURS and not (row.cell.control or row.cell.temperature)
-    ]
+    """Measured cells of ours."""
+    return [row for row in run.cells if row.speed and family(row.cell.drafter) == OURS]
 
 
 def ends_of(run: Study) -> dict[Place, float]:
     """The best speed of ours in each place, prefill and all, against autoregressive decoding."""
     best: dict[Place, float] = {}
     for row in measured(run):
-        if row.speed and row.speed.end_to_end:
+        greedy = not (row.cell.control or row.cell.temperature)
+        if greedy and row.speed and row.speed.end_to_end:
             best[row.cell.place] = max(best.get(row.cell.place, 0.0), row.speed.end_to_end.mean)
     return best
 
@@ -205,12 +195,10 @@ def context(grid: Grid) -> Iterator[Check]:
         gaps = {budget: grid.use_of_context(place, temperature, budget) for budget in grid.budgets}
         budget, most = max(gaps.items(), key=lambda item: item[1].low)
         documents = grid.documents(place)
-        yield Check(
+        yield judged(
             row=f"{OURS}, own − other document's context where it tells most, {' '.join(place)}, "
             f"{when(temperature)}",
-            value=most.mean,
-            low=most.low,
-            high=most.high,
+            value=most,
             target="above 0 by its interval at some window",
             met=enough(documents, most.low > 0),
             note=f"behind {budget_text(budget)}, {points(most)} points" + few(documents),
@@ -219,16 +207,13 @@ def context(grid: Grid) -> Iterator[Check]:
 
 def faster(run: Study) -> Iterator[Check]:
     """The fastest measured cell of ours against autoregressive decoding; not decided without clocks."""
-    rows, target = measured(run), f"at least {FASTER:g}"
-    for place in dict.fromkeys(row.cell.place for row in rows):
-        best = max((row for row in rows if row.cell.place == place), key=speedup_of)
+    rows, target = fastest(measured(run)), f"at least {FASTER:g}"
+    for best in rows:
         assert best.speed is not None
         value = best.speed.speedup
-        yield Check(
-            row=f"fastest {OURS} ÷ AR, {' '.join(place)}",
-            value=value.mean,
-            low=value.low,
-            high=value.high,
+        yield judged(
+            row=f"fastest {OURS} ÷ AR, {' '.join(best.cell.place)}",
+            value=value,
             target=target,
             met=value.mean >= FASTER,
             note=f"{settings_text(best.cell)}; {best.speed.num_clocked} documents",

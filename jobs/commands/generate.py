@@ -44,6 +44,10 @@ def generate(
     Raises:
         BadData: if the prompt is empty or the drafter's name unknown.
     """
+    try:
+        view = view_of(policy, budget, config.sweep.sinks)
+    except ValueError as error:
+        raise ConfigError(f"sweep.sinks: {error}") from error
     trained = completed(config)
     name = drafter or config.train.drafters[-1].name
     if name not in trained.drafters:
@@ -58,10 +62,6 @@ def generate(
         decode.compile,
         decode.prefill_chunk,
     )
-    try:
-        view = view_of(policy, budget, config.sweep.sinks)
-    except ValueError as error:
-        raise ConfigError(f"sweep.sinks: {error}") from error
     if config.sweep.refresh and policy == GUIDED:
         log.warning(
             "sweep.refresh (%d): here entries are chosen once, and fewer may be accepted than in the sweep",

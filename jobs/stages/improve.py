@@ -25,7 +25,7 @@ from typing import Any
 from jobs.executors.base import Executor
 from jobs.registry.decision import Decision, Side
 from jobs.registry.gate import JSON, write
-from jobs.stages.sweep import positions, ref, variant_of
+from jobs.stages.sweep import positions, ref
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import Watch, model_identity, run_missing, target_ref
 from pipeline.config.improve import Improve
@@ -162,7 +162,7 @@ class Steps:
     def serve(self, current: Artifact, number: int) -> Artifact:
         """Training prompts, decoded by target and drafter, with the log of every round."""
         config, spec = self.config, self.spec
-        variant = variant_of(config, self.name)
+        variant = config.train.drafter_named(self.name)
         inputs = {
             "prepare": self.prepare.fingerprint,
             "target": self.target,
@@ -210,7 +210,7 @@ class Steps:
             "served": served.fingerprint,
             "start": current.fingerprint,
             "teach": self.teach.fingerprint,  # the validation curve
-            "variant": variant_of(config, self.name),
+            "variant": config.train.drafter_named(self.name),
             "train": config.train.model_dump(
                 mode="json", exclude={"variants", "num_workers", "deepspeed", "checkpoint_every"}
             ),

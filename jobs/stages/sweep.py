@@ -11,7 +11,6 @@ from jobs.executors.base import Executor
 from jobs.stages.sweep_phases import Phases
 from jobs.stages.train import drafter_ref, model_identity, target_ref
 from pipeline.config.schema import Config
-from pipeline.config.train import Variant
 from pipeline.models.limits import longest_text
 from pipeline.models.load import ModelRef, own_positions
 from pipeline.store.artifacts import Artifact, open_artifact
@@ -87,7 +86,7 @@ def located(
             reach = min(reach, positions(config, scratch, cascade.drafter))
             inner = ref(config, trained[cascade.drafter])
         return replace(source, ref=model, trained_positions=reach, inner=inner)
-    reach, variant = positions(config, scratch, source.name), variant_of(config, source.name)
+    reach, variant = positions(config, scratch, source.name), config.train.drafter_named(source.name)
     served = (variant.served_tokens or 0) if config.train.steps_of(variant) else 0
     model = ref(config, trained[source.name])
     return replace(source, ref=model, trained_positions=reach, served_positions=served)
@@ -109,15 +108,10 @@ def ref(config: Config, trained: Artifact) -> ModelRef:
 
 def positions(config: Config, scratch: dict[str, Artifact], name: str) -> int:
     """Positions that a drafter was trained on, by its own pretraining or by ours."""
-    variant, base = variant_of(config, name), config.drafter_base
+    variant, base = config.train.drafter_named(name), config.drafter_base
     if base.kind == "scratch":
         pretrain = base.pretrain
         pretrained = (pretrain.sequence_tokens or config.data.sequence_tokens) if pretrain.steps else 0
     else:
         pretrained = own_positions(drafter_ref(config, scratch))
     return max(pretrained, config.data.sequence_tokens if config.train.steps_of(variant) else 0)
-
-
-def variant_of(config: Config, name: str) -> Variant:
-    """What a drafter was trained as."""
-    return next(variant for variant in config.train.drafters if variant.name == name)

@@ -256,6 +256,10 @@ class Train(Group):
         """Every drafter that is trained: the variants, one for each of their seeds."""
         return tuple(drafter for variant in self.variants for drafter in variant.drafters)
 
+    def drafter_named(self, name: str) -> Variant:
+        """What a drafter is trained as."""
+        return next(drafter for drafter in self.drafters if drafter.name == name)
+
     @field_validator("validation_budgets")
     @classmethod
     def _valid_budgets(cls, budgets: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -144,7 +144,7 @@ class RankMemory(Row):
 class Coverage(Row):
     """The share of the target's tokens in a place that a draft vocabulary V_d holds.
 
-    Of texts that were sampled at `temperature` the share estimates, without bias, the mass p(V_d) along them.
+    Of texts that were sampled at `temperature` the share estimates the mass p(V_d) along them.
     """
 
     dataset: str

@@ -1,4 +1,4 @@
-"""What models read in the stages pretrain, teach and train, without validation."""
+"""What models read in the stages pretrain, teach, train and improve, without validation."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ def improve_readings(config: Config) -> Iterator[Reading]:
     if (spec := config.improve) is None:
         return
     name = spec.drafter or config.train.drafters[-1].name
-    variant = next(variant for variant in config.train.drafters if variant.name == name)
-    yield from train_readings(config, variant.model_copy(update={"path": None}), spec.rounds * spec.steps)
+    variant = config.train.drafter_named(name).model_copy(update={"path": None})
+    yield from train_readings(config, variant, spec.rounds * spec.steps)

@@ -299,13 +299,18 @@ def run(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[st
     return done, int(peak.read_text())
 
 
+def write_stories(folder: Path) -> None:
+    """Texts of several thousand tokens."""
+    folder.mkdir()
+    for number in range(24):
+        (folder / f"{number}.txt").write_text("".join(story(100 * number + k) for k in range(12)))
+
+
 @pytest.mark.slow
 def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
     """Measured: the largest resident size of the stages up to teach, against the largest that was planned."""
     folder, storage = tmp_path / "texts", tmp_path / "runs"
-    folder.mkdir()
-    for number in range(24):
-        (folder / f"{number}.txt").write_text("".join(story(100 * number + k) for k in range(12)))
+    write_stories(folder)
 
     def change(values: dict[str, Any]) -> None:
         values["data"] |= {"sequence_tokens": 1024, "max_sequences": 16}
@@ -335,9 +340,7 @@ def test_the_peak_of_a_real_process(tmp_path: Path) -> None:
 def test_the_peak_of_training_a_head(tmp_path: Path, more: str) -> None:
     """Measured in a process that trains alone: chains of three proposals behind two views of each prefix."""
     folder, storage = tmp_path / "texts", tmp_path / "runs"
-    folder.mkdir()
-    for number in range(24):
-        (folder / f"{number}.txt").write_text("".join(story(100 * number + k) for k in range(12)))
+    write_stories(folder)
 
     def change(values: dict[str, Any]) -> None:
         values["data"] |= {"sequence_tokens": 1024, "max_sequences": 16}
