@@ -139,7 +139,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "sglang",
-            "window, B = 32, γ = 2: 2.50×",
+            "window, B = 32, 4 of them sinks, γ = 2: 2.50×",
             "--speculative-algorithm EAGLE3 --speculative-draft-model-path EXPORTED "
             "--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3 "
             "--speculative-draft-window-size 32 --speculative-draft-sink-size 4",

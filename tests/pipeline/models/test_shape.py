@@ -35,7 +35,7 @@ def test_a_pretrained_model_is_read_from_its_config_alone(tmp_path: Path) -> Non
     spec = {"kind": "pretrained", "path": str(tmp_path / "model")}
     config = tiny_config({"target": spec})
     weights = sum(weight.numel() for weight in Qwen3ForCausalLM(given).parameters())
-    assert shape_of(config, "target", 0) == Shape(weights, 2, 32, 64, 32, 48, 300)
+    assert shape_of(config, "target", 0) == Shape(weights, 2, 32, 64, 32, 48, 300, heads=4)
 
 
 def test_a_draft_vocabulary_saves_products_and_takes_a_copy_of_its_rows() -> None:
